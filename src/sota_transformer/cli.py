@@ -1,0 +1,265 @@
+"""The command `sota`: parse, call, translate errors into one line and an exit code. No logic.
+
+A verb's module is imported when the verb is called, so help answers at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sota_transformer import __version__
+from sota_transformer.config import RunConfig
+from sota_transformer.errors import INTERRUPTED, IO_FAILED, USAGE, SotaError
+from sota_transformer.options import (
+    DataView,
+    Doctor,
+    Evaluate,
+    Export,
+    Generate,
+    Import,
+    Prepare,
+    Serve,
+)
+from sota_transformer.presets import PRESETS
+
+_Options = TypeVar("_Options")
+
+SHORT = {  # what everybody sets -> the field it stands for
+    "--data": "--data.path",
+    "--out": "--run.out",
+    "--steps": "--train.steps",
+    "--seed": "--run.seed",
+    "--device": "--run.device",
+    "--threads": "--run.threads",
+    "--resume": "--run.resume",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; the exit code of `errors.py`."""
+    return guarded(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Do `work`; what goes wrong becomes one line and an exit code, never a traceback."""
+    try:
+        return work()
+    except SotaError as error:
+        return _complain(str(error), error.code)
+    except ValueError as error:
+        return _complain(str(error), USAGE)
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        sys.stdout = None
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}", IO_FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except BaseException as error:
+        if isinstance(code := getattr(error, "code", None), int):  # a signal or --help
+            return code
+        raise
+
+
+def _dispatch(arguments: list[str]) -> int:
+    """Find the verb and call it."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"sota-transformer {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise SotaError(f"no command {verb!r}{_nearest(verb, VERBS)}; `sota --help` lists them")
+    return VERBS[verb][1](rest)
+
+
+def _usage() -> str:
+    lines = [f"  sota {verb:<10} {text}" for verb, (text, _) in VERBS.items()]
+    head = "Pretrain your own GPT-2-class language model on the one machine you have."
+    tail = "`sota COMMAND --help` shows a command's options. Documentation: docs/guide.md"
+    return "\n".join([head, "", *lines, "", tail])
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _complain(text: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"sota: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) -> _Options:
+    """Options of `kind` from the command line; what tyro draws in a box becomes one line."""
+    import tyro
+
+    marks = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+    config = marks if "default" not in more else ()
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(kind, prog=f"sota {verb}", args=arguments, config=config, **more)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        kept = "".join(c for c in boxed.getvalue() if not 0x2500 <= ord(c) <= 0x257F)
+        raise SotaError(f"{verb}: {' '.join(kept.split())}") from None
+
+
+def resolve(arguments: list[str], verb: str) -> RunConfig:
+    """PRESET and overrides -> the run; --out defaults to runs/PRESET-DATA."""
+    names = ", ".join(PRESETS)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise SotaError(f"name a preset first: sota {verb} PRESET [OPTIONS], one of {names}")
+    if arguments[0] in ("-h", "--help"):
+        print(f"usage: sota {verb} PRESET [OPTIONS]\n\nPRESET is one of {names};")
+        print(f"`sota {verb} PRESET --help` shows every option with that preset's values.")
+        raise SystemExit(0)
+    name, rest = arguments[0], arguments[1:]
+    if name not in PRESETS:
+        raise SotaError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are {names}")
+    long = [_lengthen(argument) for argument in rest]
+    short = ", ".join(SHORT)
+    config = parse(
+        RunConfig,
+        f"{verb} {name}",
+        long,
+        default=PRESETS[name](),
+        description=f"Short forms: {short}.",
+    )
+    if config.run.out == Path() and config.data.path != Path():
+        out = Path("runs") / f"{name}-{config.data.path.resolve().name}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out))
+    return config
+
+
+def _lengthen(argument: str) -> str:
+    """--steps=5 -> --train.steps=5."""
+    flag, equals, value = argument.partition("=")
+    return SHORT.get(flag, flag) + equals + value
+
+
+def _train(arguments: list[str]) -> int:
+    config = resolve(arguments, "train")
+    return train_and_show(config)
+
+
+def train_and_show(config: RunConfig) -> int:
+    """Train, or go on, and say what came of it: the last sample and where everything lies."""
+    from sota_transformer.doctor import admit
+    from sota_transformer.training.start import train
+
+    train(config, admit)
+    folder = config.run.out
+    print(f"the run is in {folder}: checkpoints, metrics.jsonl, samples.txt, config.json, run.json")
+    print(f'try it:  sota generate {folder} --prompt "def main("')
+    print(f"judge it:  sota evaluate {folder}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    options = parse(Doctor, "doctor", arguments)
+    from sota_transformer.doctor import run_doctor
+
+    return run_doctor(options)
+
+
+def _config(arguments: list[str]) -> int:
+    config = resolve(arguments, "config")
+    from sota_transformer.plan import memory_estimate
+    from sota_transformer.schedules import describe
+
+    print(config.to_json(), end="")
+    for line in (*describe(config), memory_estimate(config)):
+        print(f"# {line}")
+    return 0
+
+
+def _prepare(arguments: list[str]) -> int:
+    options = parse(Prepare, "prepare", arguments)
+    from sota_transformer.data.prepare import prepare
+
+    prepare(options)
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    options = parse(Generate, "generate", arguments)
+    from sota_transformer.commands.generate import run_generate
+
+    return run_generate(options)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    options = parse(Evaluate, "evaluate", arguments)
+    from sota_transformer.commands.evaluate import run_evaluate
+
+    return run_evaluate(options)
+
+
+def _export(arguments: list[str]) -> int:
+    options = parse(Export, "export", arguments)
+    from sota_transformer.commands.transfer import run_export
+
+    return run_export(options)
+
+
+def _import(arguments: list[str]) -> int:
+    options = parse(Import, "import", arguments)
+    from sota_transformer.commands.transfer import run_import
+
+    return run_import(options)
+
+
+def _serve(arguments: list[str]) -> int:
+    options = parse(Serve, "serve", arguments)
+    from sota_transformer.commands.serve import run_serve
+
+    return run_serve(options)
+
+
+def _plan(arguments: list[str]) -> int:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--hours", type=float, default=0.0)
+    try:
+        options, rest = own.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise SotaError(f"plan: {error}; give a number, such as --hours 8") from None
+    config = resolve(rest, "plan")
+    from sota_transformer.plan import run_plan
+
+    return run_plan(config, rest[0], options.hours)
+
+
+def _data(arguments: list[str]) -> int:
+    options = parse(DataView, "data", arguments)
+    from sota_transformer.data.view import describe
+
+    describe(options)
+    return 0
+
+
+VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "prepare": ("turn text into token shards", _prepare),
+    "data": ("look at prepared data", _data),
+    "plan": ("what a run takes here; with --hours H, what fits into them", _plan),
+    "train": ("train a model, or go on training it", _train),
+    "evaluate": ("judge a model: perplexity, bits per byte, LAMBADA, HellaSwag", _evaluate),
+    "generate": ("continue prompts", _generate),
+    "export": ("write the model for transformers, MLX, vLLM, llama.cpp or Ollama", _export),
+    "serve": ("an OpenAI-compatible server with a page to try the model", _serve),
+    "import": ("make a run of a Hugging Face folder", _import),
+    "doctor": ("check this machine before it is trusted", _doctor),
+    "config": ("print a resolved run and its derived numbers", _config),
+}

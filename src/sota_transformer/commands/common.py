@@ -1,0 +1,55 @@
+"""What the verbs that use a model share: a run, or a Hugging Face folder, becomes a model."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sota_transformer.config import Run, RunConfig
+from sota_transformer.errors import SotaError
+from sota_transformer.inference.folder import is_model_folder, read_model
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.runtime import Runtime
+from sota_transformer.training import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model to use, and what is known of where it came from."""
+
+    model: Transformer
+    name: str
+    config: RunConfig | None
+    """None for a folder that is not a run."""
+    step: int | None
+
+
+def warn(text: str) -> None:
+    """One line beside the result."""
+    print(f"sota: {text}", file=sys.stderr)
+
+
+def open_model(folder: Path, device: str, step: int | None) -> Opened:
+    """The model of a run or of a Hugging Face folder, ready to use. SotaError 65 or 66."""
+    run = Run(device=device)  # type: ignore[arg-type]  # tyro has checked it
+    if is_model_folder(folder):
+        if step is not None:
+            raise SotaError(f"{folder} is an exported model and has no steps; leave out --step")
+        model = read_model(folder)
+        runtime = Runtime.detect(run, model.config.parameter_count)
+        return Opened(model=model.to(runtime.device), name=_name(folder), config=None, step=None)
+    config = checkpoint.read_config(folder)
+    runtime = Runtime.detect(run, config.model.parameter_count)
+    model, config, step = checkpoint.load_model(folder, runtime.device, torch.float32, step, warn)
+    return Opened(model=model, name=_name(folder), config=config, step=step)
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name or "model"
+
+
+def check(rules: dict[str, bool]) -> None:
+    """All broken rules in one error."""
+    if broken := [text for text, holds in rules.items() if not holds]:
+        raise SotaError("; ".join(broken))

@@ -1,0 +1,123 @@
+"""`sota generate`: prompts from arguments, a file or standard input, continued in one batch."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sota_transformer.commands.common import check, open_model
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.inference.batch import Drawn, Job, run_jobs
+from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.options import Generate
+
+_ROWS = 16  # prompts continued together
+_PROMPT_BYTES = 64 << 20
+
+
+def run_generate(options: Generate) -> int:
+    """Continue prompts: streamed text, or one JSON object a prompt."""
+    check(
+        {
+            "--max-tokens must be at least 1": options.max_tokens >= 1,
+            "--temperature must be a finite number, 0 or more": 0 <= options.temperature < 1e6,
+            "--top-k and --seed must be 0 or more": options.top_k >= 0 and options.seed >= 0,
+            "--top-p must be in (0, 1]": 0 < options.top_p <= 1,
+            "--min-p must be in [0, 1]": 0 <= options.min_p <= 1,
+            "--repetition-penalty must be above 0": 0 < options.repetition_penalty < 1e6,
+            "--logprobs must be from -1 to 100": -1 <= options.logprobs <= 100,
+            "--logprobs needs --json": options.logprobs < 0 or options.json,
+            "give --prompt or --file, not both": not (options.prompt and options.file),
+        }
+    )
+    prompts = list(options.prompt) if options.file is None else _prompts(options.file)
+    prompts = prompts or [""]
+    opened = open_model(options.run, options.device, options.step)
+    tokenizer = Tokenizer()
+    jobs = [
+        Job(
+            tokens=tokenizer.encode(prompt) or [EOT],
+            sampler=make_sampler(
+                options.temperature,
+                options.top_k,
+                options.top_p,
+                options.min_p,
+                options.repetition_penalty,
+                options.seed + number,
+            ),
+            max_tokens=options.max_tokens,
+            alternatives=options.logprobs if options.logprobs >= 0 else None,
+            stops=options.stop,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    pieces = run_jobs(opened.model, tokenizer, jobs, _ROWS)
+    if len(jobs) == 1 and not options.json:
+        print(prompts[0], end="", flush=True)
+        for _, piece in pieces:
+            print(piece.text, end="", flush=True)
+        print()
+        return 0
+    drawn: list[list[Drawn]] = [[] for _ in jobs]
+    shown = 0
+    for number, piece in pieces:
+        drawn[number].append(piece)
+        while shown < len(jobs) and drawn[shown] and drawn[shown][-1].reason:
+            _show(options, tokenizer, shown, prompts[shown], drawn[shown])
+            drawn[shown] = [drawn[shown][-1]]  # one prompt's worth of memory is enough
+            shown += 1
+    return 0
+
+
+def _show(
+    options: Generate, tokenizer: Tokenizer, number: int, prompt: str, drawn: list[Drawn]
+) -> None:
+    """One finished continuation."""
+    text = "".join(piece.text for piece in drawn)
+    if not options.json:
+        print(f"--- {number + 1}\n{prompt}{text}\n", flush=True)
+        return
+    kept = [piece for piece in drawn if piece.token != EOT]
+    result: dict[str, Any] = {
+        "prompt": prompt,
+        "text": text,
+        "tokens": [piece.token for piece in kept],
+        "finish_reason": drawn[-1].reason,
+        "seed": options.seed + number,
+    }
+    if options.logprobs >= 0:
+        result["logprobs"] = [
+            {
+                "token": tokenizer.decode([piece.token]),
+                "id": piece.token,
+                "logprob": piece.logprob,
+                "alternatives": [
+                    {"token": tokenizer.decode([token]), "id": token, "logprob": nats}
+                    for token, nats in piece.alternatives
+                ],
+            }
+            for piece in kept
+        ]
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def _prompts(path: Path) -> list[str]:
+    """Prompts of a file: one a line, or the field `prompt` of each line of .jsonl; - is stdin."""
+    if str(path) == "-":
+        return [sys.stdin.read(_PROMPT_BYTES).removesuffix("\n")]  # `echo` adds one
+    if not path.is_file():
+        raise SotaError(f"{path}: no such file", NO_INPUT)
+    if path.stat().st_size > _PROMPT_BYTES:
+        raise SotaError(f"{path} is larger than {_PROMPT_BYTES >> 20} MiB", BAD_DATA)
+    try:
+        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line)["prompt"] for line in lines]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SotaError(
+            f"{path}: not prompts ({type(error).__name__}: {error})", BAD_DATA
+        ) from error
+    if not lines or not all(isinstance(line, str) for line in lines):
+        raise SotaError(f"{path}: needs at least one prompt, each a string", BAD_DATA)
+    return lines

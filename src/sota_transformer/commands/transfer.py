@@ -1,0 +1,194 @@
+"""`sota export` and `sota import`: a run becomes a model of other programs, and the other way."""
+
+import dataclasses
+import shlex
+import shutil
+from pathlib import Path
+
+from sota_transformer import durable
+from sota_transformer.commands.common import Opened, check, open_model
+from sota_transformer.config import Data, Optim, Run, RunConfig, Train
+from sota_transformer.data.shards import load_manifest
+from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
+from sota_transformer.inference.export import (
+    Proof,
+    probe_logits,
+    proof,
+    prove_huggingface,
+    write_huggingface,
+)
+from sota_transformer.inference.folder import read_model
+from sota_transformer.options import Export, Import
+from sota_transformer.presets import PRESETS
+from sota_transformer.training import checkpoint
+from sota_transformer.training.guard import Guard
+from sota_transformer.training.runlog import read_metrics
+
+
+def run_export(options: Export) -> int:
+    """Write, read back, compare, and only then let the folder appear."""
+    check(
+        {
+            "--dtype q8_0 needs --format gguf": options.dtype != "q8_0" or options.format == "gguf",
+            f"{options.out} exists already; give another --out": not _occupied(options.out),
+        }
+    )
+    opened = open_model(options.run, "cpu", options.step)
+    model, out = opened.model, options.out.absolute()
+    size = 4 * model.config.parameter_count
+    if shutil.disk_usage(_existing(out)).free < 1.2 * size:
+        raise SotaError(f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk", IO_FAILED)
+    durable.make_folder(out.parent)
+    durable.sweep(out.parent)
+    with durable.commit_folder(out, {"format": options.format, "dtype": options.dtype}) as writer:
+        if options.format == "gguf":
+            proofs = _gguf(writer, opened, options.dtype)
+        else:
+            write_huggingface(writer, model, options.dtype, _card(opened, options.run, options))
+            proofs = prove_huggingface(writer.path, model, options.dtype)
+    for found in proofs:
+        print(
+            f"read back by {found.reader}: logits differ by at most {found.difference:.3g} "
+            f"(their spread is {found.spread:.3g})"
+        )
+    print(f"{out}: {options.format}, {options.dtype}, step {opened.step}")
+    return 0
+
+
+def _occupied(out: Path) -> bool:
+    return out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[Proof]:
+    """The file, a Modelfile for Ollama, and the proof."""
+    try:
+        from sota_transformer.inference import gguf_file
+    except ImportError as error:
+        raise SotaError(
+            f"--format gguf needs the package {error.name}: pip install 'sota-transformer[gguf]'"
+        ) from error
+    aside = writer.path / ".part"
+    gguf_file.write_gguf(aside, opened.model, dtype, opened.name)
+    with writer.create(gguf_file.NAME) as file, aside.open("rb") as source:
+        while block := source.read(1 << 22):
+            file.write(block)
+    aside.unlink()
+    writer.write("Modelfile", gguf_file.modelfile(opened.model.config).encode())
+    back = gguf_file.read_gguf(writer.path / gguf_file.NAME, opened.model.config)
+    return [proof("gguf", probe_logits(opened.model), probe_logits(back), dtype)]
+
+
+def _card(opened: Opened, folder: Path, options: Export) -> str:
+    """The model card: what it is, what it was trained on, how good it is, how to load it."""
+    c = opened.model.config
+    kind = "Qwen3" if c.qk_norm else "Llama"
+    lines = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        "tags: [sota-transformer]\n---",
+        f"# {opened.name}",
+        f"A {kind} language model of {c.parameter_count:,} parameters, pretrained from scratch "
+        f"with `sota_transformer`; GPT-2's tokenizer and one pad token. It continues text; it was "
+        "not tuned to follow instructions, and it repeats what its training text says.",
+        "| layers | width | heads | key/value heads | feed-forward | context | vocabulary |\n"
+        "|---|---|---|---|---|---|---|\n"
+        f"| {c.layers} | {c.d_model} | {c.heads} | {c.kv_heads} | {c.d_ff} | {c.seq_len} | "
+        f"{c.vocab_size:,} |",
+    ]
+    if opened.config is not None:
+        train, seen = opened.config.train, opened.step or 0
+        tokens = seen * train.batch_rows * c.seq_len
+        lines.append(
+            f"Trained for {seen:,} of {train.steps:,} steps, {tokens:,} tokens, seed "
+            f"{opened.config.run.seed}, on the data `{opened.config.data.path.name}`."
+        )
+    if figures := _figures(folder, opened.step):
+        lines.append(figures)
+    lines.append(
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+    )
+    lines.append(f"Weights are {options.dtype}. SHA-256 of every file: `manifest.json`.")
+    return "\n\n".join(lines) + "\n"
+
+
+def _figures(folder: Path, step: int | None) -> str:
+    """The last validation up to `step`, as a table; empty where there was none."""
+    lines = [line for line in read_metrics(folder) if "val_loss" in line]
+    until = [line for line in lines if line["step"] <= (step or 0)]
+    if not until:
+        return ""
+    last = until[-1]
+    return (
+        "| validation loss (nats a token) | perplexity | bits per byte | tokens | step |\n"
+        "|---|---|---|---|---|\n"
+        f"| {last['val_loss']:.4f} | {last['val_perplexity']:.2f} | "
+        f"{last['val_bits_per_byte']:.4f} | {last['val_tokens']:,} | {last['step']:,} |"
+    )
+
+
+def run_import(options: Import) -> int:
+    """A run at step 0 with the folder's weights, to evaluate, use or train on."""
+    check({f"{options.out} exists already; give another --out": not _occupied(options.out)})
+    model, out = read_model(options.model), options.out.absolute()
+    data = options.data.absolute() if options.data else Path()
+    fingerprint = load_manifest(data)["fingerprint"] if options.data else None
+    config = RunConfig(
+        model=model.config,
+        data=Data(path=data),
+        optim=Optim(),
+        train=Train(steps=options.steps, batch_rows=16),
+        run=Run(out=out),
+    )
+    try:
+        durable.make_folder(out)
+    except OSError as error:
+        raise SotaError(f"cannot make {out}: {error.strerror}", LOCKED) from error
+    state = checkpoint.State(
+        step=0,
+        model=model.state_dict(),
+        optim={},
+        trainer={"updates": 0, "guard": Guard().state()},
+        manifest={
+            "data": fingerprint,
+            "numerics": {},
+            "micro_rows": 0,
+            "model": dataclasses.asdict(model.config),
+        },
+    )
+    checkpoint.save(out, state)
+    # config.json last: it is what makes the folder a run.
+    durable.write_file(out / "config.json", config.to_json().encode())
+    print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
+    if options.data:
+        print(f"train on:  {_train_command(config)}")
+    return 0
+
+
+def _train_command(config: RunConfig) -> str:
+    """The command whose configuration is `config`, from the preset that is closest to it."""
+    wanted = _flat(config)
+    best: list[str] | None = None
+    for name, make in PRESETS.items():
+        known = _flat(make())
+        flags = [wanted[name] for name in wanted if wanted[name] != known[name]]
+        if best is None or len(flags) < len(best) - 3:
+            best = ["sota", "train", name, *flags]
+    return shlex.join(best or [])
+
+
+def _flat(config: RunConfig) -> dict[str, str]:
+    """Every field, by name, as it is written on the command line."""
+    flags = {}
+    for section, values in dataclasses.asdict(config).items():
+        for name, value in values.items():
+            word = name.replace("_", "-")
+            if isinstance(value, bool):
+                flags[f"{section}.{name}"] = f"--{section}.{'' if value else 'no-'}{word}"
+            else:
+                flags[f"{section}.{name}"] = f"--{section}.{word}={value}"
+    return flags

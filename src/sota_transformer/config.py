@@ -1,0 +1,251 @@
+"""Every option of a training run, as frozen dataclasses; standard library only.
+
+RunConfig has five sections: Model (the network), Data (what it reads), Optim (how it learns), Train
+(how long, how often) and Run (where and on what). A field's text is its help on the command line.
+`problems()` lists all that is wrong with a section, and RunConfig refuses to exist while any
+section has a problem. The options of the other verbs are in `options.py`.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+GPT2_VOCAB = 50_257
+VOCAB = GPT2_VOCAB + 1  # and <|pad|>
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The network: a Llama (a Qwen3 with qk_norm), tied embeddings, no biases."""
+
+    layers: int
+    """Blocks, each attention then SwiGLU."""
+    d_model: int
+    """Width of the residual stream."""
+    heads: int
+    """Attention heads; d_model / heads is the head dimension."""
+    kv_heads: int
+    """Key and value heads; fewer than heads is grouped-query attention."""
+    d_ff: int
+    """Hidden width of the SwiGLU."""
+    seq_len: int
+    """Tokens in a training window, and the longest context of the model."""
+    vocab_size: int = VOCAB
+    """Rows of the embedding: the GPT-2 vocabulary and one pad token."""
+    rope_base: float = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, as in Qwen3."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.heads
+
+    @property
+    def parameter_count(self) -> int:
+        """Trainable parameters; the tied embedding counts once."""
+        attention = self.d_model * self.head_dim * 2 * (self.heads + self.kv_heads)
+        norms = (2 * self.layers + 1) * self.d_model
+        norms += 2 * self.layers * self.head_dim if self.qk_norm else 0
+        blocks = self.layers * (attention + 3 * self.d_model * self.d_ff)
+        return self.vocab_size * self.d_model + blocks + norms
+
+    def problems(self) -> list[str]:
+        """All that is wrong with this section."""
+        sizes = ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab_size")
+        found = at_least(self, "model", 1, *sizes) + at_least(self, "model", 8, "seq_len")
+        found += _positive(self, "model", "rope_base", "norm_eps")
+        if not found and self.d_model % (2 * self.heads):
+            found.append(f"model.d_model {self.d_model} must be heads x an even head dimension")
+        if not found and self.heads % self.kv_heads:
+            found.append(f"model.kv_heads {self.kv_heads} must divide model.heads {self.heads}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the run reads."""
+
+    path: Path = Path()
+    """Folder made by `sota prepare`."""
+
+    def problems(self) -> list[str]:
+        """All that is wrong with this section."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, its schedule, and regularisation."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    final_fraction: float = 0.1
+    """Share of the peak that the cosine ends at."""
+    warmup_steps: int = 4000
+    """Linear warm-up; never more than 5% of the run."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.98
+    """AdamW's decay of the mean square."""
+    eps: float = 1e-8
+    """AdamW's term against division by zero."""
+    weight_decay: float = 0.01
+    """Decoupled decay, of matrices only."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over the vocabulary; optimised, never reported."""
+    dropout_start: float = 0.1
+    """Dropout rate at the first step."""
+    dropout_end: float = 0.0
+    """Dropout rate at the last step; linear between."""
+
+    def problems(self) -> list[str]:
+        """All that is wrong with this section."""
+        shares = ("beta1", "beta2", "label_smoothing", "dropout_start", "dropout_end")
+        found = _positive(self, "optim", "learning_rate", "eps")
+        found += at_least(self, "optim", 0, "warmup_steps", "weight_decay", "clip_norm")
+        found += [
+            f"optim.{name} {getattr(self, name)} must be in [0, 1)"
+            for name in shares
+            if not 0 <= getattr(self, name) < 1
+        ]
+        if not 0 <= self.final_fraction <= 1:
+            found.append(f"optim.final_fraction {self.final_fraction} must be in [0, 1]")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, in what pieces, and what happens every so often."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch_rows: int
+    """Windows in one optimizer step, over all ranks and micro-batches."""
+    micro_rows: int = 0
+    """Windows in one forward pass on one device; 0 chooses by device."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a quarter slower."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    eval_every: int = 250
+    """Steps between two validations; 0 leaves only the one at the end."""
+    eval_tokens: int = 65_536
+    """Validation tokens read each time; the whole split where it is smaller."""
+    sample_every: int = 250
+    """Steps between two generated samples; 0 leaves only the one at the end."""
+    save_every_minutes: float = 5.0
+    """Minutes between two checkpoints; 0 turns the clock off."""
+    save_every_steps: int = 0
+    """Steps between two checkpoints, beside the clock; 0 turns it off."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+
+    def problems(self) -> list[str]:
+        """All that is wrong with this section."""
+        counts = ("micro_rows", "eval_every", "sample_every", "save_every_steps")
+        found = at_least(self, "train", 1, "steps", "batch_rows", "log_every", "eval_tokens")
+        found += at_least(self, "train", 2, "keep_checkpoints")
+        return found + at_least(self, "train", 0, *counts, "save_every_minutes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where the run lives and what it runs on."""
+
+    out: Path = Path()
+    """Folder of the run."""
+    seed: int = 1337
+    """Weights, order of the data and dropout follow from it."""
+    resume: str = "auto"
+    """auto (go on if there is something), latest (there must be), never, or step:N."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the activations; weights and optimizer stay float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+    def problems(self) -> list[str]:
+        """All that is wrong with this section."""
+        found = at_least(self, "run", 0, "seed", "threads")
+        step = self.resume.removeprefix("step:")
+        if self.resume not in ("auto", "latest", "never") and not step.isdecimal():
+            found.append(f"run.resume {self.resume!r} must be auto, latest, never or step:N")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a training run."""
+
+    model: Model
+    data: Data
+    optim: Optim
+    train: Train
+    run: Run
+
+    def __post_init__(self) -> None:
+        found = [line for section in _SECTIONS for line in getattr(self, section).problems()]
+        if found:
+            raise ValueError("; ".join(found))
+
+    def to_json(self) -> str:
+        """All fields, resolved, as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=1, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        """The configuration of `to_json`. ValueError for anything else, unknown fields included."""
+        value = json.loads(text)
+        if not isinstance(value, dict) or set(value) != set(_SECTIONS):
+            raise ValueError(f"needs exactly the sections {', '.join(_SECTIONS)}")
+        return cls(**{name: _section(kind, value[name]) for name, kind in _SECTIONS.items()})
+
+
+_SECTIONS = {"model": Model, "data": Data, "optim": Optim, "train": Train, "run": Run}
+
+
+def _section(kind: type, values: Any) -> Any:
+    """One section from its JSON object, with each value checked against its field's type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"section {kind.__name__} must be an object")
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    if unknown := set(values) - set(fields):
+        raise ValueError(f"unknown fields in {kind.__name__}: {', '.join(sorted(unknown))}")
+    if missing := {f.name for f in dataclasses.fields(kind)} - set(values):
+        raise ValueError(f"missing fields in {kind.__name__}: {', '.join(sorted(missing))}")
+    accepted: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+    for name, value in values.items():
+        allowed = accepted.get(fields[name], (str,))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise ValueError(f"{kind.__name__}.{name} has the wrong type: {value!r}")
+    paths = {name: Path(value) for name, value in values.items() if fields[name] is Path}
+    return kind(**values | paths)
+
+
+def at_least(section: object, prefix: str, least: int, *names: str) -> list[str]:
+    """One line for each named field below `least`."""
+    return [
+        f"{prefix}.{name} {getattr(section, name)} must be at least {least}"
+        for name in names
+        if not getattr(section, name) >= least
+    ]
+
+
+def _positive(section: object, prefix: str, *names: str) -> list[str]:
+    """One line for each named field that is not above zero."""
+    return [
+        f"{prefix}.{name} {getattr(section, name)} must be above 0"
+        for name in names
+        if not getattr(section, name) > 0
+    ]

@@ -1,0 +1,85 @@
+"""The last step of a preparation: the manifest, and the name that makes the folder real.
+
+A new folder is renamed into place. An append moves its new shards in beside the old ones, which
+nobody looks at yet, and then replaces the manifest: readers see the old set or the new one.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from sota_transformer.config import VOCAB
+from sota_transformer.data.encode import EXAMPLES, HASH_BYTES, HASH_KEY
+from sota_transformer.data.shards import FORMAT
+from sota_transformer.data.tokenizer import RANKS_SHA256
+from sota_transformer.durable import MANIFEST, canonical_json, fsync_folder, seal, write_file
+
+
+def complete(part: dict[str, Any], threshold: int) -> dict[str, Any]:
+    """A manifest from what the merger and the inputs say."""
+    return part | {
+        "format": FORMAT,
+        "vocab_size": VOCAB,
+        "tokenizer": RANKS_SHA256,
+        "fingerprint": fingerprint(part),
+        "dtype": "uint16",
+        "end_of_text": "after each document",
+        "split_rule": {
+            "hash": f"BLAKE2b-{8 * HASH_BYTES} of the UTF-8 text, key {HASH_KEY.decode()}",
+            "val_below": threshold,
+        },
+    }
+
+
+def fingerprint(part: dict[str, Any]) -> str:
+    """Hash of the content: the shards' bytes in order, whatever their inputs were called."""
+    content = {"files": part["files"], "splits": part["splits"], "tokenizer": RANKS_SHA256}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def commit_new(shards: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Give a finished folder its manifest and its name."""
+    write_file(shards / MANIFEST, canonical_json(seal(manifest)))
+    fsync_folder(shards)
+    shards.rename(out)
+    fsync_folder(out.parent)
+
+
+def commit_append(shards: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Move new shards into a prepared folder, then let its manifest know of them."""
+    for path in sorted(shards.iterdir()):
+        path.rename(out / path.name)
+    fsync_folder(out)
+    write_file(out / MANIFEST, canonical_json(seal(manifest)))
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a prepared folder and what is appended to it."""
+    splits = {
+        name: {
+            "shards": part["shards"] + new["splits"][name]["shards"],
+            **{
+                key: part[key] + new["splits"][name][key]
+                for key in ("tokens", "documents", "text_bytes")
+            },
+        }
+        for name, part in old["splits"].items()
+    }
+    rejects = {reason: dict(entry) for reason, entry in old["rejects"].items()}
+    for reason, entry in new["rejects"].items():
+        before = rejects.get(reason, {"count": 0, "examples": []})
+        rejects[reason] = {
+            "count": before["count"] + entry["count"],
+            "examples": (before["examples"] + entry["examples"])[:EXAMPLES],
+        }
+    both = {"files": old["files"] | new["files"], "splits": splits}
+    return (
+        old
+        | both
+        | {
+            "rejects": rejects,
+            "inputs": old["inputs"] + new["inputs"],
+            "requests": old["requests"] + new["requests"],
+            "fingerprint": fingerprint(both),
+        }
+    )

@@ -1,0 +1,268 @@
+"""The documents of a segment: parsing, decoding and the policy on what is no usable text.
+
+A reader yields either the UTF-8 bytes of a document or a `Skipped` with the reason. Files of prose
+over CUT_BYTES become several documents, cut at blank lines about PIECE_BYTES apart, so that a
+single book gives both splits something; smaller files, and all code, stay whole.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sota_transformer.data.sources import TABLES, Skipped
+from sota_transformer.data.tables import Tables
+from sota_transformer.data.units import Segment
+
+DOCUMENT_BYTES = 16 << 20
+LINE_BYTES = 64 << 20
+CUT_BYTES, PIECE_BYTES = 64 << 10, 8 << 10
+_AT_ONCE, _BLOCK = 8 << 20, 1 << 20
+_BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+Document = bytes | Skipped
+
+
+def _any_integer(_: str) -> int:
+    """Python refuses integers of thousands of digits; which number it is does not matter here."""
+    return 0
+
+
+_LENIENT = json.JSONDecoder(parse_int=_any_integer)
+
+
+def documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
+    """Documents of a segment in their order; `field` names the text in records and tables."""
+    if segment.kind == "jsonl":
+        return _records(segment, field)
+    if segment.kind in TABLES:
+        return _cells(segment, field, tables)
+    if segment.kind in ("csv", "tsv"):
+        return _csv(segment, field)
+    return _text(segment)
+
+
+def checked(text: str, where: str) -> Document:
+    """A text as a document, or why it is none."""
+    if not text or text.isspace():
+        return Skipped("empty document", where)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        return Skipped("lone surrogates, not valid Unicode", where)
+    if len(data) > DOCUMENT_BYTES:
+        return Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", where)
+    if b"\0" in data:
+        return Skipped("NUL bytes, probably not text", where)
+    return data
+
+
+def _text(segment: Segment) -> Iterator[Document]:
+    """A file of prose, code or HTML: one document, or pieces of a long text."""
+    if segment.kind != "text" and segment.stop > DOCUMENT_BYTES:
+        yield Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", segment.name)
+        return
+    data = _read(segment)
+    if segment.start == 0:
+        data = _without_mark(data)
+    if b"\0" in data:
+        yield Skipped("NUL bytes, probably not text", segment.name)
+    elif segment.kind == "html":
+        yield _html(data, segment.name)
+    elif segment.kind == "code" or (segment.whole and len(data) <= CUT_BYTES):
+        yield _decoded(data, segment.name)
+    else:
+        for start, stop in _pieces(data):
+            yield _decoded(data[start:stop], f"{segment.name}: byte {segment.start + start}")
+
+
+def _html(data: bytes, where: str) -> Document:
+    """The text a reader of the page would want, without menus and scripts if they can be told."""
+    try:
+        from resiliparse.extract.html2text import extract_plain_text
+    except ImportError:
+        return Skipped("HTML needs `pip install sota-transformer[html]`", where)
+    document = _decoded(data, where)
+    if isinstance(document, Skipped):
+        return document
+    page = document.decode()
+    return checked(extract_plain_text(page, main_content=True) or extract_plain_text(page), where)
+
+
+def _decoded(data: bytes, where: str) -> Document:
+    """Bytes that should be a text as a document, or why they are none."""
+    try:
+        return checked(data.decode(), where)
+    except UnicodeDecodeError:
+        return Skipped("not valid UTF-8", where)
+
+
+def _without_mark(data: bytes) -> bytes:
+    """Text without a byte order mark; UTF-16 that announces itself becomes UTF-8."""
+    if data.startswith(_UTF16):
+        return data.decode("utf-16", "replace").encode()
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def _pieces(data: bytes) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the pieces of a long text, a function of the text alone."""
+    start = 0
+    while len(data) - start > 2 * PIECE_BYTES:
+        earliest, latest = start + PIECE_BYTES, start + 4 * PIECE_BYTES
+        if blank := _BLANK_LINE.search(data, earliest, latest):
+            stop = blank.end()
+        elif (line := data.find(b"\n", earliest, latest)) >= 0:
+            stop = line + 1
+        elif (space := data.find(b" ", earliest, latest)) >= 0:
+            stop = space
+        else:
+            stop = min(latest, len(data))
+            while stop < len(data) and data[stop] & 0xC0 == 0x80:
+                stop += 1
+        yield start, stop
+        start = stop
+    if start < len(data):
+        yield start, len(data)
+
+
+def _read(segment: Segment) -> bytes:
+    """All bytes of the segment."""
+    with Path(segment.path).open("rb", buffering=0) as file:
+        file.seek(segment.offset)
+        size = segment.stop - segment.start
+        data = file.read(size)
+        while data and len(data) < size and (more := file.read(size - len(data))):
+            data += more
+        return data
+
+
+def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
+    """(position, whole lines); None for a line that is over LINE_BYTES."""
+    if segment.stop - segment.start <= _AT_ONCE:
+        yield segment.start, _read(segment)
+        return
+    with Path(segment.path).open("rb", buffering=0) as file:
+        file.seek(segment.offset)
+        left, position, skipping = segment.stop - segment.start, segment.start, False
+        held: list[bytes] = []
+        while left > 0 and (chunk := file.read(min(_BLOCK, left))):
+            left -= len(chunk)
+            end = chunk.rfind(b"\n") + 1
+            if skipping and end:
+                yield position, None
+                chunk, end, skipping = chunk[chunk.find(b"\n") + 1 :], 0, False
+                position = segment.stop - left - len(chunk)
+                end = chunk.rfind(b"\n") + 1
+            if end:
+                yield position, b"".join([*held, chunk[:end]])
+                position, held = segment.stop - left - (len(chunk) - end), []
+            if not skipping and end < len(chunk):
+                held.append(chunk[end:])
+                if sum(map(len, held)) > LINE_BYTES:
+                    held, skipping = [], True
+        if skipping:
+            yield position, None
+        elif held:
+            yield position, b"".join(held)
+
+
+def _records(segment: Segment, field: str) -> Iterator[Document]:
+    """Text fields of JSON lines."""
+    loads = _fast_loads()
+    for position, block in _blocks(segment):
+        if block is None:
+            yield Skipped(f"line over {LINE_BYTES >> 20} MiB", f"{segment.name}: byte {position}")
+            continue
+        if position == 0:
+            block = block.removeprefix(codecs.BOM_UTF8)
+        for line in block.split(b"\n"):
+            try:
+                text = loads(line)[field]
+                if type(text) is str:
+                    document = checked(text, "")
+                    if type(document) is bytes:
+                        yield document
+                        continue
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                pass
+            if line and not line.isspace():
+                yield _slow_record(
+                    line, field, f"{segment.name}: byte {block.find(line) + position}"
+                )
+
+
+def _fast_loads() -> Any:
+    """orjson where it is installed: stricter than `json`, so what it accepts `json` accepts too."""
+    try:
+        import orjson
+    except ImportError:
+        return json.loads
+    return orjson.loads
+
+
+def _slow_record(line: bytes, field: str, where: str) -> Document:
+    """A line that the fast way did not take: the document after all, or the reason."""
+    try:
+        value = _LENIENT.decode(line.decode())
+    except UnicodeDecodeError:
+        return Skipped("not valid UTF-8", where)
+    except RecursionError:
+        return Skipped("nested too deep", where)
+    except ValueError:
+        return Skipped("not a JSON line", where)
+    if not isinstance(value, dict):
+        return Skipped("JSON, but not an object", where)
+    if field not in value:
+        return Skipped(f"no field {field!r}", where)
+    if not isinstance(value[field], str):
+        return Skipped(f"field {field!r} is not text", where)
+    return checked(value[field], where)
+
+
+def _cells(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
+    """Text column of a parquet or Arrow file."""
+    for item in tables.rows(segment, field):
+        if isinstance(item, Skipped):
+            yield item
+            continue
+        row, value = item
+        if isinstance(value, str):
+            yield checked(value, f"{segment.name}: row {row}")
+        else:
+            what = "is empty" if value is None else "is not text"
+            yield Skipped(f"field {field!r} {what}", f"{segment.name}: row {row}")
+
+
+def _csv(segment: Segment, field: str) -> Iterator[Document]:
+    """Text column of a CSV or TSV file with a header."""
+    csv.field_size_limit(DOCUMENT_BYTES)
+    data = _read(segment)
+    data = _without_mark(data if segment.start == 0 else segment.header + data)
+    lines = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
+    rows = csv.reader(lines, delimiter="\t" if segment.kind == "tsv" else ",")
+    row = 0
+    column = -1
+    while True:
+        row += 1
+        where = f"{segment.name}: row {row} from byte {segment.start}"
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Skipped(f"not a {segment.kind} row ({error})", where)
+            continue
+        if row == 1:
+            if field not in cells:
+                yield Skipped(f"no column {field!r}", segment.name)
+                return
+            column = cells.index(field)
+        elif column < len(cells):
+            yield checked(cells[column], where)
+        elif cells:
+            yield Skipped("row without the text column", where)

@@ -1,0 +1,205 @@
+"""One unit of work: its documents hashed and encoded, the result in one self-checking file.
+
+The file is a cache that lets a killed preparation go on: it appears under its name whole, carries
+the key of its input and a checksum, and is made anew whenever either does not fit. So it needs no
+fsync: what a power cut leaves of it is noticed.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sota_transformer.data.documents import Document, documents
+from sota_transformer.data.grams import GramSet, gram_hashes
+from sota_transformer.data.near import Place, sketch
+from sota_transformer.data.sources import Skipped
+from sota_transformer.data.tables import Tables
+from sota_transformer.data.tokenizer import EOT, Encoder
+from sota_transformer.data.units import Segment, Unit
+
+EXAMPLES = 5
+HASH_KEY = b"sota-document-1"
+HASH_BYTES = 16
+DUPLICATE = "exact duplicate"
+EXCLUDED = "shares text with an excluded file"
+EXCLUDE_GRAM = 13  # tokens in a row, as GPT-3's decontamination counted words
+
+
+class Rejects:
+    """Counts by reason, with the first few places of each."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, reason: str, where: str, count: int = 1) -> None:
+        """One more document, or file, that was not taken."""
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        places = self.examples.setdefault(reason, [])
+        if where and len(places) < EXAMPLES:
+            places.append(where)
+
+    def merge(self, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
+        """All of another unit's, in the order of the units."""
+        for reason, count in counts.items():
+            self.add(reason, "", count)
+            room = EXAMPLES - len(self.examples[reason])
+            self.examples[reason] += examples.get(reason, [])[:room]
+
+
+@dataclass
+class Encoded:
+    """What a unit came to. `tokens` has all its documents, each closed by end-of-text."""
+
+    tokens: NDArray[np.uint16]  # (sum of lengths,)
+    lengths: NDArray[np.uint32]  # (documents,) tokens with end-of-text
+    text_bytes: NDArray[np.uint32]  # (documents,)
+    hashes: NDArray[np.uint64]  # (documents, 2) keyed BLAKE2b
+    inputs: NDArray[np.uint32]  # (documents,) the input each document came with
+    sketches: NDArray[np.uint32]  # (documents, bins), or (documents, 0) if not asked for
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    place: Place | None = None  # where the tokens lie, once stored
+
+
+_ARRAYS = (
+    ("hashes", np.dtype("<u8")),  # the widest first keeps all of them aligned
+    ("lengths", np.dtype("<u4")),
+    ("text_bytes", np.dtype("<u4")),
+    ("inputs", np.dtype("<u4")),
+    ("sketches", np.dtype("<u4")),
+    ("tokens", np.dtype("<u2")),
+)
+
+
+class Tools:
+    """What a worker keeps from one unit to the next."""
+
+    def __init__(
+        self, encoder: str, text_field: str, sketches: bool = False, excluded: Path | None = None
+    ) -> None:
+        self.encoder, self.tables = Encoder(encoder), Tables()
+        self.text_field, self.sketches = text_field, sketches
+        self.excluded = GramSet(np.load(excluded, allow_pickle=False)) if excluded else None
+
+
+def encode_unit(unit: Unit, tools: Tools) -> Encoded:
+    """Read, hash and encode all documents of a unit; exact repeats inside it are left out."""
+    tokens = np.empty(1 << 20, np.uint16)
+    used, lengths, sizes, inputs = 0, [], [], []
+    hashes: dict[bytes, str] = {}
+    rejects = Rejects()
+    for segment in unit.segments:
+        for document in _guarded(segment, tools):
+            if isinstance(document, Skipped):
+                rejects.add(document.reason, document.where)
+                continue
+            digest = hashlib.blake2b(document, digest_size=HASH_BYTES, key=HASH_KEY).digest()
+            if digest in hashes:
+                rejects.add(DUPLICATE, segment.name)
+                continue
+            hashes[digest] = segment.name
+            ids = tools.encoder(document)
+            end = used + len(ids)
+            if end >= len(tokens):
+                tokens = np.concatenate([tokens, np.empty(len(tokens) + len(ids), np.uint16)])
+            tokens[used:end] = ids
+            tokens[end] = EOT
+            lengths.append(end + 1 - used)
+            sizes.append(len(document))
+            inputs.append(segment.input)
+            used = end + 1
+    encoded = Encoded(
+        tokens=tokens[:used],
+        lengths=np.array(lengths, np.uint32),
+        text_bytes=np.array(sizes, np.uint32),
+        hashes=np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2),
+        inputs=np.array(inputs, np.uint32),
+        sketches=np.empty((len(lengths), 0), np.uint32),
+    )
+    if tools.excluded:
+        _exclude(encoded, tools.excluded, list(hashes.values()), rejects)
+    if tools.sketches:
+        encoded.sketches = sketch(encoded.tokens, encoded.lengths)
+    encoded.counts, encoded.examples = rejects.counts, rejects.examples
+    return encoded
+
+
+def _exclude(encoded: Encoded, excluded: GramSet, names: list[str], rejects: Rejects) -> None:
+    """Drop the documents that contain a run of tokens of the excluded texts."""
+    ends = np.cumsum(encoded.lengths, dtype=np.int64)
+    hits = np.flatnonzero(excluded.contains(gram_hashes(encoded.tokens, EXCLUDE_GRAM)))
+    owners = np.searchsorted(ends, hits, "right")
+    # The excluded grams hold no end-of-text, so none of these runs over the end of a document.
+    drop = np.zeros(len(ends), bool)
+    drop[owners] = True
+    for document in np.flatnonzero(drop).tolist():
+        rejects.add(EXCLUDED, names[document])
+    encoded.tokens = encoded.tokens[np.repeat(~drop, encoded.lengths)]
+    for name in ("lengths", "text_bytes", "hashes", "inputs", "sketches"):
+        setattr(encoded, name, getattr(encoded, name)[~drop])
+
+
+def _guarded(segment: Segment, tools: Tools) -> Iterator[Document]:
+    """The segment's documents; a file that vanished or cannot be read becomes a reject."""
+    try:
+        yield from documents(segment, tools.text_field, tools.tables)
+    except OSError as error:
+        yield Skipped(f"cannot be read ({error.strerror})", segment.name)
+    except MemoryError:
+        yield Skipped("needs more memory than there is", segment.name)
+
+
+def store(encoded: Encoded, path: Path, key: str) -> None:
+    """Write a unit's result so that `path` is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    check, shapes = 0, {}
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            for name, dtype in _ARRAYS:
+                array = np.ascontiguousarray(getattr(encoded, name), dtype)
+                data = array.reshape(-1).view(np.uint8).data
+                _write_all(file, data)
+                check, shapes[name] = zlib.crc32(data, check), array.shape
+            head = {"key": key, "check": check, "shapes": shapes}
+            head |= {"counts": encoded.counts, "examples": encoded.examples}
+            text = json.dumps(head).encode()
+            file.write(text + len(text).to_bytes(8, "little"))
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    """Unbuffered writes may stop early."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def load(path: Path, key: str, *, check: bool) -> Encoded | None:
+    """A stored result, if it is there, belongs to `key` and (if `check`) is not damaged."""
+    try:
+        data = path.read_bytes()
+        size = int.from_bytes(data[-8:], "little")
+        head = json.loads(data[-8 - size : -8])
+        if head["key"] != key or (check and zlib.crc32(data[: -8 - size]) != head["check"]):
+            return None
+        arrays, at, place = {}, 0, None
+        for name, dtype in _ARRAYS:
+            shape = head["shapes"][name]
+            items = int(np.prod(shape))
+            arrays[name] = np.frombuffer(data, dtype, items, at).reshape(shape)
+            place = Place(path, at)  # the tokens are the last
+            at += items * dtype.itemsize
+        return Encoded(**arrays, counts=head["counts"], examples=head["examples"], place=place)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

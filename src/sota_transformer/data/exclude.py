@@ -1,0 +1,69 @@
+"""The grams of texts that must not be trained on: evaluation files named by `--exclude`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sota_transformer.data.documents import documents
+from sota_transformer.data.encode import EXCLUDE_GRAM
+from sota_transformer.data.grams import gram_hashes
+from sota_transformer.data.sources import Skipped, find
+from sota_transformer.data.tables import Tables
+from sota_transformer.data.tokenizer import Tokenizer, utf8
+from sota_transformer.data.units import whole
+from sota_transformer.errors import BAD_DATA, USAGE, SotaError
+
+
+def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> int:
+    """Write the sorted gram hashes of all texts as .npy; how many texts were too short to be found.
+
+    SotaError 66 for a missing file, 65 if no text is long enough.
+    """
+    tokenizer, found, short = Tokenizer(), [], 0
+    for text in _texts(inputs, text_field):
+        hashes = gram_hashes(np.array(tokenizer.encode(text), np.uint16), EXCLUDE_GRAM)
+        found.append(hashes)
+        short += not len(hashes)
+    grams = np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
+    if not len(grams):
+        raise SotaError(
+            f"--exclude {', '.join(inputs)}: no text there has {EXCLUDE_GRAM} tokens", BAD_DATA
+        )
+    np.save(path, grams)
+    return short
+
+
+def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
+    """Texts of the excluded files; of records without the text field every string."""
+    for source in find(inputs)[0]:
+        if source.codec or source.kind == "zip" or source.kind == "tar":
+            raise SotaError(f"--exclude {source.name}: unpack it first", USAGE)
+        if source.kind == "jsonl":
+            for line in Path(source.path).read_text("utf-8", "replace").split("\n"):
+                if line.strip():
+                    yield from _strings(_parsed(line, source.name), text_field)
+            continue
+        for document in documents(whole(source), text_field, Tables()):
+            if not isinstance(document, Skipped):
+                yield document.decode()
+
+
+def _parsed(line: str, name: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SotaError(f"--exclude {name}: not JSON lines ({error})", BAD_DATA) from error
+
+
+def _strings(value: Any, text_field: str) -> Iterator[str]:
+    """The text field of a record, or else all strings in it."""
+    if isinstance(value, dict) and isinstance(value.get(text_field), str):
+        yield utf8(value[text_field]).decode()
+    elif isinstance(value, str):
+        yield utf8(value).decode()
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner, text_field)

@@ -1,0 +1,123 @@
+"""Token files of other projects, read as they are: raw uint16 ids, with or without an index.
+
+    nanoGPT      train.bin, val.bin
+    llm.c        the same with a header of 256 int32; any number of files a split
+    Megatron     x.bin beside x.idx
+    datatrove    x.ds beside x.ds.index
+
+A folder without our manifest is looked through for them; a file belongs to validation if its name
+says so. Nothing is converted: the files get a manifest in memory, with their own hashes.
+"""
+
+import hashlib
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sota_transformer.config import VOCAB
+from sota_transformer.data.tokenizer import EOT, RANKS_SHA256, Tokenizer
+from sota_transformer.errors import BAD_DATA, SotaError
+
+ENDINGS = (".bin", ".ds")
+_LLMC_MAGICS = (20240520, 20240801)
+_LLMC_HEADER = 1024
+_MEGATRON_MAGIC = b"MMIDIDX\0\0"
+_MEGATRON_UINT16 = 8
+_BLOCK = 1 << 24
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """The token files of a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix in ENDINGS)
+
+
+def foreign_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest of a folder of raw token files; every id of theirs is read once.
+
+    SotaError 65 for ids outside GPT-2's vocabulary, another id type, or a size that does not fit.
+    """
+    parts: dict[str, list[Path]] = {"train": [], "val": []}
+    for path in foreign_files(folder):
+        parts["val" if "val" in path.name.lower() else "train"].append(path)
+    files: dict[str, Any] = {}
+    splits: dict[str, Any] = {}
+    for split, paths in parts.items():
+        sums = {"tokens": 0, "documents": 0, "text_bytes": 0}
+        for path in paths:
+            start = _first_token(path)
+            found = _measure(path, start)
+            _check_index(path, found["tokens"])
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": found.pop("sha256")}
+            files[path.name]["start"] = start
+            sums = {key: sums[key] + found[key] for key in sums}
+        splits[split] = {"shards": [path.name for path in paths], **sums}
+    content = repr([(name, files[name]["sha256"]) for name in sorted(files)])
+    return {
+        "format": "foreign",
+        "files": files,
+        "splits": splits,
+        "vocab_size": VOCAB,
+        "tokenizer": RANKS_SHA256,
+        "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
+        "inputs": [],
+        "rejects": {},
+        "requests": [],
+    }
+
+
+def _first_token(path: Path) -> int:
+    """Byte at which the ids begin."""
+    with path.open("rb") as file:
+        head = file.read(_LLMC_HEADER)
+    if len(head) < _LLMC_HEADER or int.from_bytes(head[:4], "little") not in _LLMC_MAGICS:
+        return 0
+    version, count = struct.unpack_from("<2i", head, 4)
+    if version != 1 or _LLMC_HEADER + 2 * count != path.stat().st_size:
+        text = f"{path}: an llm.c file of version {version} with {count:,} ids, not GPT-2's uint16"
+        raise SotaError(text, BAD_DATA)
+    return _LLMC_HEADER
+
+
+def _measure(path: Path, start: int) -> dict[str, Any]:
+    """Tokens, documents, bytes of text and SHA-256 of one file."""
+    size = path.stat().st_size
+    if (size - start) % 2:
+        raise SotaError(f"{path}: {size:,} bytes are no whole number of uint16 ids", BAD_DATA)
+    lengths, digest = Tokenizer().token_bytes, hashlib.sha256()
+    documents = text_bytes = 0
+    with path.open("rb") as file:
+        digest.update(file.read(start))
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            ids: NDArray[Any] = np.frombuffer(block, "<u2")
+            if int(ids.max()) >= VOCAB:
+                text = f"{path}: id {int(ids.max())} is outside GPT-2's vocabulary of {VOCAB:,}"
+                raise SotaError(text, BAD_DATA)
+            documents += int((ids == EOT).sum())
+            text_bytes += int(lengths[ids].sum())
+    tokens = (size - start) // 2
+    found = {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
+    return found | {"sha256": digest.hexdigest()}
+
+
+def _check_index(path: Path, tokens: int) -> None:
+    """SotaError 65 if the index beside a file says that it is something else."""
+    index = path.with_suffix(".idx")
+    if path.suffix == ".bin" and index.exists():
+        data = index.read_bytes()
+        if not data.startswith(_MEGATRON_MAGIC) or len(data) < 34:
+            raise SotaError(f"{index}: not a Megatron index", BAD_DATA)
+        version, kind, sequences = struct.unpack_from("<QBQ", data, len(_MEGATRON_MAGIC))
+        if version != 1 or kind != _MEGATRON_UINT16:
+            raise SotaError(f"{index}: version {version}, id type {kind}; not uint16", BAD_DATA)
+        lengths = np.frombuffer(data, "<i4", sequences, 34)
+        if int(lengths.sum()) != tokens:
+            raise SotaError(f"{index} and {path.name} disagree on the number of ids", BAD_DATA)
+    index = path.with_name(f"{path.name}.index")
+    if path.suffix == ".ds" and index.exists():
+        ends = np.fromfile(index, "<u8")
+        if len(ends) and int(ends[-1]) != tokens:
+            raise SotaError(f"{index} and {path.name} disagree on the number of ids", BAD_DATA)

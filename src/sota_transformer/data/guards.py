@@ -1,0 +1,109 @@
+"""What can go wrong around a preparation, in words a person can act on."""
+
+import errno
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sota_transformer.errors import (
+    BAD_DATA,
+    INTERRUPTED,
+    IO_FAILED,
+    LOCKED,
+    TERMINATED,
+    SotaError,
+)
+from sota_transformer.options import Prepare
+
+_FEW_TOKENS = 4096
+_PARENT_MB, _WORKER_MB = 110, 130  # measured by benchmarks/prepare.py, rounded up
+_CREATE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+
+
+def workers(options: Prepare) -> int:
+    """How many processes to use."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    wanted = options.workers or cores
+    if not options.memory_mb:
+        return wanted
+    fits = (options.memory_mb - _PARENT_MB) // _WORKER_MB
+    if fits < 1:
+        least = _PARENT_MB + _WORKER_MB
+        raise SotaError(f"--memory-mb {options.memory_mb} is too little; it takes {least} at least")
+    return min(wanted, fits)
+
+
+@contextmanager
+def plain_errors(out: Path) -> Iterator[None]:
+    """Errors of the operating system as one line with a code."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or out
+        create, free = error.errno in _CREATE, ""
+        with suppress(OSError):
+            free = f"; {shutil.disk_usage(out.parent).free / 1e6:,.0f} MB are free there"
+        what = "cannot be written" if create else "writing failed"
+        raise SotaError(
+            f"{place}: {what} ({error.strerror or error}){free}; choose another --out or make "
+            "room, then give the same command again",
+            LOCKED if create else IO_FAILED,
+        ) from error
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@contextmanager
+def stoppable(work: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM as one line that says how to go on."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise _Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as error:
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
+        raise SotaError(f"stopped; the same command goes on from {work}", code) from error
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def enough(manifest: dict[str, Any], val_fraction: float) -> None:
+    """SotaError 65 when a split is empty; a note when validation is very short."""
+    train, val = (manifest["splits"][split] for split in ("train", "val"))
+    documents = train["documents"] + val["documents"]
+    if not documents:
+        reasons = "; ".join(f"{v['count']} x {k}" for k, v in manifest["rejects"].items())
+        raise SotaError(f"no usable text in the inputs: {reasons}", BAD_DATA)
+    advice = "add text"
+    if documents > 1:
+        useful = min(0.5, max(2 * val_fraction, 8 / documents))
+        advice = f"add text, or use --val-fraction {useful:.2g}"
+    for split, part in (("train", train), ("val", val)):
+        if not part["documents"] and (split == "train" or val_fraction):
+            what = "1 document is" if documents == 1 else f"{documents:,} documents are"
+            raise SotaError(f"{what} too few: the {split} split would be empty; {advice}", BAD_DATA)
+    if val_fraction and val["tokens"] < _FEW_TOKENS:
+        print(f"note: validation has only {val['tokens']:,} tokens; {advice}")

@@ -1,0 +1,274 @@
+"""Units in their order -> deduplicated, split, in shards, with a manifest.
+
+The side of a document is a function of its hash alone, and of two equal documents the first in the
+order of the units stays; so nothing here depends on who encoded what, or when.
+"""
+
+import hashlib
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
+from sota_transformer.data.near import Place, Similar, sketch
+from sota_transformer.data.shards import SPLITS
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.durable import fsync, sha256_file
+
+SHARD_TOKENS = 1 << 26
+_HEADER_BYTES = 128
+_RUN_DOCUMENTS = 1 << 16
+_KNOWN_DOCUMENTS = 512  # of a prepared folder at a time
+NEAR_DUPLICATE = "near-duplicate"
+
+
+class SeenHashes:
+    """A growing set of document hashes in 16 bytes each: sorted runs, merged as they double."""
+
+    def __init__(self) -> None:
+        self._runs: list[NDArray[np.void]] = []
+
+    def new(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of these (n, 2), all different, were not seen before: (n,). They are seen now."""
+        keys = np.ascontiguousarray(hashes).view(f"S{HASH_BYTES}").reshape(-1)
+        fresh = np.ones(len(keys), bool)
+        for run in self._runs:
+            at = np.searchsorted(run, keys)
+            at[at == len(run)] = 0
+            fresh &= run[at] != keys
+        run = np.sort(keys[fresh])
+        while self._runs and len(self._runs[-1]) <= max(len(run), _RUN_DOCUMENTS):
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        if len(run):
+            self._runs.append(run)
+        return fresh
+
+
+class SplitWriter:
+    """The shards of one split, each closed at the first document end behind SHARD_TOKENS."""
+
+    def __init__(self, folder: Path, split: str, first: int = 0) -> None:
+        self.tokens = self.documents = self.text_bytes = 0
+        self.shards: list[str] = []
+        self.files: dict[str, Future[dict[str, Any]]] = {}
+        self._folder, self._split, self._next = folder, split, first
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._file: Any = None
+        self._ends: list[NDArray[np.uint64]] = []
+        self._hashes: list[NDArray[np.uint64]] = []
+        self._held = 0
+
+    def add(self, encoded: Encoded, keep: NDArray[np.bool_]) -> None:
+        """Append the kept documents of a unit, in order."""
+        ends = np.cumsum(encoded.lengths, dtype=np.int64)
+        at = 0
+        while at < len(keep):
+            # As many documents as the shard has room for: it may overshoot by one document.
+            kept = np.cumsum(np.where(keep[at:], encoded.lengths[at:], 0), dtype=np.int64)
+            stop = at + int(np.searchsorted(kept, SHARD_TOKENS - self._held, "left")) + 1
+            stop = min(stop, len(keep))
+            self._append(encoded, keep, at, stop, ends)
+            if self._held >= SHARD_TOKENS:
+                self._finish()
+            at = stop
+
+    def _append(
+        self, encoded: Encoded, keep: NDArray[np.bool_], at: int, stop: int, ends: NDArray[np.int64]
+    ) -> None:
+        """Kept documents at..stop to the open shard."""
+        chosen = np.flatnonzero(keep[at:stop]) + at
+        if not len(chosen):
+            return
+        file = self._file or self._open()
+        breaks = np.flatnonzero(np.diff(chosen) > 1)
+        for first, last in zip(
+            chosen[np.append(0, breaks + 1)].tolist(),
+            chosen[np.append(breaks, len(chosen) - 1)].tolist(),
+            strict=True,
+        ):
+            start = ends[first] - encoded.lengths[first]
+            file.write(encoded.tokens[start : ends[last]].data)
+        lengths = encoded.lengths[chosen].astype(np.uint64)
+        self._ends.append(np.cumsum(lengths) + np.uint64(self._held))
+        self._hashes.append(encoded.hashes[chosen])
+        added = int(lengths.sum())
+        self._held += added
+        self.tokens += added
+        self.documents += len(chosen)
+        self.text_bytes += int(encoded.text_bytes[chosen].sum(dtype=np.int64))
+
+    def _open(self) -> Any:
+        """The next shard, with room for its header."""
+        self.shards.append(f"{self._split}-{self._next + len(self.shards):05d}.npy")
+        path = self._folder / self.shards[-1]
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=1 << 20)
+        self._file.write(bytes(_HEADER_BYTES))
+        return self._file
+
+    def _finish(self) -> None:
+        """Close the open shard; header, sync and hash happen aside, for they take their time."""
+        if self._file is None:
+            return
+        name, stem = self.shards[-1], self.shards[-1].removesuffix(".npy")
+        finish = self._thread.submit
+        self.files[name] = finish(_seal, self._folder / name, self._file, self._held)
+        for kind, parts in (("ends", self._ends), ("hashes", self._hashes)):
+            beside = f"{stem}.{kind}.npy"
+            array = np.concatenate(parts)
+            self.files[beside] = finish(_write_array, self._folder / beside, array)
+        self._file, self._ends, self._hashes, self._held = None, [], [], 0
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Finish the last shard; the manifest's entries of all files, when they are durable."""
+        self._finish()
+        with self._thread:
+            return {name: entry.result() for name, entry in self.files.items()}
+
+    def abandon(self) -> None:
+        """Give up after an error."""
+        self._thread.shutdown(cancel_futures=True)
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError:
+                pass
+
+
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The npy header, always of the same length."""
+    text = repr({"descr": dtype.str, "fortran_order": False, "shape": shape})
+    room = _HEADER_BYTES - npy.MAGIC_LEN - 2
+    head = npy.magic(1, 0) + room.to_bytes(2, "little")
+    return head + text.encode().ljust(room - 1) + b"\n"
+
+
+def _seal(path: Path, file: Any, tokens: int) -> dict[str, Any]:
+    """Write the header of a finished shard, make it durable, hash it."""
+    with file:
+        file.flush()
+        os.pwrite(file.fileno(), _header(np.dtype("<u2"), (tokens,)), 0)
+        fsync(file.fileno())
+    return {"bytes": _HEADER_BYTES + 2 * tokens, "sha256": sha256_file(path)}
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
+    """A whole array as a durable npy file."""
+    data = _header(array.dtype, array.shape) + array.tobytes()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class Merger:
+    """Takes units in order, writes both splits, and knows what the manifest must say."""
+
+    def __init__(
+        self,
+        folder: Path,
+        threshold: int,
+        inputs: int,
+        near_dedup: float = 0.0,
+        first: dict[str, int] | None = None,
+    ) -> None:
+        """`threshold`: hashes below it go to validation. `first`: number of each first shard."""
+        self.rejects, self._seen = Rejects(), SeenHashes()
+        self._similar = Similar(near_dedup) if near_dedup else None
+        first = first or dict.fromkeys(SPLITS, 0)
+        self.splits = {split: SplitWriter(folder, split, first[split]) for split in SPLITS}
+        self.threshold = threshold
+        self.by_input = np.zeros((inputs, 3), np.int64)  # documents, text bytes, tokens
+
+    def know(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Take note of the documents of a prepared folder, so that none of them comes again."""
+        for split in SPLITS:
+            for name in manifest["splits"][split]["shards"]:
+                stem = name.removesuffix(".npy")
+                self._seen.new(np.load(folder / f"{stem}.hashes.npy", allow_pickle=False))
+                if self._similar is None:
+                    continue
+                tokens = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+                ends = np.load(folder / f"{stem}.ends.npy", allow_pickle=False).astype(np.int64)
+                for at in range(0, len(ends), _KNOWN_DOCUMENTS):
+                    start = int(ends[at - 1]) if at else 0
+                    part = ends[at : at + _KNOWN_DOCUMENTS]
+                    lengths = np.diff(part, prepend=start).astype(np.uint32)
+                    ids = np.asarray(tokens[start : int(part[-1])])
+                    place = Place(folder / name, _HEADER_BYTES + 2 * start)
+                    every = np.ones(len(lengths), bool)
+                    self._similar.new(ids, lengths, sketch(ids, lengths), every, place)
+
+    def add(self, encoded: Encoded) -> None:
+        """The next unit."""
+        self.rejects.merge(encoded.counts, encoded.examples)
+        if not len(encoded.lengths):
+            return
+        fresh = self._seen.new(encoded.hashes)
+        if repeats := int(len(fresh) - fresh.sum()):
+            self.rejects.add(DUPLICATE, "", repeats)
+        if self._similar is not None:
+            fresh = self._unlike(encoded, fresh)
+        val = encoded.hashes[:, 0] < np.uint64(self.threshold)
+        self.splits["train"].add(encoded, fresh & ~val)
+        self.splits["val"].add(encoded, fresh & val)
+        rows = len(self.by_input)
+        sums = (np.ones(len(fresh)), encoded.text_bytes, encoded.lengths)
+        for column, values in enumerate(sums):
+            counted = np.bincount(encoded.inputs[fresh], values[fresh], rows)
+            self.by_input[:, column] += counted.astype(np.int64)
+
+    def _unlike(self, encoded: Encoded, fresh: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Without the near-duplicates of what came before."""
+        assert self._similar is not None and encoded.place is not None
+        lengths, place = encoded.lengths, encoded.place
+        stays = self._similar.new(encoded.tokens, lengths, encoded.sketches, fresh, place)
+        if dropped := int((fresh & ~stays).sum()):
+            self.rejects.add(NEAR_DUPLICATE, "", dropped)
+        return stays
+
+    def close(self) -> dict[str, Any]:
+        """Make all files durable; the part of the manifest that follows from the documents."""
+        files: dict[str, dict[str, Any]] = {}
+        for writer in self.splits.values():
+            files |= writer.close()
+        if self._similar is not None and NEAR_DUPLICATE in self.rejects.examples:
+            self.rejects.examples[NEAR_DUPLICATE] = self._near_examples()
+        splits = {
+            split: {
+                "shards": writer.shards,
+                "tokens": writer.tokens,
+                "documents": writer.documents,
+                "text_bytes": writer.text_bytes,
+            }
+            for split, writer in self.splits.items()
+        }
+        return {
+            "files": files,
+            "splits": splits,
+            "rejects": {
+                reason: {"count": self.rejects.counts[reason], "examples": examples}
+                for reason, examples in sorted(self.rejects.examples.items())
+            },
+        }
+
+    def _near_examples(self) -> list[str]:
+        """The first pairs that were found alike, as text."""
+        assert self._similar is not None
+        decode = Tokenizer().decode
+        return [
+            f"{jaccard:.2f}: {decode(a[:16])!r} is like {decode(b[:16])!r}"
+            for jaccard, a, b in self._similar.examples
+        ]
+
+    def abandon(self) -> None:
+        """Give up after an error."""
+        for writer in self.splits.values():
+            writer.abandon()

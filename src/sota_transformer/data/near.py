@@ -1,0 +1,249 @@
+"""Near-duplicates: MinHash over token 5-grams to find candidates, exact Jaccard to decide.
+
+1. `sketch`    a worker's part: one-permutation MinHash of every document of a unit
+2. `Similar`   the merger's part: documents that share a band of their sketch are candidates; a
+               document goes if its 5-grams overlap with those of an earlier one that stayed by at
+               least the threshold (size of intersection over size of union)
+
+Both are functions of the documents and their order, so the result is the same on every machine.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sota_transformer.data.grams import gram_hashes
+
+GRAM = 5
+BINS, _ROWS = 64, 4
+BANDS = BINS // _ROWS
+_PER_BIN = 8  # grams looked at for each bin: it stays empty though it should not with p = exp(-8)
+_EMPTY = np.uint32(0xFFFFFFFF)
+_STEP = 0x9E3779B9
+_MIX = np.uint64(0xD6E8FEB86659FD93)
+_ENOUGH_GRAMS = 4096  # to know the Jaccard index of long documents to a hundredth
+_DOUBT = 0.22  # four standard deviations of the share of equal bins
+
+
+def sketch(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """MinHash of each document: (documents, BINS).
+
+    `tokens` holds the documents one after another, each closed by end-of-text, `lengths` long.
+    """
+    signature = np.full((len(lengths), BINS), _EMPTY, np.uint32)
+    hashes = gram_hashes(tokens, GRAM, np.uint32)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    grams = np.maximum(0, lengths.astype(np.int64) - GRAM)
+    # Only the smallest values of a bin matter, so of a long document only its small hashes do.
+    share = np.minimum(1.0, _PER_BIN * BINS / np.maximum(1, grams))
+    limit = np.minimum(share * 2.0**32, 2.0**32 - 1).astype(np.uint32)
+    chosen = np.flatnonzero(hashes <= np.repeat(limit, lengths)[: len(hashes)])
+    document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[chosen]
+    inside = chosen + GRAM < ends[document]  # no gram may reach over its document's end
+    kept = hashes[chosen[inside]]
+    cell = document[inside].astype(np.int64) * BINS + (kept & np.uint32(BINS - 1))
+    np.minimum.at(signature.reshape(-1), cell, kept // np.uint32(BINS))
+    return _dense(signature)
+
+
+def _dense(signature: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Empty bins borrow from the next that is not, marked by the distance; no document, no change.
+
+    Short documents leave many empty: without this they would all look alike there.
+    """
+    source = signature.copy()
+    for distance in range(1, BINS):
+        rows = np.flatnonzero((signature == _EMPTY).any(axis=1))
+        if not len(rows):
+            break
+        borrowed, now = np.roll(source[rows], -distance, axis=1), signature[rows]
+        fill = (now == _EMPTY) & (borrowed != _EMPTY)
+        now[fill] = borrowed[fill] + np.uint32(distance * _STEP % 2**32)
+        signature[rows] = now
+    return signature
+
+
+def _bands(signature: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """A key for each band of each sketch: (documents, BANDS)."""
+    keys = np.zeros((len(signature), BANDS), np.uint64)
+    parts = signature.reshape(len(signature), BANDS, _ROWS).astype(np.uint64)
+    for row in range(_ROWS):
+        keys = (keys ^ parts[:, :, row]) * _MIX
+        keys ^= keys >> np.uint64(29)
+    return keys + np.arange(BANDS, dtype=np.uint64) * _MIX
+
+
+def _shared(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which documents share a key with another of these: (documents,)."""
+    flat = keys.reshape(-1)
+    order = np.argsort(flat)
+    same = flat[order[1:]] == flat[order[:-1]]
+    found = np.zeros(len(keys), bool)
+    found[order[1:][same] // BANDS] = True
+    found[order[:-1][same] // BANDS] = True
+    return found
+
+
+def _grams(ids: NDArray[np.uint16], share: int) -> NDArray[np.uint64]:
+    """The different 5-grams of a document, sorted; of a long one every `share`-th, by its hash."""
+    hashes = gram_hashes(ids, GRAM)
+    if share > 1:
+        hashes = hashes[hashes % np.uint64(share) == 0]
+    hashes.sort()
+    return hashes[np.append(True, hashes[1:] != hashes[:-1])] if len(hashes) else hashes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of a run of documents lie."""
+
+    path: Path
+    offset: int
+    """Byte of the first token."""
+
+
+class Similar:
+    """All documents that stayed so far, by the bands of their sketches."""
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self._runs: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
+        self._places: list[Place] = []
+        self._where = np.empty((0, 3), np.int64)  # place, first token, tokens
+        self._signatures = np.empty((0, BINS), np.uint32)
+        self._count = 0
+        self.examples: list[tuple[float, NDArray[np.uint16], NDArray[np.uint16]]] = []
+
+    def new(
+        self,
+        tokens: NDArray[np.uint16],
+        lengths: NDArray[np.uint32],
+        signature: NDArray[np.uint32],
+        candidates: NDArray[np.bool_],
+        place: Place,
+    ) -> NDArray[np.bool_]:
+        """Which of `candidates` are like no earlier document that stayed: (documents,)."""
+        stays = candidates.copy()
+        looked = np.flatnonzero(candidates & (signature != _EMPTY).any(axis=1))
+        keys = _bands(signature[looked])
+        ends = np.cumsum(lengths, dtype=np.int64)
+        starts = ends - lengths
+        before = self._lookup(keys)
+        here: dict[int, list[int]] = {}
+        # Nearly all documents share no band with any other: they are done here.
+        for row in np.flatnonzero(
+            _shared(keys) | np.isin(np.arange(len(keys)), [*before])
+        ).tolist():
+            document, bands = int(looked[row]), keys[row].tolist()
+            ids = tokens[starts[document] : ends[document] - 1]
+            own = signature[document]
+            for other in dict.fromkeys(n for band in bands for n in here.get(band, ())):
+                known = tokens[starts[other] : ends[other] - 1]
+                if self._alike(ids, known, own, signature[other]):
+                    stays[document] = False
+                    break
+            else:
+                if self._like_before(ids, own, before.get(row, ())):
+                    stays[document] = False
+                    continue
+                for band in bands:
+                    here.setdefault(band, []).append(document)
+        kept = stays[looked]
+        self._remember(keys[kept], looked[kept], starts, lengths, signature, place)
+        return stays
+
+    def _like_before(
+        self, ids: NDArray[np.uint16], own: NDArray[np.uint32], others: Iterable[int]
+    ) -> bool:
+        """Whether the document is like one of these earlier ones."""
+        for other in others:
+            place, start, count = self._where[other].tolist()
+            if not self._may_be_alike(own, self._signatures[other]):
+                continue
+            known = self._places[place]
+            with known.path.open("rb") as file:
+                file.seek(known.offset + 2 * start)
+                tokens = np.frombuffer(file.read(2 * (count - 1)), np.uint16)
+            if self._alike(ids, tokens, own, self._signatures[other]):
+                return True
+        return False
+
+    def _may_be_alike(self, a: NDArray[np.uint32], b: NDArray[np.uint32]) -> bool:
+        """Whether two sketches leave it open: their estimate is off by a sixteenth or so."""
+        return bool((a == b).mean() >= self._threshold - _DOUBT)
+
+    def _alike(
+        self,
+        a: NDArray[np.uint16],
+        b: NDArray[np.uint16],
+        sketch_a: NDArray[np.uint32],
+        sketch_b: NDArray[np.uint32],
+    ) -> bool:
+        """Whether the Jaccard index of two documents' 5-grams reaches the threshold."""
+        if not self._may_be_alike(sketch_a, sketch_b):
+            return False
+        share = 1 << max(0, (max(len(a), len(b)) // _ENOUGH_GRAMS).bit_length() - 1)
+        grams_a, grams_b = _grams(a, share), _grams(b, share)
+        small, large = sorted((len(grams_a), len(grams_b)))
+        if not small or small < self._threshold * large:
+            return False
+        both = np.sort(np.concatenate([grams_a, grams_b]))
+        common = int((both[1:] == both[:-1]).sum())
+        jaccard = common / (small + large - common)
+        if jaccard >= self._threshold and len(self.examples) < 5:
+            self.examples.append((jaccard, a.copy(), b.copy()))
+        return jaccard >= self._threshold
+
+    def _lookup(self, keys: NDArray[np.uint64]) -> dict[int, list[int]]:
+        """Earlier documents that share a band, for each document that has any."""
+        found: dict[int, list[int]] = {}
+        flat = keys.reshape(-1)
+        for run, owners in self._runs:
+            at = np.minimum(np.searchsorted(run, flat), len(run) - 1)
+            for hit in np.flatnonzero(run[at] == flat).tolist():
+                others = found.setdefault(hit // BANDS, [])
+                other = int(owners[at[hit]])
+                if other not in others:
+                    others.append(other)
+        return found
+
+    def _remember(
+        self,
+        keys: NDArray[np.uint64],
+        documents: NDArray[Any],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.uint32],
+        signature: NDArray[np.uint32],
+        place: Place,
+    ) -> None:
+        """Documents that stayed, with their keys, become candidates for all that come."""
+        if not len(documents):
+            return
+        rows = np.empty((len(documents), 3), np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = (
+            len(self._places),
+            starts[documents],
+            lengths[documents],
+        )
+        owners = np.repeat(np.arange(len(documents), dtype=np.int64) + self._count, BANDS)
+        self._places.append(place)
+        if self._count + len(rows) > len(self._where):
+            grown = np.empty((2 * (self._count + len(rows)), 3), np.int64)
+            grown[: self._count] = self._where[: self._count]
+            self._where = grown
+            signatures = np.empty((len(grown), BINS), np.uint32)
+            signatures[: self._count] = self._signatures[: self._count]
+            self._signatures = signatures
+        self._where[self._count : self._count + len(rows)] = rows
+        self._signatures[self._count : self._count + len(rows)] = signature[documents]
+        self._count += len(rows)
+        run = keys.reshape(-1)
+        while self._runs and len(self._runs[-1][0]) <= max(len(run), 1 << 18):
+            older, old_owners = self._runs.pop()
+            run, owners = np.concatenate([older, run]), np.concatenate([old_owners, owners])
+        order = np.argsort(run, kind="stable")  # of equal keys the earliest document comes first
+        self._runs.append((run[order], owners[order]))

@@ -1,0 +1,106 @@
+"""The page of `sota data --html`: one file, nothing loaded from elsewhere."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #8888; }
+pre { white-space: pre-wrap; border-left: 3px solid #8888; padding-left: 1rem; }
+rect { fill: #4a7fb5; } text { font-size: 11px; fill: currentColor; }
+.wide { overflow-x: auto; }
+"""
+
+
+def page(
+    folder: Path,
+    manifest: dict[str, Any],
+    figures: dict[str, Any],
+    samples: list[tuple[str, int, str]],
+) -> str:
+    """HTML that shows a prepared folder: tables, histograms of lengths, rejects, samples."""
+    rows: list[tuple[str, ...]]
+    body = [f"<h1>{escape(str(folder))}</h1>"]
+    body.append(f"<p>Fingerprint <code>{manifest['fingerprint']}</code></p>")
+    body.append(
+        _table(
+            ("split", "documents", "tokens", "MB of text", "bytes per token"),
+            [
+                (
+                    split,
+                    f"{part['documents']:,}",
+                    f"{part['tokens']:,}",
+                    f"{part['text_bytes'] / 1e6:,.2f}",
+                    f"{part.get('bytes_per_token', 0):.2f}",
+                )
+                for split, part in figures.items()
+                if split != "leakage"
+            ],
+        )
+    )
+    if "leakage" in figures:
+        share = figures["leakage"]
+        body.append(f"<p>{share:.3%} of validation's 13-grams also stand in training.</p>")
+    for split, part in figures.items():
+        if split != "leakage" and part["tokens"]:
+            body.append(f"<h2>{split}: documents by length in tokens</h2>")
+            body.append(_histogram(part["length_histogram"]))
+            scripts = ", ".join(f"{name} {share:.1%}" for name, share in part["scripts"].items())
+            body.append(f"<p>Letters: {escape(scripts)}</p>")
+    if manifest["inputs"]:
+        body.append("<h2>Inputs</h2>")
+        rows = [
+            (row["input"], f"{row['files']:,}", f"{row['documents']:,}", f"{row['tokens']:,}")
+            for row in manifest["inputs"]
+        ]
+        body.append(_table(("input", "files", "documents", "tokens"), rows))
+    if manifest["rejects"]:
+        body.append("<h2>Not taken</h2>")
+        rows = [
+            (str(reason), f"{entry['count']:,}", "; ".join(entry["examples"])[:300])
+            for reason, entry in manifest["rejects"].items()
+        ]
+        body.append(_table(("reason", "count", "for example"), rows))
+    for split, number, text in samples:
+        body.append(f"<h2>{split} document {number:,}</h2><pre>{escape(text[:3000])}</pre>")
+    title = escape(f"Data: {folder}")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    def line(tag: str, cells: tuple[str, ...]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    inner = line("th", head) + "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table>{inner}</table></div>'
+
+
+def _histogram(bars: list[list[int]]) -> str:
+    """Bars of equal width for lengths that double from one to the next."""
+    width, height, most = 44, 140, max(count for _, count in bars)
+    parts = []
+    for i, (edge, count) in enumerate(bars):
+        tall = round(height * count / most)
+        parts.append(
+            f'<rect x="{i * width + 2}" y="{height + 15 - tall}" width="{width - 4}" '
+            f'height="{tall}"/><text x="{i * width + width / 2}" y="{height + 10 - tall}" '
+            f'text-anchor="middle">{count:,}</text><text x="{i * width + width / 2}" '
+            f'y="{height + 30}" text-anchor="middle">{_short(edge)}+</text>'
+        )
+    size = f'width="{len(bars) * width}" height="{height + 36}"'
+    return f'<div class="wide"><svg role="img" {size}>{"".join(parts)}</svg></div>'
+
+
+def _short(number: int) -> str:
+    """1024 -> 1k."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "k")):
+        if number >= unit:
+            return f"{number // unit}{name}"
+    return str(number)

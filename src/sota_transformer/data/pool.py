@@ -1,0 +1,217 @@
+"""Worker processes that encode units, in order, and survive the death of a worker.
+
+Where there is a fork server, workers come from it: a process of its own, without threads, that has
+loaded the encoder once. Elsewhere they are spawned; this process itself is never forked. A worker
+that dies takes the pool with it; the units that were under way are then tried again one at a time,
+so the one to blame is known by name.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+from sota_transformer.data.sources import Source
+from sota_transformer.data.units import Unit
+from sota_transformer.errors import BAD_DATA, SotaError
+
+_DEAD = (BrokenProcessPool, EOFError, ConnectionError)  # a worker, or the server that forks them
+_RECURSION = 3000  # deep but legal JSON; the C scanner stops there with an error, not a crash
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know."""
+
+    folder: Path
+    """Where results go."""
+    text_field: str
+    encoder: str
+    sketches: bool = False
+    """Whether near-duplicates will be looked for."""
+    excluded: Path | None = None
+    """File of gram hashes; documents with one of them are left out."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a unit came to, in numbers."""
+
+    documents: int
+    text_bytes: int
+    tokens: int
+
+
+def result_path(folder: Path, unit: Unit) -> Path:
+    """Where the result of a unit lies."""
+    return folder / f"unit-{unit.index:06d}"
+
+
+def _context() -> BaseContext:
+    """How worker processes come to be."""
+    # On macOS system libraries do not survive a fork, not even that of a small server.
+    if sys.platform == "darwin" or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sota_transformer.data.warm"])
+    return context
+
+
+def warm_up() -> None:
+    """Let the fork server load the encoder while this process still looks for its files."""
+    if _context().get_start_method() == "forkserver":
+        # numpy's linear algebra would start threads there, which a fork must not meet.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        forkserver.ensure_running()
+
+
+class Pool:
+    """Encodes units in worker processes."""
+
+    def __init__(self, job: Job, workers: int) -> None:
+        self._job, self._workers = job, workers
+        self._waiting: deque[tuple[Unit, Future[Done] | None]] = deque()
+        self._pool = self._start()
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self._workers, _context(), _begin, (self._job,))
+
+    def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Done]]:
+        """Every unit with its outcome, in order; a bounded number is under way at any time."""
+        for unit in units:
+            future = None
+            with contextlib.suppress(*_DEAD):  # then `_next` finds out, and starts another pool
+                future = self._pool.submit(_encode, unit)
+            self._waiting.append((unit, future))
+            while len(self._waiting) > 4 * self._workers or self._head_done():
+                yield self._next()
+        while self._waiting:
+            yield self._next()
+
+    def probe(self, source: Source) -> list[tuple[int, int, int]]:
+        """The pieces of a table, found by a worker: its file may be hostile."""
+        try:
+            return self._pool.submit(_probe, source).result()
+        except _DEAD:
+            self._one_by_one()
+        try:
+            return self._pool.submit(_probe, source).result()
+        except _DEAD as error:
+            raise SotaError(
+                f"a worker died twice on reading {source.name}; leave it out", BAD_DATA
+            ) from error
+
+    def _head_done(self) -> bool:
+        future = self._waiting[0][1] if self._waiting else None
+        return future is not None and future.done()
+
+    def _next(self) -> tuple[Unit, Done]:
+        unit, future = self._waiting[0]
+        try:
+            done = (future or self._pool.submit(_encode, unit)).result()
+        except _DEAD:
+            self._one_by_one()
+            return self._next()
+        self._waiting.popleft()
+        return unit, done
+
+    def _one_by_one(self) -> None:
+        """Encode all units under way anew, each alone. SotaError 65 names one that fails again."""
+        self._restart()
+        for at, (unit, _) in enumerate(self._waiting):
+            self._waiting[at] = (unit, self._alone(unit))
+
+    def _restart(self) -> None:
+        with contextlib.suppress(*_DEAD):
+            self._pool.shutdown()
+        self._pool = self._start()
+
+    def _alone(self, unit: Unit) -> "Future[Done]":
+        """Encode one unit with nothing beside it; once more if it fails, for the first failure may
+        be that of a fork server that was dying already.
+        """
+        error: BaseException | None = None
+        for _ in range(2):
+            try:
+                future = self._pool.submit(_encode, unit)
+                future.result()
+                return future
+            except _DEAD as caught:
+                error = caught
+                time.sleep(0.2)
+                self._restart()
+        names = ", ".join(dict.fromkeys(part.name for part in unit.segments[:3]))
+        first = unit.segments[0]
+        raise SotaError(
+            f"a worker died twice on {names} (from byte {first.start:,}): out of memory, "
+            "or a file that crashes its reader; leave it out, or use fewer --workers",
+            BAD_DATA,
+        ) from error
+
+    def close(self, *, stop: bool = False) -> None:
+        """Let the workers go; `stop` ends them where they are."""
+        if stop:
+            for process in multiprocessing.active_children():
+                process.terminate()
+        with contextlib.suppress(*_DEAD):
+            self._pool.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """This process's own state, made once."""
+
+    job: Job
+    tools: Any
+
+
+def _begin(job: Job) -> None:
+    """Set a worker up: it leaves stopping to the parent, and ends when the parent is gone."""
+    from sota_transformer.data.encode import Tools
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.setrecursionlimit(_RECURSION)
+    threading.Thread(target=_watch, daemon=True).start()
+    _Worker.job = job
+    _Worker.tools = Tools(job.encoder, job.text_field, job.sketches, job.excluded)
+
+
+def _watch() -> None:
+    """An orphan would wait for work for ever; its fork server would wait for the orphan."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)
+
+
+def _probe(source: Source) -> list[tuple[int, int, int]]:
+    from sota_transformer.data.tables import probe
+
+    return probe(source, _Worker.job.text_field)
+
+
+def _encode(unit: Unit) -> Done:
+    """Encode one unit into its file, unless it lies there already."""
+    from sota_transformer.data.encode import encode_unit, load, store
+
+    path = result_path(_Worker.job.folder, unit)
+    encoded = load(path, unit.key, check=True)
+    if encoded is None:
+        encoded = encode_unit(unit, _Worker.tools)
+        store(encoded, path, unit.key)
+    for segment in unit.segments:
+        if segment.spooled:
+            Path(segment.path).unlink(missing_ok=True)
+    tokens, text_bytes = len(encoded.tokens), int(encoded.text_bytes.sum(dtype="int64"))
+    return Done(len(encoded.lengths), text_bytes, tokens)

@@ -1,0 +1,261 @@
+"""`sota prepare`: text in, token shards out.
+
+1. sources.find       which files there are, and what is not taken
+2. units.cut          units of work, a function of the files alone
+3. pool.Pool          worker processes read, check, hash and encode; one result file a unit
+4. merge.Merger       in order: duplicates out, sides chosen, shards written
+5. the folder gets its name last, with a manifest that lists every byte
+
+Until then everything lies in a hidden work folder beside the target. A preparation that is stopped
+in any way leaves that folder; the same command then goes on with the units that are done.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sota_transformer.data.guards import enough, plain_errors, stoppable, workers
+from sota_transformer.data.pool import Job, Pool, result_path, warm_up
+from sota_transformer.data.progress import Progress, summary
+from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find
+from sota_transformer.data.units import Unit, cut
+from sota_transformer.durable import MANIFEST, DirectoryLock, make_folder, sha256_file
+from sota_transformer.errors import IO_FAILED, LOCKED, NO_INPUT, USAGE, SotaError
+from sota_transformer.options import Prepare
+
+if TYPE_CHECKING:  # numpy loads while the workers start
+    from sota_transformer.data.merge import Merger
+
+
+def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
+    """Prepare `options.inputs` into `options.out`; the manifest, or {} for one part of the work.
+
+    `encoder` is for tests: it changes nothing in the result. SotaError with the documented codes
+    for all that a user can do wrong or meet.
+    """
+    if problems := options.problems():
+        raise SotaError("; ".join(problems), USAGE)
+    warm_up()
+    sources, skipped = find(options.inputs)
+    request = _request(options, sources)
+    work = options.out.parent / f".{options.out.name}.preparing"
+    old = _existing(options)
+    if old and request in old["requests"]:
+        print(f"{options.out} already holds these inputs, prepared with these options")
+        if work.exists():  # killed after the commit, before the clean-up
+            with DirectoryLock(work):
+                shutil.rmtree(work)
+        return old
+    if old and not options.append:
+        raise SotaError(
+            f"{options.out} holds data from other inputs (or changed ones) or with other options; "
+            f"--append adds to it; or choose another --out, or delete it: rm -r {options.out}",
+            LOCKED,
+        )
+    with plain_errors(options.out), stoppable(work):
+        run = _Run(options, sources, skipped, request, old, work, encoder)
+        make_folder(run.own)
+        with DirectoryLock(run.own):
+            return run.do()
+
+
+def _request(options: Prepare, sources: list[Source]) -> str:
+    """A hash of all that decides the result: another one means another preparation."""
+    settings = (options.val_fraction, options.text_field, options.near_dedup, options.exclude)
+    digest = hashlib.sha256(repr(settings).encode())
+    for source in sources:
+        mark = f"\n{source.input}\0{source.name}\0{source.size}\0{source.modified}"
+        digest.update(os.fsencode(mark))
+    return digest.hexdigest()
+
+
+def _existing(options: Prepare) -> dict[str, Any] | None:
+    """The manifest of what is in the target, None if nothing is. SotaError 73 or 66 if unusable."""
+    out = options.out
+    if os.path.lexists(out) and not out.is_dir():
+        raise SotaError(f"{out} exists and is no folder; choose another --out", LOCKED)
+    if not out.is_dir() or not any(out.iterdir()):
+        if options.append:
+            raise SotaError(f"--append: no prepared data in {out}", NO_INPUT)
+        return None
+    if not (out / MANIFEST).exists():
+        raise SotaError(
+            f"{out} is not empty and not prepared data; choose another --out or empty it", LOCKED
+        )
+    from sota_transformer.data.shards import load_manifest
+
+    return load_manifest(out)
+
+
+class _Run:
+    """One preparation under way."""
+
+    def __init__(
+        self,
+        options: Prepare,
+        sources: list[Source],
+        skipped: list[Skipped],
+        request: str,
+        old: dict[str, Any] | None,
+        work: Path,
+        encoder: str,
+    ) -> None:
+        self.options, self.sources, self.skipped = options, sources, skipped
+        self.request, self.old, self.work, self.encoder = request, old, work, encoder
+        self.part, self.parts = map(int, (options.part or "1/1").split("/"))
+        # Parts share the results' folder and nothing else.
+        self.own = work / f"part-{self.part}-of-{self.parts}" if options.part else work
+
+    def do(self) -> dict[str, Any]:
+        """Encode, and unless this is only a part of the work, merge and commit."""
+        for name in ("shards", "spool"):
+            shutil.rmtree(self.own / name, ignore_errors=True)
+            (self.own / name).mkdir()
+        make_folder(self.work / "units")
+        job = Job(
+            self.work / "units",
+            self.options.text_field,
+            self.encoder,
+            sketches=self.options.near_dedup > 0,
+            excluded=self._excluded(),
+        )
+        pool = Pool(job, workers(self.options))
+        packed = any(source.codec or source.kind in ARCHIVES for source in self.sources)
+        total = sum(source.size for source in self.sources) // self.parts
+        progress = Progress(None if packed else total)
+        try:
+            manifest = self._encode(pool, progress)
+        except BaseException:
+            progress.close()
+            pool.close(stop=True)
+            raise
+        pool.close()
+        seconds = progress.close()
+        if self.options.part:
+            shutil.rmtree(self.own)
+            print(
+                f"part {self.options.part} is done in {seconds:,.1f} s: the results lie in "
+                f"{self.work}; the same command without --part puts them together"
+            )
+            return {}
+        manifest = self._commit(manifest)
+        print(summary(manifest, self.options.out))
+        print(
+            f"{progress.documents / seconds:,.0f} documents/s, "
+            f"{progress.text_bytes / seconds / 1e6:,.1f} MB/s, {seconds:,.1f} s"
+        )
+        return manifest
+
+    def _excluded(self) -> Path | None:
+        """The file of excluded grams, made if it is asked for."""
+        if not self.options.exclude:
+            return None
+        from sota_transformer.data.exclude import write_excluded
+
+        path = self.own / "excluded.npy"
+        if short := write_excluded(self.options.exclude, self.options.text_field, path):
+            print(f"note: {short:,} excluded texts are too short to be found again")
+        return path
+
+    def _units(self, pool: Pool) -> Iterator[Unit]:
+        """This part's units, numbered over all parts, with keys."""
+        options = self.options
+        settings = f"2\0{options.text_field}\0{options.near_dedup > 0}"
+        if options.exclude:
+            settings += sha256_file(self.own / "excluded.npy")
+        cuts = cut(self.sources, self.own / "spool", self.skipped.append, pool.probe)
+        for index, (segments, identity) in enumerate(cuts):
+            if index % self.parts != self.part - 1:
+                for segment in segments:
+                    if segment.spooled:
+                        Path(segment.path).unlink(missing_ok=True)
+                continue
+            ranges = "\n".join(f"{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
+            text = f"{settings}\0{identity}\0{ranges}".encode("utf-8", "surrogateescape")
+            yield Unit(index, segments, hashlib.sha256(text).hexdigest())
+
+    def _encode(self, pool: Pool, progress: Progress) -> dict[str, Any]:
+        """All units, through the merger if there is to be a result; the manifest's contents."""
+        results = pool.run(self._units(pool))
+        first = next(results, None)  # the workers are busy now: time to load numpy here
+        from sota_transformer.data.encode import load
+
+        merger = None if self.options.part else self._merger()
+        try:
+            for unit, done in chain([first] if first else [], results):
+                size = sum(segment.stop - segment.start for segment in unit.segments)
+                progress.add(done.documents, done.text_bytes, done.tokens, size)
+                if merger is None:
+                    continue
+                encoded = load(result_path(self.work / "units", unit), unit.key, check=False)
+                if encoded is None:
+                    text = f"{self.work}: a result vanished; give the command again"
+                    raise SotaError(text, IO_FAILED)
+                merger.add(encoded)
+            if merger is None:
+                return {}
+            for item in self.skipped:
+                merger.rejects.add(item.reason, item.where)
+            return merger.close() | self._inputs(merger)
+        except BaseException:
+            if merger is not None:
+                merger.abandon()
+            raise
+
+    def _merger(self) -> "Merger":
+        """A merger for this preparation; it knows what is there when this is an append."""
+        from sota_transformer.data.merge import Merger
+
+        options, old = self.options, self.old
+        if old is None:
+            threshold = min(int(options.val_fraction * 2**64), 2**64 - 1)
+            return Merger(self.own / "shards", threshold, len(options.inputs), options.near_dedup)
+        threshold = old["split_rule"]["val_below"]
+        if threshold != min(int(options.val_fraction * 2**64), 2**64 - 1):
+            print(f"note: validation keeps its share of {threshold / 2**64:.3g} of the documents")
+        first = {split: len(part["shards"]) for split, part in old["splits"].items()}
+        merger = Merger(
+            self.own / "shards", threshold, len(options.inputs), options.near_dedup, first
+        )
+        merger.know(options.out, old)
+        return merger
+
+    def _inputs(self, merger: "Merger") -> dict[str, Any]:
+        """The manifest's part that follows from the inputs and options."""
+        options, files = self.options, [0] * len(self.options.inputs)
+        for source in self.sources:
+            files[source.input] += 1
+        rows = zip(options.inputs, files, merger.by_input.tolist(), strict=True)
+        return {
+            "inputs": [
+                {"input": text, "files": count, "documents": n, "text_bytes": size, "tokens": ids}
+                for text, count, (n, size, ids) in rows
+            ],
+            "options": {
+                "val_fraction": options.val_fraction,
+                "text_field": options.text_field,
+                "near_dedup": options.near_dedup,
+                "exclude": list(options.exclude),
+            },
+            "requests": [self.request],
+        }
+
+    def _commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Put the new shards in place."""
+        from sota_transformer.data.commit import commit_append, commit_new, complete, joined
+
+        shards, out = self.own / "shards", self.options.out
+        if self.old is None:
+            enough(manifest, self.options.val_fraction)
+            threshold = min(int(self.options.val_fraction * 2**64), 2**64 - 1)
+            manifest = complete(manifest, threshold)
+            commit_new(shards, out, manifest)
+        else:
+            manifest = joined(self.old, manifest)
+            commit_append(shards, out, manifest)
+        shutil.rmtree(self.work)
+        return manifest

@@ -1,0 +1,91 @@
+"""What `sota prepare` shows while it works and when it is done."""
+
+import sys
+import time
+from typing import Any
+
+_PLAIN_SECONDS = 5.0
+_LIVE_SECONDS = 0.1
+
+
+class Progress:
+    """A bar on a terminal, a plain line every few seconds elsewhere; both on stderr."""
+
+    def __init__(self, total_bytes: int | None) -> None:
+        """`total_bytes` of input to read, None where packed files make it unknown."""
+        self.started = self._shown = time.monotonic()
+        self.documents = self.text_bytes = self.tokens = 0
+        self._read, self._total = 0, total_bytes
+        self._bar: Any = _bar() if sys.stderr.isatty() else None
+        self._task = self._bar.add_task("", total=total_bytes, text="") if self._bar else None
+        if self._bar:
+            self._bar.start()
+
+    def add(self, documents: int, text_bytes: int, tokens: int, read_bytes: int) -> None:
+        """One more unit is encoded; `read_bytes` is its share of the input."""
+        self.documents += documents
+        self.text_bytes += text_bytes
+        self.tokens += tokens
+        self._read += read_bytes
+        now = time.monotonic()
+        if now - self._shown >= (_LIVE_SECONDS if self._bar else _PLAIN_SECONDS):
+            self._shown = now
+            self._show(now - self.started)
+
+    def _show(self, seconds: float) -> None:
+        text = (
+            f"{self.documents:,} documents ({self.documents / seconds:,.0f}/s)  "
+            f"{self.text_bytes / 1e6:,.0f} MB ({self.text_bytes / seconds / 1e6:,.0f} MB/s)  "
+            f"{self.tokens / 1e6:,.1f} M tokens"
+        )
+        if self._total and self._read:
+            share = min(1.0, self._read / self._total)
+            text = f"{share:5.1%}  {text}  {seconds / share - seconds:,.0f} s left"
+        if self._bar:
+            self._bar.update(self._task, completed=self._read, text=text)
+        else:
+            print(f"prepare: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> float:
+        """Clear the bar; seconds since the start."""
+        if self._bar:
+            self._bar.stop()
+        return max(1e-9, time.monotonic() - self.started)
+
+
+def _bar() -> Any:
+    """A bar that vanishes when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), TextColumn("{task.fields[text]}"))
+    return Bar(*columns, console=Console(stderr=True), transient=True)
+
+
+def summary(manifest: dict[str, Any], folder: Any) -> str:
+    """The prepared data as a table for people: what was taken, what was not, and why."""
+    lines = [f"{'input':<40} {'documents':>11} {'MB of text':>11} {'tokens':>13}"]
+    for row in manifest["inputs"]:
+        lines.append(_row(row["input"], row["documents"], row["text_bytes"], row["tokens"]))
+    for split, part in manifest["splits"].items():
+        lines.append(_row(f"-> {split}", part["documents"], part["text_bytes"], part["tokens"]))
+    if manifest["rejects"]:
+        lines.append("not taken:")
+    for reason, entry in sorted(manifest["rejects"].items(), key=lambda item: -item[1]["count"]):
+        example = f"  e.g. {entry['examples'][0]}" if entry["examples"] else ""
+        lines.append(f"  {entry['count']:>9,}  {reason}{printable(example)}")
+    lines.append(f"fingerprint {manifest['fingerprint'][:16]}  in {folder}")
+    return "\n".join(lines)
+
+
+def _row(name: str, documents: int, text_bytes: int, tokens: int) -> str:
+    name = printable(name)
+    name = name if len(name) <= 40 else f"...{name[-37:]}"
+    return f"{name:<40} {documents:>11,} {text_bytes / 1e6:>11,.2f} {tokens:>13,}"
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Text from anywhere, safe for a terminal: control characters become question marks."""
+    table = {i: "?" for i in (*range(32), 127, *range(128, 160)) if not (lines and i in (9, 10))}
+    return text.encode("utf-8", "replace").decode().translate(table)

@@ -1,0 +1,225 @@
+"""The prepared data on disk, and windows of tokens out of it.
+
+    train-00000.npy         uint16 ids, each document closed by end-of-text
+    train-00000.ends.npy    uint64, where each document of that shard ends, in tokens
+    train-00000.hashes.npy  uint64 (documents, 2), the keyed hash of each document's text
+    val-00000.npy ...       the same for validation; no document lies in two shards
+    manifest.json           last: sizes and SHA-256, counts, tokenizer, sources; present = complete
+
+`TokenWindows` reads with plain reads, not through a memory map: a shard that is cut short under a
+running process is then an error with a name, where a map would kill the process.
+"""
+
+import json
+import os
+import stat
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from sota_transformer.config import VOCAB
+from sota_transformer.data.foreign import foreign_files, foreign_manifest
+from sota_transformer.durable import (
+    MANIFEST,
+    canonical_json,
+    read_manifest,
+    seal,
+    sha256_file,
+    write_file,
+)
+from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+
+FORMAT = "sota-shards-1"
+SPLITS = ("train", "val")
+_FOREIGN = ".foreign.json"
+_VERIFIED = ".verified.json"  # which files this machine has hashed, as they were then
+_AGAIN = "prepare it again with `sota prepare INPUT --out {folder}`"
+
+Split = Literal["train", "val"]
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    SotaError 66 without the folder; 65 if it is not complete, was changed, or has another format
+    or vocabulary.
+    """
+    again = _AGAIN.format(folder=folder)
+    if not folder.is_dir():
+        raise SotaError(f"no data folder {folder}; {again}", NO_INPUT)
+    if not (folder / MANIFEST).exists() and foreign_files(folder):
+        return _foreign(folder)
+    if not (folder / MANIFEST).exists():
+        raise SotaError(
+            f"{folder} has no {MANIFEST}, so it is not prepared data; {again}", BAD_DATA
+        )
+    manifest = read_manifest(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        found = manifest.get("format")
+        raise SotaError(f"{folder} has format {found!r}, not {FORMAT!r}; {again}", BAD_DATA)
+    if manifest.get("vocab_size") != VOCAB:
+        found = manifest.get("vocab_size")
+        raise SotaError(f"{folder} has a vocabulary of {found}, not {VOCAB}; {again}", BAD_DATA)
+    return manifest
+
+
+def _foreign(folder: Path) -> dict[str, Any]:
+    """The manifest of another project's files, remembered as long as they do not change."""
+    mark = [
+        [path.name, status.st_size, status.st_mtime_ns]
+        for path in foreign_files(folder)
+        for status in [path.stat()]
+    ]
+    note = folder / _FOREIGN
+    try:
+        known = read_manifest(note)
+    except SotaError:
+        known = {}
+    if known.get("mark") == mark:
+        return known
+    manifest = foreign_manifest(folder) | {"mark": mark}
+    try:
+        write_file(note, canonical_json(seal(manifest)))
+    except OSError:
+        pass  # a read-only folder is read through at each start
+    return manifest
+
+
+class Shard:
+    """One `.npy` file of a prepared folder, open for reading; it must be as the manifest says."""
+
+    def __init__(self, folder: Path, name: str, manifest: dict[str, Any], verify: str) -> None:
+        """Open and check. SotaError 65 for a wrong size, type or hash."""
+        self.path, entry = folder / name, manifest["files"][name]
+        again = _AGAIN.format(folder=folder)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(self.path, flags), "rb", buffering=0)
+            found = os.fstat(self._file.fileno())
+        except OSError as error:
+            raise SotaError(f"{self.path}: {error.strerror}; {again}", BAD_DATA) from error
+        if not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
+            text = f"{self.path} has {found.st_size:,} bytes, not {entry['bytes']:,}; {again}"
+            raise SotaError(text, BAD_DATA)
+        if verify != "size":
+            _verify_once(self.path, found, entry["sha256"], always=verify == "full")
+        if "start" in entry:  # raw ids
+            self.dtype, self._start = np.dtype("<u2"), int(entry["start"])
+            self.items = (found.st_size - self._start) // 2
+            return
+        shape, self.dtype = self._header()
+        self.items = int(np.prod(shape))
+        if self._start + self.items * self.dtype.itemsize != found.st_size:
+            raise SotaError(f"{self.path}: header and size disagree; {again}", BAD_DATA)
+
+    def _header(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and type from the npy header."""
+        try:
+            version = npy.read_magic(self._file)
+            if version != (1, 0):
+                raise ValueError(f"npy version {version}")
+            shape, fortran, dtype = npy.read_array_header_1_0(self._file)
+        except ValueError as error:
+            raise SotaError(f"{self.path}: not a .npy file ({error})", BAD_DATA) from error
+        if fortran or dtype.str not in ("<u2", "<u8"):
+            raise SotaError(f"{self.path}: holds {dtype}, not token data", BAD_DATA)
+        self._start = self._file.tell()
+        return shape, dtype
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Items start..stop, flat: (stop - start,). SotaError 65 if the file got shorter."""
+        size, position = self.dtype.itemsize, self._start
+        want = (stop - start) * size
+        data = os.pread(self._file.fileno(), want, position + start * size)
+        while len(data) < want:  # a read may stop at 2 GB, or at the end of a file that was cut
+            more = os.pread(
+                self._file.fileno(), want - len(data), position + start * size + len(data)
+            )
+            if not more:
+                raise SotaError(f"{self.path} was cut short while in use", BAD_DATA)
+            data += more
+        return np.frombuffer(data, self.dtype)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+def _verify_once(path: Path, found: os.stat_result, sha256: str, *, always: bool) -> None:
+    """Hash the file unless this very file was hashed before. SotaError 65 on a mismatch."""
+    note, mark = path.parent / _VERIFIED, [found.st_size, found.st_mtime_ns, found.st_ino, sha256]
+    try:
+        known = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    if known.get(path.name) == mark and not always:
+        return
+    if sha256_file(path) != sha256:
+        again = _AGAIN.format(folder=path.parent)
+        raise SotaError(f"{path}: sha256 mismatch, the file is damaged; {again}", BAD_DATA)
+    try:
+        write_file(note, json.dumps(known | {path.name: mark}).encode())
+    except OSError:
+        pass  # a read-only data folder is hashed at each start
+
+
+class TokenWindows:
+    """A split as windows of seq_len + 1 tokens, each starting at the last token of the one before.
+
+    Windows run over the documents as one stream; nothing is dropped but less than one window.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: Split,
+        seq_len: int,
+        verify: Literal["once", "full", "size"] = "once",
+    ) -> None:
+        """Open and check. SotaError 66 without the folder, 65 if damaged or too short."""
+        manifest = load_manifest(Path(folder))
+        part = manifest["splits"][split]
+        self.seq_len, self.tokens, self.text_bytes = seq_len, part["tokens"], part["text_bytes"]
+        self.documents, self.fingerprint = part["documents"], manifest["fingerprint"]
+        if self.tokens < seq_len + 1:
+            advice = "add text" if split == "train" else "add text or raise --val-fraction"
+            raise SotaError(
+                f"{folder}: the {split} split has {self.tokens:,} tokens and a window needs "
+                f"{seq_len + 1:,}; {advice} in `sota prepare`, or shorten --model.seq-len",
+                BAD_DATA,
+            )
+        self._shards = [Shard(Path(folder), name, manifest, verify) for name in part["shards"]]
+        self._starts = [0, *accumulate(shard.items for shard in self._shards)]
+        if self._starts[-1] != self.tokens:
+            found = f"{self._starts[-1]:,} tokens, the manifest says {self.tokens:,}"
+            raise SotaError(f"{folder}: the {split} shards hold {found}", BAD_DATA)
+
+    def __len__(self) -> int:
+        return (self.tokens - 1) // self.seq_len
+
+    def __getitem__(self, index: int) -> NDArray[np.uint16]:
+        """Window `index`: (seq_len + 1,) uint16."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.seq_len
+        return self.read(start, start + self.seq_len + 1)
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint16]:
+        """Tokens start..stop of the whole split, across shards: (stop - start,) uint16."""
+        pieces, at = [], bisect_right(self._starts, start) - 1
+        while start < stop:
+            base, end = self._starts[at], min(stop, self._starts[at + 1])
+            pieces.append(self._shards[at].read(start - base, end - base))
+            start, at = end, at + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for shard in self._shards:
+            shard.close()

@@ -1,0 +1,221 @@
+"""Which files the inputs name, in an order that does not depend on listing, machine or worker.
+
+An input is a file, a folder, a glob, `python:` or `-`, standard input. Every file gets a name
+relative to its input; files are taken in the order of (input, name). What is not taken is reported
+with a reason: nothing disappears in silence. Folders are not left through links, and no folder is
+entered twice.
+"""
+
+import os
+import stat
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sota_transformer.errors import NO_INPUT, SotaError
+
+PYTHON, STDIN = "python:", "-"
+_TEXT = ("txt", "text", "md", "markdown", "rst", "tex", "org")
+_CODE = """
+py pyi pyx c h cc cpp cxx hpp hh cu cuh m mm rs go java kt kts scala swift js mjs cjs jsx ts tsx rb
+php pl pm lua r jl hs ml mli clj ex exs erl sh bash zsh fish ps1 sql cs fs vb f f90 zig nim dart css
+scss toml yaml yml ini cfg cmake make mk dockerfile proto
+"""
+KINDS = {
+    **dict.fromkeys(_TEXT, "text"),
+    **dict.fromkeys(_CODE.split(), "code"),
+    **dict.fromkeys(("htm", "html", "xhtml"), "html"),
+    **dict.fromkeys(("jsonl", "ndjson"), "jsonl"),
+    **dict.fromkeys(("arrow", "feather", "ipc"), "arrow"),
+    "csv": "csv",
+    "tsv": "tsv",
+    "parquet": "parquet",
+}
+CODECS = ("gz", "zst", "bz2", "xz")
+ARCHIVES = ("zip", "tar")
+TABLES = ("parquet", "arrow")
+_SHORT = {"tgz": "tar.gz", "tbz2": "tar.bz2", "txz": "tar.xz", "tzst": "tar.zst"}
+KNOWN = (
+    "txt md rst html py (and other source code) jsonl ndjson csv tsv parquet arrow, "
+    "also in .gz .zst .bz2 .xz .zip .tar"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to read."""
+
+    input: int
+    """Index of the input it came with."""
+    name: str
+    """Its name inside that input."""
+    path: str
+    """Where it is."""
+    kind: str
+    """What its documents look like: one of KINDS' values, or an archive."""
+    codec: str
+    """How it is compressed: "" or one of CODECS; "stdin" for standard input."""
+    size: int
+    """Bytes on disk."""
+    modified: int
+    """Nanoseconds; only to notice that a file changed between two attempts."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that was looked at and not taken."""
+
+    reason: str
+    where: str
+
+
+def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
+    """Files of all inputs in their order, and what was not taken.
+
+    SotaError 66 for an input that is not there, or when there is nothing to read at all.
+    """
+    sources: list[Source] = []
+    skipped: list[Skipped] = []
+    for index, text in enumerate(inputs):
+        if text == STDIN:
+            sources.append(Source(index, "stdin", text, "", "stdin", 0, time.time_ns()))
+            continue
+        only = ".py" if text == PYTHON else ""
+        found = [item for root, name in _roots(text) for item in _walk(index, root, name, only)]
+        sources += sorted(
+            (item for item in found if isinstance(item, Source)),
+            key=lambda source: (os.fsencode(source.name), os.fsencode(source.path)),
+        )
+        skipped += sorted(
+            (item for item in found if isinstance(item, Skipped)), key=lambda item: item.where
+        )
+    if not sources:
+        hint = "".join(f"; {item.where}: {item.reason}" for item in skipped[:3])
+        raise SotaError(
+            f"no text found in {', '.join(inputs)}{hint}; give files or folders of {KNOWN}",
+            NO_INPUT,
+        )
+    return sources, skipped
+
+
+def _roots(text: str) -> Iterator[tuple[str, str]]:
+    """(path, name) of the files and folders an input stands for."""
+    if text == PYTHON:
+        paths = sysconfig.get_paths()
+        roots = {"stdlib": "stdlib", "purelib": "site-packages", "platlib": "site-packages"}
+        seen = set()
+        for key, name in roots.items():
+            if (real := os.path.realpath(paths[key])) not in seen:
+                seen.add(real)
+                yield paths[key], name
+        return
+    if os.path.lexists(text):
+        yield text, Path(text).absolute().name
+        return
+    matches = _matches(text)
+    if not matches:
+        what = "matches nothing" if any(sign in text for sign in "*?[") else "does not exist"
+        raise SotaError(f"input {text!r} {what}; check the path", NO_INPUT)
+    taken: set[str] = set()
+    for match in matches:  # `**` also lists what lies inside a folder that it lists
+        if not any(parent in taken for parent in map(str, Path(match).parents)):
+            taken.add(match)
+            yield match, match
+
+
+def _matches(pattern: str) -> list[str]:
+    """Paths that a glob matches, sorted."""
+    if not any(sign in pattern for sign in "*?["):
+        return []
+    path = Path(pattern)
+    start = Path(path.anchor) if path.anchor else Path()
+    try:
+        return sorted(map(str, start.glob(str(path.relative_to(path.anchor)))))
+    except (ValueError, NotImplementedError):
+        return []
+
+
+def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skipped]:
+    """Every file at or below `root`; `name` stands for the root in names and reports.
+
+    `only` is the one ending that is looked at: `python:` means the sources, not what lies beside.
+    """
+    if not Path(root).is_dir():
+        yield _file(index, root, name, named=True)
+        return
+    real_root, seen = os.path.realpath(root), set[tuple[int, int]]()
+    waiting = [(root, name)]
+    while waiting:
+        folder, below = waiting.pop()
+        try:
+            status = Path(folder).stat()
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            yield Skipped(f"cannot be read ({error.strerror})", below)
+            continue
+        if (key := (status.st_dev, status.st_ino)) in seen:
+            continue
+        seen.add(key)
+        for entry in entries:
+            inside = f"{below}/{entry.name}"
+            if entry.name.startswith(".") or entry.name == "__pycache__":
+                if not only:
+                    yield Skipped("hidden", inside)
+            elif only and entry.name == "site-packages":
+                continue  # below the standard library, and a root of its own
+            elif entry.is_symlink() and not _stays(entry.path, real_root):
+                yield Skipped("link that leaves the folder, or leads nowhere", inside)
+            elif entry.is_symlink() and entry.is_dir():
+                yield Skipped("link to a folder", inside)
+            elif entry.is_dir():
+                waiting.append((entry.path, inside))
+            elif not entry.name.endswith(only):
+                continue
+            else:
+                yield _file(index, entry.path, inside, named=False)
+
+
+def _stays(path: str, real_root: str) -> bool:
+    """Whether a link leads to something that exists below the root."""
+    real = os.path.realpath(path)
+    return Path(real).exists() and os.path.commonpath((real, real_root)) == real_root
+
+
+def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
+    """The file as a source, or why it is none. A file named by itself may have any ending."""
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        return Skipped(f"cannot be read ({error.strerror})", name)
+    if not stat.S_ISREG(status.st_mode):
+        return Skipped("not a regular file", name)
+    if not os.access(path, os.R_OK):
+        return Skipped("cannot be read (no permission)", name)
+    codec, kind = what(Path(path).name)
+    kind = kind or ("text" if named else "")
+    if not kind:
+        return Skipped(f"{_ending(path)} is not a text format", name)
+    if codec and kind in TABLES:
+        return Skipped(f"compressed {kind}, which compresses by itself; unpack it", name)
+    if not status.st_size:
+        return Skipped("empty file", name)
+    return Source(index, name, path, kind, codec, status.st_size, status.st_mtime_ns)
+
+
+def what(name: str) -> tuple[str, str]:
+    """(codec, kind) that a file name stands for; an empty kind for none that is known."""
+    stem, _, suffix = name.lower().rpartition(".")
+    if suffix in _SHORT:
+        stem, _, suffix = f"{stem}.{_SHORT[suffix]}".rpartition(".")
+    codec = suffix if suffix in CODECS else ""
+    if codec:
+        suffix = stem.rpartition(".")[2]
+    return codec, KINDS.get(suffix, suffix if suffix in ARCHIVES else "")
+
+
+def _ending(path: str) -> str:
+    """The ending of a file name, for a reason that many files share."""
+    suffix = Path(path).suffix.lower()
+    return f"{suffix[:12]} file" if suffix else "file without an ending"

@@ -1,0 +1,225 @@
+"""Compressed files, archives and standard input as bounded chunks of bytes.
+
+Damage, bombs and what cannot be read are reported, never passed over in silence. Members of an
+archive are read as streams; nothing is extracted under a name that the archive chose.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import IO, Any
+
+from sota_transformer.data.sources import ARCHIVES, KNOWN, TABLES, Skipped, Source, what
+
+CHUNK = 1 << 20
+_BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
+_SEAL = b"\0sota: the whole stream was read\0"
+
+Refused = Callable[[Skipped], None]
+Stream = tuple[str, str, Iterator[bytes]]  # name, kind, chunks
+
+
+def streams(source: Source, refused: Refused) -> Iterator[Stream]:
+    """Every stream of text in a packed source, in order; each must be read before the next."""
+    if source.codec == "stdin":
+        yield from _standard_input(source, refused)
+    elif source.kind == "zip":
+        yield from _zip(source, refused)
+    elif source.kind == "tar":
+        yield from _tar(source, refused)
+    else:
+        yield source.name, source.kind, _file(source, refused)
+
+
+def _file(source: Source, refused: Refused) -> Iterator[bytes]:
+    with Path(source.path).open("rb") as raw:
+        yield from _guarded(unpacked(raw, source.codec), source.name, source.size, refused)
+
+
+def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) -> Iterator[bytes]:
+    """The chunks, ended early and with a reason where the stream is damaged or a bomb."""
+    total = 0
+    try:
+        for chunk in chunks:
+            yield chunk
+            total += len(chunk)
+            if total > _BOMB_BYTES and total > _BOMB_RATIO * max(1, packed):
+                reason = f"expands over {_BOMB_RATIO} to 1; only its start was taken"
+                refused(Skipped(reason, name))
+                return
+    except damage() as error:
+        where = f"{name}: {(str(error).splitlines() or [''])[0][:80]}"
+        refused(Skipped("damaged stream; only its readable start was taken", where))
+
+
+def damage() -> tuple[type[BaseException], ...]:
+    """What a damaged stream or archive may raise."""
+    errors: list[type[BaseException]] = [OSError, EOFError, ValueError, RuntimeError]
+    errors += [NotImplementedError, zlib.error, lzma.LZMAError, zipfile.BadZipFile]
+    errors.append(tarfile.TarError)
+    if "zstandard" in sys.modules:
+        errors.append(sys.modules["zstandard"].ZstdError)
+    return tuple(errors)
+
+
+def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
+    """Chunks of at most CHUNK bytes of the stream `raw`, unpacked."""
+    if codec == "zst":
+        yield from _zstandard(raw)
+        return
+    openers: dict[str, Callable[[IO[bytes]], Any]] = {
+        "": lambda raw: raw,
+        "gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
+        "bz2": bz2.BZ2File,
+        "xz": lzma.LZMAFile,
+    }
+    with closing(openers[codec](raw)) as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
+
+
+class _Chained(io.RawIOBase):
+    """Bytes, then a stream, then other bytes."""
+
+    def __init__(self, first: bytes, raw: IO[bytes], last: bytes) -> None:
+        self._first, self._raw, self._last = first, raw, last
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes of whatever part is not used up."""
+        if data := self._first[: size if size >= 0 else None]:
+            self._first = self._first[len(data) :]
+            return data
+        if data := self._raw.read(size):
+            return data
+        data, self._last = self._last, b""
+        return data
+
+
+def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
+    """Chunks of a zstandard stream of any number of frames. EOFError if its end is missing.
+
+    zstandard does not say that its input was cut off, so a frame of our own goes behind it: it
+    comes out at the end exactly when all before it was whole.
+    """
+    import zstandard
+
+    sealed: Any = _Chained(b"", raw, zstandard.ZstdCompressor().compress(_SEAL))
+    context = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+    stream = context.stream_reader(sealed, read_size=CHUNK, read_across_frames=True)
+    held = b""
+    while chunk := stream.read(CHUNK):
+        held = held + chunk if held else chunk
+        if len(held) > len(_SEAL):
+            yield held[: -len(_SEAL)]
+            held = held[-len(_SEAL) :]
+    if held != _SEAL:
+        if held:
+            yield held
+        raise EOFError("the stream ends before its end marker")
+
+
+def _standard_input(source: Source, refused: Refused) -> Iterator[Stream]:
+    """Standard input, compressed or not: JSON lines if it starts like them, else plain text."""
+    raw = sys.stdin.buffer
+    head = raw.read(4)
+    magic = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zX": "xz"}
+    codec = next((codec for start, codec in magic.items() if head.startswith(start)), "")
+    chained: Any = _Chained(head, raw, b"")
+    chunks = _guarded(unpacked(chained, codec), source.name, 1 << 50, refused)
+    first = next(chunks, b"")
+    kind = "jsonl" if first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" else "text"
+
+    def all_chunks() -> Iterator[bytes]:
+        yield first
+        yield from chunks
+
+    if first:
+        yield source.name, kind, all_chunks()
+    else:
+        refused(Skipped("empty file", source.name))
+
+
+def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] | None:
+    """(full name, codec, kind) of an archive's member, or None after saying why it is refused."""
+    full = f"{archive}!{name}"
+    codec, kind = what(name)
+    if kind in ARCHIVES:
+        refused(Skipped("archive inside an archive; unpack it first", full))
+    elif kind in TABLES:
+        refused(Skipped(f"{kind} inside an archive; unpack it first", full))
+    elif not kind:
+        refused(Skipped(f"not a text format inside an archive ({KNOWN.split(' (')[0]} ...)", full))
+    else:
+        return full, codec, kind
+    return None
+
+
+def _zip(source: Source, refused: Refused) -> Iterator[Stream]:
+    """Members of a zip archive."""
+    try:
+        with zipfile.ZipFile(source.path) as archive:
+            for info in archive.infolist():
+                if info.is_dir() or not (found := _member(source.name, info.filename, refused)):
+                    continue
+                name, codec, kind = found
+                try:
+                    with archive.open(info) as raw:
+                        chunks = _guarded(unpacked(raw, codec), name, info.compress_size, refused)
+                        yield name, kind, chunks
+                except damage() as error:
+                    refused(Skipped("damaged or encrypted member", f"{name}: {error}"[:200]))
+    except damage() as error:
+        refused(Skipped("damaged archive", f"{source.name}: {error}"[:200]))
+
+
+def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
+    """Members of a tar archive, compressed or not, read in one pass."""
+    try:
+        with Path(source.path).open("rb") as file:
+            raw: Any = _Reader(unpacked(file, source.codec)) if source.codec else file
+            with tarfile.open(fileobj=raw, mode="r|") as archive:
+                for info in archive:
+                    if info.isdir():
+                        continue
+                    if not info.isreg():
+                        where = f"{source.name}!{info.name}"
+                        refused(Skipped("link or device inside an archive", where))
+                        continue
+                    found = _member(source.name, info.name, refused)
+                    if found and (member := archive.extractfile(info)):
+                        name, codec, kind = found
+                        packed = min(info.size, source.size)
+                        yield name, kind, _guarded(unpacked(member, codec), name, packed, refused)
+    except damage() as error:
+        refused(
+            Skipped(
+                "damaged archive; only its readable start was taken",
+                f"{source.name}: {error}"[:200],
+            )
+        )
+
+
+class _Reader:
+    """Chunks as a file to read from."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._held = chunks, b""
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes, fewer only at the end."""
+        parts = [self._held]
+        have = len(self._held)
+        while have < size and (chunk := next(self._chunks, b"")):
+            parts.append(chunk)
+            have += len(chunk)
+        data = b"".join(parts)
+        self._held = data[size:]
+        return data[:size]

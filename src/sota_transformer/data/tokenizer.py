@@ -1,0 +1,181 @@
+"""GPT-2's byte-level BPE: text to ids and back, offline, identical to the published encoding.
+
+1. `gpt2.npz` holds 256 bytes and 50,000 merges; `_token_table` rebuilds every token's bytes.
+2. `_rank_file` writes the rank file that these tokens stand for; its SHA-256 must be the published.
+3. The encoder is gigatoken where it works here, else tiktoken: the same ids, only slower.
+
+Special tokens inside a text are ordinary text; end-of-text is added by id, by whoever needs it.
+"""
+
+import base64
+import hashlib
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sota_transformer.config import GPT2_VOCAB, VOCAB
+from sota_transformer.errors import BAD_DATA, SotaError
+
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+EOT = GPT2_VOCAB - 1
+_TABLE = Path(__file__).parent / "gpt2.npz"
+_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# Ids fixed when the table was made: contractions, spaces, newlines, emoji, a special token as text.
+_KNOWN = (
+    ("Hello world", [15496, 995]),
+    ("I'll  go\n\n\tto x", [40, 1183, 220, 467, 628, 197, 1462, 2124]),
+    ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
+    (
+        "\u00a0\u3000\U0001f642 12345\r\n ",
+        [1849, 5099, 222, 8582, 25081, 17031, 2231, 201, 198, 220],
+    ),
+)
+_REBUILD_BYTES = 96 << 20  # of text, see `Encoder`
+
+Ids = NDArray[np.integer[Any]]
+
+
+@cache
+def _token_table() -> list[bytes]:
+    """Bytes of each of the 50,256 text tokens, by id."""
+    try:
+        with np.load(_TABLE, allow_pickle=False) as table:
+            alphabet, left, right = table["alphabet"], table["left"], table["right"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise SotaError(
+            f"{_TABLE} is damaged ({error}); install the package again", BAD_DATA
+        ) from error
+    tokens = [bytes([byte]) for byte in alphabet.tolist()]
+    for a, b in zip(left.tolist(), right.tolist(), strict=True):
+        tokens.append(tokens[a] + tokens[b])
+    return tokens
+
+
+@cache
+def _rank_file() -> bytes:
+    """The published rank file, rebuilt. Raises SotaError 65 if it is not that file to the byte."""
+    encode = base64.b64encode
+    text = b"".join(b"%b %d\n" % (encode(t), rank) for rank, t in enumerate(_token_table()))
+    if hashlib.sha256(text).hexdigest() != RANKS_SHA256:
+        raise SotaError(f"{_TABLE} is not GPT-2's table; install the package again", BAD_DATA)
+    return text
+
+
+def _gigatoken() -> Callable[[Any], NDArray[np.uint32]]:
+    """Encoder of str or UTF-8; it reads its ranks from a file, so they get one for a moment."""
+    from gigatoken.gigatoken_rs import BPETokenizer
+
+    with tempfile.NamedTemporaryFile(prefix="sota-ranks-") as file:
+        file.write(_rank_file())
+        file.flush()
+        return BPETokenizer.from_tiktoken(file.name, "gpt2", {}).encode
+
+
+def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:
+    """The same encoder from tiktoken."""
+    from tiktoken import Encoding
+
+    _rank_file()  # for its check
+    ranks = {token: rank for rank, token in enumerate(_token_table())}
+    core = Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(text: str | bytes) -> NDArray[np.uint32]:
+        text = text.decode() if isinstance(text, bytes) else text
+        return core.encode_to_numpy(text, disallowed_special=())
+
+    return encode
+
+
+def _knows_its_ids(encode: Callable[[Any], NDArray[np.uint32]]) -> bool:
+    """Whether the encoder gives the ids it must, from str and from bytes."""
+    return all(
+        encode(given).tolist() == ids for text, ids in _KNOWN for given in (text, text.encode())
+    )
+
+
+class Encoder:
+    """Encodes one document after another, with bounded memory.
+
+    gigatoken remembers every word it has met, for good; it gets a fresh memory after so much text
+    that building it anew costs nothing beside the work done.
+    """
+
+    def __init__(self, kind: str = "auto") -> None:
+        """`kind` is auto, gigatoken or tiktoken; auto takes the first that passes its self-test."""
+        self.kind, self._encode = _ready.pop() if kind == "auto" and _ready else _choose(kind)
+        self._seen = 0
+
+    def __call__(self, text: bytes) -> NDArray[np.uint32]:
+        """Ids of one document of valid UTF-8, without end-of-text: (n,)."""
+        if self._seen > _REBUILD_BYTES and self.kind == "gigatoken":
+            self._encode, self._seen = _gigatoken(), 0
+        self._seen += len(text)
+        return self._encode(text)
+
+
+_ready: list[tuple[str, Callable[[Any], NDArray[np.uint32]]]] = []
+
+
+def warm_up() -> None:
+    """Make the encoder that the next `Encoder()` of this process, or of its children, will take."""
+    _ready.append(_choose("auto"))
+
+
+def _choose(kind: str) -> tuple[str, Callable[[Any], NDArray[np.uint32]]]:
+    """The encoder to use and its name. SotaError 65 when none gives the right ids."""
+    makers = {"gigatoken": _gigatoken, "tiktoken": _tiktoken}
+    for name in makers if kind == "auto" else (kind,):
+        try:
+            encode = makers[name]()
+        except ImportError:
+            continue
+        if _knows_its_ids(encode):
+            return name, encode
+    raise SotaError("no working encoder; `pip install gigatoken tiktoken` and try again", BAD_DATA)
+
+
+class Tokenizer:
+    """GPT-2's 50,257 ids and one more for padding."""
+
+    eot = EOT
+    pad = VOCAB - 1
+    vocab_size = VOCAB
+    hash = RANKS_SHA256
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder()
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text that each id stands for: (vocab_size,); 0 for end-of-text and pad."""
+        return np.array([len(token) for token in _token_table()] + [0, 0], np.int64)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, specials as ordinary text; a lone surrogate becomes U+FFFD."""
+        return self._encoder(utf8(text)).tolist()
+
+    def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
+        """Bytes of the ids; end-of-text and pad stand for none. ValueError for an unknown id."""
+        table, values = _token_table(), [int(i) for i in ids]
+        if wrong := [i for i in values if not 0 <= i < VOCAB]:
+            raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {VOCAB:,}")
+        return b"".join(table[i] for i in values if i < EOT)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Text of the ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 of a text; surrogate pairs are joined, a lone surrogate becomes U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()

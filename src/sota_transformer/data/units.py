@@ -1,0 +1,239 @@
+"""Cuts the sources into units of work: a function of the files, never of workers or memory.
+
+A unit is a list of segments of about UNIT_BYTES of text. Small files are put together; large files
+of lines or of plain text are cut at line ends; whatever is packed is unpacked once, here, into
+spool files that are cut at the very same places, so that `x.jsonl` and `x.jsonl.zst` give the same
+documents. Whatever has a format that can be hostile is parsed by the workers, not here.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from sota_transformer.data.sources import ARCHIVES, TABLES, Source
+from sota_transformer.data.streams import Refused, streams
+
+UNIT_BYTES = 4 << 20
+_UNIT_FILES = 500
+_CUT_KINDS = ("jsonl", "text", "csv", "tsv")  # the others stay in one piece
+_TEXT_SLACK = 64 << 10  # how far a cut of plain text looks for a line end
+_HEADER_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of one source: bytes (rows of a table) start..stop of it."""
+
+    input: int
+    name: str
+    kind: str
+    path: str
+    start: int
+    stop: int
+    whole: bool
+    """Whether this is all of the source."""
+    offset: int = 0
+    """Where in the file at `path` the piece lies; for a table, the row group or batch."""
+    header: bytes = b""
+    """First line of a table of text, needed to read any piece of it."""
+    spooled: bool = False
+    """Whether the path is a spool file, to be removed once read."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker does in one go, and a key that changes when its input may have."""
+
+    index: int
+    segments: tuple[Segment, ...]
+    key: str
+
+
+Probe = Callable[[Source], list[tuple[int, int, int]]]
+
+
+def cut(
+    sources: list[Source], folder: Path, refused: Refused, probe: Probe
+) -> Iterator[tuple[tuple[Segment, ...], str]]:
+    """(segments, identity) of each unit in order.
+
+    `folder` is for spool files; `refused` hears of streams that cannot be read; `probe` gives the
+    (group, first row, end row) pieces of a table. The identity names sources with size and time.
+    """
+    spool = _Spool(folder)
+    group: list[Segment] = []
+    marks: list[str] = []
+    for source in sources:
+        mark = f"{source.name}\0{source.kind}\0{source.codec}\0{source.size}\0{source.modified}"
+        packed = bool(source.codec) or source.kind in ARCHIVES
+        splits = source.size > UNIT_BYTES and source.kind in (*_CUT_KINDS, *TABLES)
+        size = sum(segment.stop - segment.start for segment in group)
+        full = size + source.size > UNIT_BYTES or len(group) >= _UNIT_FILES
+        if group and (packed or splits or full):
+            yield tuple(group), "\n".join(marks)
+            group, marks = [], []
+        if packed:
+            for segments in spool.unpack(source, refused):
+                yield segments, mark
+        elif splits:
+            for segment in _tables(source, probe) if source.kind in TABLES else _ranges(source):
+                yield (segment,), mark
+        else:
+            group.append(whole(source))
+            marks.append(mark)
+    if group:
+        yield tuple(group), "\n".join(marks)
+
+
+def whole(source: Source) -> Segment:
+    """All of a source as one segment."""
+    return Segment(source.input, source.name, source.kind, source.path, 0, source.size, True)
+
+
+def _tables(source: Source, probe: Probe) -> Iterator[Segment]:
+    """Row ranges of a large table."""
+    for group, start, stop in probe(source):
+        yield replace(whole(source), start=start, stop=stop, whole=False, offset=group)
+
+
+def _ranges(source: Source) -> Iterator[Segment]:
+    """Ranges of a large plain file, cut where `_Cutter` cuts."""
+    start, cutter = 0, _Cutter(source.kind)
+    piece = replace(whole(source), whole=False)
+    with Path(source.path).open("rb", buffering=0) as file:
+        if cutter.quoted:
+            piece = replace(piece, header=_first_line(file.read(_HEADER_BYTES)))
+        while start + UNIT_BYTES < source.size:
+            cutter.reset(start)
+            file.seek(start if cutter.quoted else max(start, cutter.target - 1))
+            position, end = file.tell(), None
+            while end is None and (chunk := file.read(64 << 10)):
+                end = cutter.find(chunk, position)
+                position += len(chunk)
+            if end is None:
+                break
+            yield replace(piece, start=start, stop=end, offset=start)
+            start = end
+    if start < source.size:
+        yield replace(piece, start=start, offset=start, whole=start == 0)
+
+
+def _first_line(data: bytes) -> bytes:
+    """The first record of a table of text."""
+    end = 0
+    while (end := data.find(b"\n", end) + 1) and data.count(b'"', 0, end) % 2:
+        pass
+    return data[:end] if end else data
+
+
+class _Cutter:
+    """Finds where a unit ends: after the first line end at or behind each multiple of UNIT_BYTES.
+
+    Plain text may be cut without a line end, a little further on, between two characters. In a
+    table of text a line end inside quotes is none; so there every byte has to be seen.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.quoted = kind in ("csv", "tsv")
+        self._cuts = kind in _CUT_KINDS
+        self._slack = _TEXT_SLACK if kind == "text" else None
+        self.reset(0)
+
+    def reset(self, start: int) -> None:
+        """Look for the end of the unit that starts at `start`."""
+        self.target = (start // UNIT_BYTES + 1) * UNIT_BYTES
+        self._inside = 0
+
+    def find(self, chunk: bytes, position: int) -> int | None:
+        """Absolute end of the unit if it lies in `chunk`, whose first byte is at `position`."""
+        if not self._cuts:
+            return None
+        at = min(len(chunk), max(0, self.target - 1 - position))
+        if self.quoted:
+            self._inside ^= chunk.count(b'"', 0, at) & 1
+        line = chunk.find(b"\n", at)
+        while self.quoted and line >= 0:
+            self._inside ^= chunk.count(b'"', at, line) & 1
+            if not self._inside:
+                break
+            at, line = line, chunk.find(b"\n", line + 1)
+        if self.quoted and line < 0:
+            self._inside ^= chunk.count(b'"', at) & 1
+        if self._slack is not None and (line < 0 or position + line >= self.target + self._slack):
+            return self._hard(chunk, position, self._slack)
+        return position + line + 1 if line >= 0 else None
+
+    def _hard(self, chunk: bytes, position: int, slack: int) -> int | None:
+        """Between two characters, behind the slack."""
+        at = max(0, self.target + slack - position)
+        while at < len(chunk) and chunk[at] & 0xC0 == 0x80:
+            at += 1
+        return position + at if at < len(chunk) else None
+
+
+class _Spool:
+    """Unpacks sources into files of about a unit; small members of an archive share one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._next = 0
+        self._file: BinaryIO | None = None
+        self._path = Path()
+        self._written = 0
+        self._segments: list[Segment] = []
+
+    def unpack(self, source: Source, refused: Refused) -> Iterator[tuple[Segment, ...]]:
+        """Units of a packed source."""
+        try:
+            for name, kind, chunks in streams(source, refused):
+                yield from self._stream(replace(whole(source), name=name, kind=kind), chunks)
+            if self._segments:
+                yield self._unit()
+        finally:
+            if self._file:
+                self._file.close()
+            self._file = None
+
+    def _stream(self, base: Segment, chunks: Iterator[bytes]) -> Iterator[tuple[Segment, ...]]:
+        """Complete units of one stream; what is left over waits for more."""
+        base = replace(base, whole=False, spooled=True)
+        cutter, start, position = _Cutter(base.kind), 0, 0
+        for chunk in chunks:
+            if cutter.quoted and not position:
+                base = replace(base, header=_first_line(chunk[:_HEADER_BYTES]))
+            while (end := cutter.find(chunk, position)) is not None:
+                self._write(chunk[: end - position])
+                self._segment(base, start, end)
+                yield self._unit()
+                chunk, position, start = chunk[end - position :], end, end
+                cutter.reset(end)
+            self._write(chunk)
+            position += len(chunk)
+        if position > start:
+            self._segment(base, start, position, whole=start == 0)
+        if self._written >= UNIT_BYTES or len(self._segments) >= _UNIT_FILES:
+            yield self._unit()
+
+    def _write(self, data: bytes) -> None:
+        if self._file is None:
+            self._path = self._folder / f"{self._next:06d}"
+            self._next += 1
+            self._file = self._path.open("wb")
+        self._file.write(data)
+        self._written += len(data)
+
+    def _segment(self, base: Segment, start: int, stop: int, *, whole: bool = False) -> None:
+        """Note that the last bytes written are a piece of a stream."""
+        offset = self._written - (stop - start)
+        piece = replace(base, path=os.fspath(self._path), start=start, stop=stop)
+        self._segments.append(replace(piece, offset=offset, whole=whole))
+
+    def _unit(self) -> tuple[Segment, ...]:
+        """Everything since the last unit."""
+        if self._file:
+            self._file.close()
+        segments = tuple(self._segments)
+        self._file, self._written, self._segments = None, 0, []
+        return segments

@@ -1,0 +1,234 @@
+"""`sota data`: what is in a prepared folder, in words, in text, and as a page."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sota_transformer.data.encode import EXCLUDE_GRAM
+from sota_transformer.data.grams import GramSet, gram_hashes
+from sota_transformer.data.packing import document_ends
+from sota_transformer.data.page import page
+from sota_transformer.data.progress import printable, summary
+from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_manifest
+from sota_transformer.data.tokenizer import EOT, Tokenizer
+from sota_transformer.durable import write_file
+from sota_transformer.errors import NO_INPUT, USAGE, SotaError
+from sota_transformer.options import DataView
+
+_BLOCK = 1 << 20
+_SAMPLED = 200  # documents read for the languages
+_GRAM_SHARE = 16  # one gram in so many is counted for the leakage, chosen by its hash
+_SCRIPTS = (
+    ("Latin", 0x41, 0x24F),
+    ("Greek", 0x370, 0x3FF),
+    ("Cyrillic", 0x400, 0x52F),
+    ("Hebrew", 0x590, 0x5FF),
+    ("Arabic", 0x600, 0x6FF),
+    ("Devanagari", 0x900, 0x97F),
+    ("Kana", 0x3040, 0x30FF),
+    ("Han", 0x4E00, 0x9FFF),
+    ("Hangul", 0xAC00, 0xD7AF),
+)
+
+
+def describe(options: DataView) -> dict[str, Any]:
+    """Print what `options` asks for of a prepared folder; the figures, as a dictionary.
+
+    SotaError 66 without the folder, 65 if it is damaged, 2 for a window that is not there.
+    """
+    if options.window:
+        _print_window(options)
+        return {}
+    if options.list_split:
+        _print_split(options)
+        return {}
+    manifest = load_manifest(options.folder)
+    if options.export_bin is not None:
+        return _export(options.folder, manifest, options.export_bin)
+    figures: dict[str, Any] = {split: _figures(options.folder, split) for split in SPLITS}
+    if options.leakage:
+        figures["leakage"] = leakage(options.folder)
+    samples = list(_samples(options.folder, options.show))
+    if options.html is not None:
+        text = page(options.folder, manifest, figures, samples)
+        write_file(options.html, text.encode())
+        print(f"wrote {options.html}")
+        return figures
+    if manifest["inputs"]:
+        print(summary(manifest, options.folder))
+    for split in SPLITS:
+        print(_lines(split, figures[split]))
+    if options.leakage:
+        share = figures["leakage"]
+        print(f"leakage: {share:.3%} of validation's {EXCLUDE_GRAM}-grams also stand in training")
+    for split, number, text in samples:
+        print(f"--- {split} document {number:,}\n{printable(text[:600], lines=True)}")
+    return figures
+
+
+def _open(folder: Path, split: Split, seq_len: int = 1) -> TokenWindows | None:
+    """The split as a stream, None if it is empty."""
+    if not load_manifest(folder)["splits"][split]["tokens"]:
+        return None
+    return TokenWindows(folder, split, seq_len)
+
+
+def _figures(folder: Path, split: Split) -> dict[str, Any]:
+    """Counts, lengths, ratio and scripts of one side."""
+    stream = _open(folder, split)
+    if stream is None:
+        return {"documents": 0, "tokens": 0, "text_bytes": 0}
+    lengths = np.diff(document_ends(stream), prepend=0) - 1
+    edges = 2 ** np.arange(0, 26)
+    counts = np.histogram(np.maximum(lengths, 1), edges)[0].tolist()
+    filled = [i for i, count in enumerate(counts) if count]
+    return {
+        "documents": len(lengths),
+        "tokens": stream.tokens,
+        "text_bytes": stream.text_bytes,
+        "bytes_per_token": stream.text_bytes / max(1, stream.tokens - len(lengths)),
+        "length_quantiles": np.percentile(lengths, (0, 10, 50, 90, 100)).astype(int).tolist(),
+        "length_histogram": [[int(edges[i]), counts[i]] for i in range(filled[0], filled[-1] + 1)],
+        "scripts": _scripts(stream, len(lengths)),
+    }
+
+
+def _scripts(stream: TokenWindows, documents: int) -> dict[str, float]:
+    """Share of letters by script, in documents spread over the split."""
+    ends = document_ends(stream)
+    counts = dict.fromkeys((name for name, _, _ in _SCRIPTS), 0)
+    other = 0
+    for number in np.unique(np.linspace(0, documents - 1, _SAMPLED).astype(int)).tolist():
+        points = np.frombuffer(_text(stream, ends, number, 2000).encode("utf-32-le"), np.uint32)
+        letters = points[points >= 0x41]
+        known = 0
+        for name, low, high in _SCRIPTS:
+            found = int(((letters >= low) & (letters <= high)).sum())
+            counts[name] += found
+            known += found
+        other += len(letters) - known
+    total = max(1, sum(counts.values()) + other)
+    shares = {name: count / total for name, count in (counts | {"other": other}).items() if count}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int = 1 << 30) -> str:
+    """Text of a document, at most `most` tokens of it."""
+    start, end = int(ends[number - 1]) if number else 0, int(ends[number])
+    return Tokenizer().decode(stream.read(start, min(end, start + most)))
+
+
+def _samples(folder: Path, count: int) -> Iterator[tuple[str, int, str]]:
+    """(split, number, text) of documents spread over both sides, always the same."""
+    for split in SPLITS:
+        if (stream := _open(folder, split)) is None:
+            continue
+        ends = document_ends(stream)
+        for i in range(min(count, len(ends))):
+            number = (2 * i + 1) * len(ends) // (2 * min(count, len(ends)))
+            yield split, number, _text(stream, ends, number, 2000)
+
+
+def _lines(split: str, figures: dict[str, Any]) -> str:
+    """One side in words, with a small histogram."""
+    if not figures["tokens"]:
+        return f"{split}: empty"
+    shortest, low, middle, high, longest = figures["length_quantiles"]
+    scripts = ", ".join(f"{name} {share:.1%}" for name, share in figures["scripts"].items())
+    lines = [
+        f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, "
+        f"{figures['bytes_per_token']:.2f} bytes per token; letters: {scripts}",
+        f"  tokens per document: {shortest:,} .. {low:,} (10%) .. {middle:,} (half) .. "
+        f"{high:,} (90%) .. {longest:,}",
+    ]
+    most = max(count for _, count in figures["length_histogram"])
+    for edge, count in figures["length_histogram"]:
+        bar = "#" * (-(-count * 40 // most))
+        lines.append(f"  {edge:>10,}+ {count:>10,} {bar}")
+    return "\n".join(lines)
+
+
+def leakage(folder: Path) -> float:
+    """Share of validation's different 13-grams that also stand in training; a sample by hash."""
+    found = {split: _open(folder, split) for split in SPLITS}
+    train, val = found["train"], found["val"]
+    if train is None or val is None:
+        return 0.0
+    chosen = GramSet(np.concatenate(list(_grams(val))))
+    seen = np.zeros(len(chosen.sorted), bool)
+    for hashes in _grams(train):
+        hits = hashes[chosen.contains(hashes)]
+        seen[np.searchsorted(chosen.sorted, hits)] = True
+    return float(seen.mean()) if len(seen) else 0.0
+
+
+def _grams(stream: TokenWindows) -> Iterator[NDArray[np.uint64]]:
+    """A fixed sample of a split's grams, those that run over a document's end left out."""
+    for start in range(0, stream.tokens, _BLOCK):
+        ids = stream.read(start, min(start + _BLOCK + EXCLUDE_GRAM - 1, stream.tokens))
+        hashes = gram_hashes(ids, EXCLUDE_GRAM)
+        over = np.zeros(len(ids) + 1, np.int32)
+        np.cumsum(ids == EOT, out=over[1:])
+        inside = over[EXCLUDE_GRAM:][: len(hashes)] == over[: len(hashes)]
+        yield hashes[inside & (hashes % np.uint64(_GRAM_SHARE) == 0)]
+
+
+def _print_split(options: DataView) -> None:
+    """One line of JSON a document of one side: number, tokens and how it begins."""
+    if options.list_split not in SPLITS:
+        raise SotaError(f"--list-split {options.list_split!r} must be train or val", USAGE)
+    split: Split = "train" if options.list_split == "train" else "val"
+    if (stream := _open(options.folder, split)) is None:
+        return
+    ends = document_ends(stream)
+    manifest = load_manifest(options.folder)
+    hashes = _hashes(options.folder, manifest["splits"][split]["shards"])
+    for number, end in enumerate(ends.tolist()):
+        length = end - (int(ends[number - 1]) if number else 0)
+        row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
+        if hashes is not None:
+            row["hash"] = hashes[number].tobytes().hex()
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def _hashes(folder: Path, shards: list[str]) -> NDArray[np.uint64] | None:
+    """The documents' hashes of one side: (documents, 2); None for another project's files."""
+    names = [folder / name.replace(".npy", ".hashes.npy") for name in shards]
+    if not all(path.suffix == ".npy" and path.exists() for path in names):
+        return None
+    return np.concatenate([np.load(path, allow_pickle=False) for path in names])
+
+
+def _print_window(options: DataView) -> None:
+    """One training window as text: `SPLIT:INDEX` or `SPLIT:INDEX:SEQ_LEN`."""
+    split, *numbers = options.window.split(":")
+    if split not in SPLITS or not all(n.isdecimal() for n in numbers) or len(numbers) not in (1, 2):
+        raise SotaError(f"--window {options.window!r} must be train:INDEX or val:INDEX:SEQ_LEN")
+    index, seq_len = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 512
+    windows = TokenWindows(options.folder, "train" if split == "train" else "val", seq_len)
+    if index >= len(windows):
+        raise SotaError(f"--window {options.window}: there are {len(windows):,} windows", USAGE)
+    pieces = np.split(windows[index], np.flatnonzero(windows[index] == EOT) + 1)
+    decode = Tokenizer().decode
+    print("\n--- end of text ---\n".join(printable(decode(piece), lines=True) for piece in pieces))
+
+
+def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write nanoGPT's `train.bin` and `val.bin` into an existing or new folder."""
+    if not out.parent.is_dir():
+        raise SotaError(f"--export-bin {out}: no folder {out.parent}", NO_INPUT)
+    out.mkdir(exist_ok=True)
+    for split in SPLITS:
+        if (stream := _open(folder, split)) is None:
+            continue
+        temporary = out / f".{split}.bin.tmp"
+        with temporary.open("wb") as file:
+            for start in range(0, stream.tokens, _BLOCK):
+                file.write(stream.read(start, min(start + _BLOCK, stream.tokens)).tobytes())
+        temporary.replace(out / f"{split}.bin")
+        print(f"wrote {out / f'{split}.bin'}: {stream.tokens:,} uint16 ids")
+    return manifest["splits"]

@@ -1,0 +1,10 @@
+"""What the fork server loads before there is any work, so that each worker is born with it.
+
+The one module that does something on import: importing is all that a fork server can be told to do.
+Nothing else imports it, and it starts no thread.
+"""
+
+import sota_transformer.data.encode  # noqa: F401
+from sota_transformer.data.tokenizer import warm_up
+
+warm_up()

@@ -1,0 +1,312 @@
+"""Is this machine fit to train on? Every check computes something and compares it.
+
+The device's own arithmetic is held against float64 on the CPU: this very model forward, backward
+and one update, and one probe for each silent fault that a backend has shipped. Reading order: the
+probes of single operations, the check of the whole model, memory and disk, then `check` and
+`admit`, which training calls before it trusts a device.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sota_transformer import durable
+from sota_transformer.config import Model, Run
+from sota_transformer.errors import DIVERGED, SotaError
+from sota_transformer.options import Doctor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sota_transformer.runtime import Runtime
+
+_VERDICT = "doctor.json"
+_DISK_BYTES = 64 << 20
+_SLOW_DISK = 20e6  # bytes/s below which a 125M checkpoint takes over a minute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the table."""
+
+    name: str
+    passed: bool
+    detail: str
+    advice: str = ""
+
+
+def run_doctor(options: Doctor) -> int:
+    """Print the table; 0 when the machine is fit, else 70."""
+    from rich.console import Console
+    from rich.table import Table
+
+    checks = check(options)
+    table = Table("", "check", "found", "what to do")
+    for line in checks:
+        mark = "[green]pass[/]" if line.passed else "[red]FAIL[/]"
+        table.add_row(mark, line.name, line.detail, line.advice if not line.passed else "")
+    Console().print(table)
+    failed = [line.name for line in checks if not line.passed]
+    print("this machine is fit to train on" if not failed else f"not fit: {', '.join(failed)}")
+    return DIVERGED if failed else 0
+
+
+def check(options: Doctor) -> list[Check]:
+    """All checks of the device that training would use, in the order of the table."""
+    try:
+        import torch
+
+        from sota_transformer.runtime import Runtime
+    except ImportError as error:
+        advice = "install the package again: pip install sota-transformer"
+        return [Check(name="torch", passed=False, detail=str(error), advice=advice)]
+    runtime = Runtime.detect(Run(device=options.device), parameters=16_000_000)
+    found = [Check(name="torch", passed=True, detail=torch.__version__)]
+    found += [Check(name="choice", passed=True, detail=reason) for reason in runtime.reasons]
+    found += arithmetic(runtime)
+    return [*found, _memory(runtime), *_disk(options.folder)]
+
+
+def arithmetic(runtime: "Runtime") -> list[Check]:
+    """The probes and the whole model, on the runtime's device in its precision."""
+    import torch
+
+    probes: dict[str, Callable[[torch.device, torch.dtype], float]] = {
+        "vocabulary head, batch over 8 (pytorch#109457)": _probe_head,
+        "linear of a strided input (pytorch#161640)": _probe_strided_linear,
+        "attention (pytorch#163597)": _probe_attention,
+        "attention of permuted q, k, v (pytorch#181133)": _probe_permuted_attention,
+        "batched products (pytorch#197636)": _probe_batched,
+        "softmax of large logits (pytorch#107294)": _probe_softmax,
+    }
+    found = [_probed(name, probe, runtime) for name, probe in probes.items()]
+    found.append(_model_check(dataclasses.replace(runtime, compile=False)))
+    return [*found, _model_check(runtime)] if runtime.compile else found
+
+
+def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
+    """One probe; its error must be what the precision explains."""
+    import torch
+
+    limit = {torch.float32: 1e-4, torch.float16: 1e-2}.get(runtime.dtype, 4e-2)
+    advice = f"do not train on {runtime.device}; use --device cpu, or another version of torch"
+    try:
+        torch.manual_seed(0)
+        error = probe(runtime.device, runtime.dtype)
+    except (RuntimeError, NotImplementedError) as problem:
+        detail = " ".join(str(problem).split())[:120]
+        return Check(name=name, passed=False, detail=detail, advice=advice)
+    passed = error <= limit  # False for NaN
+    detail = f"error {error:.1e}, limit {limit:.0e}"
+    return Check(name=name, passed=passed, detail=detail, advice=advice)
+
+
+def _error(result: "Tensor", expected: "Tensor") -> float:
+    """Largest difference as a share of the expected values' largest."""
+    difference = (result.detach().cpu().double() - expected.double()).abs().max()
+    return float(difference / expected.abs().max().clamp(min=1e-30))
+
+
+def _probe_head(device: "torch.device", dtype: "torch.dtype") -> float:
+    import torch
+    import torch.nn.functional as F
+
+    x, weight = torch.randn(24, 64, dtype=torch.float64), torch.randn(50_258, 64).double()
+    result = F.linear(x.to(device, dtype), weight.to(device, dtype))
+    return _error(result, x.to(dtype).double() @ weight.to(dtype).double().t())
+
+
+def _probe_strided_linear(device: "torch.device", dtype: "torch.dtype") -> float:
+    import torch
+    import torch.nn.functional as F
+
+    x = torch.randn(3, 64, 40).to(dtype)
+    weight = torch.randn(96, 64).to(dtype)
+    strided = x.to(device).transpose(1, 2)
+    result = F.linear(strided[:, ::2], weight.to(device))
+    return _error(result, x.double().transpose(1, 2)[:, ::2] @ weight.double().t())
+
+
+def _attention(q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
+    """Causal attention by its formula, in float64."""
+    import torch
+
+    q, k, v = (x.cpu().double() for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def _probe_attention(device: "torch.device", dtype: "torch.dtype") -> float:
+    import torch
+    import torch.nn.functional as F
+
+    q, k, v = (torch.randn(2, 4, 130, 64).to(device, dtype) for _ in range(3))
+    return _error(F.scaled_dot_product_attention(q, k, v, is_causal=True), _attention(q, k, v))
+
+
+def _probe_permuted_attention(device: "torch.device", dtype: "torch.dtype") -> float:
+    import torch
+    import torch.nn.functional as F
+
+    q, k, v = (torch.randn(2, 130, 4, 64).to(device, dtype).transpose(1, 2) for _ in range(3))
+    # As our model does it: made contiguous first, which is the known way around the fault.
+    contiguous = q.contiguous(), k.contiguous(), v.contiguous()
+    y = F.scaled_dot_product_attention(*contiguous, is_causal=True)
+    return _error(y, _attention(q, k, v))
+
+
+def _probe_batched(device: "torch.device", dtype: "torch.dtype") -> float:
+    import torch
+
+    a, b = torch.randn(96, 65, 130).to(dtype), torch.randn(96, 130, 66).to(dtype)
+    return _error(torch.bmm(a.to(device), b.to(device)), torch.bmm(a.double(), b.double()))
+
+
+def _probe_softmax(device: "torch.device", dtype: "torch.dtype") -> float:
+    import torch
+
+    logits = torch.randn(16, 50_258) * 40
+    result = logits.to(device).log_softmax(-1).exp()
+    return _error(result, logits.double().softmax(-1))
+
+
+def _model_check(runtime: "Runtime") -> Check:
+    """Loss, every gradient and one AdamW update of a small model, against the CPU in float32."""
+    import torch
+
+    name = f"model forward, backward and update{', compiled' if runtime.compile else ''}"
+    advice = "--run.compile off" if runtime.compile else "use --device cpu or another torch"
+    loss_limit, limit = (1e-4, 2e-3) if runtime.dtype == torch.float32 else (1e-2, 6e-2)
+    try:
+        loss, gradients, finite = _one_step(runtime)
+    except Exception as problem:  # a compiler or driver may raise anything
+        detail = " ".join(str(problem).split())[:120]
+        return Check(name=name, passed=False, detail=detail, advice=advice)
+    plain = {"device": torch.device("cpu"), "dtype": torch.float32, "compile": False}
+    expected_loss, expected, _ = _one_step(dataclasses.replace(runtime, **plain))
+    loss_error = abs(loss - expected_loss) / expected_loss
+    gradient_error = max(
+        float((a - b).norm() / b.norm().clamp(min=1e-30))
+        for a, b in zip(gradients, expected, strict=True)
+    )
+    return Check(
+        name=name,
+        passed=finite and loss_error <= loss_limit and gradient_error <= limit,
+        detail=f"loss off by {loss_error:.0e} (limit {loss_limit:.0e}), gradients by "
+        f"{gradient_error:.0e} (limit {limit:.0e})",
+        advice=advice,
+    )
+
+
+def _one_step(runtime: "Runtime") -> tuple[float, list["Tensor"], bool]:
+    """Loss in nats, gradients on the CPU, and whether the updated weights are finite."""
+    import torch
+
+    from sota_transformer.config import Optim
+    from sota_transformer.model.loss import token_loss
+    from sota_transformer.model.optim import adamw
+    from sota_transformer.model.transformer import Dropout, Transformer
+
+    sizes = {"layers": 2, "d_model": 128, "heads": 2, "kv_heads": 2, "d_ff": 344}
+    shape = Model(seq_len=128, vocab_size=8192, **sizes)  # the whole vocabulary has its own probe
+    device = runtime.device
+    model = Transformer(shape, runtime.dtype)
+    model.init_weights(torch.Generator().manual_seed(1))
+    model.to(device)
+    runtime.optimize(model)
+    source = torch.Generator().manual_seed(2)
+    tokens = torch.randint(8192, (12, 129), generator=source).to(device)
+    keys = torch.arange(12, dtype=torch.int32, device=device)
+    hidden = model(tokens[:, :-1], Dropout(torch.tensor(0.1, device=device), keys))
+    sums = token_loss(hidden, model.embedding.weight, tokens[:, 1:], 0.1, runtime.compile)
+    loss = sums.smoothed / sums.count
+    loss.backward()
+    gradients = [
+        p.grad.detach().float().cpu().clone() for p in model.parameters() if p.grad is not None
+    ]
+    optimizer = adamw(model, Optim())
+    optimizer.step()
+    finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    return float(loss.detach()), gradients, finite
+
+
+def _memory(runtime: "Runtime") -> Check:
+    """Room for the 125M preset: 16 bytes a parameter and some activations."""
+    available = runtime.available_memory()
+    return Check(
+        name="memory",
+        passed=available > 1e9,
+        detail=f"{available / 1e9:.1f} GB available (125m needs about 4 GB, 16m about 1.5)",
+        advice="close other programs",
+    )
+
+
+def _disk(folder: Path) -> list[Check]:
+    """Free space and the speed of a durable write, where runs would live."""
+    data = os.urandom(1 << 20)
+    free = shutil.disk_usage(folder).free
+    probe = folder / f".sota-doctor-{os.getpid()}"
+    started = time.perf_counter()
+    try:
+        file = durable.HashingFile(probe)
+        for _ in range(_DISK_BYTES >> 20):
+            file.write(data)
+        file.close()
+        speed = _DISK_BYTES / (time.perf_counter() - started)
+    except OSError as error:
+        detail = f"{folder}: {error.strerror}"
+        return [Check(name="disk", passed=False, detail=detail, advice="give another --folder")]
+    finally:
+        probe.unlink(missing_ok=True)
+    return [
+        Check(
+            name="disk space",
+            passed=free > 5e9,
+            detail=f"{free / 1e9:.0f} GB free in {folder.resolve()}",
+            advice="make room: three checkpoints of 125m take 4.5 GB",
+        ),
+        Check(
+            name="disk speed",
+            passed=speed > _SLOW_DISK,
+            detail=f"{speed / 1e6:.0f} MB/s, durably written",
+            advice="use another disk, or save less often",
+        ),
+    ]
+
+
+def admit(folder: Path, runtime: "Runtime") -> None:
+    """Let a run begin only on a device whose arithmetic is right. SotaError 70 names what failed.
+
+    The verdict is kept in the run's folder and asked again when device, precision or torch change.
+    """
+    machine = {k: v for k, v in runtime.describe().items() if k not in ("threads", "world")}
+    path = folder / _VERDICT
+    try:
+        known = json.loads(path.read_text())
+        if known["machine"] == machine and known["passed"]:
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    checks = arithmetic(runtime)
+    failed = [line for line in checks if not line.passed]
+    verdict = {
+        "machine": machine,
+        "passed": not failed,
+        "checks": [dataclasses.asdict(line) for line in checks],
+    }
+    durable.write_file(path, durable.canonical_json(verdict))
+    if failed:
+        names = "; ".join(f"{line.name}: {line.detail}" for line in failed)
+        raise SotaError(
+            f"{runtime.device} computes wrongly ({names}); {failed[0].advice}. `sota doctor` shows "
+            "the whole table",
+            DIVERGED,
+        )

@@ -1,0 +1,22 @@
+"""What a user can do wrong or meet, as one exception with a documented exit code.
+
+The numbers follow `sysexits.h`; `docs/guide.md` repeats this table for schedulers and scripts.
+"""
+
+USAGE = 2  # a flag or a configuration that cannot work
+BAD_DATA = 65  # something that was read is damaged, malformed or does not fit
+NO_INPUT = 66  # something that should be read is not there
+DIVERGED = 70  # the numbers went bad and stayed bad
+LOCKED = 73  # another process holds the folder, or it cannot be created
+IO_FAILED = 74  # the disk is full or failed
+TEMPORARY = 75  # may work when tried again
+INTERRUPTED = 130  # SIGINT
+TERMINATED = 143  # SIGTERM
+
+
+class SotaError(Exception):
+    """One line for the user: what, where, what to do. `code` is the exit status."""
+
+    def __init__(self, message: str, code: int = USAGE) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,265 @@
+"""LAMBADA and HellaSwag by the protocols that published figures use, and the scoring under them.
+
+`score` gives log-probabilities of continuations: sorted by length, in batches, with what several
+continuations share computed once. `lambada` and `hellaswag` turn examples into such questions and
+the answers into figures. Each figure names its protocol, for the same model differs by 15 points
+between two of them.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sota_transformer.inference.generate import EOT
+from sota_transformer.model.transformer import Cache, Transformer
+
+_PREFIX_TOKENS = 4096  # of one batch of shared beginnings
+_LOGIT_ROWS = 1024  # predictions whose logits exist at once
+
+Pair = tuple[list[int], list[int]]
+"""A context of at least one token and a continuation of at least one."""
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that questions need."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+
+class Scored(NamedTuple):
+    """What a model makes of one continuation."""
+
+    nats: float
+    """Negative log-likelihood of all its tokens."""
+    greedy: bool
+    """Whether each of its tokens is the likeliest there."""
+    last_nats: float
+    """Of its last token alone, given all before."""
+    last_greedy: bool
+    """Whether the last token is the likeliest."""
+
+
+class Benchmark(NamedTuple):
+    """One figure."""
+
+    name: str
+    value: float
+    error: float | None
+    """Standard error over examples, where one is defined."""
+    examples: int
+    protocol: str
+
+
+def encode_pair(encoder: Encoder, context: str, continuation: str) -> Pair:
+    """Ids of both, cut so that together they are the ids of the whole text, as in lm-eval.
+
+    Spaces at the end of the context move to the continuation; an empty context is end-of-text.
+    """
+    kept = context.rstrip()
+    continuation = context[len(kept) :] + continuation
+    if not kept:
+        return [EOT], encoder.encode(continuation)
+    start = encoder.encode(kept)
+    whole = encoder.encode(kept + continuation)
+    return start, whole[len(start) :]
+
+
+@torch.no_grad()
+def score(model: Transformer, pairs: Sequence[Pair]) -> list[Scored]:
+    """Score each pair, in the order given. Pairs with the same context should be neighbours.
+
+    Where both together exceed the model's context, the oldest tokens are not seen.
+    """
+    results: list[Scored | None] = [None] * len(pairs)
+    for members in _batches(_shared(model.config.seq_len, pairs)):
+        places = [place for _, group in members for place, _ in group]
+        lines = [line for _, group in members for _, line in group]
+        hidden, targets = _continue(model, members, lines)
+        for place, scored in zip(places, _read(model, hidden, targets, lines), strict=True):
+            results[place] = scored
+    return [result for result in results if result is not None]
+
+
+_Group = tuple[list[int], list[tuple[int, list[int]]]]
+"""A beginning, and for each pair its place and [last token of the context, *continuation]."""
+
+
+def _shared(seq_len: int, pairs: Sequence[Pair]) -> list[_Group]:
+    """Neighbours with one beginning together, longest beginnings first."""
+    seen: list[tuple[list[int], int, list[int]]] = []
+    for place, (context, continuation) in enumerate(pairs):
+        whole = [*context, *continuation][-seq_len - 1 :]
+        begin = max(0, len(whole) - len(continuation) - 1)
+        seen.append((whole[:begin], place, whole[begin:]))
+    groups = [
+        (prefix, [(place, line) for _, place, line in items])
+        for prefix, items in groupby(seen, key=lambda item: item[0])
+    ]
+    return sorted(groups, key=lambda group: -len(group[0]))
+
+
+def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
+    """Groups whose beginnings have the same length, as many as a batch can hold."""
+    for length, same in groupby(groups, key=lambda group: len(group[0])):
+        batch: list[_Group] = []
+        rows = longest = 0
+        for group in same:
+            rows += len(group[1])
+            longest = max(longest, *(len(line) for _, line in group[1]))
+            if batch and (
+                rows * longest > _LOGIT_ROWS or (len(batch) + 1) * length > _PREFIX_TOKENS
+            ):
+                yield batch
+                batch, rows = [], len(group[1])
+                longest = max(len(line) for _, line in group[1])
+            batch.append(group)
+        if batch:
+            yield batch
+
+
+def _continue(
+    model: Transformer, groups: list[_Group], lines: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, D) that predict the continuations, and those as targets (B, T)."""
+    device = model.rope.device
+    longest = max(len(line) for line in lines)
+    padded = [line + [0] * (longest - len(line)) for line in lines]
+    tokens = torch.tensor(padded, device=device)
+    prefixes = [prefix for prefix, _ in groups]
+    cache = None
+    if length := len(prefixes[0]):
+        like = torch.empty(0, dtype=model.dtype, device=device)
+        cache = Cache(model.config, len(groups), length, like)
+        model(torch.tensor(prefixes, device=device), cache=cache)
+        repeats = torch.tensor([len(members) for _, members in groups], device=device)
+        spread = Cache(model.config, len(lines), length + longest - 1, like)
+        spread.store[..., :length, :] = cache.store.repeat_interleave(repeats, dim=2)
+        spread.length, cache = length, spread
+    return model(tokens[:, :-1], cache=cache), tokens[:, 1:]
+
+
+def _read(
+    model: Transformer, hidden: Tensor, targets: Tensor, lines: list[list[int]]
+) -> Iterator[Scored]:
+    """The scores of a batch, from logits of a few rows at a time."""
+    step = max(1, _LOGIT_ROWS // hidden.shape[1])
+    for start in range(0, len(lines), step):
+        logits = model.logits(hidden[start : start + step])  # (b, T, V)
+        goals = targets[start : start + step]
+        nats = (logits.logsumexp(-1) - logits.gather(-1, goals[..., None])[..., 0]).cpu()
+        right = (logits.argmax(-1) == goals).cpu()
+        for row, line in enumerate(lines[start : start + step]):
+            last = len(line) - 1
+            each = nats[row, :last].double()
+            yield Scored(
+                float(each.sum()),
+                bool(right[row, :last].all()),
+                float(each[-1]),
+                bool(right[row, last - 1]),
+            )
+
+
+def _share(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
+    """A share of right answers, with the standard error of a mean."""
+    n = len(right)
+    p = sum(right) / n
+    error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
+    return Benchmark(name, p, error, n, protocol)
+
+
+def _perplexity(name: str, nats: Sequence[float], protocol: str) -> Benchmark:
+    """exp of the mean, with the delta method's error."""
+    n = len(nats)
+    mean = sum(nats) / n
+    value = math.exp(min(mean, 700.0))
+    spread = sum((x - mean) ** 2 for x in nats)
+    error = value * math.sqrt(spread / (n - 1) / n) if n > 1 else None
+    return Benchmark(name, value, error, n, protocol)
+
+
+def lambada(
+    model: Transformer, encoder: Encoder, texts: Sequence[str], standard: Sequence[str] = ()
+) -> list[Benchmark]:
+    """Accuracy and perplexity on the last word of each text, by each protocol the texts allow.
+
+    `texts` are in OpenAI's form; `standard` are the original ones, with spaces around each mark.
+    The perplexity of a whole-word protocol is per word, as in lm-eval.
+    """
+    found: list[Benchmark] = []
+    if texts:
+        whole = score(model, _last_words(encoder, texts))
+        protocol = "last token"
+        found += [
+            _share("lambada_paper accuracy", [s.last_greedy for s in whole], protocol),
+            _perplexity("lambada_paper perplexity", [s.last_nats for s in whole], protocol),
+        ]
+        found += _whole_word("lambada_openai", whole, "whole word, lm-eval")
+    if standard:
+        words = score(model, _last_words(encoder, standard))
+        found += _whole_word("lambada_standard", words, "whole word, original text")
+    return found
+
+
+def _last_words(encoder: Encoder, texts: Sequence[str]) -> list[Pair]:
+    """Each text as all but its last word, and that word."""
+    pairs = []
+    for text in texts:
+        context, _, word = text.rpartition(" ")
+        pairs.append(encode_pair(encoder, context, " " + word))
+    return pairs
+
+
+def _whole_word(name: str, scores: Sequence[Scored], protocol: str) -> list[Benchmark]:
+    return [
+        _share(f"{name} accuracy", [s.greedy for s in scores], protocol),
+        _perplexity(f"{name} perplexity", [s.nats for s in scores], protocol),
+    ]
+
+
+class Choice(NamedTuple):
+    """A question with several endings, one of them right."""
+
+    context: str
+    endings: list[str]
+    label: int
+
+
+def hellaswag_choice(
+    activity: str, first: str, second: str, endings: list[str], label: int
+) -> Choice:
+    """An example of the published data set as lm-eval words it."""
+    context = f"{activity}: {first} {second.capitalize()}"
+    return Choice(_clean(context), [_clean(ending) for ending in endings], label)
+
+
+def _clean(text: str) -> str:
+    """Without the marks that WikiHow left in the data set."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def hellaswag(model: Transformer, encoder: Encoder, choices: Sequence[Choice]) -> list[Benchmark]:
+    """acc takes the likeliest ending, acc_norm the likeliest by character, as in lm-eval."""
+    pairs = [
+        encode_pair(encoder, choice.context, " " + ending)
+        for choice in choices
+        for ending in choice.endings
+    ]
+    scores = iter(score(model, pairs))
+    plain, by_length = [], []
+    for choice in choices:
+        nats = [next(scores).nats for _ in choice.endings]
+        normed = [x / len(ending) for x, ending in zip(nats, choice.endings, strict=True)]
+        plain.append(nats.index(min(nats)) == choice.label)
+        by_length.append(normed.index(min(normed)) == choice.label)
+    return [
+        _share("hellaswag acc", plain, "0-shot, lm-eval"),
+        _share("hellaswag acc_norm", by_length, "0-shot, by character, lm-eval"),
+    ]

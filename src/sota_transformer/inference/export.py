@@ -1,0 +1,99 @@
+"""Writes a model for other programs: a Hugging Face folder, which MLX opens as it is.
+
+The bytes depend on the weights and the card alone, so the same run exports to the same hashes.
+What is written is read back from the disk and its logits are compared before it is called done:
+by this package's own reader, and by `transformers` where it is installed.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from sota_transformer.durable import FolderWriter, canonical_json
+from sota_transformer.errors import DIVERGED, SotaError
+from sota_transformer.inference.folder import WEIGHTS, read_model
+from sota_transformer.inference.layout import EOT, PAD, huggingface_config, huggingface_tensors
+from sota_transformer.inference.tokenizer_files import huggingface_files
+from sota_transformer.model.transformer import Transformer
+
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Root mean square difference allowed, as a share of the logits' spread: rounding to 24, 11 and 8
+# bits, and to 8 bits with a common scale, with room for how layers add it up. Logits of another
+# model differ by about 1.4.
+_ALLOWED = {"float32": 1e-5, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.25}
+_PROBE_TOKENS = 64
+
+
+class Proof(NamedTuple):
+    """What came of reading an export back."""
+
+    reader: str
+    difference: float
+    """Largest difference of a logit."""
+    spread: float
+    """Standard deviation of the logits, to judge the difference by."""
+
+
+def write_huggingface(writer: FolderWriter, model: Transformer, dtype: str, card: str) -> None:
+    """config.json, weights, tokenizer and card; `card` is the README's text."""
+    config = model.config
+    writer.write("config.json", canonical_json(huggingface_config(config, dtype)))
+    generation: dict[str, Any] = {"bos_token_id": EOT, "eos_token_id": EOT, "do_sample": True}
+    generation |= {"temperature": 0.8, "top_p": 0.95}
+    if config.vocab_size > PAD:  # padding is never text
+        generation |= {"pad_token_id": PAD, "suppress_tokens": list(range(PAD, config.vocab_size))}
+    writer.write("generation_config.json", canonical_json(generation))
+    tensors = {
+        name: tensor.to(TYPES[dtype]).contiguous()
+        for name, tensor in huggingface_tensors(model).items()
+    }
+    writer.write(WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    for name, data in huggingface_files(config.seq_len).items():
+        writer.write(name, data)
+    writer.write("README.md", card.encode())
+
+
+def prove_huggingface(folder: Path, model: Transformer, dtype: str) -> list[Proof]:
+    """Read a written folder back and compare. SotaError 70 where it is not the same model."""
+    ours = probe_logits(model)
+    proofs = [proof("this package", ours, probe_logits(read_model(folder)), dtype)]
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        return proofs
+    logging.disable_progress_bar()
+    other = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        theirs = other(probe(model)).logits[0]
+    return [*proofs, proof("transformers", ours, theirs, dtype)]
+
+
+def probe(model: Transformer) -> Tensor:
+    """(1, T) ids that visit the whole vocabulary with long strides."""
+    size = min(_PROBE_TOKENS, model.config.seq_len)
+    return (torch.arange(size) * 7919 % model.config.vocab_size)[None]
+
+
+@torch.no_grad()
+def probe_logits(model: Transformer) -> Tensor:
+    """(T, V) logits of `probe`, float32 on the CPU."""
+    return model.logits(model(probe(model).to(model.rope.device)))[0].cpu()
+
+
+def proof(reader: str, ours: Tensor, theirs: Tensor, dtype: str) -> Proof:
+    """Compare logits (T, V). SotaError 70 if they differ by more than the type explains."""
+    difference, spread = float((ours - theirs).abs().max()), float(ours.std())
+    typical = float((ours - theirs).square().mean().sqrt())
+    if not typical <= _ALLOWED[dtype] * max(spread, 1e-3):
+        raise SotaError(
+            f"the export is not the model: read back by {reader}, a logit differs by "
+            f"{difference:.3g} (the logits' spread is {spread:.3g}); nothing was written",
+            DIVERGED,
+        )
+    return Proof(reader, difference, spread)

@@ -1,0 +1,230 @@
+"""Continue token sequences: a distribution, a sampler, and one streaming loop with a KV cache.
+
+Letters of shapes: B rows, T tokens, S cached tokens, V vocabulary. Reading order: `probabilities`
+turns logits into what may be drawn, `make_sampler` closes over a seed, `Rows` holds sequences of
+different lengths that advance together, `generate` continues one of them. Sampling happens on the
+CPU in float32 with one random number a token, so a seed gives the same text on every device, as far
+as the logits agree.
+
+A sequence that reaches the model's longest context goes on with its newer half, computed afresh:
+the cost stays linear and nothing depends on how the sequence was fed.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.errors import DIVERGED, SotaError
+from sota_transformer.model.transformer import Cache, Transformer
+
+EOT = GPT2_VOCAB - 1  # <|endoftext|>
+_NUCLEUS_GUESS = 512  # likeliest tokens sorted first; nearly always they hold all of top-p
+
+Sampler = Callable[[Tensor, Sequence[int]], int]
+"""(logits (V,) float32 on the CPU, the tokens so far) -> the next token."""
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that text needs."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of some tokens; not always whole characters."""
+        ...
+
+
+def probabilities(
+    logits: Tensor,
+    history: Sequence[int] = (),
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Tensor:
+    """What may be drawn from logits (V,) float32: probabilities (V,), zero for what may not.
+
+    In this order: the penalty divides positive and multiplies negative logits of tokens in
+    `history` (Keskar et al. 2019), temperature divides, then top-k, top-p and min-p cut. At least
+    the likeliest token is left.
+    """
+    if repetition_penalty != 1.0 and history:
+        seen = torch.tensor(sorted(set(history)))
+        old = logits[seen]
+        logits = logits.clone()
+        logits[seen] = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
+    # Differences to the best, so that no temperature, however small, overflows.
+    logits = (logits - logits.max()) / max(temperature, 1e-6)
+    if 0 < top_k < logits.shape[0]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    chances = logits.softmax(-1)
+    if top_p < 1.0:
+        chances = chances * (chances >= _nucleus_edge(chances, top_p))
+    if min_p > 0.0:
+        chances = chances * (chances >= min_p * chances.max())
+    return chances / chances.sum()
+
+
+def _nucleus_edge(chances: Tensor, top_p: float) -> float:
+    """Least probability in the smallest set that holds `top_p` (Holtzman et al. 2020)."""
+    for count in (min(_NUCLEUS_GUESS, chances.shape[0]), chances.shape[0]):
+        ranked = chances.topk(count).values
+        before = ranked.double().cumsum(0) - ranked
+        inside = int((before < top_p).sum())
+        if inside < count or count == chances.shape[0]:
+            return float(ranked[max(inside, 1) - 1])
+    raise AssertionError("the whole vocabulary was ranked")
+
+
+def make_sampler(
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> Sampler:
+    """A sampler that draws one random number a token from `seed`; temperature 0 draws none."""
+    source = random.Random(seed)  # its sequence is the same on every platform and version
+
+    def sample(logits: Tensor, history: Sequence[int]) -> int:
+        chances = probabilities(
+            logits,
+            history,
+            temperature=temperature or 1.0,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        if not torch.isfinite(chances).all():
+            raise SotaError("the model's logits are not finite: its training diverged", DIVERGED)
+        if not temperature:
+            return int(chances.numpy().argmax())  # numpy: the first of equals
+        # Inverse of the cumulative distribution in the order of ids: rounding of the logits on
+        # another device moves the edges a little but never reorders the tokens.
+        edges = chances.double().cumsum(0)
+        drawn = torch.searchsorted(edges, source.random() * float(edges[-1]), right=True)
+        return int(drawn.clamp(max=int(chances.nonzero()[-1])))
+
+    return sample
+
+
+class Rows:
+    """Sequences of different lengths in one cache; each step is one forward pass for all given."""
+
+    def __init__(self, model: Transformer, rows: int, size: int | None = None) -> None:
+        """Room for `rows` sequences of `size` tokens; by default, and at most, the context."""
+        self.model = model
+        self.size = min(size or model.config.seq_len, model.config.seq_len)
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.lengths = [0] * rows  # cached tokens of each row
+        like = torch.empty(0, dtype=model.dtype, device=model.rope.device)
+        self._cache = Cache(model.config, rows, self.size, like)
+
+    @torch.no_grad()
+    def start(self, row: int, tokens: Sequence[int]) -> Tensor:
+        """Begin a row anew with at least one token; logits (V,) of the next, on the CPU.
+
+        Only the last `size` tokens of a longer prompt are seen.
+        """
+        self.tokens[row] = list(tokens)
+        seen = self.tokens[row][-self.size :]
+        single = Cache(self.model.config, 1, len(seen), self._cache.store)
+        hidden = self.model(self._ids([seen]), cache=single)
+        self._cache.store[:, :, row, :, : len(seen)] = single.store[:, :, 0]
+        self.lengths[row] = len(seen)
+        return self._logits(hidden[:, -1])[0]
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Add one token to each of `rows`; logits (len(rows), V) of the next ones, on the CPU."""
+        full = [i for i, row in enumerate(rows) if self.lengths[row] == self.size]
+        fitting = [i for i in range(len(rows)) if i not in full]
+        result: list[Tensor | None] = [None] * len(rows)
+        for i in full:
+            known = [*self.tokens[rows[i]], tokens[i]]
+            result[i] = self.start(rows[i], known[-max(1, self.size // 2) :])
+            self.tokens[rows[i]] = known
+        if fitting:
+            logits = self._advance([rows[i] for i in fitting], [tokens[i] for i in fitting])
+            for i, line in zip(fitting, logits, strict=True):
+                result[i] = line
+        return torch.stack([line for line in result if line is not None])
+
+    def _advance(self, rows: list[int], tokens: list[int]) -> Tensor:
+        """One forward pass of (B, 1) tokens, each at the end of its row."""
+        device = self._cache.store.device
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        rows, tokens = [rows[i] for i in order], [tokens[i] for i in order]
+        ends = torch.tensor([self.lengths[row] for row in rows], device=device)
+        longest = max(self.lengths[row] for row in rows) + 1
+        even = len({self.lengths[row] for row in rows}) == 1
+        mask = torch.arange(longest, device=device) <= ends[:, None]  # (B, S)
+        hidden = self.model(
+            self._ids([[token] for token in tokens]),
+            cache=_RowsCache(self._cache.store, rows, ends, longest),
+            mask=None if even else mask[:, None, None, :],
+            positions=ends[:, None],
+        )
+        for row, token in zip(rows, tokens, strict=True):
+            self.tokens[row].append(token)
+            self.lengths[row] += 1
+        logits = self._logits(hidden[:, -1])
+        return logits[torch.tensor(order).argsort()]
+
+    def _ids(self, tokens: list[list[int]]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self._cache.store.device)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(B, D) -> (B, V) float32 on the CPU; what is not in GPT-2's vocabulary is never drawn."""
+        logits = self.model.logits(hidden).cpu()
+        logits[:, GPT2_VOCAB:] = -torch.inf
+        return logits
+
+
+class _RowsCache(Cache):
+    """Some rows of a larger store, each written at its own end, for one forward pass of T = 1."""
+
+    def __init__(self, store: Tensor, rows: list[int], ends: Tensor, longest: int) -> None:
+        self.store, self.length = store, 0
+        self._ends, self._longest = ends, longest
+        self._rows = torch.tensor(rows, device=store.device)
+        neighbours = rows[-1] - rows[0] + 1 == len(rows)
+        # Neighbours can be read where they lie; others have to be copied together first.
+        self._read = slice(rows[0], rows[-1] + 1) if neighbours else self._rows
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, K, 1, h) at each row's end; the first `longest` of each, (B, K, S, h)."""
+        store = self.store[layer]
+        store[0, self._rows, :, self._ends] = keys[:, :, 0]
+        store[1, self._rows, :, self._ends] = values[:, :, 0]
+        known = store[:, self._read, :, : self._longest]
+        return known[0], known[1]
+
+
+def generate(
+    model: Transformer,
+    tokens: Sequence[int],
+    sampler: Sampler,
+    max_tokens: int,
+    stop_ids: Sequence[int] = (EOT,),
+) -> Iterator[int]:
+    """Up to `max_tokens` ids that continue `tokens` (at least one), each as soon as it is drawn.
+
+    Ends before an id of `stop_ids`, which is not part of the text.
+    """
+    size = min(model.config.seq_len, len(tokens) + max_tokens)
+    rows = Rows(model, 1, size)
+    logits = rows.start(0, tokens)
+    for left in range(max_tokens, 0, -1):
+        token = sampler(logits, rows.tokens[0])
+        if token in stop_ids:
+            return
+        yield token
+        if left > 1:
+            logits = rows.step([0], [token])[0]

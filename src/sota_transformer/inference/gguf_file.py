@@ -1,0 +1,139 @@
+"""Writes one GGUF file for llama.cpp and Ollama, with the tokenizer inside, and reads it back.
+
+Needs the package `gguf` (extra [gguf]). Names are llama.cpp's. Its `llama` rotates neighbouring
+pairs where ours rotates halves, so rows of q and k are interleaved; its `qwen3` rotates halves.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from sota_transformer.config import Model
+from sota_transformer.inference.layout import EOT, PAD, huggingface_tensors, own_tensors
+from sota_transformer.inference.tokenizer_files import merges, vocabulary
+from sota_transformer.model.transformer import Transformer
+
+Array = np.ndarray[Any, Any]
+NAME = "model.gguf"
+_KINDS = gguf.GGMLQuantizationType
+_FILES = gguf.LlamaFileType
+_TYPES = {
+    "float32": (_KINDS.F32, _FILES.ALL_F32),
+    "float16": (_KINDS.F16, _FILES.MOSTLY_F16),
+    "bfloat16": (_KINDS.BF16, _FILES.MOSTLY_BF16),
+    "q8_0": (_KINDS.Q8_0, _FILES.MOSTLY_Q8_0),
+}
+_BLOCK = 32  # elements that share a scale in Q8_0
+_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor, from Hugging Face's."""
+    if name == "model.embed_tokens.weight":
+        return "token_embd.weight"
+    if name == "model.norm.weight":
+        return "output_norm.weight"
+    _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{layer}.{_NAMES[inner]}.weight"
+
+
+def _interleaved(config: Model, name: str, array: Array, back: bool = False) -> Array:
+    """Rows of q and k in llama.cpp's order, or back in ours."""
+    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+    if heads is None or config.qk_norm:
+        return array
+    half = config.head_dim // 2
+    inner = (half, 2) if back else (2, half)
+    return array.reshape(heads, *inner, -1).swapaxes(1, 2).reshape(array.shape)
+
+
+def write_gguf(path: Path, model: Transformer, dtype: str, name: str) -> None:
+    """The whole file; matrices in `dtype`, norms in float32."""
+    config = model.config
+    kind, file_type = _TYPES[dtype]
+    writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_context_length(config.seq_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.layers)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer, config.vocab_size)
+    for theirs, tensor in huggingface_tensors(model).items():
+        array = _interleaved(config, theirs, tensor.numpy())
+        used = kind if array.ndim == 2 else _KINDS.F32
+        if used == _KINDS.Q8_0 and array.shape[-1] % _BLOCK:
+            used = _KINDS.F16  # its rows do not divide into blocks
+        data = gguf.quants.quantize(np.ascontiguousarray(array), used)
+        writer.add_tensor(gguf_name(theirs), data, raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+    """GPT-2's vocabulary, with rows beyond it marked as unused."""
+    known = vocabulary()
+    texts = [*known, *(f"<|unused_{i}|>" for i in range(len(known), size))][:size]
+    types = [gguf.TokenType.NORMAL] * EOT + [gguf.TokenType.CONTROL] * (size - EOT)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_token_merges([f"{a} {b}" for a, b in merges()])
+    writer.add_bos_token_id(EOT)
+    writer.add_eos_token_id(EOT)
+    writer.add_pad_token_id(PAD if size > PAD else EOT)
+    writer.add_add_bos_token(False)
+
+
+def read_gguf(path: Path, config: Model) -> Transformer:
+    """The model of a file that `write_gguf` wrote for `config`, float32 on the CPU."""
+    stored = {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+    model = Transformer(config)
+    tensors = {}
+    for theirs, tensor in huggingface_tensors(model).items():
+        array = stored[gguf_name(theirs)].reshape(tuple(tensor.shape))
+        array = _interleaved(config, theirs, array, back=True)
+        tensors[theirs] = torch.from_numpy(np.array(array, np.float32))
+    model.load_state_dict(own_tensors(config, tensors))
+    return model.eval()
+
+
+def modelfile(config: Model) -> str:
+    """Ollama's recipe for the file beside it: plain continuation, no chat."""
+    return (
+        f"FROM ./{NAME}\n"
+        'TEMPLATE """{{ .Prompt }}"""\n'
+        f"PARAMETER num_ctx {config.seq_len}\n"
+        "PARAMETER temperature 0.8\n"
+        "PARAMETER top_p 0.95\n"
+        'PARAMETER stop "<|endoftext|>"\n'
+    )

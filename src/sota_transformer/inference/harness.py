@@ -1,0 +1,71 @@
+"""EleutherAI's lm-eval on our own model, for `sota evaluate --tasks`: the extra [lm-eval]."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.inference.batch import Job, run_jobs
+from sota_transformer.inference.benchmarks import encode_pair, score
+from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.inference.perplexity import sliding_sums
+from sota_transformer.model.transformer import Transformer
+
+_ROWS = 16
+
+
+class Harness(LM):
+    """A model as lm-eval asks it; every request carries its text in `args`."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._model, self._tokenizer = model, tokenizer
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(nats, greedy) of each (context, continuation)."""
+        pairs = [encode_pair(self._tokenizer, *request.args) for request in requests]
+        return [(-scored.nats, scored.greedy) for scored in score(self._model, pairs)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Nats of each whole text, from end-of-text on, in windows of the context."""
+        context, size = self._model.config.seq_len, self._tokenizer.token_bytes
+        totals = []
+        for request in requests:
+            tokens = np.array([EOT, *self._tokenizer.encode(request.args[0])])
+            sums = sliding_sums(self._model, tokens, size, context, context)
+            totals.append(-float(sums[:, 0].sum()))
+        return totals
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The likeliest text of each request, up to its stop strings; sampling is not offered."""
+        jobs = []
+        for request in requests:
+            context, options = request.args
+            if options.get("do_sample") or options.get("temperature"):
+                raise ValueError("lm-eval tasks that sample are not supported; use greedy ones")
+            stops = options.get("until") or []
+            jobs.append(
+                Job(
+                    tokens=self._tokenizer.encode(context) or [EOT],
+                    sampler=make_sampler(0.0),
+                    max_tokens=int(options.get("max_gen_toks", 256)),
+                    stops=[stops] if isinstance(stops, str) else list(stops),
+                )
+            )
+        texts = [""] * len(jobs)
+        for number, drawn in run_jobs(self._model, self._tokenizer, jobs, _ROWS):
+            texts[number] += drawn.text
+        return texts
+
+
+def evaluate(
+    model: Transformer, tokenizer: Tokenizer, tasks: Sequence[Any], limit: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Figures by task, as lm-eval names them; `tasks` are its names or its configurations."""
+    found = simple_evaluate(
+        model=Harness(model, tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=0
+    )
+    return found["results"] if found else {}

@@ -1,0 +1,212 @@
+"""Our model in Hugging Face's words, and back: configuration and names of tensors. Only maths.
+
+A model without QK-norm is a LlamaForCausalLM, one with it a Qwen3ForCausalLM. Our fused matrices
+are rows of theirs: `qkv` holds q, k and v, `gate_up` holds gate and up. The embedding is tied, so
+there is no `lm_head`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sota_transformer.config import GPT2_VOCAB, Model
+from sota_transformer.errors import BAD_DATA, SotaError
+from sota_transformer.model.transformer import Transformer
+
+EOT, PAD = GPT2_VOCAB - 1, GPT2_VOCAB
+_LARGEST = {
+    "layers": 512, "d_model": 65_536, "heads": 1024, "kv_heads": 1024, "d_ff": 262_144,
+    "seq_len": 1 << 17, "vocab_size": 50_304,
+}  # fmt: skip
+_LARGEST_ROTARY = 1 << 26  # positions x head dimension
+_SIZES = {
+    "layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "seq_len": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+# What may stand in a config.json beside the sizes, and the values under which the model is ours;
+# None: any value, it does not change what the model computes.
+_ALLOWED: dict[str, tuple[Any, ...] | None] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "tie_word_embeddings": (True,),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False,),
+    "sliding_window": (None,),
+    "attention_dropout": (0, 0.0),
+    "pretraining_tp": (1,),
+    "is_decoder": (False, True),
+    "model_type": None,
+    "architectures": None,
+    "head_dim": None,
+    "rms_norm_eps": None,
+    "rope_theta": None,
+    "rope_parameters": None,
+    "layer_types": None,
+    "max_window_layers": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "dtype": None,
+    "torch_dtype": None,
+    "transformers_version": None,
+    "initializer_range": None,
+    "use_cache": None,
+    "_name_or_path": None,
+}
+
+
+def huggingface_config(config: Model, dtype: str) -> dict[str, Any]:
+    """The content of config.json; `dtype` is that of the tensors beside it."""
+    kind = "qwen3" if config.qk_norm else "llama"
+    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
+    values |= {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": kind,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        # Both spellings: transformers 5 reads the second, other programs the first.
+        "rope_theta": config.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": EOT,
+        "eos_token_id": EOT,
+        "pad_token_id": PAD if config.vocab_size > PAD else EOT,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    extra = {"use_sliding_window": False, "sliding_window": None} if config.qk_norm else {}
+    return values | (extra or {"mlp_bias": False})
+
+
+def own_config(values: Any) -> Model:
+    """Our configuration from a config.json. SotaError 65 for any other family of models."""
+    if not isinstance(values, dict):
+        raise SotaError("config.json: needs a JSON object", BAD_DATA)
+    known = set(_ALLOWED) | set(_SIZES.values())
+    if unknown := sorted(set(values) - known):
+        raise SotaError(f"config.json: unknown keys {', '.join(map(repr, unknown[:9]))}", BAD_DATA)
+    found = [
+        f"{key} {values[key]!r} (needs {' or '.join(map(repr, allowed))})"
+        for key, allowed in _ALLOWED.items()
+        if allowed is not None and key in values and values[key] not in allowed
+    ]
+    kind = values.get("model_type")
+    if kind not in ("llama", "qwen3"):
+        found.append(f"model_type {kind!r} (needs 'llama' or 'qwen3')")
+    if values.get("tie_word_embeddings") is not True:
+        found.append("tie_word_embeddings is not true: this family ties them")
+    if any(layer != "full_attention" for layer in values.get("layer_types") or ()):
+        found.append("layer_types other than full_attention")
+    if found:
+        raise SotaError(f"config.json is not of this family: {'; '.join(found)}"[:600], BAD_DATA)
+    sizes = {ours: _whole(values, theirs, _LARGEST[ours]) for ours, theirs in _SIZES.items()}
+    if sizes["vocab_size"] < GPT2_VOCAB:
+        raise SotaError(
+            f"config.json: vocab_size {sizes['vocab_size']} is not GPT-2's {GPT2_VOCAB:,} or a "
+            "little more, so the tokenizer is another",
+            BAD_DATA,
+        )
+    return _model(values, sizes)
+
+
+def _model(values: dict[str, Any], sizes: dict[str, int]) -> Model:
+    """The configuration of checked sizes."""
+    rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise SotaError("config.json: rope_parameters must be of type default", BAD_DATA)
+    model = Model(
+        **sizes,
+        rope_base=_real(rope.get("rope_theta", values.get("rope_theta", 10_000.0)), "rope_theta"),
+        norm_eps=_real(values.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+        qk_norm=values["model_type"] == "qwen3",
+    )
+    problems = model.problems()
+    if not problems and values.get("head_dim", model.head_dim) != model.head_dim:
+        problems = [f"head_dim {values['head_dim']!r} is not hidden_size / num_attention_heads"]
+    if not problems and model.seq_len * model.head_dim > _LARGEST_ROTARY:
+        problems = [f"max_position_embeddings {model.seq_len} is too long for this head_dim"]
+    if problems:
+        raise SotaError(f"config.json: {'; '.join(problems)}", BAD_DATA)
+    return model
+
+
+def _whole(values: dict[str, Any], name: str, largest: int) -> int:
+    default = values.get("num_attention_heads") if name == "num_key_value_heads" else None
+    value = values.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= largest:
+        text = repr(value)[:40]
+        raise SotaError(f"config.json: {name} {text} must be from 1 to {largest:,}", BAD_DATA)
+    return value
+
+
+def _real(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+        raise SotaError(f"config.json: {name} {value!r} must be above 0", BAD_DATA)
+    return float(value)
+
+
+def _parts(config: Model) -> Iterator[tuple[str, str, int, int]]:
+    """(their name, ours, first row, end row) of every tensor; the end is -1 for a whole one."""
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    yield "model.embed_tokens.weight", "embedding.weight", 0, -1
+    yield "model.norm.weight", "norm.weight", 0, -1
+    for layer in range(config.layers):
+        theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
+        edges = (0, queries, queries + keys, queries + 2 * keys)
+        for name, begin, end in zip("qkv", edges, edges[1:], strict=False):
+            yield (
+                f"{theirs}.self_attn.{name}_proj.weight",
+                f"{ours}.attention.qkv.weight",
+                begin,
+                end,
+            )
+        yield f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out.weight", 0, -1
+        both = f"{ours}.mlp.gate_up.weight"
+        yield f"{theirs}.mlp.gate_proj.weight", both, 0, config.d_ff
+        yield f"{theirs}.mlp.up_proj.weight", both, config.d_ff, 2 * config.d_ff
+        yield f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.down.weight", 0, -1
+        yield f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", 0, -1
+        yield f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight", 0, -1
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                yield f"{theirs}.self_attn.{name}.weight", f"{ours}.attention.{name}.weight", 0, -1
+
+
+def huggingface_tensors(model: Transformer) -> dict[str, Tensor]:
+    """The weights by their names, float32 on the CPU; views of the model's where it is there."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return {
+        theirs: state[ours] if end < 0 else state[ours][begin:end]
+        for theirs, ours, begin, end in _parts(model.config)
+    }
+
+
+def expected_shapes(config: Model) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor by its Hugging Face name."""
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    return {
+        theirs: tuple((state[ours] if end < 0 else state[ours][begin:end]).shape)
+        for theirs, ours, begin, end in _parts(config)
+    }
+
+
+def own_tensors(config: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state from theirs, float32; `tensors` has exactly the names of `expected_shapes`."""
+    pieces: dict[str, list[Tensor]] = {}
+    for theirs, ours, _, _ in _parts(config):
+        pieces.setdefault(ours, []).append(tensors[theirs].float())
+    return {name: torch.cat(parts) for name, parts in pieces.items()}

@@ -1,0 +1,138 @@
+"""Loss, perplexity and bits per byte, with an error bar over sequences. No smoothing, no dropout.
+
+Every figure is a sum over tokens divided once. Letters of shapes: B rows, T tokens, N sequences.
+Reading order: `sequence_sums` and `sliding_sums` measure, `summarise` divides, `perplexity` does
+both for whole windows. The sums stay apart by sequence, so that ranks may share the work and gather
+before they divide.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sota_transformer.model.loss import IGNORED, token_loss
+from sota_transformer.model.transformer import Transformer
+
+Array = np.ndarray[Any, Any]
+BATCH_ROWS = 8
+
+
+class Perplexity(NamedTuple):
+    """What a model makes of some text."""
+
+    nats: float
+    """Mean negative log-likelihood of a token."""
+    error: float | None
+    """Standard error of `nats` over sequences; None for a single one."""
+    perplexity: float
+    """exp(nats)."""
+    bits_per_byte: float
+    """Total nats / ln 2 / total UTF-8 bytes of the predicted tokens: comparable over tokenizers."""
+    tokens: int
+    """Tokens predicted."""
+    sequences: int
+    """Windows they came in."""
+
+
+def perplexity(
+    model: Transformer, windows: Iterable[Array], token_bytes: Array, rows: int = BATCH_ROWS
+) -> Perplexity:
+    """Judge windows (T+1,) or (B, T+1) of ids; each predicts its last T tokens from those before.
+
+    `token_bytes` (V,) is the UTF-8 length of each token. `rows` windows go through at once.
+    """
+    return summarise(sequence_sums(model, windows, token_bytes, rows))
+
+
+def sequence_sums(
+    model: Transformer, windows: Iterable[Array], token_bytes: Array, rows: int = BATCH_ROWS
+) -> Array:
+    """(N, 3) float64: nats, tokens and bytes of each window."""
+    flat = (row for window in windows for row in np.atleast_2d(window))
+    return _sums(model, ((row, 0) for row in flat), token_bytes, rows)
+
+
+def sliding_sums(
+    model: Transformer,
+    tokens: Array,
+    token_bytes: Array,
+    context: int,
+    stride: int,
+    rows: int = BATCH_ROWS,
+) -> Array:
+    """(N, 3) as above for one text (n,) of any length; every token but the first counts once.
+
+    Windows of `context` tokens start every `stride` tokens, and each predicts what the one before
+    did not: a token of a later window sees at least context - stride tokens.
+    """
+    return _sums(model, _sliding(tokens, context, stride), token_bytes, rows)
+
+
+def _sliding(tokens: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:
+    """Windows of at most context + 1 tokens, and how many of their targets are known already."""
+    done = 0  # targets 1 ... done have been predicted
+    for start in range(0, len(tokens) - 1, stride):
+        window = tokens[start : start + context + 1]
+        if start + len(window) - 1 > done:
+            yield window, done - start
+            done = start + len(window) - 1
+
+
+@torch.no_grad()
+def _sums(
+    model: Transformer, windows: Iterable[tuple[Array, int]], token_bytes: Array, rows: int
+) -> Array:
+    """(N, 3) of windows, each with the number of its first targets that do not count."""
+    head = model.embedding.weight.detach()  # a parameter would make the loss keep gradients
+    device = model.rope.device
+    result = []
+    for batch in _batches(windows, rows):
+        ids = torch.from_numpy(np.stack([window for window, _ in batch]).astype(np.int64))
+        targets = ids[:, 1:].clone()
+        for line, (_, skip) in zip(targets, batch, strict=True):
+            line[:skip] = IGNORED
+        hidden = model(ids[:, :-1].to(device))  # (B, T, D)
+        on_device = targets.to(device)
+        nats = [
+            token_loss(hidden[row], head, on_device[row], smoothing=0.0).nll
+            for row in range(len(batch))
+        ]
+        kept = targets.numpy() != IGNORED
+        sizes = np.where(kept, token_bytes[ids[:, 1:].numpy()], 0).sum(1)
+        result.append(np.stack([torch.stack(nats).cpu().double().numpy(), kept.sum(1), sizes], 1))
+    return np.concatenate(result) if result else np.zeros((0, 3))
+
+
+def _batches(windows: Iterable[tuple[Array, int]], rows: int) -> Iterator[list[tuple[Array, int]]]:
+    """Neighbours of equal length, at most `rows` together."""
+    batch: list[tuple[Array, int]] = []
+    for item in windows:
+        if batch and (len(batch) == rows or len(item[0]) != len(batch[0][0])):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def summarise(sums: Array) -> Perplexity:
+    """Divide once. Raises ValueError when there is no token.
+
+    With x_i nats in n_i tokens of sequence i and m = sum x / sum n, the error is that of a ratio
+    estimator, sqrt(N / (N-1) * sum (x_i - m n_i)^2) / sum n: for equal n_i the standard deviation
+    of the sequences' means over sqrt(N).
+    """
+    count, (total, tokens, size) = len(sums), sums.sum(0)
+    if not tokens:
+        raise ValueError("no token to judge")
+    nats = total / tokens
+    error = None
+    if count > 1:
+        spread = float(np.square(sums[:, 0] - nats * sums[:, 1]).sum())
+        error = math.sqrt(count / (count - 1) * spread) / float(tokens)
+    bits = total / math.log(2) / size if size else math.nan
+    value = math.exp(nats) if nats < 700 else math.inf
+    return Perplexity(float(nats), error, value, float(bits), int(tokens), count)

@@ -1,0 +1,111 @@
+"""GPT-2's tokenizer and our pad token as the files that other programs read.
+
+Hugging Face and GGUF write each byte of a token as one printable character. Both want the merges
+in order of rank, so they are read from the package's own table.
+"""
+
+import json
+from functools import cache
+from importlib.resources import as_file, files
+from typing import Any
+
+import numpy as np
+
+from sota_transformer.data.tokenizer import Tokenizer
+
+EOT_TEXT, PAD_TEXT = "<|endoftext|>", "<|pad|>"
+
+
+@cache
+def _characters() -> list[str]:
+    """One printable character for each byte: itself where Latin-1 prints it, else from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _written(token: bytes) -> str:
+    return "".join(_characters()[byte] for byte in token)
+
+
+@cache
+def vocabulary() -> list[str]:
+    """All 50,258 tokens by id, each byte as a printable character."""
+    tokenizer = Tokenizer()
+    texts = [_written(tokenizer.decode_bytes([token])) for token in range(tokenizer.eot)]
+    return [*texts, EOT_TEXT, PAD_TEXT]
+
+
+@cache
+def merges() -> list[tuple[str, str]]:
+    """The 50,000 pairs that are merged, most important first."""
+    tokens = vocabulary()
+    packaged = as_file(files("sota_transformer.data") / "gpt2.npz")
+    with packaged as path, np.load(path, allow_pickle=False) as table:
+        left, right = table["left"].tolist(), table["right"].tolist()
+    return [(tokens[a], tokens[b]) for a, b in zip(left, right, strict=True)]
+
+
+def huggingface_files(context: int) -> dict[str, bytes]:
+    """File name -> content of a tokenizer that AutoTokenizer loads, for `context` tokens.
+
+    Special tokens inside a text stay ordinary text, as in training (`split_special_tokens`).
+    """
+    tokens, pairs = vocabulary(), merges()
+    special = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    added = [{"id": tokens.index(text), "content": text} | special for text in (EOT_TEXT, PAD_TEXT)]
+    bytes_to_text = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    vocab = {text: token for token, text in enumerate(tokens[:-1])}
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": bytes_to_text | {"use_regex": True},
+        "post_processor": bytes_to_text | {"use_regex": True},
+        "decoder": bytes_to_text | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [list(pair) for pair in pairs],
+        },
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "bos_token": EOT_TEXT,
+        "eos_token": EOT_TEXT,
+        "unk_token": EOT_TEXT,
+        "pad_token": PAD_TEXT,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "added_tokens_decoder": {
+            str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
+        },
+    }
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs), ""]
+    return {
+        "tokenizer.json": _json(whole),
+        "tokenizer_config.json": _json(settings),
+        "vocab.json": _json(vocab),
+        "merges.txt": "\n".join(lines).encode(),
+    }
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

@@ -1,0 +1,112 @@
+"""The vocabulary head and its cross-entropy in one pass, in chunks of tokens.
+
+The logits of a micro-batch are the largest tensor of a small model, so they never exist in
+float32 nor all at once: each chunk is multiplied, turned into losses and in place into gradients,
+which the backward pass only scales. That is three matrix products a token, the fewest possible.
+Losses are sums; the caller divides once by the global token count.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -1  # a target that counts nowhere
+CHUNK_TOKENS = 512  # logits in flight: a chunk stays in a CPU's cache between its three uses
+GROUP_TOKENS = 2048  # logits kept, as gradients, until one product gives the head's gradient
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, float32 scalars; only `smoothed` carries a gradient."""
+
+    smoothed: Tensor
+    nll: Tensor
+    count: Tensor
+
+
+def token_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float, compiled: bool = False
+) -> LossSums:
+    """Loss of hidden states (..., D) under the head (V, D) for targets (...,) int64.
+
+    `smoothed` mixes each target with the uniform distribution over V by `smoothing`
+    (Szegedy et al. 2016); `nll` is the plain negative log-likelihood in nats.
+    """
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    smoothed, nll = _HeadLoss.apply(hidden, head, targets, smoothing, compiled)
+    return LossSums(smoothed, nll, (targets != IGNORED).sum())
+
+
+class _HeadLoss(torch.autograd.Function):
+    """(N, D), (V, D), (N,) -> two sums; gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The sums; keeps the gradients of the first for the backward pass."""
+        train = any(ctx.needs_input_grad)
+        weight = head.detach().to(hidden.dtype)
+        losses_of = _compiled_losses() if compiled else chunk_losses
+        sums = torch.zeros(2, device=hidden.device)
+        hidden_gradient, head_gradient = torch.empty_like(hidden) if train else hidden, None
+        for begin in range(0, len(hidden), GROUP_TOKENS):
+            group = slice(begin, min(begin + GROUP_TOKENS, len(hidden)))
+            rows = group.stop - begin if train else CHUNK_TOKENS
+            buffer = hidden.new_empty(rows, len(head))  # logits, then their gradients
+            for start in range(begin, group.stop, CHUNK_TOKENS):
+                part = slice(start, min(start + CHUNK_TOKENS, group.stop))
+                place = start - begin if train else 0
+                logits = buffer[place : place + part.stop - start]
+                torch.mm(hidden[part], weight.t(), out=logits)
+                sums += losses_of(logits, targets[part], smoothing, train)
+                if train:
+                    torch.mm(logits, weight, out=hidden_gradient[part])
+            if train:
+                product = buffer.t() @ hidden[group]  # (V, D), in the layout of the parameter
+                head_gradient = (
+                    product.float() if head_gradient is None else head_gradient.add_(product)
+                )
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        smoothed, nll = sums.unbind()
+        ctx.mark_non_differentiable(nll)
+        return smoothed, nll
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what the forward pass made."""
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        scale = gradients[0]
+        hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
+        return hidden_gradient, head_gradient.mul_(scale), None, None, None
+
+
+def chunk_losses(logits: Tensor, targets: Tensor, smoothing: float, in_place: bool) -> Tensor:
+    """(N, V) logits and (N,) targets -> (2,) float32 sums of smoothed and plain loss.
+
+    With `in_place` the logits become d(smoothed)/d(logits), in their own type.
+    """
+    scores = logits.float()
+    valid = targets != IGNORED
+    index = targets.clamp(min=0)[:, None]
+    log_total = scores.logsumexp(-1)  # (N,)
+    nll = log_total - scores.gather(1, index)[:, 0]
+    uniform = log_total - scores.mean(-1)
+    smoothed = (1 - smoothing) * nll + smoothing * uniform
+    sums = torch.stack((smoothed, nll)).where(valid, 0.0).sum(-1)
+    if in_place:
+        gradient = (scores - log_total[:, None]).exp() - smoothing / logits.shape[1]
+        column = torch.arange(logits.shape[1], device=logits.device)
+        gradient = gradient - (column == index) * (1 - smoothing)
+        logits.copy_(gradient.where(valid[:, None], 0.0))
+    return sums
+
+
+_COMPILED: list[Any] = []
+
+
+def _compiled_losses() -> Any:
+    """`chunk_losses` compiled, once a process."""
+    if not _COMPILED:
+        _COMPILED.append(torch.compile(chunk_losses, dynamic=False))
+    return _COMPILED[0]

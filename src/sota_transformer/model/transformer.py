@@ -1,0 +1,285 @@
+"""The network: a Llama with tied embeddings (a Qwen3 when qk_norm is on). Only maths.
+
+Letters of shapes: B batch, T tokens, S cached and new tokens, D width, H heads, K key/value heads,
+h head dimension, V vocabulary. Reading order: RMSNorm, rotary positions, dropout, Attention,
+SwiGLU, Block, Transformer. One forward serves training and generation; precision, compilation and
+ranks are applied from outside. The residual stream stays float32, each branch computes in `dtype`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sota_transformer.config import Model
+
+
+class Dropout(NamedTuple):
+    """What a forward pass drops: a rate and one key for each row. A pure function of both."""
+
+    rate: Tensor  # () float32
+    keys: Tensor  # (B,) int32
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, preallocated for `size` tokens."""
+
+    def __init__(self, config: Model, batch: int, size: int, like: Tensor) -> None:
+        shape = (config.layers, 2, batch, config.kv_heads, size, config.head_dim)
+        self.store = like.new_zeros(shape)  # (L, 2, B, K, size, h)
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, K, T, h) after the `length` known tokens; all (B, K, S, h) so far."""
+        end = self.length + keys.shape[2]
+        store = self.store[layer, :, :, :, :end]
+        store[0, :, :, self.length :] = keys
+        store[1, :, :, self.length :] = values
+        return store[0], store[1]
+
+
+class Linear(nn.Linear):
+    """No bias; the float32 weight is cast to the type of the activations."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) of any type -> the same shape in float32."""
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def rotary(positions: int, head_dim: int, base: float) -> Tensor:
+    """Cosines and sines of Su et al. 2021, (2, positions, head_dim), halves repeated as in Llama.
+
+    Computed in float32 in the order of operations of `transformers`, so that exports agree.
+    """
+    frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.arange(positions, dtype=torch.float32)[:, None] * frequency[None, :]
+    angle = torch.cat((angle, angle), dim=-1)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate (B, H, T, h) by the positions of rope, (2, T, h); keeps the type of x."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * rope[0] + turned * rope[1]).to(x.dtype)
+
+
+def drop(x: Tensor, dropout: Dropout | None, site: int) -> Tensor:
+    """Dropout of (B, T, D) whose mask is a hash of (row key, site, position).
+
+    No generator is involved: the same row drops the same elements on every device, in any
+    micro-batch and on any rank, and a resumed run needs no saved random state. The mixer is two
+    rounds of multiply and xor-shift on int32; a rate is resolved to 1/65,536.
+    """
+    if dropout is None:
+        return x
+    size = x.shape[1] * x.shape[2]
+    index = torch.arange(size, dtype=torch.int32, device=x.device).view(1, *x.shape[1:])
+    bits = (index + dropout.keys.view(-1, 1, 1) + site * 0x2545F49) * -1640531535
+    bits = (bits ^ (bits >> 15)) * -2048144777
+    bits = (bits ^ (bits >> 13)) * -1028477379
+    keep = ((bits >> 16) & 0xFFFF) >= dropout.rate * 65_536
+    return x * (keep / (1 - dropout.rate)).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention through SDPA, with its flash kernel where there is one; causal without a mask.
+
+    (B, H, T, h), (B, K, S, h), (B, K, S, h) -> (B, H, T, h).
+    """
+    causal, grouped = mask is None and q.shape[2] > 1, k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of (B, H, T, h) by its formula, in blocks of queries that skip the future.
+
+    Only worth it compiled on a CPU, where matrix products are fast and SDPA's kernel is not:
+    `benchmarks/attention.py` measures both. Keeps the probabilities for the backward pass.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    tokens, scale, outputs = q.shape[2], q.shape[3] ** -0.5, []
+    size = max(64, tokens // 4)
+    for start in range(0, tokens, size):
+        end = min(start + size, tokens)
+        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).float() * scale
+        where = torch.arange(start, end, device=q.device)
+        future = torch.arange(end, device=q.device) > where[:, None]
+        chances = scores.masked_fill(future, -torch.inf).softmax(-1).to(q.dtype)
+        outputs.append(chances @ v[:, :, :end])
+    return torch.cat(outputs, dim=2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; grouped queries when K < H."""
+
+    def __init__(self, config: Model, layer: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.layer = config.heads, config.kv_heads, layer
+        self.in_blocks = False  # set from outside, where it is faster
+        width = config.head_dim
+        self.qkv = Linear(config.d_model, (config.heads + 2 * config.kv_heads) * width)
+        self.out = Linear(config.heads * width, config.d_model)
+        self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, rope: Tensor, cache: Cache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D). `mask` (B or 1, 1, T, S) is True where a token may look."""
+        batch, tokens, _ = x.shape
+        parts = (self.heads, self.kv_heads, self.kv_heads)
+        qkv = self.qkv(x).view(batch, tokens, sum(parts), -1).transpose(1, 2)  # (B, H+2K, T, h)
+        q, k, v = qkv.split(parts, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        # Contiguous by construction: permuted q, k or v gave wrong results on MPS (pytorch#181133).
+        q, k, v = rotate(q, rope).contiguous(), rotate(k, rope).contiguous(), v.contiguous()
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        blockwise = self.in_blocks and self.training and cache is None and mask is None
+        y = attend_in_blocks(q, k, v) if blockwise else attend(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and pre-norm SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: Model, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        rope: Tensor,
+        dropout: Dropout | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) float32 -> (B, T, D) float32."""
+        y = self.attention(self.attention_norm(x).to(dtype), rope, cache, mask)
+        x = x + drop(y, dropout, 1)
+        y = self.mlp(self.mlp_norm(x).to(dtype))
+        return x + drop(y, dropout, 2)
+
+
+class Transformer(nn.Module):
+    """Token ids -> hidden states; the tied head is `logits`, or lives in the loss in training."""
+
+    rope: Tensor
+
+    def __init__(self, config: Model, dtype: torch.dtype = torch.float32) -> None:
+        """`dtype` is the type of the activations; parameters are float32."""
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.gradient_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        rope = rotary(config.seq_len, config.head_dim, config.rope_base)
+        self.register_buffer("rope", rope, persistent=False)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Normal(0, 0.02); what writes to the residual stream is scaled by 1/sqrt(2L) (GPT-2)."""
+        residual = 0.02 / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                std = residual if name.endswith(("out.weight", "down.weight")) else 0.02
+                nn.init.normal_(parameter, 0.0, std, generator=generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        dropout: Dropout | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) int64 -> (B, T, D) hidden states in `dtype`.
+
+        With a cache the tokens follow the cached ones and are added to it. `positions` (T,), or
+        (B, T) by row, says where the tokens stand when that is not simply behind the cached ones.
+        """
+        start = cache.length if cache is not None else 0
+        rope = (
+            self.rope[:, start : start + tokens.shape[1]]
+            if positions is None
+            else self.rope[:, positions]
+        )
+        if rope.ndim == 4:  # by row: (2, B, T, h) -> (2, B, 1, T, h)
+            rope = rope.unsqueeze(2)
+        if cache is not None and mask is None and start and tokens.shape[1] > 1:
+            mask = _causal_behind(start, tokens.shape[1], tokens.device)
+        x = drop(self.embedding(tokens), dropout, 0)  # (B, T, D) float32
+        for layer, block in enumerate(self.blocks, start=1):
+            inner = dropout and Dropout(dropout.rate, dropout.keys + layer * 0x51ED27)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(
+                    block,
+                    x,
+                    self.dtype,
+                    rope,
+                    inner,
+                    None,
+                    mask,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x = block(x, self.dtype, rope, inner, cache, mask)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x).to(self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) in float32."""
+        return F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float()
+
+
+def _causal_behind(start: int, tokens: int, device: torch.device) -> Tensor:
+    """(1, 1, T, S) mask of T new tokens behind `start` cached ones."""
+    square = torch.ones(tokens, start + tokens, dtype=torch.bool, device=device)
+    return square.tril(diagonal=start)[None, None]

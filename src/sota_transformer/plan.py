@@ -1,0 +1,212 @@
+"""Before the run: what it takes in time, memory and disk, and what may come of it.
+
+Speed and memory are measured on this machine with the real training step; the expected loss is a
+published scaling law and says so. Where the law was not fitted there is no number.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sota_transformer.config import RunConfig
+from sota_transformer.presets import PRESETS
+from sota_transformer.schedules import describe
+
+if TYPE_CHECKING:
+    from sota_transformer.runtime import Runtime
+
+# Hoffmann et al. 2022, table A.3, approach 3, in nats a token of their data and tokenizer. Their
+# smallest runs saw about a token a parameter; below that the law was never fitted.
+_E, _A, _B, _ALPHA, _BETA = 1.69, 406.4, 410.7, 0.34, 0.28
+_LAW_ERROR = 0.3  # nats: other text, another tokenizer, another recipe
+_LEAST_RATIO = 1.0
+_FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is worth about as much as new
+_BALANCED = 20  # tokens a parameter (Hoffmann et al. 2022)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A measured training step."""
+
+    seconds: float
+    tokens: int
+    memory: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained in a second."""
+        return self.tokens / self.seconds
+
+
+def run_plan(config: RunConfig, preset: str, hours: float) -> int:
+    """Print the plan of one run, and with `hours` the best preset and steps for that time."""
+    there = training_tokens(config.data.path)
+    for line in describe(config):
+        print(line)
+    speed = measure(config)
+    for line in (*estimates(config, speed, there), memory_estimate(config)):
+        print(line)
+    if hours:
+        print(f"for {hours:g} hours here:")
+        for line in compare(config, preset, speed, hours, there):
+            print(line)
+    return 0
+
+
+def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
+    """Time, memory, data and expected loss of a run at this speed; `there` training tokens."""
+    steps, parameters = config.train.steps, config.model.parameter_count
+    per_step = config.train.batch_rows * config.model.seq_len
+    total = per_step * steps
+    seconds = total / speed.tokens_per_second
+    yield (
+        f"speed: {speed.tokens_per_second:,.0f} tokens/s here, measured over {speed.tokens:,} "
+        f"tokens; {speed.memory / 1e9:.2f} GB of memory at the peak"
+    )
+    yield f"time: {_span(seconds)} for {steps:,} steps, validation and samples not counted"
+    if there:
+        epochs = total / there
+        yield f"data: {there:,} training tokens, read {epochs:.2f} times" + (
+            "; past four times it over-fits: more text or fewer steps" if epochs > 4 else ""
+        )
+    keep = config.train.keep_checkpoints + 1
+    yield f"disk: {keep * 12 * parameters / 1e9:.2f} GB for {keep} checkpoints"
+    yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
+    yield expected(parameters, total, there)
+
+
+def expected(parameters: int, tokens: int, there: int) -> str:
+    """The loss that the law predicts, or why it says nothing."""
+    useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
+    if useful < _LEAST_RATIO * parameters:
+        return "expected loss: no number; under one token a parameter the scaling law is not fitted"
+    loss = law(parameters, useful)
+    return (
+        f"expected loss: {loss:.2f} +- {_LAW_ERROR} nats on web text (Chinchilla's law, annealed, "
+        f"without label smoothing), perplexity {math.exp(loss):.0f}"
+    )
+
+
+def law(parameters: int, tokens: int) -> float:
+    """Nats a token after training on `tokens` fresh tokens."""
+    return _E + _A / parameters**_ALPHA + _B / tokens**_BETA
+
+
+def compare(
+    config: RunConfig, preset: str, speed: Speed, hours: float, there: int
+) -> Iterator[str]:
+    """What each preset would make of the time, and which to take."""
+    choices = []
+    for name in ("16m", "125m", "250m"):
+        other = PRESETS[name]()
+        rate = (speed if name == preset else measure(other)).tokens_per_second
+        tokens = int(rate * hours * 3600)
+        steps = tokens // (other.train.batch_rows * other.model.seq_len)
+        ratio = tokens / other.model.parameter_count
+        # Under the law's range the smaller model wins: it at least sees a token a parameter sooner.
+        useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
+        known = useful >= _LEAST_RATIO * other.model.parameter_count
+        loss = law(other.model.parameter_count, useful) if known else math.inf
+        choices.append((loss, other.model.parameter_count, name, steps))
+        yield (
+            f"  {name:>5}: {rate:,.0f} tokens/s, {steps:,} steps of {other.train.batch_rows} x "
+            f"{other.model.seq_len}, {ratio:.1f} tokens a parameter"
+            + (f", about {loss:.2f} nats" if known else ", too few tokens to predict")
+        )
+    _, _, name, steps = min(choices)
+    yield f"  best: sota train {name} --steps {max(1, steps)}"
+
+
+def memory_estimate(config: RunConfig) -> str:
+    """What weights, gradients and moments take; activations come on top."""
+    parameters = config.model.parameter_count
+    return (
+        f"memory: {16 * parameters / 1e9:.2f} GB for weights, gradients and moments in float32, "
+        f"and the activations of a micro-batch; a checkpoint takes {12 * parameters / 1e9:.2f} GB"
+    )
+
+
+def training_tokens(data: Path) -> int:
+    """Tokens of the training split of a prepared folder; 0 without one."""
+    path = data / "manifest.json"
+    if not path.is_file():
+        return 0
+    return int(json.loads(path.read_text())["splits"]["train"]["tokens"])
+
+
+def _span(seconds: float) -> str:
+    """A duration in the unit that people would use."""
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def measure(config: RunConfig) -> Speed:
+    """One optimizer step of this run on this machine, its micro-batches timed and multiplied."""
+    from sota_transformer.runtime import Runtime, micro_rows
+
+    runtime = Runtime.detect(config.run, config.model.parameter_count)
+    rows = micro_rows(config, runtime)
+    seconds, update = step_seconds(config, runtime, rows)
+    rounds = config.train.batch_rows // rows
+    tokens = config.train.batch_rows * config.model.seq_len
+    total = rounds * (seconds - update) + update
+    return Speed(seconds=total, tokens=tokens, memory=runtime.peak_memory())
+
+
+def step_seconds(
+    config: RunConfig, runtime: "Runtime", rows: int, steps: int = 3
+) -> tuple[float, float]:
+    """Seconds of a step of `rows` windows, and of its update alone: medians of `steps`."""
+    import torch
+
+    from sota_transformer.model.loss import token_loss
+    from sota_transformer.model.optim import adamw
+    from sota_transformer.model.transformer import Dropout, Transformer
+
+    device = runtime.device
+    model = Transformer(config.model, runtime.dtype)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.to(device)
+    runtime.optimize(model)
+    optimizer = adamw(model, config.optim)
+    tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)
+    keys = torch.arange(rows, dtype=torch.int32, device=device)
+    dropout = Dropout(torch.tensor(0.1, device=device), keys)
+    taken = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        hidden = model(tokens[:, :-1], dropout)
+        sums = token_loss(
+            hidden, model.embedding.weight, tokens[:, 1:], 0.1, compiled=runtime.compile
+        )
+        (sums.smoothed / sums.count).backward()
+        runtime.synchronize()
+        between = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        runtime.synchronize()
+        ended = time.perf_counter()
+        taken.append((ended - started, ended - between))
+    return sorted(taken[1:])[steps // 2]
+
+
+def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
+    """The run with as many rows a step as let its steps end in `seconds` here; at least one."""
+    from sota_transformer.runtime import Runtime
+
+    runtime = Runtime.detect(config.run, config.model.parameter_count)
+    few, more = 4, 8  # windows; eight are one micro-batch on a CPU, so above that in eights
+    fast, slow = (step_seconds(config, runtime, rows)[0] for rows in (few, more))
+    per_row = max((slow - fast) / (more - few), slow / more / 4)
+    fixed = max(0.0, fast - few * per_row)
+    rows = max(1, int((seconds / config.train.steps - fixed) / per_row))
+    rows -= rows % more if rows > more else 0
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_rows=rows))

@@ -1,0 +1,244 @@
+"""What the run computes on: device, precision, compilation, threads and ranks, chosen once.
+
+Every choice is a value with a reason that is printed and recorded. Only this module names a
+backend or reads the launcher's environment. Functions over ranks work without a process group;
+one process is not a special case.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sota_transformer.config import Run, RunConfig
+from sota_transformer.errors import SotaError
+
+_MICRO_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}  # tokens that keep each device busy
+_COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The resolved machine."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    threads: int
+    rank: int
+    world: int
+    reasons: tuple[str, ...]
+
+    @classmethod
+    def detect(cls, run: Run, parameters: int) -> "Runtime":
+        """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
+        rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        device, why_device = _device(run.device)
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        if device.type == "cpu":
+            _keep_freed_memory()
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dtype, why_dtype = _dtype(run.dtype, device)
+        compiled, why_compile = _compile(run.compile, device, parameters)
+        return cls(
+            device=device,
+            dtype=dtype,
+            compile=compiled,
+            threads=torch.get_num_threads(),
+            rank=rank,
+            world=world,
+            reasons=(why_device, why_dtype, why_compile),
+        )
+
+    def optimize(self, model: Any) -> None:
+        """Compile each block in place: one compilation serves all, and names stay as they are."""
+        if self.compile:
+            for block in model.blocks:
+                block.attention.in_blocks = self.device.type == "cpu"
+                block.compile(dynamic=False)
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run what has other shapes than training as it is: compiling it would not pay."""
+        if not self.compile:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum every gradient over ranks; losses are already divided by the global token count."""
+        if self.world > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory(self) -> int:
+        """Most bytes in use so far: of the device, or of this process on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def available_memory(self) -> int:
+        """Bytes that a new run could take: of the device, or of the machine."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info()[0]
+        if self.device.type == "mps":
+            return torch.mps.recommended_max_memory()
+        if sys.platform == "linux":
+            fields = dict(
+                line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()
+            )
+            return int(fields["MemAvailable"].split()[0]) * 1024
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def describe(self) -> dict[str, Any]:
+        """What a resume compares: everything that can change a bit of the result."""
+        return {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": _device_name(self.device),
+            "threads": self.threads,
+            "world": self.world,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compile": self.compile,
+        }
+
+
+def micro_rows(config: RunConfig, runtime: Runtime) -> int:
+    """Rows of one forward pass: as configured, or the most that keep this device busy.
+
+    Always a divisor of the rows of this rank, so that every micro-batch has one shape.
+    """
+    rows, world = config.train.batch_rows, runtime.world
+    if rows % world:
+        raise SotaError(f"train.batch_rows {rows} must be divisible by {world} processes")
+    mine = rows // world
+    wanted = config.train.micro_rows
+    if wanted:
+        if mine % wanted:
+            raise SotaError(f"train.micro_rows {wanted} must divide the {mine} rows of a process")
+        return wanted
+    most = max(1, _MICRO_TOKENS[runtime.device.type] // config.model.seq_len)
+    return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes."""
+    return _rank() == 0
+
+
+def _device(wanted: str) -> tuple[torch.device, str]:
+    """The device and why."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        wanted = next((name for name, there in available.items() if there), "cpu")
+    elif not available.get(wanted, True):
+        raise SotaError(f"no {wanted} device here; leave --device out to take what there is")
+    if wanted == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index), f"device {torch.cuda.get_device_name(index)}"
+    return torch.device(wanted), f"device {_device_name(torch.device(wanted))}"
+
+
+def _device_name(device: torch.device) -> str:
+    """The name people know the device by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Type of the activations and why."""
+    if wanted != "auto":
+        return getattr(torch, wanted), f"{wanted} as asked"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "bfloat16: this GPU has it in hardware"
+        return torch.float32, "float32: bfloat16 needs an Ampere GPU or newer"
+    if device.type == "mps":
+        return torch.float32, "float32: bfloat16 is emulated on M1 and M2"
+    if _cpu_has_bfloat16():
+        return torch.bfloat16, "bfloat16: this processor multiplies it in hardware"
+    return torch.float32, "float32: this processor has no bfloat16 arithmetic"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 here."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, str]:
+    """Whether to compile, and why."""
+    if wanted == "off":
+        return False, "not compiled, as asked"
+    if wanted == "auto":
+        if device.type == "mps":
+            return False, "not compiled: torch.compile on MPS has given wrong results"
+        if parameters < _COMPILE_FROM_PARAMETERS:
+            return False, "not compiled: too small a model to pay for it"
+        if device.type == "cpu" and not _cxx_compiler():
+            return False, "not compiled: no C++ compiler here (with g++ it is twice as fast)"
+    try:
+        probe = torch.compile(lambda x: x.sin() + 1)
+        probe(torch.ones(64, device=device))
+    except Exception as error:  # any failure of a compiler we do not own means: do without
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return False, f"not compiled: torch.compile failed here ({line[:120]})"
+    return True, "compiled"
+
+
+def _cxx_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use, if there is one."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep and reuse large buffers, which it would unmap and fault in anew each step."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+            mallopt(mmap_max, 0)
+            mallopt(trim_threshold, 2**31 - 1)

@@ -1,0 +1,55 @@
+"""What changes over a run, as pure functions of the step.
+
+`step` counts optimizer steps completed, so the first update is made at step 0.
+"""
+
+import math
+
+from sota_transformer.config import RunConfig
+
+_WARMUP_SHARE = 0.05  # the origin's 4,000 steps are 4% of its 100,000; short runs keep about that
+
+
+def warmup_steps(config: RunConfig) -> int:
+    """Warm-up of this run: as configured, but never more than 5% of its steps."""
+    return min(config.optim.warmup_steps, int(config.train.steps * _WARMUP_SHARE))
+
+
+def learning_rate(step: int, config: RunConfig) -> float:
+    """Rate of the update made at `step`: linear warm-up that starts above zero, then cosine."""
+    optim, warmup = config.optim, warmup_steps(config)
+    if step < warmup:
+        return optim.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.train.steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return optim.learning_rate * (optim.final_fraction + (1 - optim.final_fraction) * cosine)
+
+
+def dropout(step: int, config: RunConfig) -> float:
+    """Dropout rate of the forward passes at `step`: linear from start to end."""
+    optim = config.optim
+    progress = min(1.0, step / max(1, config.train.steps - 1))
+    return optim.dropout_start + (optim.dropout_end - optim.dropout_start) * progress
+
+
+def rows(step: int, config: RunConfig) -> range:
+    """Global rows (windows in training order) that `step` consumes."""
+    size = config.train.batch_rows
+    return range(step * size, (step + 1) * size)
+
+
+def describe(config: RunConfig) -> list[str]:
+    """The run in words, from its configuration alone."""
+    tokens = config.train.batch_rows * config.model.seq_len
+    total = tokens * config.train.steps
+    warmup, asked = warmup_steps(config), config.optim.warmup_steps
+    shortened = f" (5% of the run; {asked} in long runs)" if warmup < asked else ""
+    return [
+        f"model: {config.model.parameter_count:,} parameters, context {config.model.seq_len}",
+        f"run: {config.train.steps:,} steps x {tokens:,} tokens = {total:,} tokens, "
+        f"{total / config.model.parameter_count:.1f} per parameter",
+        f"schedule: peak {config.optim.learning_rate:g}, {warmup} steps of warm-up{shortened}, "
+        f"cosine to {config.optim.final_fraction:.0%}; dropout {config.optim.dropout_start:g} -> "
+        f"{config.optim.dropout_end:g}; label smoothing {config.optim.label_smoothing:g} "
+        "(reported losses are without it)",
+    ]

@@ -1,0 +1,221 @@
+"""Answers `/v1/completions`: a request becomes jobs, their tokens become an answer or a stream."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.inference.batch import Drawn, Job
+from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.serve.engine import Deliver, Engine
+from sota_transformer.serve.guard import error_body
+from sota_transformer.serve.schema import (
+    MOST_PROMPTS,
+    Answer,
+    Choice,
+    Completion,
+    Usage,
+    logprobs_of,
+)
+
+SECONDS = 60.0  # of one request
+_LOOK_SECONDS = 0.5  # between two looks whether the client is still there
+
+Event = tuple[int, Drawn | None]
+"""The number of a continuation and its next token; None when the engine failed."""
+
+
+@dataclass
+class _Going:
+    """One request on its way."""
+
+    wanted: Completion
+    prompts: list[str]
+    prompt_tokens: int
+    keys: list[int]
+    queue: asyncio.Queue[Event]
+    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    drawn: int = 0  # tokens of all continuations
+
+
+class _RequestError(Exception):
+    """Something to tell the client; `status` is that of the answer."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Completions:
+    """The model, its tokenizer and its engine, as one route needs them."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, engine: Engine) -> None:
+        self._context, self._tokenizer = model.config.seq_len, tokenizer
+        self._name, self._engine = name, engine
+
+    async def answer(self, wanted: Completion, request: Request) -> Response:
+        """A whole answer, a stream, or an error."""
+        try:
+            going = await self._start(wanted)
+            if wanted.stream:
+                return StreamingResponse(self._stream(going), media_type="text/event-stream")
+            return JSONResponse(await self._whole(going, request))
+        except _RequestError as problem:
+            retry = {"retry-after": "1"} if problem.status == 503 else None
+            body = error_body(problem.status, str(problem))
+            return JSONResponse(body, problem.status, headers=retry)
+
+    async def _start(self, wanted: Completion) -> _Going:
+        """Hand the jobs to the engine."""
+        prompts = await asyncio.to_thread(self._prompts, wanted)
+        seed = wanted.seed if wanted.seed is not None else secrets.randbits(62)
+        stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        jobs = []
+        for tokens in (tokens for tokens in prompts for _ in range(wanted.n)):
+            number = len(jobs)
+            sampler = make_sampler(
+                wanted.temperature,
+                wanted.top_k,
+                wanted.top_p,
+                wanted.min_p,
+                wanted.repetition_penalty,
+                seed + number,
+            )
+            job = Job(
+                tokens=tokens,
+                sampler=sampler,
+                max_tokens=min(wanted.max_tokens, self._context - len(tokens)),
+                alternatives=wanted.logprobs,
+                stops=stops,
+            )
+            jobs.append((job, _deliver(loop, queue, number)))
+        keys = self._engine.submit(jobs)
+        if keys is None:
+            raise _RequestError(503, "all places are taken; try again in a moment")
+        texts = [self._tokenizer.decode(tokens) if wanted.echo else "" for tokens in prompts]
+        return _Going(wanted, texts, sum(map(len, prompts)), keys, queue)
+
+    def _prompts(self, wanted: Completion) -> list[list[int]]:
+        """Token ids of each prompt; an empty one begins a document."""
+        given = wanted.prompt
+        whole = [given] if isinstance(given, str) or not isinstance(given[0], str | list) else given
+        prompts = [
+            (self._tokenizer.encode(part) if isinstance(part, str) else part) or [EOT]
+            for part in whole
+        ]
+        assert len(prompts) <= MOST_PROMPTS
+        for tokens in prompts:
+            if len(tokens) >= self._context:
+                raise _RequestError(
+                    422,
+                    f"a prompt of {len(tokens):,} tokens leaves no room in the context of "
+                    f"{self._context:,} tokens",
+                )
+        return prompts
+
+    async def _events(self, going: _Going) -> AsyncIterator[Event]:
+        """Every token of every continuation; whatever ends it, the places are free again."""
+        left = len(going.keys)
+        try:
+            async with asyncio.timeout(SECONDS):
+                while left:
+                    number, drawn = await going.queue.get()
+                    if drawn is None:
+                        raise _RequestError(503, "the model failed on a request; try again")
+                    left -= drawn.reason is not None
+                    going.drawn += 1
+                    yield number, drawn
+        except TimeoutError:
+            raise _RequestError(504, f"not done after {SECONDS:.0f} seconds") from None
+        finally:
+            self._engine.cancel(going.keys)
+
+    async def _whole(self, going: _Going, request: Request) -> dict[str, Any]:
+        """The answer in one piece; given up as soon as the client has left."""
+        drawn: list[list[Drawn]] = [[] for _ in going.keys]
+
+        async def collect() -> None:
+            async for number, piece in self._events(going):
+                drawn[number].append(piece)  # type: ignore[arg-type]  # never None here
+
+        work = asyncio.create_task(collect())
+        try:
+            while not (await asyncio.wait({work}, timeout=_LOOK_SECONDS))[0]:
+                if await request.is_disconnected():
+                    raise _RequestError(503, "the client has left")
+            await work
+        finally:
+            work.cancel()
+        choices = [self._choice(going, number, pieces, 0) for number, pieces in enumerate(drawn)]
+        return self._answer(going, choices, self._usage(going)).model_dump()
+
+    async def _stream(self, going: _Going) -> AsyncIterator[str]:
+        """Server-sent events, one for each piece of text, and a last one."""
+        length = [0] * len(going.keys)
+        held: list[list[Drawn]] = [[] for _ in going.keys]
+        try:
+            async for number, piece in self._events(going):
+                assert piece is not None
+                held[number].append(piece)
+                if not (piece.text or piece.reason or going.wanted.logprobs is not None):
+                    continue  # a part of a character, or perhaps of a stop string
+                choice = self._choice(going, number, held[number], length[number])
+                length[number] += len(choice.text)
+                held[number] = []
+                yield _event(self._answer(going, [choice], None).model_dump())
+            options = going.wanted.stream_options
+            if options is not None and options.include_usage:
+                yield _event(self._answer(going, [], self._usage(going)).model_dump())
+        except _RequestError as problem:
+            yield _event(error_body(problem.status, str(problem)))
+        yield "data: [DONE]\n\n"
+
+    def _choice(self, going: _Going, number: int, drawn: list[Drawn], offset: int) -> Choice:
+        """Some tokens of one continuation; the first ones carry the prompt if it was asked for."""
+        prompt = going.prompts[number // going.wanted.n] if not offset else ""
+        text = prompt + "".join(piece.text for piece in drawn)
+        kept = [piece for piece in drawn if piece.token != EOT]
+        logprobs = None
+        if going.wanted.logprobs is not None:
+            logprobs = logprobs_of(self._tokenizer, kept, offset + len(prompt))
+        return Choice(text=text, index=number, logprobs=logprobs, finish_reason=drawn[-1].reason)
+
+    def _usage(self, going: _Going) -> Usage:
+        total = going.prompt_tokens + going.drawn
+        return Usage(
+            prompt_tokens=going.prompt_tokens, completion_tokens=going.drawn, total_tokens=total
+        )
+
+    def _answer(self, going: _Going, choices: list[Choice], usage: Usage | None) -> Answer:
+        return Answer(
+            id=going.id,
+            object="text_completion",
+            created=going.created,
+            model=self._name,
+            choices=choices,
+            usage=usage,
+        )
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], number: int) -> Deliver:
+    """From the engine's thread into the loop's queue."""
+
+    def deliver(drawn: Drawn | None) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(queue.put_nowait, (number, drawn))
+
+    return deliver
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -1,0 +1,111 @@
+"""One thread that owns the model and computes every request's next token in one batch.
+
+The web server's event loop never computes: it hands jobs over and is called back with each token.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from sota_transformer.inference.batch import Batch, Drawn, Job
+from sota_transformer.inference.generate import Decoder
+from sota_transformer.model.transformer import Transformer
+
+Deliver = Callable[[Drawn | None], Any]
+"""Called in the engine's thread with each token; None means that the engine failed."""
+
+
+class Engine:
+    """At most `rows` jobs run together, `waiting` more stand in line, others are turned away."""
+
+    def __init__(self, model: Transformer, tokenizer: Decoder, rows: int, waiting: int) -> None:
+        self._make = lambda: Batch(model, tokenizer, rows)
+        self._batch = self._make()
+        self._limit = rows + waiting
+        self._new: deque[tuple[int, Job]] = deque()
+        self._dropped: set[int] = set()
+        self._deliver: dict[int, Deliver] = {}
+        self._keys = count()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> int:
+        """Jobs that run or wait."""
+        return len(self._deliver)
+
+    def submit(self, jobs: list[tuple[Job, Deliver]]) -> list[int] | None:
+        """Keys of the jobs, or None when there is no room for all of them."""
+        with self._wake:
+            if len(self._deliver) + len(jobs) > self._limit or self._stopping:
+                return None
+            keys = [next(self._keys) for _ in jobs]
+            for key, (job, deliver) in zip(keys, jobs, strict=True):
+                self._new.append((key, job))
+                self._deliver[key] = deliver
+            self._wake.notify()
+        return keys
+
+    def cancel(self, keys: list[int]) -> None:
+        """Forget jobs; those that are done already are not minded."""
+        with self._wake:
+            for key in keys:
+                if self._deliver.pop(key, None) is not None:
+                    self._dropped.add(key)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Stop after the token that is being computed."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout=30)
+
+    def _loop(self) -> None:
+        while self._take():
+            try:
+                drawn = self._batch.step()
+            except Exception:  # a request that breaks the model must not end the server
+                self._fail()
+                continue
+            for key, result in drawn:
+                with self._wake:
+                    deliver = self._deliver.get(key)
+                    if result.reason:
+                        self._deliver.pop(key, None)
+                if deliver is not None:
+                    deliver(result)
+
+    def _take(self) -> bool:
+        """Wait for work and bring the batch up to date; False when it is time to stop."""
+        with self._wake:
+            while not (self._deliver or self._dropped or self._stopping):
+                self._wake.wait()
+            if self._stopping:
+                return False
+            for key in self._dropped:
+                self._batch.drop(key)
+            self._new = deque(item for item in self._new if item[0] not in self._dropped)
+            self._dropped.clear()
+            chosen = [self._new.popleft() for _ in range(min(self._batch.free, len(self._new)))]
+        for key, job in chosen:
+            try:
+                self._batch.add(key, job)
+            except Exception:
+                self._fail()
+                break
+        return True
+
+    def _fail(self) -> None:
+        """Tell everyone, and begin with an empty batch."""
+        with self._wake:
+            waiting, self._deliver = self._deliver, {}
+            self._new.clear()
+            self._dropped.clear()
+        self._batch = self._make()
+        for deliver in waiting.values():
+            deliver(None)

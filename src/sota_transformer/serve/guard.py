@@ -1,0 +1,196 @@
+"""What stands between the network and the application: deadlines, sizes, hosts and the key.
+
+`Protocol` bounds the time in which a request must have arrived, which uvicorn does not: its timer
+starts anew with each byte. `Guard` is ASGI middleware that refuses what no handler should see.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, ClassVar
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+RECEIVE_SECONDS = 10.0
+HEADER_BYTES = 16 << 10
+BODY_BYTES = 1 << 20
+UNFINISHED = 64  # connections whose request has not arrived yet
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 in which a request must arrive whole in time, and idlers make way for newcomers."""
+
+    unfinished: ClassVar[dict["Protocol", None]] = {}  # oldest first
+
+    def connection_made(self, transport: Any) -> None:
+        """Start the clock; the oldest connection that still has not said anything whole goes."""
+        super().connection_made(transport)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._await_request()
+        if len(self.unfinished) > UNFINISHED:
+            next(iter(self.unfinished))._abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Pass the bytes on; the clock stops when they complete a request."""
+        super().data_received(data)
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._await_request()
+        else:
+            self._arrived()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._arrived()
+        super().connection_lost(exc)
+
+    def _await_request(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(RECEIVE_SECONDS, self._abort)
+            self.unfinished[self] = None
+
+    def _arrived(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        self.unfinished.pop(self, None)
+
+    def _abort(self) -> None:
+        self._arrived()
+        self.transport.abort()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """Refuses foreign hosts and origins, missing keys, wrong types and large bodies."""
+
+    HEADERS: ClassVar[dict[str, str]] = {
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-resource-policy": "same-origin",
+        "cache-control": "no-store",
+    }
+    OPEN: ClassVar[set[str]] = {"/", "/healthz", "/openapi.json"}  # need no key
+
+    def __init__(self, app: App, host: str, key: str, policy: str) -> None:
+        self._app, self._key = app, key
+        self._headers = self.HEADERS | {"content-security-policy": policy}
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"}
+        self._any_host = host in ("0.0.0.0", "::") and bool(key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                extra = [(k.encode(), v.encode()) for k, v in self._headers.items()]
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        if refusal := self._refuse(scope, headers):
+            await _error(answer, *refusal)
+            return
+        if scope["method"] != "POST":
+            await self._app(scope, receive, answer)
+            return
+        body = await _body(receive)
+        if body is None:
+            await _error(answer, 413, f"a request may have {BODY_BYTES:,} bytes")
+            return
+        await self._app(scope, _replay(body, receive), answer)
+
+    def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        """Status and reason, or None for a request that may pass."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+            return 431, f"headers may have {HEADER_BYTES:,} bytes"
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not self._any_host and _without_port(host) not in self._hosts:
+            return 421, "this server does not answer for that host"
+        origin = headers.get(b"origin")
+        if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
+            return 403, "requests from other sites are refused"
+        if self._key and scope["path"] not in self.OPEN:
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self._key.encode()):
+                return 401, "needs the header Authorization: Bearer KEY"
+        if scope["method"] == "POST":
+            kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+            if scope["path"] == "/v1/completions" and kind != b"application/json":
+                return 415, "needs Content-Type: application/json"
+            length = headers.get(b"content-length", b"0")
+            if not length.isdigit() or len(length) > 12 or int(length) > BODY_BYTES:
+                return 413, f"a request may have {BODY_BYTES:,} bytes"
+        return None
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The whole body, or None when it is too large."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b""
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > BODY_BYTES:
+            return None
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body again in one piece, then what comes after it: the disconnect."""
+    pending = [body]
+
+    async def again() -> MutableMapping[str, Any]:
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
+        return await receive()
+
+    return again
+
+
+async def _error(send: Send, status: int, text: str) -> None:
+    kind = b"application/json"
+    headers = [(b"content-type", kind)]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status == 413:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send(
+        {"type": "http.response.body", "body": json.dumps(error_body(status, text)).encode()}
+    )
+
+
+def error_body(status: int, text: str) -> dict[str, Any]:
+    """An error as OpenAI words it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": text, "type": kind, "param": None, "code": str(status)}}

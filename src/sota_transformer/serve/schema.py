@@ -1,0 +1,189 @@
+"""The requests and answers of `/v1/completions`, each number with its limit.
+
+An option that the server does not know is refused rather than passed over in silence.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.inference.batch import Drawn
+
+MOST_PROMPTS = 4
+
+
+def _whole(value: object) -> object:
+    """JSON writes 3 and 3.0 for the same number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
+_TOKEN = Annotated[int, Field(ge=0, lt=GPT2_VOCAB), _WHOLE]
+_TOKENS = Annotated[list[_TOKEN], Field(min_length=1, max_length=1 << 17)]
+_STOP = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+_TEXT = Annotated[str, StringConstraints(max_length=1 << 20)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """What a stream may carry beside text."""
+
+    include_usage: bool = False
+
+
+class Completion(_Strict):
+    """A request: continue a prompt, or up to four."""
+
+    prompt: (
+        _TEXT
+        | Annotated[list[_TEXT], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | _TOKENS
+        | Annotated[list[_TOKENS], Field(min_length=1, max_length=MOST_PROMPTS)]
+    ) = ""
+    """Text or token ids; special tokens in a text are ordinary text."""
+    model: Annotated[str, StringConstraints(max_length=200)] | None = None
+    """Ignored: there is one model."""
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 17), _WHOLE] = 16
+    """Most tokens to add; fewer where the model's context is full before."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    top_k: Annotated[int, Field(ge=0, le=GPT2_VOCAB), _WHOLE] = 0
+    """Draw from the k likeliest tokens; 0 draws from all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Draw only tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    """Above 1 makes tokens that occurred already less likely."""
+    n: Annotated[int, Field(ge=1, le=4), _WHOLE] = 1
+    """Continuations of each prompt."""
+    stop: _STOP | Annotated[list[_STOP], Field(max_length=4)] | None = None
+    """Strings that end the text."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 53), _WHOLE] | None = None
+    """The same seed gives the same text; at most what JSON carries exactly."""
+    logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
+    """Log-probability of each token and of this many alternatives."""
+    stream: bool = False
+    """Send the text piece by piece as server-sent events."""
+    stream_options: StreamOptions | None = None
+    """What a stream carries beside text."""
+    echo: bool = False
+    """Begin the text with the prompt."""
+    user: Annotated[str, StringConstraints(max_length=200)] | None = None
+    """Ignored."""
+
+
+class Logprobs(BaseModel):
+    """Parallel lists, one entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class Choice(BaseModel):
+    """One continuation, or a piece of it."""
+
+    text: str
+    index: int
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Usage(BaseModel):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    """A whole answer."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """An error as OpenAI words it."""
+
+    error: ErrorDetail
+
+
+class Entry(BaseModel):
+    """The one model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """All models: one."""
+
+    object: Literal["list"]
+    data: list[Entry]
+
+
+class Health(BaseModel):
+    """Alive, and how many continuations run or wait."""
+
+    status: Literal["ok"]
+    busy: int
+
+
+_POINT = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class Curve(BaseModel):
+    """The run's loss: [step, nats] while training, and on validation text."""
+
+    train: list[_POINT]
+    validation: list[_POINT]
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+    """One token as text; where it is only a part of a character, its bytes."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return data.decode() or "<|endoftext|>"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def logprobs_of(tokenizer: Tokenizer, drawn: list[Drawn], offset: int) -> Logprobs:
+    """The lists for some tokens whose text begins at character `offset`."""
+    result = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    for piece in drawn:
+        result.tokens.append(shown(tokenizer, piece.token))
+        result.token_logprobs.append(piece.logprob)
+        result.text_offset.append(offset)
+        offset += len(piece.text)
+        if result.top_logprobs is not None:
+            best = {shown(tokenizer, token): nats for token, nats in piece.alternatives}
+            result.top_logprobs.append(best)
+    return result
+
+
+Json = dict[str, Any]

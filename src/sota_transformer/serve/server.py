@@ -1,0 +1,181 @@
+"""An OpenAI-compatible server for one model, with a page to try it. Loopback only by default.
+
+    GET  /                 the page              GET  /healthz    alive, and how busy
+    GET  /curve            the run's loss        GET  /v1/models  the one model
+    POST /v1/completions   text, whole or streamed
+
+Every number of a request has a limit, no route takes a path, and a client that leaves frees its
+place. `Engine` computes, `Guard` and `Protocol` keep the door, `completions` answers.
+"""
+
+import base64
+import hashlib
+import re
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from sota_transformer import __version__
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import TEMPORARY, SotaError
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.serve.completions import Completions
+from sota_transformer.serve.engine import Engine
+from sota_transformer.serve.guard import HEADER_BYTES, Guard, Protocol, error_body, is_loopback
+from sota_transformer.serve.schema import Answer, Completion, Curve, Error, Health, ModelList
+
+WAITING = 16  # continuations that stand in line
+CONNECTIONS = 512
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Error, "description": "the key is missing or wrong"},
+    403: {"model": Error, "description": "a request from another site"},
+    421: {"model": Error, "description": "another host's name"},
+}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_ANSWERS = _REFUSALS | {
+    200: {"model": Answer, "content": {"text/event-stream": {"schema": _EVENT}}},
+    400: {"model": Error, "description": "not a request"},
+    413: {"model": Error, "description": "the body is too large"},
+    415: {"model": Error, "description": "not JSON"},
+    422: {"model": Error, "description": "a field is wrong or beyond its limit"},
+    503: {"model": Error, "description": "all places are taken; try again"},
+    504: {"model": Error, "description": "the time for one generation is over"},
+}
+
+
+def build_app(
+    model: Transformer, tokenizer: Tokenizer, name: str, curve: Curve, engine: Engine
+) -> FastAPI:
+    """The application without its guard."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.close()
+
+    app = FastAPI(
+        title="sota_transformer",
+        version=__version__,
+        docs_url=None,  # FastAPI's pages load from other sites
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    page = files("sota_transformer.serve").joinpath("page.html").read_text("utf-8")
+    completions = Completions(model, tokenizer, name, engine)
+
+    @app.get("/", include_in_schema=False)
+    async def _page() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    @app.get("/healthz", responses={421: _REFUSALS[421], 403: _REFUSALS[403]})
+    async def healthz() -> Health:
+        """Alive, and how busy."""
+        return Health(status="ok", busy=engine.busy)
+
+    @app.get("/curve", responses=_REFUSALS)
+    async def loss_curve() -> Curve:
+        """The loss of the run that made the model."""
+        return curve
+
+    @app.get("/v1/models", responses=_REFUSALS)
+    async def models() -> ModelList:
+        """The one model."""
+        return ModelList.model_validate(
+            {
+                "object": "list",
+                "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"}],
+            }
+        )
+
+    @app.post("/v1/completions", response_model=None, responses=_ANSWERS)
+    async def create_completion(wanted: Completion, request: Request) -> Response:
+        """Continue a prompt."""
+        return await completions.answer(wanted, request)
+
+    _explain(app)
+    return app
+
+
+def _explain(app: FastAPI) -> None:
+    """Errors as OpenAI words them."""
+
+    @app.exception_handler(HTTPException)
+    async def _refused(_: Request, error: HTTPException) -> JSONResponse:
+        body = error_body(error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        lines = [
+            f"{'.'.join(str(part) for part in found['loc'][1:]) or 'body'}: {found['msg']}"
+            for found in error.errors()[:5]
+        ]
+        return JSONResponse(error_body(422, "; ".join(lines)[:1000]), 422)
+
+
+def content_policy() -> str:
+    """What the page may do: run its own script and style, known by their hashes, and ask us."""
+    page = files("sota_transformer.serve").joinpath("page.html").read_text("utf-8")
+
+    def allowed(tag: str) -> str:
+        (inner,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+
+    return (
+        f"default-src 'self'; script-src 'sha256-{allowed('script')}'; "
+        f"style-src 'sha256-{allowed('style')}'; img-src 'self' data:; object-src 'none'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def serve(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    name: str,
+    curve: Curve,
+    *,
+    host: str,
+    port: int,
+    api_key: str,
+    rows: int,
+) -> None:
+    """Serve until a signal. SotaError without a key beyond loopback, or if the port is taken."""
+    if not api_key and not is_loopback(host):
+        raise SotaError(
+            f"--host {host} can be reached by others: give --api-key (or SOTA_API_KEY) as well"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise SotaError(
+            f"cannot listen on {host}:{port} ({error}); choose another --port", TEMPORARY
+        ) from error
+    engine = Engine(model, tokenizer, rows, WAITING)
+    app = build_app(model, tokenizer, name, curve, engine)
+    config = uvicorn.Config(
+        Guard(app, host, api_key, content_policy()),  # type: ignore[arg-type]
+        http=Protocol,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        limit_concurrency=CONNECTIONS,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        access_log=False,
+        log_level="warning",
+        proxy_headers=False,
+    )
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {name} on http://{shown}:{listener.getsockname()[1]}", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])

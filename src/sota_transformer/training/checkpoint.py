@@ -1,0 +1,227 @@
+"""Checkpoints: the full state of a run in one folder that exists completely or not at all.
+
+    checkpoints/step-00001000/model.safetensors   float32 weights, the tied embedding once
+                              optim.safetensors   moments by parameter name
+                              trainer.json        counters
+                              manifest.json       SHA-256 of each file, fingerprint, numerics; last
+
+Learning rate, batch and dropout are functions of the step, so no random state is kept. Nothing
+here knows how many ranks there were. No pickle is written or read.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sota_transformer import durable
+from sota_transformer.config import RunConfig
+from sota_transformer.errors import BAD_DATA, DIVERGED, IO_FAILED, NO_INPUT, SotaError
+from sota_transformer.model.transformer import Transformer
+
+FORMAT = 1
+_TYPES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything a run needs to go on."""
+
+    step: int
+    model: dict[str, Tensor]
+    optim: dict[str, Tensor]
+    trainer: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def save(run_folder: Path, state: State) -> Path:
+    """Commit `state`; when this returns, it survives a power cut. SotaError 70, 74 or OSError."""
+    folder = run_folder / "checkpoints"
+    durable.make_folder(folder)
+    for name, tensor in (state.model | state.optim).items():
+        if not torch.isfinite(tensor).all():
+            raise SotaError(f"{name} is not finite at step {state.step}: not saved", DIVERGED)
+    needed = sum(t.numel() * t.element_size() for t in (state.model | state.optim).values())
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * needed:
+        raise SotaError(
+            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB "
+            "are free; make room and run the same command again",
+            IO_FAILED,
+        )
+    final = folder / f"step-{state.step:08d}"
+    if os.path.lexists(final):  # rejected when the run went on from an older one
+        durable.discard(final)
+    manifest = {"format": FORMAT, "step": state.step} | state.manifest
+    with durable.commit_folder(final, manifest) as writer:
+        for name, tensors in (("model", state.model), ("optim", state.optim)):
+            with writer.create(f"{name}.safetensors") as file:
+                write_safetensors(file.write, tensors)
+        writer.write("trainer.json", durable.canonical_json(state.trainer | {"step": state.step}))
+    return final
+
+
+def write_safetensors(write: Callable[[Any], None], tensors: dict[str, Tensor]) -> None:
+    """Stream a safetensors file tensor by tensor, so that saving needs no second copy of all.
+
+    The format is 8 bytes of header length, a JSON header, then the data
+    (https://github.com/huggingface/safetensors).
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write(struct.pack("<Q", len(text)) + text)
+    for name in sorted(tensors):
+        array = tensors[name].detach().cpu().contiguous().numpy()
+        if array.nbytes:
+            write(array.reshape(-1).view("uint8"))
+
+
+def steps(run_folder: Path) -> list[int]:
+    """Steps of the committed checkpoints, oldest first; by number, never by time."""
+    found = (run_folder / "checkpoints").glob("step-*")
+    numbers = (path.name.removeprefix("step-") for path in found)
+    return sorted(int(n) for n in numbers if len(n) == 8 and n.isdecimal())
+
+
+def path_of(run_folder: Path, step: int) -> Path:
+    """Folder of one checkpoint."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def latest(run_folder: Path, warn: Callable[[str], None]) -> int | None:
+    """The newest step that verifies, or None where there are no checkpoints at all.
+
+    Every newer one that does not verify is named through `warn`. SotaError 65 if none does.
+    """
+    found = steps(run_folder)
+    for step in reversed(found):
+        problems = _problems(run_folder, step)
+        if not problems:
+            return step
+        warn(f"step {step} rejected: {problems[0]}")
+    if found:
+        raise SotaError(f"{run_folder}: none of its {len(found)} checkpoints verifies", BAD_DATA)
+    return None
+
+
+def _problems(run_folder: Path, step: int) -> list[str]:
+    """What is wrong with a checkpoint; a whole one under the name of another step is wrong too."""
+    folder = path_of(run_folder, step)
+    if problems := durable.verify(folder):
+        return problems
+    written = durable.read_manifest(folder / durable.MANIFEST).get("step")
+    return [] if written == step else [f"{folder}: holds step {written}"]
+
+
+def load(run_folder: Path, step: int) -> State:
+    """The state saved at `step`. SotaError 65 or 66 names the file that is wrong."""
+    folder = path_of(run_folder, step)
+    if not folder.is_dir():
+        there = ", ".join(map(str, steps(run_folder))) or "none"
+        raise SotaError(f"{run_folder} has no checkpoint of step {step} (it has {there})", NO_INPUT)
+    if problems := _problems(run_folder, step):
+        raise SotaError(f"step {step} rejected: {problems[0]}", BAD_DATA)
+    manifest = durable.read_manifest(folder / durable.MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise SotaError(
+            f"{folder} has format {manifest.get('format')}; this version reads {FORMAT}", BAD_DATA
+        )
+    trainer = json.loads((folder / "trainer.json").read_bytes())
+    tensors = {name: _tensors(folder / f"{name}.safetensors") for name in ("model", "optim")}
+    return State(step=step, trainer=trainer, manifest=manifest, **tensors)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SotaError(f"{path}: {error}", BAD_DATA) from error
+
+
+def prune(run_folder: Path, keep: int, trusted: Container[int] = ()) -> None:
+    """Delete what is older than the newest `keep` good checkpoints, but never of the last two.
+
+    One that does not verify does not count; `trusted` steps are not read again, because this
+    process has just written or loaded them.
+    """
+    left = max(2, keep)
+    for step in reversed(steps(run_folder)):
+        if not left:
+            durable.discard(path_of(run_folder, step))
+        elif step in trusted or not _problems(run_folder, step):
+            left -= 1
+
+
+def read_config(run_folder: Path) -> RunConfig:
+    """The configuration a run was started with. SotaError 65 or 66."""
+    path = run_folder / "config.json"
+    try:
+        return RunConfig.from_json(path.read_text())
+    except FileNotFoundError as error:
+        raise SotaError(
+            f"{run_folder} is not a run (no config.json); give a folder made by `sota train`",
+            NO_INPUT,
+        ) from error
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise SotaError(f"{path}: {error}", BAD_DATA) from error
+
+
+def load_model(
+    run_folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    step: int | None,
+    warn: Callable[[str], None],
+) -> tuple[Transformer, RunConfig, int]:
+    """The model of a run, at `step` or the newest good one, in evaluation mode on `device`."""
+    config = read_config(run_folder)
+    if step is None:
+        step = latest(run_folder, warn)
+    if step is None:
+        raise SotaError(f"{run_folder} has no checkpoint yet", NO_INPUT)
+    state = load(run_folder, step)
+    _same_model(run_folder, config, state)
+    model = Transformer(config.model, dtype)
+    restore_model(model, state)
+    return model.to(device).eval(), config, step
+
+
+def _same_model(run_folder: Path, config: RunConfig, state: State) -> None:
+    """config.json has no checksum, but what it says of the model has to be what was trained."""
+    written = state.manifest.get("model", {})
+    for name, now in dataclasses.asdict(config.model).items():
+        if name in written and written[name] != now:
+            raise SotaError(
+                f"{run_folder / 'config.json'} was changed: model.{name} is {now}, but step "
+                f"{state.step} was trained with {written[name]}",
+                BAD_DATA,
+            )
+
+
+def restore_model(model: Transformer, state: State) -> None:
+    """Copy the weights of `state`. SotaError 65 if they are another model's."""
+    try:
+        model.load_state_dict(state.model, strict=True)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:300]
+        raise SotaError(
+            f"the checkpoint of step {state.step} does not fit: {line}", BAD_DATA
+        ) from error

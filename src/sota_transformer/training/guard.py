@@ -1,0 +1,71 @@
+"""When the numbers go bad: which steps are not applied, and when to go back.
+
+A step is bad if its loss or gradient is not finite, or if its loss stands far above those before
+it. A bad step's update is not made. After `PATIENCE` bad steps in a row the run goes back to its
+last checkpoint, reads on behind the data that did it and halves the learning rate; after `RETURNS`
+such returns it gives up. All of it is part of the checkpoint, so a resumed run decides the same.
+"""
+
+import math
+import statistics
+from typing import Any
+
+PATIENCE = 10
+RETURNS = 3
+_WINDOW = 128  # losses remembered
+_KNOWN = 32  # losses to have seen before one can stand out
+_DEVIATIONS = 8.0  # of the window's median absolute deviation; llm.c and OLMo use 4 to 6 sigma
+_LEAST = 1.0  # nats: below, a batch of hard text looks the same
+
+
+class Guard:
+    """Judges losses; `shift` rows of data were left out and `rate` scales the learning rate."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.bad_in_a_row = 0
+        self.skipped = 0
+        self.returns = 0
+        self.shift = 0
+        self.rate = 1.0
+
+    def problem(self, loss: float, norm: float) -> str | None:
+        """What is wrong with a step of this mean loss (nats) and gradient norm; None if nothing."""
+        found = None
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            found = "loss or gradient is not finite"
+        elif len(self.losses) >= _KNOWN:
+            middle = statistics.median(self.losses)
+            spread = statistics.median(abs(value - middle) for value in self.losses)
+            if loss > middle + max(_LEAST, _DEVIATIONS * spread):
+                found = f"loss {loss:.2f} leaps from a median of {middle:.2f}"
+        if found is None:
+            self.bad_in_a_row = 0
+            self.losses = [*self.losses[1 - _WINDOW :], loss]
+        else:
+            self.bad_in_a_row += 1
+            self.skipped += 1
+        return found
+
+    def gives_up(self) -> bool:
+        """Whether going back once more is pointless."""
+        return self.returns >= RETURNS
+
+    def go_back(self, rows: int) -> None:
+        """Remember one more return, which leaves out `rows` more rows and halves the rate."""
+        self.returns += 1
+        self.shift += rows
+        self.rate /= 2
+        self.bad_in_a_row = 0
+        self.losses = []
+
+    def state(self) -> dict[str, Any]:
+        """Everything, for trainer.json."""
+        return dict(vars(self))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave. KeyError or TypeError if it is something else."""
+        self.losses = [float(value) for value in state["losses"]]
+        for name in ("bad_in_a_row", "skipped", "returns", "shift"):
+            setattr(self, name, int(state[name]))
+        self.rate = float(state["rate"])

@@ -1,0 +1,149 @@
+"""What a run says: metrics.jsonl and samples.txt in its folder, a live panel or plain lines."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from sota_transformer import durable
+
+_SAMPLE_LINES = 12
+
+
+class RunLog:
+    """One run's voice; ranks other than the first get one that is `silent`."""
+
+    def __init__(self, folder: Path, total_steps: int, silent: bool = False) -> None:
+        self.folder, self.total, self.silent = folder, total_steps, silent
+        self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._bar = Progress(TextColumn("step"), BarColumn(None), MofNCompleteColumn())
+        self._task = self._bar.add_task("steps", total=total_steps)
+        self._last: dict[str, Any] = {}
+        self._sample = ""
+
+    def __enter__(self) -> Self:
+        if not self.silent:
+            path = self.folder / "metrics.jsonl"
+            torn = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
+            self._metrics = path.open("a", encoding="utf-8")
+            if torn:  # a killed process may leave half a line; readers skip it
+                self._metrics.write("\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_live()
+        if not self.silent:
+            self._metrics.close()
+
+    def begin_live(self) -> None:
+        """Show the panel, where there is a terminal to show it on."""
+        if self.console.is_terminal and not self.silent:
+            self._live = Live(self._panel(), console=self.console, refresh_per_second=4)
+            self._live.start()
+
+    def end_live(self) -> None:
+        """Leave the panel as it is and go on in plain lines."""
+        if self._live is not None:
+            self._live.update(self._panel())
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self.console.print(Text(text))
+
+    def step(self, values: dict[str, Any]) -> None:
+        """A logged step: loss, lr, tokens_per_second, memory, seconds_left."""
+        self._write(values)
+        self._last |= values
+        line = (
+            f"step {values['step']:>6}/{self.total}  loss {values['loss']:.4f}  "
+            f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s  "
+            f"{values['memory'] / 1e9:.2f} GB  {clock(values['seconds_left'])} left"
+        )
+        self._show(line)
+
+    def validation(self, values: dict[str, Any]) -> None:
+        """A validation: val_loss, val_error, val_perplexity, val_bits_per_byte, val_tokens."""
+        self._write(values)
+        self._last |= values
+        self.say(
+            f"step {values['step']:>6}  validation {values['val_loss']:.4f} "
+            f"+- {values['val_error']:.4f} nats, perplexity {values['val_perplexity']:.2f}, "
+            f"{values['val_bits_per_byte']:.4f} bits/byte over {values['val_tokens']:,} tokens"
+        )
+
+    def event(self, values: dict[str, Any], text: str) -> None:
+        """Anything else worth a line in both places."""
+        self._write(values)
+        self.say(text)
+
+    def sample(self, step: int, text: str) -> None:
+        """A generated sample, appended to samples.txt."""
+        self._sample = text
+        if not self.silent:
+            path = self.folder / "samples.txt"
+            with durable.naming(path), path.open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{text}\n\n")
+        if self._live is None:
+            shown = "\n".join(text.splitlines()[:_SAMPLE_LINES])
+            self.say(f"--- sample at step {step}\n{shown}\n---")
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if not self.silent:
+            with durable.naming(self.folder / "metrics.jsonl"):
+                self._metrics.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+                self._metrics.flush()
+
+    def _show(self, line: str) -> None:
+        if self._live is None:
+            self.say(line)
+        else:
+            self._live.update(self._panel())
+
+    def _panel(self) -> Panel:
+        last = self._last
+        self._bar.update(self._task, completed=last.get("step", 0))
+        rows = Table.grid(padding=(0, 3))
+        if "loss" in last:
+            rows.add_row(
+                "loss", f"{last['loss']:.4f}", "tokens/s", f"{last['tokens_per_second']:,.0f}"
+            )
+            memory, left = f"{last['memory'] / 1e9:.2f} GB", clock(last["seconds_left"])
+            rows.add_row("learning rate", f"{last['lr']:.2e}", "memory", memory)
+            rows.add_row("dropout", f"{last['dropout']:.3f}", "time left", left)
+        if "val_loss" in last:
+            value = f"{last['val_loss']:.4f} (perplexity {last['val_perplexity']:.1f})"
+            rows.add_row("validation", value, "bits/byte", f"{last['val_bits_per_byte']:.4f}")
+        sample = Text("\n".join(self._sample.splitlines()[:_SAMPLE_LINES]), style="dim")
+        return Panel(Group(self._bar, rows, sample), title=str(self.folder))
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl by step; the last of a kind and step counts, a torn one never."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            kind = next((name for name in ("loss", "val_loss") if name in value), "event")
+            found[value["step"], kind] = value
+    return [found[key] for key in sorted(found)]

@@ -1,0 +1,45 @@
+"""Leaving on a signal: at once, but never between two halves of one change of state."""
+
+import signal
+from types import FrameType
+from typing import Self
+
+
+class Stopped(BaseException):
+    """A signal asked the run to leave; raised at once, except while the state is changing."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+class Signals:
+    """Turns SIGTERM, SIGINT and SIGHUP into Stopped; a second one ends the process at once."""
+
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._critical = False
+
+    def __enter__(self) -> Self:
+        self._before = {n: signal.signal(n, self._handle) for n in self._NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._received = number
+        if not self._critical:
+            raise Stopped(number)
+
+    def critical(self, inside: bool) -> None:
+        """Between True and False weights, moments and step belong together: no interruption."""
+        self._critical = inside
+        if not inside and self._received is not None:
+            raise Stopped(self._received)

@@ -1,0 +1,200 @@
+"""From a configuration to a running trainer: the folder, its lock, what to resume, what to say."""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sota_transformer import __version__, durable, schedules
+from sota_transformer.config import VOCAB, RunConfig
+from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
+from sota_transformer.inference.perplexity import Perplexity
+from sota_transformer.runtime import Runtime, is_first_rank
+from sota_transformer.training import checkpoint
+from sota_transformer.training.runlog import RunLog
+from sota_transformer.training.trainer import Trainer
+
+# What a resumed run may change: none of it decides which samples are seen or what they count.
+_FREE = {
+    "data": {"path"},
+    "train": {
+        "micro_rows",
+        "gradient_checkpointing",
+        "log_every",
+        "eval_every",
+        "eval_tokens",
+        "sample_every",
+        "save_every_minutes",
+        "save_every_steps",
+        "keep_checkpoints",
+    },
+    "run": {"out", "resume", "device", "dtype", "compile", "threads"},
+}
+
+
+def train(
+    config: RunConfig, admit: Callable[[Path, Runtime], None] | None = None
+) -> Perplexity | None:
+    """Train, or go on training, the run that `config` describes; None if it was complete already.
+
+    `admit` is asked once, with the folder locked, before anything is computed. Raises SotaError for
+    what a user can mend, Stopped on a signal.
+    """
+    folder = check_folders(config)
+    with ExitStack() as stack:
+        if is_first_rank():  # before anything slow: who comes second shall know at once
+            stack.enter_context(durable.DirectoryLock(folder))
+            durable.sweep(folder)
+            durable.sweep(folder / "checkpoints")
+            _compare(folder, config)
+        runtime = Runtime.detect(config.run, config.model.parameter_count)
+        stack.callback(runtime.close)
+        log = RunLog(folder, config.train.steps, silent=runtime.rank != 0)
+        start = -1
+        if runtime.rank == 0:
+            if admit is not None:
+                admit(folder, runtime)
+            step = _resume_step(config, log.say)
+            start = -1 if step is None else step
+        mine = torch.tensor(start if runtime.rank == 0 else 0, device=runtime.device)
+        start = int(runtime.sum_(mine))  # what the first rank has chosen
+        state = checkpoint.load(folder, start) if start >= 0 else None
+        trainer = Trainer(config, runtime, stack.enter_context(log))
+        announce(config, runtime, trainer, log)
+        if start >= config.train.steps:
+            log.say(f"{folder} is complete: {start} of {config.train.steps} steps; nothing to do")
+            return None
+        if runtime.rank == 0:
+            _record(folder, config, runtime, trainer.windows.fingerprint, start)
+        log.say(f"resuming from step {start}" if start >= 0 else "starting anew")
+        log.begin_live()
+        return trainer.fit(state)
+
+
+def check_folders(config: RunConfig) -> Path:
+    """The run's folder, made where it is missing. SotaError for what cannot work."""
+    if config.data.path == Path():
+        raise SotaError("say what to train on: --data FOLDER (made by `sota prepare`)")
+    if config.run.out == Path():
+        raise SotaError("say where the run shall live: --out FOLDER")
+    folder = config.run.out
+    if config.model.vocab_size < VOCAB:
+        raise SotaError(
+            f"model.vocab_size {config.model.vocab_size} is less than the {VOCAB} ids of prepared "
+            "data; leave it out"
+        )
+    if not config.data.path.is_dir():
+        raise SotaError(
+            f"{config.data.path}: no such folder; make it with `sota prepare INPUT... --out "
+            f"{config.data.path}`",
+            NO_INPUT,
+        )
+    try:
+        durable.make_folder(folder)
+    except OSError as error:
+        raise SotaError(
+            f"cannot make {folder}: {error.strerror}; choose another --out", LOCKED
+        ) from error
+    return folder
+
+
+def _compare(folder: Path, config: RunConfig) -> None:
+    """Keep config.json as the run's identity: only what is free may differ from it."""
+    path = folder / "config.json"
+    if path.exists():
+        before, now = checkpoint.read_config(folder), config
+        differences = [
+            f"{section}.{name} was {getattr(getattr(before, section), name)}, is {value}"
+            for section, values in dataclasses.asdict(now).items()
+            for name, value in values.items()
+            if name not in _FREE.get(section, ())
+            and getattr(getattr(before, section), name) != value
+        ]
+        if differences:
+            raise SotaError(
+                f"{folder} holds a run with another configuration: {'; '.join(differences)}. "
+                "Give the same options, or another --out"
+            )
+    try:
+        durable.write_file(path, config.to_json().encode())
+    except PermissionError as error:
+        raise SotaError(f"cannot write to {folder}: {error.strerror}", LOCKED) from error
+
+
+def _resume_step(config: RunConfig, say: Any) -> int | None:
+    """The step to go on from, or None to start anew."""
+    folder, wanted = config.run.out, config.run.resume
+    if wanted.startswith("step:"):
+        return int(wanted.removeprefix("step:"))
+    if wanted == "never":
+        if checkpoint.steps(folder):
+            raise SotaError(f"{folder} holds checkpoints; with --resume never give another --out")
+        return None
+    found = checkpoint.latest(folder, say)
+    if found is None and wanted == "latest":
+        raise SotaError(f"{folder} has no checkpoint to resume from", NO_INPUT)
+    return found
+
+
+def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog) -> None:
+    """Every derived number, before anything takes time."""
+    tokens = config.train.batch_rows * config.model.seq_len
+    total, there = tokens * config.train.steps, trainer.windows.tokens
+    for line in schedules.describe(config):
+        log.say(line)
+    rounds = config.train.batch_rows // (trainer.micro_rows * runtime.world)
+    log.say(
+        f"data: {config.data.path}, {there:,} training tokens, {total / there:.2f} epochs; "
+        f"{trainer.validation.tokens:,} validation tokens"
+    )
+    log.say(
+        f"machine: {'; '.join(runtime.reasons)}; {runtime.threads} threads; {runtime.world} "
+        f"process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
+        f"{config.model.seq_len}, accumulated {rounds}x"
+    )
+    if total > 4 * there:
+        log.say(
+            f"note: the data is read {total / there:.0f} times; past four epochs it over-fits: "
+            "more text or fewer --steps would serve better"
+        )
+
+
+def _record(folder: Path, config: RunConfig, runtime: Runtime, data: str, start: int) -> None:
+    """run.json: where this run came from, one entry for each time it was started."""
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_text())
+        attempts = list(record["attempts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        attempts = []
+    attempts.append(
+        {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "from_step": max(0, start),
+            "command": shlex.join(sys.argv),
+            "version": __version__,
+            "git": _git(),
+            "machine": runtime.describe(),
+            "reasons": runtime.reasons,
+        }
+    )
+    record = {"data": data, "parameters": config.model.parameter_count, "attempts": attempts}
+    durable.write_file(path, durable.canonical_json(record))
+
+
+def _git() -> str | None:
+    """The commit of the source tree, where this is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,331 @@
+"""The training loop and its step.
+
+A run is a function of its configuration and its data: batch, learning rate and dropout follow from
+the step, the loss is a sum over tokens divided once by their global count, and a checkpoint plus
+the step number is all there is to remember. So a run that was killed and started again ends in the
+same bytes as one that was not.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sota_transformer import schedules
+from sota_transformer.config import RunConfig
+from sota_transformer.data.loader import BatchLoader
+from sota_transformer.data.shards import TokenWindows
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import BAD_DATA, DIVERGED, SotaError
+from sota_transformer.inference.generate import generate, make_sampler
+from sota_transformer.inference.perplexity import Perplexity, perplexity
+from sota_transformer.model.loss import token_loss
+from sota_transformer.model.optim import adamw, load_state_tensors, set_learning_rate, state_tensors
+from sota_transformer.model.transformer import Dropout, Transformer
+from sota_transformer.runtime import Runtime, micro_rows
+from sota_transformer.training import checkpoint
+from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
+from sota_transformer.training.runlog import RunLog
+from sota_transformer.training.signals import Signals, Stopped
+
+_SAMPLE_TOKENS = 100
+
+
+class Trainer:
+    """One run in one process (of each rank)."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime, log: RunLog) -> None:
+        self.config, self.runtime, self.log = config, runtime, log
+        self.tokenizer = Tokenizer()
+        seq_len = config.model.seq_len
+        self.windows = TokenWindows(config.data.path, "train", seq_len)
+        self.validation = TokenWindows(config.data.path, "val", seq_len)
+        self.micro_rows = micro_rows(config, runtime)
+        self.model = self._first_model()
+        self.model.gradient_checkpointing = config.train.gradient_checkpointing
+        self.model.to(runtime.device)
+        self.optimizer = adamw(self.model, config.optim)
+        self.step = 0
+        self.updates = 0
+        self.guard = Guard()
+        self.good: set[int] = set()  # the checkpoints that this process has written or loaded
+
+    def fit(self, start: checkpoint.State | None) -> Perplexity:
+        """Train to the last step and judge the result. Stopped or an error ends it early."""
+        if start is not None:
+            self._restore(start)
+        self.runtime.optimize(self.model)
+        with ExitStack() as stack:
+            self.signals = stack.enter_context(Signals())
+            seed, rank, world = self.config.run.seed, self.runtime.rank, self.runtime.world
+            self.loader = BatchLoader(self.windows, seed, self._rows, rank, world)
+            stack.callback(self.loader.close)
+            try:
+                return self._loop()
+            except Stopped as stop:
+                self._leave(stop)
+                raise
+
+    def _loop(self) -> Perplexity:
+        train = self.config.train
+        self._saved_at = time.monotonic()
+        self._begin_interval()
+        while self.step < train.steps:
+            self._train_step()
+            if self.step == self._interval[1]:
+                continue  # just gone back to here
+            if self._due(train.log_every) or self.step == train.steps:
+                self._log()
+            if self._due(train.eval_every) and self.step < train.steps:
+                self._pause(self._validate)
+            if self._due(train.sample_every) and self.step < train.steps:
+                self._pause(self._sample)
+            if self._save_due():
+                self._pause(self._save)
+        if self.step not in self.good:
+            self._save()
+        result = self._validate()
+        self._sample()
+        return result
+
+    def _train_step(self) -> None:
+        """One optimizer step, of one or more micro-batches."""
+        config, device = self.config, self.runtime.device
+        self.model.train()
+        batch = torch.from_numpy(self.loader.batch(self.step)).to(device)  # (B, T+1)
+        rows = schedules.rows(self.step, config)
+        count = len(rows) * config.model.seq_len
+        rate = torch.tensor(schedules.dropout(self.step, config), device=device)
+        keys = self._dropout_keys().to(device)
+        sums = torch.zeros(3, device=device)
+        for begin in range(0, batch.shape[0], self.micro_rows):
+            part = slice(begin, begin + self.micro_rows)
+            dropout = Dropout(rate, keys[part]) if self._drops() else None
+            hidden = self.model(batch[part, :-1], dropout)
+            losses = token_loss(
+                hidden,
+                self.model.embedding.weight,
+                batch[part, 1:],
+                config.optim.label_smoothing,
+                self.runtime.compile,
+            )
+            (losses.smoothed / count).backward()
+            sums += torch.stack([part.detach().float() for part in losses])
+        self.runtime.sum_gradients(self.model.parameters())
+        self._update(sums)
+
+    def _update(self, sums: Tensor) -> None:
+        """Clip and update, unless the loss or a gradient is not finite on any rank."""
+        limit = self.config.optim.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
+        self.totals, self.gradient_norm = totals[:3], totals[3] / self.runtime.world
+        self.signals.critical(True)
+        problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0])
+        if problem is None:
+            set_learning_rate(self.optimizer, self._rate(self.step))
+            self.optimizer.step()
+            self.updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.signals.critical(False)
+        if problem is not None:
+            self.log.event(
+                {"step": self.step, "event": "skipped", "reason": problem},
+                f"step {self.step}: {problem}; the update was not made",
+            )
+            if self.guard.bad_in_a_row >= PATIENCE:
+                self._go_back()
+
+    def _go_back(self) -> None:
+        """To the last checkpoint, on behind the data that did it, at half the rate; or give up."""
+        if self.guard.gives_up():
+            raise SotaError(
+                f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns "
+                "to a checkpoint; the last one is good. Start anew at a lower "
+                "--optim.learning-rate",
+                DIVERGED,
+            )
+        found, guard, self.guard = self.step, self.guard, Guard()
+        target = checkpoint.latest(self.config.run.out, self.log.say)
+        self.signals.critical(True)
+        if target is None:
+            self.model.load_state_dict(self._first_model().state_dict())
+            self.optimizer.state.clear()
+            self.step = self.updates = 0
+        else:
+            self._restore(checkpoint.load(self.config.run.out, target))
+        self.guard = guard
+        guard.go_back((found - self.step) * self.config.train.batch_rows)
+        self.signals.critical(False)
+        self.log.event(
+            {"step": self.step, "event": "returned", "from": found, "shift": guard.shift},
+            f"step {found}: {PATIENCE} bad steps in a row; back to step {self.step}, on with other "
+            f"data, at {guard.rate:g} of the learning rate",
+        )
+        self._begin_interval()
+
+    def _first_model(self) -> Transformer:
+        """The model before the first step, on the CPU, where every machine draws the same."""
+        model = Transformer(self.config.model, self.runtime.dtype)
+        model.init_weights(torch.Generator().manual_seed(self.config.run.seed))
+        return model
+
+    def _rate(self, step: int) -> float:
+        return self.guard.rate * schedules.learning_rate(step, self.config)
+
+    def _rows(self, step: int) -> range:
+        """Global rows of a step, behind those that a return left out."""
+        rows = schedules.rows(step, self.config)
+        return range(rows.start + self.guard.shift, rows.stop + self.guard.shift)
+
+    def _dropout_keys(self) -> Tensor:
+        """(B,) int32, a hash of the run's seed, the step and each row's global number."""
+        words = self.loader.row_numbers(self.step).astype(np.uint64)
+        for value in (self.step, self.config.run.seed):
+            words = (words + np.uint64(value + 1)) * np.uint64(0x9E3779B97F4A7C15)
+            words ^= words >> np.uint64(29)
+        return torch.from_numpy((words >> np.uint64(32)).astype(np.uint32).view(np.int32))
+
+    def _drops(self) -> bool:
+        return self.config.optim.dropout_start > 0 or self.config.optim.dropout_end > 0
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _save_due(self) -> bool:
+        train = self.config.train
+        elapsed = (time.monotonic() - self._saved_at) / 60
+        by_clock = bool(train.save_every_minutes) and elapsed >= train.save_every_minutes
+        return self.step < train.steps and (by_clock or self._due(train.save_every_steps))
+
+    def _begin_interval(self) -> None:
+        self.runtime.synchronize()
+        self._interval = (time.monotonic(), self.step)
+
+    def _pause(self, work: Any) -> None:
+        """Do something that is not training, outside the clock that measures tokens per second."""
+        began = time.monotonic()
+        work()
+        spent = time.monotonic() - began
+        self._interval = (self._interval[0] + spent, self._interval[1])
+
+    def _log(self) -> None:
+        self.runtime.synchronize()
+        totals = self.totals
+        seconds = time.monotonic() - self._interval[0]
+        done = self.step - self._interval[1]
+        tokens = self.config.train.batch_rows * self.config.model.seq_len
+        last = self.step - 1
+        self.log.step(
+            {
+                "step": self.step,
+                "loss": totals[1] / totals[2],
+                "smoothed_loss": totals[0] / totals[2],
+                "lr": self._rate(last),
+                "dropout": schedules.dropout(last, self.config),
+                "gradient_norm": self.gradient_norm,
+                "tokens": self.step * tokens,
+                "tokens_per_second": done * tokens / seconds,
+                "memory": self.runtime.peak_memory(),
+                "seconds_left": (self.config.train.steps - self.step) * seconds / done,
+            }
+        )
+        self._begin_interval()
+
+    def _validate(self) -> Perplexity:
+        """Plain loss, without dropout, over the same validation windows every time."""
+        self.model.eval()
+        with self.runtime.uncompiled():
+            result = perplexity(self.model, self._validation_batches(), self.tokenizer.token_bytes)
+        self.log.validation(
+            {
+                "step": self.step,
+                "val_loss": result.nats,
+                "val_error": result.error,
+                "val_perplexity": result.perplexity,
+                "val_bits_per_byte": result.bits_per_byte,
+                "val_tokens": result.tokens,
+            }
+        )
+        return result
+
+    def _validation_batches(self) -> Iterator[np.ndarray]:
+        """(B, T+1) arrays, spread evenly over the split."""
+        seq_len = self.config.model.seq_len
+        wanted = max(1, min(len(self.validation), self.config.train.eval_tokens // seq_len))
+        chosen = np.linspace(0, len(self.validation) - 1, wanted).astype(int)
+        for begin in range(0, wanted, self.micro_rows):
+            rows = [self.validation[int(i)] for i in chosen[begin : begin + self.micro_rows]]
+            yield np.stack(rows).astype(np.int64)
+
+    def _sample(self) -> None:
+        """A continuation of the first words of the validation text; the same seed every time."""
+        if self.runtime.rank:
+            return
+        self.model.eval()
+        prompt = [int(token) for token in self.validation[0][:16]]
+        sampler = make_sampler(temperature=0.8, top_p=0.95, seed=self.config.run.seed)
+        with self.runtime.uncompiled():
+            tokens = list(generate(self.model, prompt, sampler, _SAMPLE_TOKENS))
+        self.log.sample(self.step, self.tokenizer.decode(prompt + tokens))
+
+    def _save(self) -> None:
+        self.signals.critical(True)
+        if self.runtime.rank == 0:
+            checkpoint.save(self.config.run.out, self.state())
+            self.log.say(f"saved step {self.step}")
+            trusted = {*self.good, self.step}
+            checkpoint.prune(self.config.run.out, self.config.train.keep_checkpoints, trusted)
+        self.good.add(self.step)
+        self._saved_at = time.monotonic()
+        self.signals.critical(False)
+
+    def _leave(self, stop: Stopped) -> None:
+        """Save what there is and say so; the state is whole, since Stopped waits for updates."""
+        self.log.end_live()
+        if self.runtime.rank == 0 and self.step not in self.good:
+            checkpoint.save(self.config.run.out, self.state())
+        self.log.say(f"saved step {self.step}; stopped by {stop}")
+
+    def state(self) -> checkpoint.State:
+        """All that a checkpoint holds."""
+        trainer = {"updates": self.updates, "guard": self.guard.state()}
+        manifest = {"data": self.windows.fingerprint, "numerics": self.runtime.describe()}
+        return checkpoint.State(
+            step=self.step,
+            model={name: tensor.detach() for name, tensor in self.model.state_dict().items()},
+            optim=state_tensors(self.model, self.optimizer),
+            trainer=trainer,
+            manifest=manifest
+            | {"micro_rows": self.micro_rows, "model": dataclasses.asdict(self.config.model)},
+        )
+
+    def _restore(self, state: checkpoint.State) -> None:
+        """Go on from `state`. SotaError 65 if the data is not what it was trained on."""
+        if state.manifest.get("data") != self.windows.fingerprint:
+            raise SotaError(
+                f"{self.config.data.path} is not the data this run was trained on (fingerprint "
+                f"{self.windows.fingerprint[:12]}, was {str(state.manifest.get('data'))[:12]}); "
+                "use the old data, or another --out",
+                BAD_DATA,
+            )
+        checkpoint.restore_model(self.model, state)
+        self.step, self.updates = state.step, int(state.trainer["updates"])
+        self.good.add(state.step)
+        try:
+            self.guard.restore(state.trainer["guard"])
+            load_state_tensors(self.model, self.optimizer, state.optim, self.updates)
+        except (KeyError, ValueError, TypeError) as error:
+            raise SotaError(f"optimizer state of step {state.step}: {error}", BAD_DATA) from error
+        now = self.runtime.describe() | {"micro_rows": self.micro_rows}
+        before = state.manifest.get("numerics", {}) | {"micro_rows": state.manifest["micro_rows"]}
+        for name, value in now.items():
+            if before.get(name) != value:
+                self.log.say(f"not bit-exact with before: {name} {before.get(name)} -> {value}")

@@ -1,0 +1,152 @@
+"""`python -m tests.chaos VERB [--count N] [--folder DIR]`: try this machine and its disk.
+
+model     every state a power cut can leave, also during recovery, and all mutants
+fuzz      damage of every kind to a committed folder, checkpoints and prepared data
+kill      kill -9 in `sota train` at random instants      (--count kills)
+prepare   kill -9 in `sota prepare`, parent, worker, all   (--count kills)
+stop      SIGTERM in `sota train`                          (--count signals)
+twice     two runs on one folder                           (--count races)
+full      disks of 4 to 64 MiB that are full               (--count sizes; needs root)
+faults    KILL, ENOSPC, EIO at system calls of `sota train`    (--count points; needs strace)
+shards    the same for `sota prepare`                      (--count points; needs strace)
+evaluate  `sota evaluate` on damaged runs                  (--count damages)
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sota_transformer import durable
+
+from . import faults, fuzz, mutants, reading, soak, stops
+from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
+from .protocols import Explorer, configure, explore_twice, train, train_really
+
+POINTS = 1000  # more than one commit has; the sweeps then try every point
+
+
+def _model(root: Path, count: int, seed: int) -> list[str]:
+    """Exhaustive; `count` and `seed` have no meaning here."""
+    wrong = []
+    for driver in (train, configure):
+        report = explore_twice(Explorer(durable, driver), 4)
+        print(
+            f"{driver.__name__}: {report.states:,} crash states, {report.problems or 'all right'}"
+        )
+        wrong += list(report.problems)
+    report = explore_twice(Explorer(durable, train_really), 3)
+    print(f"checkpoint.py: {report.states:,} crash states, {report.problems or 'all right'}")
+    every = [(name, mutants.caught(mutant)) for name, mutant in mutants.mutants()]
+    missed = [name for name, how in every if not how]
+    print(f"mutants: {len(every) - len(missed)} of {len(every)} caught")
+    return wrong + list(report.problems) + missed
+
+
+def _fuzz(root: Path, count: int, seed: int) -> list[str]:
+    """Half of the damages to a plain folder, the rest to checkpoints and to prepared data."""
+    result, seconds = fuzz.run(root, count // 2, seed)
+    bad = result.bad
+    print(f"verify: {result.cases:,} damages, {len(result.bad)} unnoticed, {seconds:.0f} s")
+    checkpoints = reading.fuzz_checkpoints(root, count // 4, seed)
+    print(f"checkpoints: {checkpoints.cases:,} damages, {len(checkpoints.bad)} unnoticed")
+    small = corpus(root / "fuzz-corpus", 2, 60)
+    done = sota(prepare_arguments(small, root / "fuzz-data"), root)
+    assert done.code == 0, done.output
+    data = reading.fuzz_data(root / "fuzz-data", count // 4, seed)
+    print(f"data: {data.cases:,} damages, {len(data.bad)} unnoticed")
+    return bad + checkpoints.bad + data.bad
+
+
+def _prepare(root: Path, count: int, seed: int) -> list[str]:
+    texts, reference = corpus(root / "texts", 3, 20_000), root / "prepared"
+    done = sota(prepare_arguments(texts, reference, workers=1), root)
+    assert done.code == 0, done.output
+    result = soak.soak_prepare(texts, reference, root, count, seed)
+    print(result)
+    return result.wrong
+
+
+def _on_bench(
+    work: Callable[[Bench, Zygote, int, int], Any],
+) -> Callable[[Path, int, int], list[str]]:
+    """A tool that needs a corpus, data, a finished run, and quick starts."""
+
+    def tool(root: Path, count: int, seed: int) -> list[str]:
+        with Zygote(root) as zygote:
+            result = work(make_bench(root), zygote, count, seed)
+        print(result)
+        return getattr(result, "wrong", None) or getattr(result, "bad", [])
+
+    return tool
+
+
+def _stride(count: int) -> int:
+    return max(1, POINTS // count)
+
+
+TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
+    "model": (0, _model),
+    "fuzz": (50_000, _fuzz),
+    "kill": (300, _on_bench(soak.soak_train)),
+    "prepare": (300, _prepare),
+    "stop": (50, _on_bench(stops.stop_train)),
+    "twice": (
+        20,
+        _on_bench(lambda bench, zygote, count, _: stops.two_at_once(bench, zygote, count)),
+    ),
+    "full": (
+        64,
+        _on_bench(
+            lambda bench, zygote, count, _: stops.full_disks(
+                bench, zygote, list(range(4, 68, max(1, 64 // count)))
+            )
+        ),
+    ),
+    "faults": (
+        POINTS,
+        _on_bench(
+            lambda bench, zygote, count, seed: faults.sweep_train(
+                bench, zygote, _stride(count), seed % _stride(count)
+            )
+        ),
+    ),
+    "shards": (
+        POINTS,
+        _on_bench(
+            lambda bench, _, count, seed: faults.sweep_prepare(
+                bench, _stride(count), seed % _stride(count)
+            )
+        ),
+    ),
+    "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
+}
+
+
+def main() -> int:
+    """Run one tool; 0 if all was as promised."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=TOOLS)
+    parser.add_argument("--count", type=int, help="how often; default: the release number")
+    parser.add_argument("--folder", type=Path, help="on the disk to be tried; default: a new one")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    count, tool = TOOLS[options.verb]
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir=options.folder) as name:
+        began = time.monotonic()
+        wrong = tool(Path(name).resolve(), options.count or count, options.seed)
+    print(f"{time.monotonic() - began:.0f} s, {len(wrong)} wrong")
+    for line in wrong[:20]:
+        print(f"WRONG: {line}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

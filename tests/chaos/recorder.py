@@ -1,0 +1,128 @@
+"""Watches what durable.py really does to a folder: each system call, in order, as a list.
+
+The functions of `os` are replaced by ones that do the same and write down what they did; nothing
+is simulated, so the log is that of the shipped code, whatever it becomes.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Operation = tuple[Any, ...]
+_REPLACED = ("open", "close", "fdopen", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
+
+
+class _RawFile(io.RawIOBase):
+    """A descriptor whose writes are recorded: those of `os.fdopen` never pass through Python."""
+
+    def __init__(self, descriptor: int, wrote: Callable[[bytes], None]) -> None:
+        self._descriptor, self._wrote = descriptor, wrote
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, data: Any) -> int:
+        count = os.write(self._descriptor, data)
+        self._wrote(bytes(data[:count]))
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._descriptor)
+
+
+class Recorder:
+    """The log of one folder; `ack` puts the caller's own promises into it, in their place."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.log: list[Operation] = []
+        self._paths: dict[int, str] = {}  # of each open descriptor below the root
+        self._files: dict[int, str] = {}  # the identity of each file that is being written
+        self._real = {name: getattr(os, name) for name in _REPLACED}
+
+    def ack(self, promise: Any) -> None:
+        """The caller was told that `promise` is safe."""
+        self.log.append(("ack", promise))
+
+    def _name(self, path: Any, dir_fd: int | None = None) -> str | None:
+        """The path below the root, or None for one that is not."""
+        if isinstance(path, int):
+            return self._paths.get(path)
+        base = Path(self._paths.get(dir_fd, "/outside")) if dir_fd is not None else None
+        full = Path(os.fspath(path)) if base is None else base / os.fspath(path)
+        if base is not None:
+            return None if str(full).startswith("/outside") else str(full)
+        try:
+            return str(full.absolute().relative_to(self.root))
+        except ValueError:
+            return None
+
+    def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        descriptor = self._real["open"](path, flags, mode, dir_fd=dir_fd)
+        name = self._name(path, dir_fd)
+        if name is not None:
+            self._paths[descriptor] = name
+            if flags & os.O_CREAT:
+                assert flags & os.O_EXCL, f"{name} is opened for writing in place"
+                self._files[descriptor] = f"{name}#{len(self.log)}"
+                self.log.append(("create", name, self._files[descriptor]))
+        return descriptor
+
+    def _close(self, descriptor: int) -> None:
+        self._paths.pop(descriptor, None)
+        self._files.pop(descriptor, None)
+        self._real["close"](descriptor)
+
+    def _fdopen(self, descriptor: int, mode: str = "r", buffering: int = -1, **more: Any) -> Any:
+        key = self._files.get(descriptor)
+        if key is None:
+            self._paths.pop(descriptor, None)  # a reader: it closes without telling us
+            return self._real["fdopen"](descriptor, mode, buffering, **more)
+        raw = _RawFile(descriptor, lambda data: self.log.append(("write", key, data)))
+        return io.BufferedWriter(raw, buffering if buffering > 0 else io.DEFAULT_BUFFER_SIZE)
+
+    def _fsync(self, descriptor: int) -> None:
+        self._real["fsync"](descriptor)
+        if descriptor in self._files:
+            self.log.append(("fsync", self._files[descriptor]))
+        elif descriptor in self._paths:
+            self.log.append(("fsync_folder", self._paths[descriptor]))
+
+    def _recorded(self, kind: str) -> Callable[..., None]:
+        def call(path: Any, *args: Any, dir_fd: int | None = None, **more: Any) -> None:
+            name = self._name(path, dir_fd)
+            if dir_fd is not None:
+                more["dir_fd"] = dir_fd
+            self._real[kind](path, *args, **more)
+            if name is not None:
+                self.log.append((kind, name))
+
+        return call
+
+    def _rename(self, source: Any, target: Any) -> None:
+        self._real["replace"](source, target)
+        names = self._name(source), self._name(target)
+        assert None not in names, f"{source} -> {target} crosses the root"
+        self.log.append(("rename", *names))
+
+    @contextmanager
+    def watch(self) -> Iterator["Recorder"]:
+        """Record until the block ends, also when it ends by an exception."""
+        mine = {"open": self._open, "close": self._close, "fdopen": self._fdopen}
+        mine |= {"fsync": self._fsync, "rename": self._rename, "replace": self._rename}
+        mine |= {kind: self._recorded(kind) for kind in ("mkdir", "unlink", "rmdir")}
+        for name, function in mine.items():
+            setattr(os, name, function)
+        try:
+            yield self
+        finally:
+            for name, function in self._real.items():
+                setattr(os, name, function)

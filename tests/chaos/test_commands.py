@@ -1,0 +1,141 @@
+"""Small numbers of everything that is done to the real commands; `python -m tests.chaos` has more.
+
+These run under the marker `chaos`; the data and checkpoint fuzzers also have a quick share.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sota_transformer.config import RunConfig
+from sota_transformer.errors import BAD_DATA, SotaError
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.training import checkpoint
+
+from . import faults, reading, soak, stops
+from .commands import Bench, Zygote, contents, corpus, make_bench, prepare_arguments, sota
+
+needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+
+
+def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
+    result = reading.fuzz_checkpoints(tmp_path, 250, seed=3)
+    assert result.bad == [] and result.cases >= 250
+
+
+def test_damaged_data_is_refused_by_name(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    result = reading.fuzz_data(tmp_path / "data", 500, seed=3)
+    assert result.bad == [] and result.cases >= 500
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return make_bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def zygote(bench: Bench) -> Iterator[Zygote]:
+    with Zygote(bench.root) as zygote:
+        yield zygote
+
+
+@pytest.mark.chaos
+def test_kills_in_training(bench: Bench, zygote: Zygote) -> None:
+    result = soak.soak_train(bench, zygote, 12, seed=4)
+    assert result.wrong == [] and result.kills >= 12
+
+
+@pytest.mark.chaos
+def test_kills_in_preparation(tmp_path: Path) -> None:
+    texts = corpus(tmp_path / "texts", 2, 20_000)
+    assert sota(prepare_arguments(texts, tmp_path / "reference", 1), tmp_path).code == 0
+    result = soak.soak_prepare(texts, tmp_path / "reference", tmp_path, 12, seed=4)
+    assert result.wrong == [] and result.kills >= 12
+
+
+@pytest.mark.chaos
+def test_sigterm(bench: Bench, zygote: Zygote) -> None:
+    result = stops.stop_train(bench, zygote, 6, seed=4)
+    assert result.wrong == [] and result.slowest < stops.LEAVE_SECONDS
+
+
+@pytest.mark.chaos
+def test_two_runs_on_one_folder(bench: Bench, zygote: Zygote) -> None:
+    assert stops.two_at_once(bench, zygote, 2).wrong == []
+
+
+@pytest.mark.chaos
+def test_full_disks(bench: Bench, zygote: Zygote) -> None:
+    try:
+        result = stops.full_disks(bench, zygote, [4, 25, 45])
+    except PermissionError as error:
+        pytest.skip(str(error))
+    assert result.wrong == [] and result.kills >= 2
+
+
+@pytest.mark.chaos
+def test_full_disks_in_preparation(bench: Bench) -> None:
+    try:
+        result = stops.full_disks_prepare(bench, [64, 400, 900])
+    except PermissionError as error:
+        pytest.skip(str(error))
+    assert result.wrong == [] and result.kills >= 1
+
+
+@pytest.mark.chaos
+@needs_strace
+def test_faults_at_system_calls_of_a_checkpoint(bench: Bench, zygote: Zygote) -> None:
+    result = faults.sweep_train(bench, zygote, stride=60, offset=7)
+    assert result.wrong == [] and sum(result.faults.values()) >= 10
+
+
+@pytest.mark.chaos
+@needs_strace
+def test_faults_at_system_calls_of_a_preparation(bench: Bench) -> None:
+    result = faults.sweep_prepare(bench, stride=30, offset=7)
+    assert result.wrong == [] and sum(result.faults.values()) >= 5
+
+
+@pytest.mark.chaos
+def test_evaluate_on_damaged_runs(bench: Bench, zygote: Zygote) -> None:
+    before = contents(bench.run)
+    assert reading.fuzz_evaluate(bench, zygote, 15, seed=4).bad == []
+    assert contents(bench.run) == before
+
+
+def test_no_changed_byte_of_a_configuration_makes_another_model(
+    make_run: Callable[..., RunConfig],
+) -> None:
+    config = make_run(d_model=4, heads=1, kv_heads=1, d_ff=4, layers=1)
+    weights = Transformer(config.model, torch.float32).state_dict()
+    written = {"model": dataclasses.asdict(config.model)}  # as `Trainer.state` does
+    config.run.out.mkdir()
+    checkpoint.save(
+        config.run.out, checkpoint.State(step=1, model=weights, optim={}, manifest=written)
+    )
+    path = config.run.out / "config.json"
+    path.write_text(config.to_json())
+    load_model(config)
+    text, seen, accepted = path.read_text(), {config.model}, []
+    for offset in range(text.index("}")):  # of the section "model"
+        for new in "09e":
+            path.write_text(text[:offset] + new + text[offset + 1 :])
+            try:
+                model = checkpoint.read_config(config.run.out).model
+                if model not in seen:
+                    seen.add(model)
+                    load_model(config)
+                    accepted.append(model)
+            except SotaError as error:
+                assert error.code == BAD_DATA
+    assert accepted == [] and len(seen) > 10
+
+
+def load_model(config: RunConfig) -> None:
+    cpu = torch.device("cpu")
+    checkpoint.load_model(config.run.out, cpu, torch.float32, None, lambda _: None)

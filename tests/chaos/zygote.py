@@ -1,0 +1,74 @@
+"""A process that has imported everything and forks one `sota` after the other on request.
+
+What is forked runs the real command from its first line; only the seconds of importing are saved,
+so that hundreds of kills fit into minutes. Never runs any mathematics itself: a fork of a process
+with threads would hang.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch._dynamo  # noqa: F401  (so is this: the optimizer imports it, for seconds)
+
+from sota_transformer import cli
+from sota_transformer.training import start  # noqa: F401  (imported here, once, for all children)
+
+
+def _child(order: dict[str, Any]) -> None:
+    """Become the command."""
+    os.setsid()
+    os.chdir(order["folder"])
+    output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    status = os.open("/proc/self/status", os.O_RDONLY)  # before strace counts what is opened
+    while order["traced"] and b"TracerPid:\t0" in os.pread(status, 4096, 0):
+        time.sleep(0.005)
+    os.close(status)
+    code = 1
+    try:
+        sys.argv = ["sota", *order["arguments"]]
+        code = cli.main(order["arguments"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+
+
+def _wait(pid: int, seconds: float) -> int | None:
+    """The exit status as a shell shows it, or None if it is still running."""
+    deadline = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return 128 - code if code < 0 else code
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.005)
+
+
+def main() -> None:
+    """Answer orders, one JSON line each, until the end of the input."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "arguments" in order:
+            pid = os.fork()
+            if not pid:
+                _child(order)
+            print(json.dumps(pid))
+        else:
+            print(json.dumps(_wait(order["wait"], order["seconds"])))
+
+
+if __name__ == "__main__":
+    main()

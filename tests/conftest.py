@@ -1,0 +1,83 @@
+"""A small deterministic corpus, and runs of the real trainer on it."""
+
+import dataclasses
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sota_transformer.config import RunConfig
+from sota_transformer.options import Prepare
+from sota_transformer.presets import PRESETS
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small models are slower on two threads than on one, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts background jobs with Ctrl-C ignored, and processes that tests start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+def pseudo_text(seed: int, documents: int) -> list[str]:
+    """Sentences of a small grammar; the same on every machine and Python."""
+    source = random.Random(seed)
+    nouns = _words("ship harbour captain storm lantern letter garden river winter promise")
+    verbs = _words("saw remembered followed lost painted answered carried feared")
+    joints = _words("while because although before after until")
+    texts = []
+    for _ in range(documents):
+        sentences = []
+        for _ in range(source.randint(3, 12)):
+            a, b, c = (source.choice(nouns) for _ in range(3))
+            sentences.append(
+                f"The {a} {source.choice(verbs)} the {b} {source.choice(joints)} "
+                f"the {c} {source.choice(verbs)} {source.randint(2, 99)} others."
+            )
+        texts.append(" ".join(sentences))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i, text in enumerate(pseudo_text(7, 300)):
+        (folder / f"{i:04d}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sota_transformer.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("data") / "small"
+    prepare(Prepare(inputs=(str(corpus),), out=out, val_fraction=0.1, workers=1))
+    return out
+
+
+@pytest.fixture
+def make_run(data: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """A run of `tiny`, shorter and narrower; keyword arguments replace fields by name."""
+
+    def make(name: str = "run", **changes: object) -> RunConfig:
+        config = PRESETS["tiny"]()
+        defaults: dict[str, object] = {
+            "d_model": 32, "d_ff": 64, "seq_len": 32, "steps": 12, "batch_rows": 4,
+            "log_every": 1, "eval_every": 0, "eval_tokens": 512, "sample_every": 0,
+            "save_every_minutes": 0.0, "threads": 1, "device": "cpu", "path": data,
+            "out": tmp_path / name, "dtype": "float32",
+        }  # fmt: skip
+        values = defaults | changes
+        sections = {}
+        for field in dataclasses.fields(config):
+            section = getattr(config, field.name)
+            mine = {f.name for f in dataclasses.fields(section)} & set(values)
+            sections[field.name] = dataclasses.replace(section, **{n: values[n] for n in mine})
+        return RunConfig(**sections)
+
+    return make

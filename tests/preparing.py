@@ -1,0 +1,73 @@
+"""Small inputs, and what came of them, for the tests of data preparation."""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sota_transformer.data.prepare import prepare
+from sota_transformer.data.tokenizer import EOT, Tokenizer
+from sota_transformer.errors import SotaError
+from sota_transformer.options import Prepare
+
+WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be"]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Different documents of a few hundred bytes, some of them not English."""
+    random = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        words = random.choice(WORDS, size=int(random.integers(5, 120)))
+        made.append(f"{i} {'日本 ' if i % 7 == 0 else ''}{' '.join(words)}.\n")
+    return made
+
+
+def jsonl(items: list[str]) -> bytes:
+    """JSON lines of some texts."""
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in items).encode()
+
+
+def run(out: Path, *inputs: Path | str, **options: Any) -> dict[str, Any]:
+    """Prepare with one worker and a tenth for validation, unless `options` says otherwise."""
+    options = {"val_fraction": 0.1, "workers": 1} | options
+    encoder = options.pop("encoder", "auto")
+    return prepare(Prepare(inputs=tuple(map(str, inputs)), out=out, **options), encoder)
+
+
+def documents(folder: Path, split: str) -> list[str]:
+    """Texts of one side, in order."""
+    manifest, tokenizer, found = json.loads((folder / "manifest.json").read_text()), Tokenizer(), []
+    for name in manifest["splits"][split]["shards"]:
+        ids = np.load(folder / name)
+        ends = [0, *np.load(folder / name.replace(".npy", ".ends.npy")).tolist()]
+        assert all(ids[end - 1] == EOT for end in ends[1:])
+        found += [tokenizer.decode(ids[a : b - 1]) for a, b in itertools.pairwise(ends)]
+    return found
+
+
+def everything(folder: Path) -> list[str]:
+    """Texts of both sides, sorted."""
+    return sorted(documents(folder, "train") + documents(folder, "val"))
+
+
+def bytes_of(folder: Path, *, manifest: bool = True) -> dict[str, str]:
+    """SHA-256 of every file, with the manifest or without."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if manifest or path.name != "manifest.json"
+    }
+
+
+def refused(code: int, *words: str, out: Path, inputs: tuple[Any, ...], **options: Any) -> None:
+    """Assert that preparing ends with this code and one line that has these words."""
+    with pytest.raises(SotaError) as caught:
+        run(out, *inputs, **options)
+    assert caught.value.code == code, caught.value
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)

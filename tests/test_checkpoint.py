@@ -1,0 +1,107 @@
+"""Checkpoints: what is saved is what is loaded, and damage is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sota_transformer.errors import BAD_DATA, DIVERGED, NO_INPUT, SotaError
+from sota_transformer.training import checkpoint
+from sota_transformer.training.checkpoint import State
+
+
+def state(step: int) -> State:
+    source = torch.Generator().manual_seed(step)
+    return State(
+        step=step,
+        model={"a.weight": torch.randn(5, 3, generator=source), "b.weight": torch.ones(4)},
+        optim={"exp_avg.a.weight": torch.randn(5, 3, generator=source)},
+        trainer={"updates": step, "bad_steps": 0, "skipped": 0},
+        manifest={"data": "abc"},
+    )
+
+
+def warn_into(lines: list[str]):
+    return lines.append
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    saved = state(3)
+    checkpoint.save(tmp_path, saved)
+    loaded = checkpoint.load(tmp_path, 3)
+    assert loaded.trainer == {"updates": 3, "bad_steps": 0, "skipped": 0, "step": 3}
+    assert loaded.manifest["data"] == "abc"
+    for name in saved.model:
+        assert torch.equal(saved.model[name], loaded.model[name])
+    assert torch.equal(saved.optim["exp_avg.a.weight"], loaded.optim["exp_avg.a.weight"])
+
+
+def test_our_safetensors_are_what_the_library_writes(tmp_path: Path) -> None:
+    tensors = {"w": torch.randn(3, 4), "empty": torch.empty(0, 2), "n": torch.arange(5)}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    with (tmp_path / "ours.safetensors").open("wb") as file:
+        checkpoint.write_safetensors(file.write, tensors)
+    ours, theirs = (load_file(tmp_path / f"{n}.safetensors") for n in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_latest_takes_the_newest_that_verifies_and_names_the_others(tmp_path: Path) -> None:
+    for step in (10, 9, 100):
+        checkpoint.save(tmp_path, state(step))
+    assert checkpoint.steps(tmp_path) == [9, 10, 100]
+    path = checkpoint.path_of(tmp_path, 100) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    lines: list[str] = []
+    assert checkpoint.latest(tmp_path, warn_into(lines)) == 10
+    assert len(lines) == 1
+    assert "step 100" in lines[0] and "model.safetensors" in lines[0] and "sha256" in lines[0]
+    with pytest.raises(SotaError, match=r"model\.safetensors") as caught:
+        checkpoint.load(tmp_path, 100)
+    assert caught.value.code == BAD_DATA
+
+
+def test_none_that_verifies_is_an_error(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path, print) is None
+    checkpoint.save(tmp_path, state(1))
+    (checkpoint.path_of(tmp_path, 1) / "manifest.json").unlink()
+    with pytest.raises(SotaError) as caught:
+        checkpoint.latest(tmp_path, lambda _: None)
+    assert caught.value.code == BAD_DATA
+
+
+def test_a_missing_step_names_those_there_are(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(7))
+    with pytest.raises(SotaError, match="it has 7") as caught:
+        checkpoint.load(tmp_path, 8)
+    assert caught.value.code == NO_INPUT
+
+
+def test_what_is_not_finite_is_never_committed(tmp_path: Path) -> None:
+    bad = state(5)
+    bad.optim["exp_avg.a.weight"][0, 0] = float("nan")
+    with pytest.raises(SotaError, match=r"exp_avg\.a\.weight") as caught:
+        checkpoint.save(tmp_path, bad)
+    assert caught.value.code == DIVERGED
+    assert checkpoint.steps(tmp_path) == []
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_prune_keeps_the_newest_and_at_least_two(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        checkpoint.save(tmp_path, state(step))
+    checkpoint.prune(tmp_path, 3)
+    assert checkpoint.steps(tmp_path) == [4, 5, 6]
+    checkpoint.prune(tmp_path, 0)
+    assert checkpoint.steps(tmp_path) == [5, 6]
+
+
+def test_newer_formats_are_refused_by_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    checkpoint.save(tmp_path, state(1))
+    monkeypatch.undo()
+    with pytest.raises(SotaError, match="format 99"):
+        checkpoint.load(tmp_path, 1)

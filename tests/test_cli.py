@@ -1,0 +1,154 @@
+"""The command line as a user types it: every verb, and every mistake as one line and a code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sota_transformer.cli import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_names_every_verb(capsys) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for verb in VERBS:
+        assert f"sota {verb}" in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(capsys, verb: str) -> None:
+    code, out, err = run(capsys, verb, "--help")
+    assert code == 0, err
+    assert "usage" in out.lower()
+
+
+def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
+    code, out, _ = run(capsys, "config", "125m", "--steps", "1000", "--optim.learning-rate", "6e-4")
+    assert code == 0
+    assert '"steps": 1000' in out and '"learning_rate": 0.0006' in out
+    assert "123,552,000 parameters" in out
+    assert "50 steps of warm-up (5% of the run; 4000 in long runs)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["trian"], 2, ["did you mean 'train'"]),
+        (["train"], 2, ["name a preset", "16m"]),
+        (["train", "17m"], 2, ["did you mean '16m'"]),
+        (["train", "tiny", "--stepz", "5"], 2, ["--stepz"]),
+        (["train", "tiny", "--steps", "x"], 2, ["steps", "x"]),
+        (["train", "tiny", "--steps", "0"], 2, ["train.steps 0 must be at least 1"]),
+        (["train", "tiny"], 2, ["--data"]),
+        (["train", "tiny", "--data", "NOWHERE"], 66, ["NOWHERE", "sota prepare"]),
+        (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
+        (["train", "tiny", "--data", "DATA", "--out", "DATA/manifest.json"], 73, ["cannot make"]),
+        (["train", "tiny", "--data", "DATA", "--model.vocab-size", "999"], 2, ["vocab"]),
+        (
+            ["train", "tiny", "--data", "DATA", "--resume", "step:5"],
+            66,
+            ["no checkpoint of step 5"],
+        ),
+        (["train", "tiny", "--data", "DATA", "--model.seq-len", "999999"], 65, ["window needs"]),
+        (["prepare", "NOWHERE", "--out", "OUT"], 66, ["NOWHERE"]),
+        (["prepare", "EMPTY", "--out", "OUT"], 66, ["EMPTY"]),
+        (["prepare", "CORPUS"], 2, ["--out"]),
+        (["generate", "EMPTY"], 66, ["not a run"]),
+        (["evaluate", "NOWHERE"], 66, ["not a run"]),
+        (["export", "EMPTY", "--out", "OUT"], 66, ["not a run"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_mistake_is_one_line_and_a_code(
+    capsys, monkeypatch, tmp_path: Path, corpus: Path, data: Path, arguments, code, words
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"NOWHERE": tmp_path / "nowhere", "EMPTY": tmp_path / "empty", "OUT": tmp_path / "out"}
+    places |= {"DATA": data, "CORPUS": corpus}
+    places["EMPTY"].mkdir()
+    filled = [
+        str(places[word.split("/")[0]]) + word[len(word.split("/")[0]) :]
+        if word.split("/")[0] in places
+        else word
+        for word in arguments
+    ]
+    got, _, err = run(capsys, *filled)
+    assert got == code, err
+    assert err.startswith("sota: ") and err.count("\n") == 1, err
+    expected = [str(places.get(word, word)) for word in words]
+    assert all(word in err for word in expected), err
+
+
+def test_a_full_disk_is_code_74_and_leaves_nothing_torn(tmp_path: Path, data: Path) -> None:
+    """A real file size limit, so that writes fail in the middle as on a full disk."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "from sota_transformer.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["train", "tiny", "--data", data, "--out", tmp_path / "run", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 74, done.stderr
+    assert "sota: " in done.stderr and "Traceback" not in done.stderr
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path) -> None:
+    """README's commands in their order, on the tiny preset."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    code, printed, err = run(
+        capsys, "prepare", corpus, "--out", data, "--val-fraction", 0.1, "--workers", 1
+    )
+    assert code == 0, err
+    assert "300" in printed
+    options = ["--steps", 6, "--train.batch-rows", 4, "--train.eval-tokens", 512, "--threads", 1]
+    code, printed, err = run(capsys, "train", "tiny", "--data", data, "--out", out, *options)
+    assert code == 0, err
+    for said in ("3,317,184 parameters", "saved step 6", "validation", "--- sample at step 6"):
+        assert said in printed
+    for name in ("config.json", "run.json", "metrics.jsonl", "samples.txt", "doctor.json"):
+        assert (out / name).is_file()
+    command = ["generate", out, "--prompt", "The ship", "--max-tokens", 8]
+    code, first, err = run(capsys, *command)
+    assert code == 0, err
+    assert first.startswith("The ship")
+    assert run(capsys, *command)[1] == first
+    assert run(capsys, *command, "--seed", 1)[1] != first
+    code, printed, err = run(capsys, "evaluate", out)
+    assert code == 0, err
+    assert "perplexity" in printed and "bits per byte" in printed
+    text = tmp_path / "other.txt"
+    text.write_text("The captain saw the river while the storm carried 12 others. " * 30)
+    code, printed, err = run(capsys, "evaluate", out, "--text", text)
+    assert code == 0, err
+    assert "perplexity" in printed
+    code, printed, err = run(capsys, "train", "tiny", "--data", data, "--out", out, *options)
+    assert code == 0 and "complete" in printed
+
+
+def test_the_launcher_says_what_it_needs_without_a_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_sota.py")],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "--quick" in done.stderr and "Traceback" not in done.stderr

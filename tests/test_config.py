@@ -1,0 +1,89 @@
+"""Frozen options, golden sizes, and every problem named at once."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sota_transformer.config import Model, RunConfig
+from sota_transformer.presets import PRESETS
+
+OPTIONS = {
+    "model": "layers d_model heads kv_heads d_ff seq_len vocab_size rope_base norm_eps qk_norm",
+    "data": "path",
+    "optim": "learning_rate final_fraction warmup_steps beta1 beta2 eps weight_decay clip_norm "
+    "label_smoothing dropout_start dropout_end",
+    "train": "steps batch_rows micro_rows gradient_checkpointing log_every eval_every eval_tokens "
+    "sample_every save_every_minutes save_every_steps keep_checkpoints",
+    "run": "out seed resume device dtype compile threads",
+}
+
+
+def test_the_list_of_options_is_frozen() -> None:
+    values = dataclasses.asdict(PRESETS["tiny"]())
+    assert {name: " ".join(section) for name, section in values.items()} == OPTIONS
+    assert sum(len(section) for section in values.values()) <= 45
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("tiny", 3_317_184), ("16m", 16_030_464), ("125m", 123_552_000), ("250m", 257_018_880)],
+)
+def test_sizes_are_what_their_names_say(name: str, parameters: int) -> None:
+    assert PRESETS[name]().model.parameter_count == parameters
+
+
+def test_the_origins_recipe_is_literal() -> None:
+    optim = PRESETS["125m"]().optim
+    assert (optim.learning_rate, optim.beta1, optim.beta2) == (1e-3, 0.9, 0.98)
+    assert (optim.weight_decay, optim.warmup_steps, optim.label_smoothing) == (0.01, 4000, 0.1)
+    assert (optim.dropout_start, optim.dropout_end) == (0.1, 0.0)
+    model = PRESETS["125m"]().model
+    assert (model.layers, model.d_model, model.heads, model.d_ff) == (12, 768, 12, 2048)
+    assert model.vocab_size == 50_258
+    assert PRESETS["125m"]().train.steps == 100_000
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name: str) -> None:
+    config = PRESETS[name]()
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value["model"].pop("layers"),
+        lambda value: value["model"].update(hidden=3),
+        lambda value: value["train"].update(steps="many"),
+        lambda value: value["train"].update(steps=True),
+        lambda value: value["train"].update(steps=0),
+        lambda value: value.update(extra={}),
+        lambda value: value.update(optim=[]),
+        lambda value: value["optim"].update(learning_rate=-1.0),
+    ],
+)
+def test_a_changed_json_is_a_value_error(change) -> None:
+    value = json.loads(PRESETS["tiny"]().to_json())
+    change(value)
+    with pytest.raises(ValueError):
+        RunConfig.from_json(json.dumps(value))
+
+
+def test_all_problems_are_named_together() -> None:
+    config = PRESETS["tiny"]()
+    with pytest.raises(ValueError) as caught:
+        dataclasses.replace(
+            config,
+            optim=dataclasses.replace(config.optim, learning_rate=0.0, dropout_start=1.0),
+            train=dataclasses.replace(config.train, steps=0),
+        )
+    for part in ("optim.learning_rate", "optim.dropout_start", "train.steps"):
+        assert part in str(caught.value)
+
+
+def test_heads_must_fit() -> None:
+    sizes = {"layers": 1, "d_ff": 8, "seq_len": 8}
+    assert Model(d_model=64, heads=5, kv_heads=5, **sizes).problems()
+    assert Model(d_model=64, heads=4, kv_heads=3, **sizes).problems()
+    assert not Model(d_model=64, heads=4, kv_heads=2, **sizes).problems()

@@ -1,0 +1,160 @@
+"""Near-duplicates against brute force, excluded texts, gram hashes and the set of seen hashes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sota_transformer.data import units
+from sota_transformer.data.grams import GramSet, gram_hashes
+from sota_transformer.data.merge import SeenHashes
+from sota_transformer.data.near import BINS, sketch
+from sota_transformer.data.tokenizer import Tokenizer
+from tests.preparing import bytes_of, everything, jsonl, run
+
+TOKENIZER = Tokenizer()
+
+
+def random_text(random: np.random.Generator, words: int) -> list[str]:
+    return [f"w{n}" for n in random.integers(0, 5000, words)]
+
+
+def family(random: np.random.Generator, words: int, changes: list[int]) -> list[str]:
+    """A text and copies of it in which so many words were replaced."""
+    base, made = random_text(random, words), []
+    for change in [0, *changes]:
+        copy = list(base)
+        for at in random.choice(words, change, replace=False):
+            copy[at] = f"new{random.integers(10**6)}"
+        made.append(" ".join(copy))
+    return made
+
+
+def jaccard(a: str, b: str) -> float:
+    """Exactly, over token 5-grams, the slow way."""
+    sets = []
+    for text in (a, b):
+        ids = TOKENIZER.encode(text)
+        sets.append({tuple(ids[i : i + 5]) for i in range(len(ids) - 4)})
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def greedy(items: list[str], threshold: float) -> list[str]:
+    """What must stay: each document unless it is like an earlier one that stayed."""
+    kept: list[str] = []
+    grams: list[set[tuple[int, ...]]] = []
+    for text in items:
+        ids = TOKENIZER.encode(text)
+        own = {tuple(ids[i : i + 5]) for i in range(len(ids) - 4)}
+        if not any(len(own & g) >= threshold * len(own | g) for g in grams if own | g):
+            kept.append(text)
+            grams.append(own)
+    return kept
+
+
+def test_near_duplicates_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 16 << 10)
+    random, items = np.random.default_rng(1), []
+    for words in (12, 40, 150, 600, 2000):
+        for _ in range(6):
+            steps = [max(1, words // 200), max(1, words // 60), words // 25 + 1, words // 8 + 1]
+            items += family(random, words, steps)
+    order = random.permutation(len(items))
+    items = [items[i] for i in order]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    manifest = run(tmp_path / "data", tmp_path / "a.jsonl", near_dedup=0.8)
+    kept = greedy(list(dict.fromkeys(items)), 0.8)
+    found = everything(tmp_path / "data")
+    assert len(items) - len(kept) > 30
+    missed = set(found) - set(kept)
+    assert not set(kept) - set(found), "nothing may go that is not alike"
+    assert len(missed) <= 1, "the sketch may miss one in a thousand"
+    entry = manifest["rejects"]["near-duplicate"]
+    assert entry["count"] == len(set(items)) - len(found)
+    assert "is like" in entry["examples"][0]
+    run(tmp_path / "two", tmp_path / "a.jsonl", near_dedup=0.8, workers=2)
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "data")
+
+
+def test_append_knows_the_near_duplicates_of_what_is_there(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    families = [family(random, 300, [2]) for _ in range(40)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl([a for a, _ in families]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([b for _, b in families] + ["something new"] * 2))
+    run(tmp_path / "data", tmp_path / "a.jsonl", near_dedup=0.8)
+    run(tmp_path / "data", tmp_path / "b.jsonl", near_dedup=0.8, append=True)
+    assert everything(tmp_path / "data") == sorted([a for a, _ in families] + ["something new"])
+
+
+def test_sketch_estimates_the_jaccard_index() -> None:
+    random = np.random.default_rng(3)
+    for words in (60, 400, 4000):
+        errors = []
+        for _ in range(15):
+            a, b = family(random, words, [words // 30])
+            ids = [np.array([*TOKENIZER.encode(text), 50256], np.uint16) for text in (a, b)]
+            lengths = np.array([len(x) for x in ids], np.uint32)
+            signature = sketch(np.concatenate(ids), lengths)
+            assert signature.shape == (2, BINS)
+            errors.append((signature[0] == signature[1]).mean() - jaccard(a, b))
+        assert abs(np.mean(errors)) < 0.05
+
+
+def test_sketch_of_a_document_does_not_depend_on_its_neighbours() -> None:
+    random = np.random.default_rng(4)
+    ids = [
+        np.append(random.integers(0, 9000, n), 50256).astype(np.uint16) for n in (1, 5, 700, 9000)
+    ]
+    lengths = np.array([len(x) for x in ids], np.uint32)
+    together = sketch(np.concatenate(ids), lengths)
+    for i, own in enumerate(ids):
+        assert np.array_equal(sketch(own, lengths[i : i + 1])[0], together[i])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 13])
+@pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
+def test_gram_hashes_tell_runs_apart_and_only_runs(size: int, dtype: type) -> None:
+    random = np.random.default_rng(5)
+    ids = random.integers(0, 50, 150_000).astype(np.uint16)
+    hashes = gram_hashes(ids, size, dtype)
+    assert len(hashes) == len(ids) - size + 1
+    assert gram_hashes(ids[:size], size, dtype)[0] == hashes[0]
+    assert gram_hashes(ids[99_000:], size, dtype)[0] == hashes[99_000]
+    assert len(gram_hashes(ids[: size - 1], size, dtype)) == 0
+    runs = np.lib.stride_tricks.sliding_window_view(ids, size)
+    different, hashed = len(np.unique(runs, axis=0)), len(np.unique(hashes))
+    assert different - hashed <= (20 if dtype is np.uint32 else 0)
+
+
+def test_gram_set_is_a_set() -> None:
+    random = np.random.default_rng(6)
+    inside = random.integers(0, 2**64, 5000, dtype=np.uint64)
+    asked = np.concatenate([inside, random.integers(0, 2**64, 50_000, dtype=np.uint64)])
+    assert np.array_equal(GramSet(inside).contains(asked), np.isin(asked, inside))
+
+
+def test_seen_hashes_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sota_transformer.data.merge._RUN_DOCUMENTS", 50)
+    random, seen, known = np.random.default_rng(7), SeenHashes(), set()
+    pool = random.integers(0, 2**64, (3000, 2), dtype=np.uint64)
+    pool[:100, 1] = 0  # trailing zero bytes must not be lost
+    for _ in range(60):
+        batch = pool[random.choice(len(pool), 90, replace=False)]
+        expected = [row.tobytes() not in known for row in batch]
+        assert seen.new(batch).tolist() == expected
+        known |= {row.tobytes() for row in batch}
+
+
+def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path) -> None:
+    random = np.random.default_rng(8)
+    question = " ".join(random_text(random, 40))
+    items = [" ".join(random_text(random, 200)) for _ in range(100)]
+    tainted = [f"{a} {question} {b}" for a, b in zip(items[:5], items[5:10], strict=True)]
+    partly = f"{items[20]} {' '.join(question.split()[:3])} {items[21]}"
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*items, *tainted, partly]))
+    records = [{"question": question, "n": 1}, {"question": "hm"}]
+    (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, records)))
+    manifest = run(tmp_path / "data", tmp_path / "a.jsonl", exclude=(str(tmp_path / "eval.jsonl"),))
+    assert everything(tmp_path / "data") == sorted([*items, partly])
+    assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5

@@ -1,0 +1,205 @@
+"""Looking at prepared data, other projects' token files, and the other ways to cut windows."""
+
+import itertools
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sota_transformer.data.packing import BestFit, _best_fit, document_ids
+from sota_transformer.data.shards import TokenWindows, load_manifest
+from sota_transformer.data.tokenizer import EOT, Tokenizer
+from sota_transformer.data.view import describe, leakage
+from sota_transformer.errors import SotaError
+from sota_transformer.options import DataView
+from tests.preparing import documents, jsonl, run, texts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("view")
+    (root / "a.jsonl").write_bytes(jsonl(texts(400)) + b"not json\n")
+    run(root / "data", root / "a.jsonl")
+    return root / "data"
+
+
+def stream(folder: Path, split: str) -> np.ndarray:
+    names = load_manifest(folder)["splits"][split]["shards"]
+    return np.concatenate([np.load(folder / name) for name in names])
+
+
+def test_figures_are_those_of_the_documents(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = describe(DataView(folder=folder, show=1))
+    out = capsys.readouterr().out
+    train = documents(folder, "train")
+    tokenizer = Tokenizer()
+    lengths = [len(tokenizer.encode(text)) for text in train[:20]]
+    assert figures["train"]["documents"] == len(train)
+    assert figures["train"]["text_bytes"] == sum(len(text.encode()) for text in train)
+    assert sum(count for _, count in figures["train"]["length_histogram"]) == len(train)
+    assert figures["train"]["length_quantiles"][0] <= min(lengths)
+    assert figures["train"]["length_quantiles"][-1] >= max(lengths)
+    assert set(figures["train"]["scripts"]) == {"Latin", "Han"}
+    assert "not a JSON line" in out and "--- train document" in out
+
+
+def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    describe(DataView(folder=folder, list_split="val"))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == len(documents(folder, "val")) == len({row["hash"] for row in rows})
+    describe(DataView(folder=folder, window="train:1:50"))
+    window = TokenWindows(folder, "train", 50)[1]
+    shown = capsys.readouterr().out.replace("\n--- end of text ---\n", "")
+    assert shown.strip() == Tokenizer().decode(window).strip()
+    page = folder.parent / "page.html"
+    describe(DataView(folder=folder, html=page, leakage=True))
+    text = page.read_text()
+    assert "<svg" in text and "not a JSON line" in text and "13-grams" in text
+    assert "http" not in text and "<script" not in text
+    for wrong in ("test:1", "train", "train:x", "train:99999999"):
+        with pytest.raises(SotaError):
+            describe(DataView(folder=folder, window=wrong))
+
+
+def test_control_characters_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([f"{t}\x1b[31m\x07 red" for t in texts(50)]))
+    run(tmp_path / "data", tmp_path / "a.jsonl")
+    describe(DataView(folder=tmp_path / "data", show=3))
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sota_transformer.data.view._GRAM_SHARE", 1)
+    random = np.random.default_rng(1)
+    pool = [" ".join(f"w{n}" for n in random.integers(0, 900, 60)) for _ in range(300)]
+    items = [f"{a} {b}" for a, b in itertools.pairwise(pool)]  # neighbours share text
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    run(tmp_path / "data", tmp_path / "a.jsonl")
+    sets, tokenizer = {}, Tokenizer()
+    for split in ("train", "val"):
+        sets[split] = set()
+        for text in documents(tmp_path / "data", split):
+            ids = tokenizer.encode(text)
+            sets[split] |= {tuple(ids[i : i + 13]) for i in range(len(ids) - 12)}
+    share = len(sets["val"] & sets["train"]) / len(sets["val"])
+    assert 0.3 < share < 1
+    assert leakage(tmp_path / "data") == pytest.approx(share, abs=1e-9)
+
+
+def megatron_index(ids: np.ndarray) -> bytes:
+    ends = np.flatnonzero(ids == EOT) + 1
+    lengths = np.diff(ends, prepend=0).astype(np.int32)
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(lengths), len(lengths) + 1)
+    pointers = ((ends - lengths) * 2).astype(np.int64)
+    return head + lengths.tobytes() + pointers.tobytes() + np.arange(len(ends) + 1).tobytes()
+
+
+def write_foreign(folder: Path, kind: str, parts: dict[str, np.ndarray]) -> None:
+    folder.mkdir()
+    for split, ids in parts.items():
+        if kind == "llmc":
+            head = np.zeros(256, np.int32)
+            head[:3] = 20240520, 1, len(ids)
+            (folder / f"x_{split}_000001.bin").write_bytes(head.tobytes() + ids.tobytes())
+        elif kind == "datatrove":
+            (folder / f"000_{split}.ds").write_bytes(ids.tobytes())
+            ends = (np.flatnonzero(ids == EOT) + 1).astype(np.uint64)
+            (folder / f"000_{split}.ds.index").write_bytes(ends.tobytes())
+        else:
+            (folder / f"{split}.bin").write_bytes(ids.tobytes())
+            if kind == "megatron":
+                (folder / f"{split}.idx").write_bytes(megatron_index(ids))
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "llmc", "megatron", "datatrove"])
+def test_other_projects_files_open_as_they_are(folder: Path, tmp_path: Path, kind: str) -> None:
+    parts = {split: stream(folder, split) for split in ("train", "val")}
+    write_foreign(tmp_path / kind, kind, parts)
+    for split, ids in parts.items():
+        ours, theirs = (TokenWindows(f, split, 64) for f in (folder, tmp_path / kind))
+        assert (theirs.tokens, theirs.documents) == (ours.tokens, ours.documents)
+        assert theirs.text_bytes == ours.text_bytes
+        assert np.array_equal(theirs[3], ids[192 : 192 + 65])
+    assert theirs.fingerprint == TokenWindows(tmp_path / kind, "val", 32).fingerprint
+    assert describe(DataView(folder=tmp_path / kind, show=0))["val"]["documents"] > 0
+
+
+def test_bad_foreign_files_are_refused(folder: Path, tmp_path: Path) -> None:
+    ids = stream(folder, "train")
+    for name, data in {
+        "odd": ids.tobytes()[:-1],
+        "vocabulary": np.append(ids, 60000).astype(np.uint16).tobytes(),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.bin").write_bytes(data)
+        with pytest.raises(SotaError) as caught:
+            TokenWindows(tmp_path / name, "train", 8)
+        assert caught.value.code == 65
+    write_foreign(tmp_path / "index", "megatron", {"train": ids})
+    (tmp_path / "index" / "train.bin").write_bytes(ids[:-2].tobytes())
+    with pytest.raises(SotaError, match="disagree"):
+        TokenWindows(tmp_path / "index", "train", 8)
+    write_foreign(tmp_path / "changed", "nanogpt", {"train": ids})
+    before = TokenWindows(tmp_path / "changed", "train", 8).fingerprint
+    (tmp_path / "changed" / "train.bin").write_bytes(ids[::-1].tobytes())
+    assert TokenWindows(tmp_path / "changed", "train", 8).fingerprint != before
+
+
+def test_export_and_back(folder: Path, tmp_path: Path) -> None:
+    describe(DataView(folder=folder, export_bin=tmp_path / "out"))
+    for split in ("train", "val"):
+        ids = np.fromfile(tmp_path / "out" / f"{split}.bin", np.uint16)
+        assert np.array_equal(ids, stream(folder, split))
+
+
+def test_document_ids() -> None:
+    ids = np.array([[5, EOT, 6, 7, EOT, 8], [EOT, EOT, 1, 2, 3, EOT]])
+    assert document_ids(ids).tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("seq_len", [15, 63, 200])
+def test_best_fit_loses_no_token_and_starts_with_documents(folder: Path, seq_len: int) -> None:
+    windows = BestFit(folder, "train", seq_len)
+    ids, pad = stream(folder, "train"), Tokenizer.pad
+    ends = np.flatnonzero(ids == EOT) + 1
+    starts = {tuple(ids[a : a + 12]) for a in [0, *ends[:-1].tolist()]}
+    found, firsts = [], 0
+    for i in range(len(windows)):
+        window = windows[i]
+        assert window.shape == (seq_len + 1,)
+        real = window[window != pad]
+        assert len(real) and (window[len(real) :] == pad).all()
+        firsts += tuple(real[:12]) in starts
+        found.append(real)
+    joined = np.concatenate(found)
+    assert np.array_equal(np.sort(joined), np.sort(ids))
+    assert windows.padding == pytest.approx(1 - len(ids) / (len(windows) * (seq_len + 1)))
+    if seq_len == 200:
+        assert firsts == len(windows), "every document fits, so every window starts with one"
+        assert windows.padding < 0.03
+    for i in (-1, len(windows)):
+        with pytest.raises(IndexError):
+            windows[i]
+
+
+def test_best_fit_packs_as_the_slow_way() -> None:
+    random = np.random.default_rng(2)
+    lengths, size = random.integers(1, 65, 500), 64
+    order, offsets = _best_fit(lengths, size)
+    assert sorted(order.tolist()) == list(range(500))
+    rooms: list[int] = []
+    for piece in np.argsort(-lengths, kind="stable"):
+        fits = [(room, at) for at, room in enumerate(rooms) if room >= lengths[piece]]
+        at = min(fits)[1] if fits else len(rooms)
+        if not fits:
+            rooms.append(size)
+        rooms[at] -= int(lengths[piece])
+    sums = [lengths[order[a:b]].sum() for a, b in itertools.pairwise(offsets)]
+    assert max(sums) <= size
+    assert sorted(size - s for s in sums) == sorted(rooms)

@@ -1,0 +1,96 @@
+"""The doctor passes a sound machine and catches an operation that is silently wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sota_transformer import doctor
+from sota_transformer.cli import main
+from sota_transformer.config import Run, RunConfig
+from sota_transformer.errors import DIVERGED, SotaError
+from sota_transformer.runtime import Runtime
+from sota_transformer.training.start import train
+
+
+def runtime(dtype: str = "bfloat16") -> Runtime:
+    return Runtime.detect(Run(device="cpu", dtype=dtype, compile="off"), 1)
+
+
+def failed(checks: list[doctor.Check]) -> list[str]:
+    return [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sound_machine_passes(dtype: str) -> None:
+    assert failed(doctor.arithmetic(runtime(dtype))) == []
+
+
+def broken_silu(x, original=F.silu):
+    return original(x) * (1.1 if x.dtype == torch.bfloat16 else 1.0)
+
+
+def broken_attention(q, k, v, original=F.scaled_dot_product_attention, **options):
+    y = original(q, k, v, **options)
+    return y.roll(1, dims=2) if y.dtype == torch.bfloat16 else y
+
+
+def broken_linear(x, weight, bias=None, original=F.linear):
+    y = original(x, weight, bias)
+    if x.dtype == torch.bfloat16 and weight.shape[0] > 50_000 and x.shape[0] > 8:
+        y = y.clone()
+        y[8:] = 0
+    return y
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "caught"),
+    [
+        ("silu", broken_silu, "model forward"),
+        ("scaled_dot_product_attention", broken_attention, "attention"),
+        ("linear", broken_linear, "vocabulary head"),
+    ],
+)
+def test_one_wrong_operation_is_caught(monkeypatch, name, fault, caught) -> None:
+    """Wrong only in bfloat16, as a device's kernel would be; the reference stays right."""
+    monkeypatch.setattr(F, name, fault)
+    assert any(caught in line for line in failed(doctor.arithmetic(runtime())))
+
+
+def test_training_refuses_a_device_that_failed(
+    make_run: Callable[..., RunConfig], monkeypatch
+) -> None:
+    """Through `train`, as the command line calls it; sound again, the same folder trains."""
+    config = make_run(dtype="bfloat16", steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "silu", broken_silu)
+        with pytest.raises(SotaError, match="computes wrongly") as caught:
+            train(config, doctor.admit)
+    assert caught.value.code == DIVERGED
+    verdict = config.run.out / "doctor.json"
+    assert json.loads(verdict.read_text())["passed"] is False
+    assert not (config.run.out / "metrics.jsonl").exists()
+    assert train(config, doctor.admit) is not None
+    assert json.loads(verdict.read_text())["passed"] is True
+
+
+def test_a_verdict_holds_for_its_machine_only(tmp_path: Path, monkeypatch) -> None:
+    doctor.admit(tmp_path, runtime("float32"))
+    monkeypatch.setattr(doctor, "arithmetic", lambda _: pytest.fail("asked again"))
+    doctor.admit(tmp_path, runtime("float32"))
+    with pytest.raises(pytest.fail.Exception):
+        doctor.admit(tmp_path, runtime("bfloat16"))
+
+
+@pytest.mark.slow
+def test_the_verb_prints_a_table(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(doctor, "_DISK_BYTES", 1 << 20)
+    monkeypatch.setenv("COLUMNS", "200")
+    code = main(["doctor", "--device", "cpu", "--folder", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "disk speed" in printed and "pytorch#109457" in printed
+    assert code == 0, printed
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,391 @@
+"""Exports judged by the programs that read them, hostile folders, and kill -9 in between."""
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sota_transformer import durable
+from sota_transformer.cli import resolve
+from sota_transformer.commands.common import open_model
+from sota_transformer.commands.transfer import run_export, run_import
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import SotaError
+from sota_transformer.inference import export, layout
+from sota_transformer.inference.folder import read_model
+from sota_transformer.inference.generate import EOT, generate, make_sampler
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.options import Export, Import
+from sota_transformer.training.start import train
+from tests.inference_models import FULL, small_model, write_run
+
+TOKENIZER = Tokenizer()
+WIDE = dataclasses.replace(FULL, d_model=64, d_ff=96, seq_len=64)  # rows fit Q8_0's blocks
+KINDS = {"llama": WIDE, "qwen3": dataclasses.replace(WIDE, qk_norm=True)}
+PROMPTS = ["The", "Once upon a time", "def main(", "漢字 and é", "1 2 3 4 5 6 7 8"]
+HOSTILE_TEXT = [
+    "a <|endoftext|> b <|pad|>", "\ufeff tab\t\r\n\n  spaces   ", "I'll we've 'tis", "🙂👩‍👧 é́",
+    "x" * 300, "\x00\x01", " ", "١٢٣ 123", "<|endoftext|>",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return small_model(KINDS[request.param])
+
+
+@pytest.fixture(scope="module")
+def run(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "mine", model)
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "hf"
+    assert run_export(Export(run=run, out=out)) == 0
+    return out
+
+
+def greedy(model: Transformer, prompt: str, count: int = 16) -> list[int]:
+    return list(generate(model, TOKENIZER.encode(prompt), make_sampler(0.0), count))
+
+
+def test_transformers_computes_the_same_logits_and_text(model: Transformer, exported: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(exported).eval()
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for prompt in PROMPTS:
+        ids = torch.tensor([TOKENIZER.encode(prompt)])
+        assert tokenizer(prompt, return_tensors="pt")["input_ids"].tolist() == ids.tolist()
+        with torch.no_grad():
+            ours, theirs = model.logits(model(ids)), other(ids).logits
+            assert theirs.shape[-1] == 50_258
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+            text = other.generate(ids, max_new_tokens=16, do_sample=False)
+        assert text[0, ids.shape[1] :].tolist()[:16] == greedy(model, prompt)
+
+
+def test_transformers_reads_the_tokenizer(exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for text in HOSTILE_TEXT:
+        ids = TOKENIZER.encode(text)
+        assert tokenizer(text)["input_ids"] == ids, text
+        assert tokenizer.decode(ids) == TOKENIZER.decode(ids)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (50256, 50257, 50258)
+
+
+def test_transformers_never_writes_padding(exported: Path, tmp_path: Path) -> None:
+    model = read_model(exported)
+    with torch.no_grad():
+        model.embedding.weight[50_257] = 30 * model.embedding.weight[greedy(model, "The", 1)[0]]
+    out = tmp_path / "loud"
+    with durable.commit_folder(out, {}) as writer:
+        export.write_huggingface(writer, model, "float32", "")
+    other = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.tensor([TOKENIZER.encode("The")])
+    assert other(ids).logits[0, -1].argmax() == 50_257
+    assert 50_257 not in other.generate(ids, max_new_tokens=12)[0]
+
+
+def test_the_same_run_exports_to_the_same_bytes(run: Path, exported: Path, tmp_path: Path) -> None:
+    assert run_export(Export(run=run, out=tmp_path / "again")) == 0
+    names = sorted(path.name for path in exported.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (exported / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    assert durable.verify(exported) == []
+
+
+SLOW = pytest.mark.slow  # the package gguf takes seconds to read a vocabulary
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", "q8_0", pytest.param("float16", marks=SLOW), pytest.param("bfloat16", marks=SLOW)],
+)
+def test_gguf_holds_the_model_and_the_tokenizer(
+    model: Transformer, run: Path, tmp_path: Path, dtype: str
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    options = Export(run=run, out=tmp_path / "out", format="gguf", dtype=dtype)  # type: ignore[arg-type]
+    assert run_export(options) == 0
+    path = tmp_path / "out" / "model.gguf"
+    reader = gguf.GGUFReader(path)
+    field = {name: value.contents() for name, value in reader.fields.items()}
+    kind = "qwen3" if model.config.qk_norm else "llama"
+    assert field["general.architecture"] == kind
+    assert field[f"{kind}.context_length"] == model.config.seq_len
+    assert field[f"{kind}.attention.head_count_kv"] == model.config.kv_heads
+    assert field["tokenizer.ggml.eos_token_id"] == EOT
+    assert len(field["tokenizer.ggml.tokens"]) == 50_258
+    assert field["tokenizer.ggml.merges"][0] == "Ġ t"
+    types = {tensor.tensor_type.name.lower() for tensor in reader.tensors}
+    assert types == {
+        {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(dtype, dtype),
+        "f32",
+    }
+    assert "FROM ./model.gguf" in (path.parent / "Modelfile").read_text()
+
+
+def test_llama_cpp_writes_the_same_text(model: Transformer, run: Path, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    assert run_export(Export(run=run, out=tmp_path / "out", format="gguf")) == 0
+    other = llama_cpp.Llama(
+        str(tmp_path / "out" / "model.gguf"), n_ctx=64, n_threads=1, verbose=False, logits_all=True
+    )
+    for text in HOSTILE_TEXT[1:]:
+        ids = other.tokenize(text.encode(), add_bos=False, special=False)
+        assert "\x00" in text or ids == TOKENIZER.encode(text), text
+    for prompt in PROMPTS:
+        ids = TOKENIZER.encode(prompt)
+        other.reset()
+        theirs = []
+        for token in other.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+            theirs.append(token)
+            if len(theirs) == 16:
+                break
+        assert theirs == greedy(model, prompt)
+
+
+def test_mlx_lm_writes_the_same_text(model: Transformer, exported: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+    from mlx_lm import load
+
+    other, tokenizer = load(str(exported))
+    for prompt in PROMPTS:
+        assert tokenizer.encode(prompt) == TOKENIZER.encode(prompt)
+        ids = TOKENIZER.encode(prompt)
+        for token in greedy(model, prompt, 8):
+            assert int(mx.argmax(other(mx.array([ids]))[0, -1, :50_257]).item()) == token
+            ids.append(token)
+
+
+def test_an_export_can_be_used_and_imported(
+    model: Transformer, exported: Path, tmp_path: Path
+) -> None:
+    assert open_model(exported, "cpu", None).config is None
+    assert run_import(Import(model=exported, out=tmp_path / "run")) == 0
+    opened = open_model(tmp_path / "run", "cpu", None)
+    assert opened.step == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(opened.model.state_dict()[name], tensor), name
+    with pytest.raises(SotaError):
+        run_import(Import(model=exported, out=tmp_path / "run"))
+
+
+def test_an_imported_run_trains_on(
+    model: Transformer, exported: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The command that `sota import` prints is the one that continues."""
+    out = tmp_path / "run"
+    run_import(Import(model=exported, out=out, data=data, steps=2))
+    command = capsys.readouterr().out.partition("train on:")[2]
+    config = resolve([*shlex.split(command)[2:], "--train.batch-rows=16"], "train")
+    assert config.model == model.config and config.run.out == out
+    quick = dataclasses.replace(config.run, device="cpu", threads=1)
+    train(dataclasses.replace(config, run=quick))
+    before, after = model.state_dict(), open_model(out, "cpu", 2).model.state_dict()
+    moved = [float((after[name] - tensor).abs().max()) for name, tensor in before.items()]
+    assert 0 < max(moved) < 0.01  # two steps away from the imported weights, not from new ones
+
+
+def test_a_folder_saved_by_transformers_in_parts_is_read(
+    model: Transformer, exported: Path, tmp_path: Path
+) -> None:
+    other = AutoModelForCausalLM.from_pretrained(exported)
+    other.save_pretrained(tmp_path, max_shard_size="5MB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    for name, tensor in read_model(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_wrong_export_is_never_called_done(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer mixes two matrices up; the proof must notice and nothing may appear."""
+    right = layout.huggingface_tensors
+
+    def wrong(model: Transformer) -> dict[str, torch.Tensor]:
+        found = right(model)
+        a, b = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+        return found | {a: found[b], b: found[a]}
+
+    monkeypatch.setattr(export, "huggingface_tensors", wrong)
+    with pytest.raises(SotaError, match="not the model") as caught:
+        run_export(Export(run=run, out=tmp_path / "out"))
+    assert caught.value.code == 70
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_way_is_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(SotaError, match="exists already"):
+        run_export(Export(run=run, out=tmp_path / "out"))
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SotaError, match="exists already"):
+        run_export(Export(run=run, out=tmp_path / "link"))
+
+
+EXPORT = (
+    "import sys; from pathlib import Path; from sota_transformer.options import Export; "
+    "from sota_transformer.commands.transfer import run_export; "
+    "run_export(Export(run=Path(sys.argv[1]), out=Path(sys.argv[2])))"
+)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_kill_9_leaves_nothing_or_all(tmp_path: Path, kills: int) -> None:
+    run = write_run(tmp_path / "run" / "mine", small_model(WIDE))
+    command = [sys.executable, "-c", EXPORT, str(run), str(tmp_path / "out")]
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    whole = time.monotonic() - started
+    complete = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    delays = random.Random(5)
+    seen = set()
+    for number in range(kills):
+        out = tmp_path / f"out{number}"
+        process = subprocess.Popen(
+            [*command[:-1], str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(whole * delays.uniform(0.3, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen.add(out.exists())
+        if out.exists():
+            assert {p.name: p.read_bytes() for p in out.iterdir()} == complete
+    subprocess.run([*command[:-1], str(tmp_path / "last")], check=True, capture_output=True)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # swept by the next one
+    assert kills < 50 or seen == {True, False}
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch PWNED",)
+
+
+def header(entries: dict[str, object], data: bytes = b"") -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def rewrite(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _index(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _overlap(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + size])
+    entries["model.layers.0.mlp.up_proj.weight"]["data_offsets"] = entries[
+        "model.layers.0.mlp.gate_proj.weight"
+    ]["data_offsets"]
+    path.write_bytes(header(entries, data[8 + size :]))
+
+
+def _nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _link(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/etc/passwd")
+
+
+def _fifo(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+WEIGHTS: dict[str, Callable[[Path], object]] = {
+    "pickle": lambda f: (f / "model.safetensors").write_bytes(pickle.dumps(Bomb())),
+    "zip of torch": lambda f: torch.save({"x": torch.ones(3)}, f / "model.safetensors"),
+    "header of 2^63": lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 63)),
+    "header beyond the file": lambda f: (f / "model.safetensors").write_bytes(
+        struct.pack("<Q", 1 << 20) + b"{}"
+    ),
+    "deep header": lambda f: (f / "model.safetensors").write_bytes(
+        struct.pack("<Q", 100_000) + b"[" * 100_000
+    ),
+    "empty": lambda f: (f / "model.safetensors").write_bytes(b""),
+    "cut short": lambda f: os.truncate(f / "model.safetensors", 1_000_000),
+    "trailing byte": lambda f: (f / "model.safetensors").open("ab").write(b"x"),
+    "overlapping offsets": _overlap,
+    "unknown tensor": lambda f: save_file(
+        load_file(f / "model.safetensors") | {"evil": torch.ones(1)}, f / "model.safetensors"
+    ),
+    "missing tensors": lambda f: (f / "model.safetensors").write_bytes(header({})),
+    "not finite": _nan,
+    "link": _link,
+    "fifo": _fifo,
+    "path in an index": lambda f: _index(f, "../../etc/passwd"),
+    "absolute path in an index": lambda f: _index(f, "/etc/passwd"),
+    "a billion layers": lambda f: rewrite(f, num_hidden_layers=10**9),
+    "many layers": lambda f: rewrite(f, num_hidden_layers=500),
+    "a huge width": lambda f: rewrite(f, hidden_size=65_536, head_dim=16_384),
+    "a huge context": lambda f: rewrite(f, max_position_embeddings=1 << 40),
+    "layers as text": lambda f: rewrite(f, num_hidden_layers="2"),
+    "unknown key": lambda f: rewrite(f, auto_map={"AutoModelForCausalLM": "evil.Model"}),
+    "attention implementation": lambda f: rewrite(f, _attn_implementation_internal="evil/kernel"),
+    "another family": lambda f: rewrite(f, model_type="gpt2"),
+    "another activation": lambda f: rewrite(f, hidden_act="gelu"),
+    "another rope": lambda f: rewrite(f, rope_parameters={"rope_type": "yarn", "factor": 4}),
+    "another vocabulary": lambda f: rewrite(f, vocab_size=32_000),
+    "config as a list": lambda f: (f / "config.json").write_text("[]"),
+    "deep config": lambda f: (f / "config.json").write_text("[" * 100_000),
+    "config with NaN": lambda f: rewrite(f, rms_norm_eps=float("nan")),
+    "config of 10 MB": lambda f: rewrite(f, _name_or_path="x" * 10_000_000),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTS))
+def test_hostile_folders_are_refused(
+    exported: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for path in exported.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    WEIGHTS[name](folder)
+    monkeypatch.chdir(tmp_path)
+    opened: list[str] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if watching[0] and event == "open" and isinstance(arguments[0], str | os.PathLike):
+            opened.append(os.fspath(arguments[0]))
+
+    sys.addaudithook(watch)
+    began = time.monotonic()
+    with pytest.raises(SotaError) as caught:
+        read_model(folder)
+    watching[0] = False
+    assert caught.value.code == 65
+    assert time.monotonic() - began < 5
+    assert [path for path in opened if not path.startswith(str(folder))] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile"]  # no PWNED

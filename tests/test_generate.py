@@ -1,0 +1,196 @@
+"""Sampling against `transformers` and plain counting; the cache against no cache at all."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import SotaError
+from sota_transformer.inference.batch import Text
+from sota_transformer.inference.generate import (
+    Decoder,
+    Rows,
+    generate,
+    make_sampler,
+    probabilities,
+)
+from tests.inference_models import FULL, TINY, as_transformers, small_model
+
+GREEDY = make_sampler(temperature=0.0)
+PROMPT = [464, 206, 586, 31]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_greedy_equals_transformers(qk_norm: bool) -> None:
+    model = small_model(dataclasses.replace(TINY, qk_norm=qk_norm))
+    other = as_transformers(model)
+    for start in range(5):
+        prompt = [start * 20 + token for token in PROMPT]
+        ours = list(generate(model, prompt, GREEDY, 20, stop_ids=()))
+        theirs = other.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        assert ours == theirs[0, len(prompt) :].tolist()
+        assert len(ours) == 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"top_p": 0.99},  # more tokens than the first guess of the nucleus
+        {"min_p": 0.05},
+        {"repetition_penalty": 1.3},
+        {"temperature": 1.3, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 0.8},
+    ],
+)
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_probabilities_equal_transformers(options: dict[str, float], spread: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(50_258, generator=generator) * spread
+    history = [5, 9, 5, 40_000]
+    warpers = LogitsProcessorList()
+    if "repetition_penalty" in options:
+        warpers.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    warpers.append(TemperatureLogitsWarper(float(options.get("temperature", 1.0))))
+    if "top_k" in options:
+        warpers.append(TopKLogitsWarper(int(options["top_k"])))
+    if "top_p" in options:
+        warpers.append(TopPLogitsWarper(options["top_p"]))
+    if "min_p" in options:
+        warpers.append(MinPLogitsWarper(options["min_p"]))
+    expected = warpers(torch.tensor([history]), logits[None].clone())[0].softmax(-1)
+    ours = probabilities(logits, history, **options)
+    differing = ((ours > 0) != (expected > 0)).sum()
+    assert differing <= 1  # a running sum in float32 may place the very edge one token aside
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, -torch.inf])
+    sample = make_sampler(temperature=1.0, seed=3)
+    counts = Counter(sample(logits, []) for _ in range(20_000))
+    expected = logits.softmax(-1).tolist()
+    for token, chance in enumerate(expected):
+        error = (chance * (1 - chance) / 20_000) ** 0.5
+        assert abs(counts[token] / 20_000 - chance) <= 5 * error, token
+
+
+def test_the_seed_decides_and_only_the_seed() -> None:
+    model = small_model()
+
+    def text(seed: int) -> list[int]:
+        return list(generate(model, PROMPT, make_sampler(1.0, seed=seed), 24, ()))
+
+    first = text(1)
+    torch.manual_seed(99)
+    assert text(1) == first
+    assert len({tuple(text(seed)) for seed in range(6)}) == 6
+
+
+def test_cache_and_long_text_equal_a_plain_forward() -> None:
+    """Far beyond the context: the newer half is kept, exactly as if it were a fresh prompt."""
+    model = small_model()
+    size = TINY.seq_len
+    ours = list(generate(model, PROMPT, GREEDY, 3 * size, stop_ids=()))
+    known, first = list(PROMPT), 0
+    for _ in range(3 * size):
+        if len(known) - first > size:
+            first = len(known) - size // 2
+        with torch.no_grad():
+            hidden = model(torch.tensor([known[first:]]))[:, -1]
+        known.append(int(model.logits(hidden)[0, :GPT2_VOCAB].argmax()))
+    assert ours == known[len(PROMPT) :]
+
+
+def test_a_prompt_longer_than_the_context_is_seen_from_its_end() -> None:
+    model = small_model()
+    long = [token % 700 for token in range(0, 7 * TINY.seq_len * 3, 7)]
+    assert list(generate(model, long, GREEDY, 1, ())) == list(
+        generate(model, long[-TINY.seq_len :], GREEDY, 1, ())
+    )
+    assert len(list(generate(model, long, GREEDY, 9, ()))) == 9
+
+
+def test_rows_of_different_lengths_advance_as_if_alone() -> None:
+    model = small_model()
+    prompts = [PROMPT, [11], [7, 8, 9, 10, 11, 12, 13], list(range(100, 100 + TINY.seq_len))]
+    rows = Rows(model, len(prompts))
+    logits = torch.stack([rows.start(row, prompt) for row, prompt in enumerate(prompts)])
+    for step in range(TINY.seq_len):  # long enough that every row outgrows the context
+        drawn = logits.argmax(-1).tolist()
+        logits = rows.step(range(len(prompts)), drawn)
+        if step % 7 == 0:
+            for row, line in enumerate(rows.tokens):
+                alone = Rows(model, 1)
+                seen = alone.start(0, line[-rows.lengths[row] :])
+                torch.testing.assert_close(logits[row], seen, rtol=1e-4, atol=1e-4)
+    subset = rows.step([2, 0], [5, 6])
+    for place, row in enumerate([2, 0]):
+        alone = Rows(model, 1).start(0, rows.tokens[row][-rows.lengths[row] :])
+        torch.testing.assert_close(subset[place], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_never_drawn_even_when_likeliest() -> None:
+    model = small_model(FULL)
+    with torch.no_grad():
+        known = list(generate(model, PROMPT, GREEDY, 8, ()))
+        model.embedding.weight[GPT2_VOCAB] = 3 * model.embedding.weight[known[0]]
+        assert model.logits(model(torch.tensor([PROMPT]))[:, -1]).argmax() == GPT2_VOCAB
+    assert list(generate(model, PROMPT, GREEDY, 1, ())) == known[:1]
+    drawn = generate(model, PROMPT, make_sampler(2.0, seed=1), 60, ())
+    assert max(drawn) < GPT2_VOCAB
+
+
+def test_stops_before_the_stop_token() -> None:
+    model = small_model()
+    known = list(generate(model, PROMPT, GREEDY, 12, ()))
+    stop = known[5]
+    assert list(generate(model, PROMPT, GREEDY, 12, (stop,))) == known[: known.index(stop)]
+    assert list(generate(model, PROMPT, GREEDY, 0, ())) == []
+
+
+def test_a_diverged_model_is_an_error() -> None:
+    with pytest.raises(SotaError) as caught:
+        make_sampler(0.0)(torch.tensor([0.0, float("nan")]), [])
+    assert caught.value.code == 70
+
+
+def streamed(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
+    text = Text(tokenizer)
+    return [*(text.push(token) for token in ids), text.finish()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=60))
+def test_streamed_text_is_the_text(text: str) -> None:
+    tokenizer = Tokenizer()
+    pieces = streamed(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == text
+
+
+class Bytes:
+    """Ids that are bytes, so that every cut of a character can be tried."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return bytes(ids)
+
+
+def test_a_character_is_never_split_and_broken_bytes_are_marked() -> None:
+    text = "aé漢🙂"
+    assert [piece for piece in streamed(Bytes(), text.encode()) if piece] == list(text)
+    assert "".join(streamed(Bytes(), b"a\xffb\xf0\x9f")) == "a\ufffdb\ufffd"

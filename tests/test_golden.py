@@ -1,0 +1,33 @@
+"""Ten losses of `tiny` in float32 on fixed text, so that no change of the numerics goes unseen.
+
+They hold for data order, initialisation, dropout masks, schedule, loss and optimizer together.
+A change that moves them on purpose says so in CHANGELOG.md.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from sota_transformer.config import RunConfig
+from sota_transformer.training.runlog import read_metrics
+from sota_transformer.training.start import train
+
+LOSSES = [
+    10.798766,
+    10.595757,
+    10.432117,
+    10.286314,
+    10.180955,
+    10.089226,
+    10.031492,
+    9.988422,
+    9.945009,
+    9.922705,
+]
+
+
+def test_ten_losses(make_run: Callable[..., RunConfig]) -> None:
+    config = make_run(d_model=64, d_ff=176, seq_len=64, steps=10, batch_rows=8)
+    train(config)
+    losses = [line["loss"] for line in read_metrics(config.run.out) if "loss" in line]
+    assert losses == pytest.approx(LOSSES, rel=2e-5)

@@ -1,0 +1,277 @@
+"""`sota evaluate` and `sota generate` as a user calls them; EleutherAI's harness beside ours."""
+
+import contextlib
+import io
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sota_transformer.commands.evaluate import run_evaluate
+from sota_transformer.commands.generate import run_generate
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import SotaError
+from sota_transformer.inference.generate import generate, make_sampler
+from sota_transformer.options import Evaluate, Generate
+from tests.inference_models import FULL, small_model, write_run
+
+MODEL = small_model(FULL)
+TOKENIZER = Tokenizer()
+WORDS = ["ship", "harbour", "captain", "storm", "lantern", "letter", "garden", "river", "winter"]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "judged", MODEL, data)
+
+
+def printed(verb: Callable[[Any], int], options: Any) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert verb(options) == 0
+    return out.getvalue()
+
+
+def judged(run: Path, **options: Any) -> dict[str, Any]:
+    return json.loads(printed(run_evaluate, Evaluate(run=run, json=True, device="cpu", **options)))
+
+
+@pytest.fixture(scope="module")
+def lambada_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = random.Random(3)
+    lines = []
+    for _ in range(40):
+        text = "the " + " ".join(source.choices(WORDS, k=source.randint(2, 30)))
+        said = TOKENIZER.decode(list(generate(MODEL, TOKENIZER.encode(text), make_sampler(0.0), 1)))
+        right = source.random() < 0.6 and said.startswith(" ") and said.strip()
+        lines.append({"text": text + said if right else text + " promise"})
+    path = tmp_path_factory.mktemp("lambada") / "test.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def hellaswag_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = random.Random(4)
+    lines = []
+    for number in range(30):
+        pick = lambda n: " ".join(source.choices(WORDS, k=n))  # noqa: E731
+        lines.append(
+            {
+                "ind": number,
+                "activity_label": "Sailing [x]",
+                "ctx_a": f"a {pick(5)} [title] then.",
+                "ctx_b": pick(source.randint(0, 4)),
+                "endings": [pick(source.randint(1, 9)) + " [step] end." for _ in range(4)],
+                "label": str(source.randrange(4)),
+            }
+        )
+    path = tmp_path_factory.mktemp("hellaswag") / "val.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def harness_tasks(lambada: Path, hellaswag: Path) -> list[dict[str, Any]]:
+    """lm-eval's own two tasks, word for word, on local files."""
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    local = {"dataset_path": "json", "test_split": "test"}
+    return [
+        local
+        | {
+            "task": "lambada_local",
+            "dataset_kwargs": {"data_files": {"test": str(lambada)}},
+            "output_type": "loglikelihood",
+            "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+            "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+            "metric_list": [
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+                {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            ],
+        },
+        local
+        | {
+            "task": "hellaswag_local",
+            "dataset_kwargs": {"data_files": {"test": str(hellaswag)}},
+            "output_type": "multiple_choice",
+            "process_docs": process_docs,
+            "doc_to_text": "{{query}}",
+            "doc_to_target": "{{label}}",
+            "doc_to_choice": "choices",
+            "metric_list": [
+                {"metric": name, "aggregation": "mean", "higher_is_better": True}
+                for name in ("acc", "acc_norm")
+            ],
+        },
+    ]
+
+
+def test_lm_eval_agrees(
+    run: Path, lambada_file: Path, hellaswag_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The same figures from our protocols, from lm-eval on our model, and on the exported one."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from sota_transformer.commands.transfer import run_export
+    from sota_transformer.inference.harness import evaluate
+    from sota_transformer.options import Export
+
+    ours = {
+        row["name"]: row["value"]
+        for row in judged(run, lambada=lambada_file, hellaswag=hellaswag_file)["benchmarks"]
+    }
+    tasks = harness_tasks(lambada_file, hellaswag_file)
+    run_export(Export(run=run, out=tmp_path / "hf"))
+    exported = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", batch_size=4)
+    found = simple_evaluate(model=exported, tasks=tasks, bootstrap_iters=0)
+    assert found is not None
+    for results in (evaluate(MODEL, TOKENIZER, tasks), found["results"]):
+        lambada, hellaswag = results["lambada_local"], results["hellaswag_local"]
+        assert ours["lambada_openai accuracy"] == lambada["acc,none"]
+        assert ours["lambada_openai perplexity"] == pytest.approx(
+            lambada["perplexity,none"], rel=1e-5
+        )
+        assert ours["hellaswag acc"] == hellaswag["acc,none"]
+        assert ours["hellaswag acc_norm"] == hellaswag["acc_norm,none"]
+    assert 0.2 < ours["lambada_openai accuracy"] < 0.9  # both right and wrong answers occur
+    assert ours["lambada_openai accuracy"] <= ours["lambada_paper accuracy"]
+
+
+def test_the_validation_split_equals_transformers(run: Path, data: Path) -> None:
+    import torch
+    import torch.nn.functional as F
+
+    from sota_transformer.data.shards import TokenWindows
+    from tests.inference_models import as_transformers
+
+    windows = TokenWindows(data, "val", FULL.seq_len)
+    ids = torch.from_numpy(windows.read(0, windows.tokens).astype("int64"))
+    other, total = as_transformers(MODEL), 0.0
+    for start in range(0, len(ids) - 1, FULL.seq_len):
+        part = ids[start : start + FULL.seq_len + 1]
+        with torch.no_grad():
+            logits = other(part[None, :-1]).logits[0].double()
+        total += float(F.cross_entropy(logits, part[1:], reduction="sum"))
+    found = judged(run)
+    assert found["tokens"] == windows.tokens - 1
+    assert found["nats"] == pytest.approx(total / (windows.tokens - 1), rel=1e-6)
+
+
+def test_text_files_context_and_stride(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("The ship saw the harbour. " * 20)
+    (tmp_path / "a.md").write_text("Winter followed the river.")
+    (tmp_path / "c.bin").write_bytes(b"\xff\xff")
+    whole = judged(run, text=(tmp_path,))
+    count = sum(len(TOKENIZER.encode((tmp_path / n).read_text())) for n in ("a.md", "b.txt"))
+    assert whole["tokens"] == count and whole["files"] == 2
+    sliding = judged(run, text=(tmp_path,), context=16, stride=4)
+    assert sliding["tokens"] == count
+    assert sliding["sequences"] > whole["sequences"]
+    assert judged(run, text=(tmp_path,), tokens=10)["tokens"] == 10
+
+
+def test_the_table_names_the_protocol_and_published_figures(run: Path, lambada_file: Path) -> None:
+    table = printed(run_evaluate, Evaluate(run=run, lambada=lambada_file, device="cpu"))
+    assert "last token" in table and "whole word, lm-eval" in table
+    published = table.split("published")[1]
+    assert "0.3256 GPT-2 124M" in published and "0.4599 GPT-2 124M" in published
+    assert "lambada_standard" not in table  # nothing of ours was measured by it
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no examples"),
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"x": 1}', "field `text`"),
+        ('{"text": "one"}', "two words"),
+        ('{"text": 5}', "field `text`"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_bad_benchmark_files_are_one_line(
+    run: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(SotaError, match=message) as caught:
+        run_evaluate(Evaluate(run=run, lambada=path, device="cpu"))
+    assert caught.value.code == 65
+    with pytest.raises(SotaError):
+        run_evaluate(Evaluate(run=run, hellaswag=path, device="cpu"))
+
+
+def test_missing_and_unreadable_inputs(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").mkdir()
+    for options, code in (
+        ({"text": (tmp_path / "none",)}, 66),
+        ({"text": (tmp_path / "binary.txt",)}, 65),
+        ({"text": (tmp_path / "empty",)}, 66),
+        ({"lambada": tmp_path / "none"}, 66),
+        ({"step": 77}, 66),
+        ({"stride": -1}, 2),
+    ):
+        with pytest.raises(SotaError) as caught:
+            run_evaluate(Evaluate(run=run, device="cpu", **options))  # type: ignore[arg-type]
+        assert caught.value.code == code, options
+
+
+def greedy(prompt: str, count: int) -> str:
+    ids = list(generate(MODEL, TOKENIZER.encode(prompt), make_sampler(0.0), count))
+    return TOKENIZER.decode(ids)
+
+
+def test_generate_prints_the_prompt_and_its_continuation(run: Path) -> None:
+    options = Generate(run=run, prompt=("Once upon",), max_tokens=9, temperature=0, device="cpu")
+    assert printed(run_generate, options) == "Once upon" + greedy("Once upon", 9) + "\n"
+
+
+def test_generate_many_from_a_file_as_json(run: Path, tmp_path: Path) -> None:
+    prompts = [f"prompt {number} of" for number in range(20)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    options = Generate(
+        run=run, file=path, max_tokens=6, temperature=0, json=True, logprobs=2, device="cpu"
+    )
+    lines = [json.loads(line) for line in printed(run_generate, options).splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+    for line in lines:
+        assert line["text"] == greedy(line["prompt"], 6)
+        best = [place["alternatives"][0]["id"] for place in line["logprobs"]]
+        assert best == line["tokens"]
+
+
+def test_generate_reads_standard_input_and_stops(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = greedy("The river", 12)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The river\n"))
+    options = Generate(
+        run=run, file=Path("-"), max_tokens=12, temperature=0, stop=(whole[5:8],), device="cpu"
+    )
+    assert printed(run_generate, options) == "The river" + whole[: whole.index(whole[5:8])] + "\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0},
+        {"top_p": 1.5}, {"min_p": 2.0}, {"top_k": -1}, {"seed": -1}, {"logprobs": 3},
+        {"repetition_penalty": 0.0}, {"prompt": ("a",), "file": Path("b")},
+        {"file": Path("/nonexistent")},
+    ],
+)  # fmt: skip
+def test_generate_refuses_what_cannot_work(run: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(SotaError):
+        run_generate(Generate(run=run, device="cpu", **options))

@@ -1,0 +1,90 @@
+"""The fused head and loss against torch's cross-entropy in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sota_transformer.model import loss as loss_module
+from sota_transformer.model.loss import IGNORED, token_loss
+
+
+def case(tokens: int = 37, width: int = 16, vocab: int = 101):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    head = torch.randn(vocab, width, requires_grad=True)
+    return hidden, head, torch.randint(0, vocab, (tokens,))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("chunk", [5, 37, 1024])
+def test_sums_and_gradients_equal_torch(monkeypatch, smoothing: float, chunk: int) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(loss_module, "GROUP_TOKENS", 2 * chunk)
+    hidden, head, targets = case()
+    sums = token_loss(hidden, head, targets, smoothing)
+    (sums.smoothed / 7).backward()
+    hidden64 = hidden.detach().double().requires_grad_()
+    head64 = head.detach().double().requires_grad_()
+    logits = hidden64 @ head64.t()
+    expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    (expected / 7).backward()
+    torch.testing.assert_close(sums.smoothed.double(), expected, rtol=1e-5, atol=1e-5)
+    plain = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(sums.nll.double(), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.grad.double(), head64.grad, rtol=1e-4, atol=1e-5)
+    assert int(sums.count) == 37
+
+
+def test_ignored_targets_count_nowhere() -> None:
+    hidden, head, targets = case()
+    targets[::3] = IGNORED
+    kept = targets != IGNORED
+    sums = token_loss(hidden, head, targets, 0.1)
+    sums.smoothed.backward()
+    alone = token_loss(hidden[kept], head, targets[kept], 0.1)
+    torch.testing.assert_close(sums.smoothed, alone.smoothed)
+    torch.testing.assert_close(sums.nll, alone.nll)
+    assert int(sums.count) == int(kept.sum())
+    assert not hidden.grad[~kept].any()
+
+
+def test_any_split_into_micro_batches_gives_the_same_gradient() -> None:
+    hidden, head, targets = case(tokens=48)
+    gradients = []
+    for size in (48, 16, 1):
+        head.grad = None
+        for part in range(0, 48, size):
+            rows = slice(part, part + size)
+            sums = token_loss(hidden[rows].detach(), head, targets[rows], 0.1)
+            (sums.smoothed / 48).backward()
+        gradients.append(head.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2])
+
+
+def test_without_gradients_the_sums_are_the_same() -> None:
+    hidden, head, targets = case()
+    with_gradient = token_loss(hidden, head, targets, 0.1)
+    with torch.no_grad():
+        without = token_loss(hidden, head, targets, 0.1)
+    assert torch.equal(with_gradient.nll, without.nll)
+    assert torch.equal(with_gradient.smoothed, without.smoothed)
+
+
+def test_bfloat16_loss_is_computed_in_float32() -> None:
+    hidden, head, targets = case(tokens=512)
+    exact = token_loss(hidden, head, targets, 0.0).nll / 512
+    half = token_loss(hidden.bfloat16(), head, targets, 0.0).nll / 512
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(float(exact), abs=0.02)
+
+
+def test_perfect_predictions_cost_nothing_and_uniform_ones_the_logarithm() -> None:
+    head = torch.eye(11) * 100
+    targets = torch.arange(11)
+    assert float(token_loss(torch.eye(11), head, targets, 0.0).nll) == pytest.approx(0, abs=1e-4)
+    uniform = token_loss(torch.zeros(11, 11), head, targets, 0.1)
+    expected = 11 * torch.tensor(11.0).log()
+    torch.testing.assert_close(uniform.nll, expected)
+    torch.testing.assert_close(uniform.smoothed, expected)

@@ -1,0 +1,229 @@
+"""The network against transformers' Llama and Qwen3, and against plain formulas."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sota_transformer.config import Model
+from sota_transformer.model.transformer import (
+    Cache,
+    Dropout,
+    Transformer,
+    attend,
+    attend_in_blocks,
+    drop,
+)
+from sota_transformer.presets import PRESETS
+
+SMALL = Model(layers=3, d_model=64, heads=4, kv_heads=2, d_ff=96, seq_len=48, vocab_size=211)
+
+
+def build(config: Model, seed: int = 0) -> Transformer:
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    with torch.no_grad():  # gains other than one, so that a forgotten one shows
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator()))
+    return model
+
+
+def reference(config: Model, model: Transformer):
+    """The same weights in transformers' own class."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    kind, make = (
+        (Qwen3Config, Qwen3ForCausalLM) if config.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    )
+    theirs = make(
+        kind(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.seq_len,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_base,
+            tie_word_embeddings=True,
+            attention_bias=False,
+        )
+    )
+    h, q, kv = config.head_dim, config.heads, config.kv_heads
+    state = {}
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "embedding":
+            state["model.embed_tokens.weight"] = state["lm_head.weight"] = value
+        elif parts[0] == "norm":
+            state["model.norm.weight"] = value
+        else:
+            layer, rest = f"model.layers.{parts[1]}.", ".".join(parts[2:])
+            split = {"attention.qkv.weight": ([q * h, kv * h, kv * h], "self_attn.{}_proj", "qkv")}
+            if rest == "attention.qkv.weight":
+                sizes, pattern, letters = split[rest]
+                for letter, piece in zip(letters, value.split(sizes), strict=True):
+                    state[layer + pattern.format(letter) + ".weight"] = piece
+            elif rest == "mlp.gate_up.weight":
+                for word, piece in zip(("gate", "up"), value.chunk(2), strict=True):
+                    state[f"{layer}mlp.{word}_proj.weight"] = piece
+            else:
+                names = {
+                    "attention.out.weight": "self_attn.o_proj.weight",
+                    "attention.q_norm.weight": "self_attn.q_norm.weight",
+                    "attention.k_norm.weight": "self_attn.k_norm.weight",
+                    "mlp.down.weight": "mlp.down_proj.weight",
+                    "attention_norm.weight": "input_layernorm.weight",
+                    "mlp_norm.weight": "post_attention_layernorm.weight",
+                }
+                state[layer + names[rest]] = value
+    theirs.load_state_dict(state, strict=True)
+    return theirs
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_logits_and_gradients_equal_transformers(qk_norm: bool, kv_heads: int) -> None:
+    config = dataclasses.replace(SMALL, qk_norm=qk_norm, kv_heads=kv_heads)
+    model = build(config)
+    theirs = reference(config, model)
+    tokens = torch.randint(
+        0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1)
+    )
+    ours, expected = model.logits(model(tokens)), theirs(tokens).logits
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    target = tokens.roll(-1, 1).reshape(-1)
+    F.cross_entropy(ours.flatten(0, 1), target).backward()
+    F.cross_entropy(expected.flatten(0, 1), target).backward()
+    gradient = theirs.model.embed_tokens.weight.grad
+    torch.testing.assert_close(model.embedding.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    for ours_block, block in zip(model.blocks, theirs.model.layers, strict=True):
+        attention, mlp = block.self_attn, block.mlp
+        qkv = torch.cat([getattr(attention, f"{c}_proj").weight.grad for c in "qkv"])
+        torch.testing.assert_close(ours_block.attention.qkv.weight.grad, qkv, rtol=1e-4, atol=1e-6)
+        down = mlp.down_proj.weight.grad
+        torch.testing.assert_close(ours_block.mlp.down.weight.grad, down, rtol=1e-4, atol=1e-6)
+        gain = block.input_layernorm.weight.grad
+        torch.testing.assert_close(
+            ours_block.attention_norm.weight.grad, gain, rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_formula_counts_the_parameters(name: str) -> None:
+    config = PRESETS[name]().model
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == config.parameter_count
+    qk = dataclasses.replace(config, qk_norm=True)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Transformer(qk).parameters()) == qk.parameter_count
+
+
+def test_a_token_sees_nothing_behind_it() -> None:
+    model = build(SMALL).eval()
+    tokens = torch.randint(0, 211, (1, 24))
+    changed = tokens.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 211
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.equal(before[:, 12:], after[:, 12:])
+
+
+@pytest.mark.parametrize("pieces", [[24], [1] * 24, [10, 1, 1, 12], [5, 7, 12]])
+def test_the_cache_gives_the_same_hidden_states(pieces: list[int]) -> None:
+    model = build(SMALL).eval()
+    tokens = torch.randint(0, 211, (2, 24))
+    cache = Cache(SMALL, 2, 24, torch.empty(0))
+    with torch.no_grad():
+        parts = [model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    tokens = torch.randint(0, 211, (2, 16))
+    dropout = Dropout(torch.tensor(0.2), torch.tensor([5, 6], dtype=torch.int32))
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(SMALL)
+        model.gradient_checkpointing = checkpointing
+        model(tokens, dropout).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_initialisation_is_scaled_and_seeded() -> None:
+    config = PRESETS["16m"]().model
+    first, second = Transformer(config), Transformer(config)
+    for model in (first, second):
+        model.init_weights(torch.Generator().manual_seed(3))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
+    block = first.blocks[0]
+    assert float(block.attention.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert float(block.mlp.down.weight.detach().std()) == pytest.approx(0.02 / 8**0.5, rel=0.02)
+    tokens = torch.randint(0, 50_257, (1, 64))
+    loss = F.cross_entropy(first.logits(first(tokens))[0], tokens[0].roll(-1))
+    assert float(loss) == pytest.approx(10.825, abs=0.15)  # ln 50,258
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+def test_dropout_has_its_rate_and_keeps_the_mean(rate: float) -> None:
+    keys = torch.tensor([11, 12], dtype=torch.int32)
+    dropped = drop(torch.ones(2, 500, 256), Dropout(torch.tensor(rate), keys), 1)
+    assert float((dropped == 0).float().mean()) == pytest.approx(rate, abs=0.005)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_dropout_masks_are_independent() -> None:
+    """Neighbouring keys, sites, rows and columns agree as often as independent coins would."""
+    half = torch.tensor(0.5)
+    keys = torch.arange(8, dtype=torch.int32)
+    ones = torch.ones(8, 64, 256)
+    masks = [
+        drop(ones, Dropout(half, keys + shift), site) > 0 for shift in (0, 8) for site in (0, 1)
+    ]
+    pairs = [(masks[i], masks[j]) for i in range(4) for j in range(i)]
+    pairs += [(m[:-1], m[1:]) for m in masks]
+    pairs += [(m[:, :-1], m[:, 1:]) for m in masks] + [(m[:, :, :-1], m[:, :, 1:]) for m in masks]
+    for a, b in pairs:
+        assert float((a == b).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_dropout_is_a_function_of_the_row_alone() -> None:
+    x, keys = torch.randn(4, 8, 32), torch.tensor([3, 1, 4, 15], dtype=torch.int32)
+    rate = torch.tensor(0.3)
+    whole = drop(x, Dropout(rate, keys), 2)
+    parts = [drop(x[i : i + 2], Dropout(rate, keys[i : i + 2]), 2) for i in (0, 2)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    model = build(SMALL)
+    half = Transformer(SMALL, torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 211, (2, 16))
+    torch.testing.assert_close(half(tokens).float(), model(tokens), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 256, 300, 512])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_in_blocks_equals_sdpa(tokens: int, kv_heads: int) -> None:
+    """Values and gradients in float64, also where the last block is shorter."""
+    source = torch.Generator().manual_seed(tokens)
+    shapes = [(2, 4, tokens, 16), (2, kv_heads, tokens, 16), (2, kv_heads, tokens, 16)]
+    leaves = [torch.randn(s, generator=source, dtype=torch.float64) for s in shapes]
+    seed = torch.randn(2, 4, tokens, 16, generator=source, dtype=torch.float64)
+    results = []
+    for attention in (attend, attend_in_blocks):
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        y = attention(*inputs)
+        y.backward(seed)
+        results.append([y, *(x.grad for x in inputs)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,62 @@
+"""The plan's arithmetic against numbers worked out by hand, and the verb."""
+
+import math
+
+import pytest
+
+from sota_transformer import plan
+from sota_transformer.cli import main
+from sota_transformer.presets import PRESETS
+
+SPEED = plan.Speed(seconds=2.0, tokens=2048, memory=3_000_000_000)
+
+
+def test_the_law_at_chinchilla_itself() -> None:
+    """70B parameters on 1.4T tokens: 1.69 + 406.4/70e9^0.34 + 410.7/1.4e12^0.28."""
+    assert plan.law(70_000_000_000, 1_400_000_000_000) == pytest.approx(1.937, abs=0.002)
+
+
+def test_no_number_where_the_law_was_not_fitted() -> None:
+    assert "no number" in plan.expected(123_552_000, 10_000_000, 0)
+    assert "no number" in plan.expected(16_000_000, 10**9, there=1_000_000)
+    assert "nats" in plan.expected(123_552_000, 2_500_000_000, 0)
+
+
+def test_a_run_in_words() -> None:
+    config = PRESETS["125m"]()
+    text = "\n".join(plan.estimates(config, SPEED, there=1_000_000_000))
+    assert "1,024 tokens/s" in text
+    seconds = 100_000 * 64 * 512 / 1024
+    assert f"{seconds / 86_400:.1f} days" in text
+    assert "3.28 times" in text
+    assert f"{3 * 12 * 123_552_000 / 1e9:.2f} GB for 3 checkpoints" in text
+    assert f"{100_000 * 64 * 512 / 123_552_000:.1f} tokens a parameter" in text
+
+
+def test_a_measured_step_is_faster_than_nothing_and_slower_than_light() -> None:
+    config = PRESETS["tiny"]()
+    speed = plan.measure(config)
+    assert 0 < speed.seconds < 60
+    assert speed.tokens == 8 * 64
+    assert math.isfinite(speed.tokens_per_second)
+
+
+def test_the_verb_refuses_hours_that_are_none(capsys) -> None:
+    assert main(["plan", "tiny", "--hours", "soon"]) == 2
+    assert "--hours 8" in capsys.readouterr().err
+
+
+def test_the_verb_plans(capsys, data) -> None:
+    assert main(["plan", "tiny", "--data", str(data), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("speed:", "time:", "data:", "disk:", "balance:", "expected loss:", "memory:"):
+        assert word in printed
+
+
+def test_the_budget_is_kept_by_fewer_rows(monkeypatch) -> None:
+    """A machine of 20 ms a step and 10 ms a row: 300 ms hold 28 rows, 24 in whole micro-batches."""
+    times = {4: (0.06, 0.0), 8: (0.10, 0.0)}
+    monkeypatch.setattr(plan, "step_seconds", lambda _config, _runtime, rows: times[rows])
+    fitted = plan.fit_budget(PRESETS["16m"](), seconds=300)
+    assert fitted.train.batch_rows == 24
+    assert plan.fit_budget(PRESETS["16m"](), seconds=10).train.batch_rows == 1

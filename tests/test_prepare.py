@@ -1,0 +1,228 @@
+"""`prepare` as a whole: what goes in comes out, once, on its side, whatever happens meanwhile."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zstandard
+from pyarrow import ipc, parquet
+
+from sota_transformer.data import units
+from sota_transformer.data.tokenizer import EOT
+from tests.preparing import bytes_of, documents, everything, jsonl, run, texts
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of 8 kB, so that small inputs make many. Workers are told the cuts, they do not cut."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 8 << 10)
+
+
+def test_what_goes_in_comes_out_once(tmp_path: Path) -> None:
+    items = texts(300)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items + items[:50]))
+    manifest = run(tmp_path / "data", tmp_path / "a.jsonl")
+    assert everything(tmp_path / "data") == sorted(items)
+    assert manifest["rejects"]["exact duplicate"]["count"] == 50
+    assert manifest["inputs"][0]["documents"] == 300
+    assert not list(tmp_path.glob(".data*"))
+
+
+def test_the_side_follows_from_the_text_alone(tmp_path: Path) -> None:
+    items = texts(400)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    (tmp_path / "b.jsonl").write_bytes(jsonl((items + texts(1000, seed=5))[::-1]))
+    run(tmp_path / "one", tmp_path / "a.jsonl")
+    run(tmp_path / "two", tmp_path / "b.jsonl")
+    run(tmp_path / "more", tmp_path / "a.jsonl", val_fraction=0.3)
+    old, new = (set(documents(tmp_path / name, "val")) for name in ("one", "two"))
+    assert 15 < len(old) < 70
+    assert old <= new and not old & set(documents(tmp_path / "two", "train"))
+    assert old <= set(documents(tmp_path / "more", "val"))
+
+
+def test_same_bytes_for_any_number_of_workers_and_either_encoder(
+    tmp_path: Path, small_units: None
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(400)))
+    (tmp_path / "b.txt").write_text("\n\n".join(texts(400, seed=3)))
+    inputs = (tmp_path / "a.jsonl", tmp_path / "b.txt")
+    run(tmp_path / "one", *inputs)
+    run(tmp_path / "three", *inputs, workers=3)
+    run(tmp_path / "other", *inputs, encoder="tiktoken")
+    reference = bytes_of(tmp_path / "one")
+    assert bytes_of(tmp_path / "three") == reference
+    assert bytes_of(tmp_path / "other") == reference
+
+
+def packed(items: list[str], folder: Path) -> dict[str, Path]:
+    """The same records in every container there is."""
+    lines = jsonl(items)
+    table = pa.table({"id": range(len(items)), "text": items})
+    files = {
+        "jsonl": lines,
+        "jsonl.gz": gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]),
+        "jsonl.zst": zstandard.compress(lines[:1000]) + zstandard.compress(lines[1000:]),
+        "jsonl.bz2": bz2.compress(lines),
+        "jsonl.xz": lzma.compress(lines),
+    }
+    found = {}
+    for name, data in files.items():
+        found[name] = folder / f"x.{name}"
+        found[name].write_bytes(data)
+    parquet.write_table(table, folder / "x.parquet", row_group_size=150)
+    with ipc.new_file(str(folder / "x.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+    with ipc.new_stream(str(folder / "y.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+    with zipfile.ZipFile(folder / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("in/x.jsonl", lines)
+    with tarfile.open(folder / "x.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("../../x.jsonl")
+        info.size = len(lines)
+        archive.addfile(info, io.BytesIO(lines))
+    for name in ("x.csv", "x.tsv"):
+        with (folder / name).open("w", newline="") as file:
+            sheet = csv.writer(file, delimiter="\t" if name == "x.tsv" else ",")
+            sheet.writerows([["id", "text"], *([i, text] for i, text in enumerate(items))])
+    (folder / "x.csv.gz").write_bytes(gzip.compress((folder / "x.csv").read_bytes()))
+    names = ("x.parquet", "x.arrow", "y.arrow", "x.zip", "x.tar.gz", "x.csv", "x.tsv", "x.csv.gz")
+    return found | {name: folder / name for name in names}
+
+
+def test_same_bytes_from_every_container(tmp_path: Path, small_units: None) -> None:
+    items = [f'{text} "quoted, {i}"\n second line' for i, text in enumerate(texts(400))]
+    (tmp_path / "in").mkdir()
+    reference = None
+    for name, path in packed(items, tmp_path / "in").items():
+        run(tmp_path / name, path)
+        found = bytes_of(tmp_path / name, manifest=False)
+        reference = reference or found
+        assert found == reference, name
+
+
+def test_text_is_cut_the_same_in_a_stream(tmp_path: Path, small_units: None) -> None:
+    text = "\n\n".join(texts(900)) + " ".join(f"no line end {i}" for i in range(6000))
+    for name, data in {"a.txt": text.encode(), "b.txt.gz": gzip.compress(text.encode())}.items():
+        (tmp_path / name).write_bytes(data)
+        run(tmp_path / name[0], tmp_path / name)
+    assert "".join(documents(tmp_path / "a", "train")) != ""
+    assert bytes_of(tmp_path / "a", manifest=False) == bytes_of(tmp_path / "b", manifest=False)
+    assert sum(map(len, everything(tmp_path / "a"))) == len(text)
+
+
+def test_one_book_gives_both_splits(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("\n\n".join(texts(4000)))
+    manifest = run(tmp_path / "data", tmp_path / "book.txt", val_fraction=0.05)
+    sizes = [len(text.encode()) for text in everything(tmp_path / "data")]
+    assert manifest["splits"]["val"]["documents"] > 1
+    assert np.median(sizes) == pytest.approx(8 << 10, rel=0.1) and max(sizes) < 33 << 10
+
+
+def test_small_files_and_code_stay_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "sub"
+    folder.mkdir(parents=True)
+    code = "\n\n".join(f"def f{i}():\n    return {i}" for i in range(9000))
+    (folder / "long.py").write_text(code)
+    (folder / "note.md").write_text("# short\n\nnote\n")
+    for i in range(30):
+        (folder / f"{i}.rst").write_text(f"page {i}")
+    run(tmp_path / "data", tmp_path / "in")
+    assert code in everything(tmp_path / "data")
+    assert "# short\n\nnote\n" in everything(tmp_path / "data")
+
+
+def test_html_gives_its_text(tmp_path: Path) -> None:
+    pytest.importorskip("resiliparse")
+    page = "<html><script>bad()</script><body><p>Good <b>text</b> {} here.</p></body></html>"
+    for i in range(40):
+        (tmp_path / f"{i}.html").write_text(page.format(i))
+    run(tmp_path / "data", tmp_path)
+    assert everything(tmp_path / "data") == sorted(f"Good text {i} here." for i in range(40))
+
+
+def test_special_tokens_in_text_are_text(tmp_path: Path) -> None:
+    items = [f"{i} <|endoftext|> <|pad|> inside" for i in range(50)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    run(tmp_path / "data", tmp_path / "a.jsonl")
+    assert everything(tmp_path / "data") == sorted(items)
+    ids = np.load(tmp_path / "data" / "train-00000.npy")
+    assert (ids == EOT).sum() == len(documents(tmp_path / "data", "train"))
+
+
+def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:
+    junk = tmp_path / "junk"
+    (junk / "x.jsonl").mkdir(parents=True)
+    good = texts(60)
+    lines = [
+        *(json.dumps({"text": text}).encode() for text in good),
+        b'{"text": "lone \\ud800 surrogate"}',
+        b'{"text": "nul \\u0000 byte"}',
+        b'{"text": 1e999}',
+        b'{"text": ""}',
+        b'{"text": " \\n\\t "}',
+        b'{"other": "field"}',
+        b'{"n": ' + b"9" * 5000 + b', "text": "big integers are fine"}',
+        b"[" * 100_000,
+        b"not json",
+        b'"a string"',
+        b'\xff\xfe{"text": "x"}',
+        b'{"text": "bad \xff byte"}',
+        b"",
+        b'{"text": "NaN is fine", "x": NaN}\r',
+    ]
+    (junk / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    (junk / "empty.txt").touch()
+    (junk / "bad.txt").write_bytes(b"latin \xe9\xe8")
+    (junk / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    (junk / "picture.png").write_bytes(b"\x89PNG")
+    (junk / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl(texts(500, seed=9)))[:-3000])
+    (junk / "cut.jsonl.zst").write_bytes(zstandard.compress(jsonl(texts(500, seed=8)))[:-9])
+    (junk / "bad.parquet").write_bytes(b"PAR1" + b"junk" * 50 + b"PAR1")
+    (junk / "bad.arrow").write_bytes(b"ARROW1" + b"junk" * 50)
+    with zipfile.ZipFile(junk / "nested.zip", "w") as archive:
+        archive.writestr("inner.zip", b"PK")
+        archive.writestr("ok.txt", "text in a zip")
+    (junk / "bad.zip").write_bytes(b"PK\x03\x04 nothing")
+    (junk / "loop").symlink_to(junk)
+    (junk / "out.txt").symlink_to("/etc/hostname")
+    os.mkfifo(junk / "pipe.txt")
+    (junk / "utf16.txt").write_bytes("UTF-16 is announced".encode("utf-16"))
+    manifest = run(tmp_path / "data", junk, workers=2)
+    found = everything(tmp_path / "data")
+    assert set(good) <= set(found)
+    assert {"big integers are fine", "NaN is fine", "text in a zip", "UTF-16 is announced"} <= set(
+        found
+    )
+    reasons = {reason: entry["count"] for reason, entry in manifest["rejects"].items()}
+    for reason, count in {
+        "lone surrogates, not valid Unicode": 1,
+        "NUL bytes, probably not text": 2,
+        "field 'text' is not text": 1,
+        "empty document": 2,
+        "no field 'text'": 1,
+        "nested too deep": 1,
+        "JSON, but not an object": 1,
+        "empty file": 1,
+        ".png file is not a text format": 1,
+        "archive inside an archive; unpack it first": 1,
+        "damaged archive": 1,
+        "damaged stream; only its readable start was taken": 2,
+        "damaged table; only its readable start was taken": 2,
+        "link to a folder": 1,
+        "link that leaves the folder, or leads nowhere": 1,
+        "not a regular file": 1,
+    }.items():
+        assert reasons.get(reason, 0) == count, (reason, reasons)
+    assert reasons["not valid UTF-8"] == 3
+    assert all(entry["examples"] for entry in manifest["rejects"].values())

@@ -1,0 +1,55 @@
+"""Schedules at points computed by hand."""
+
+import dataclasses
+
+import pytest
+
+from sota_transformer.config import RunConfig
+from sota_transformer.presets import PRESETS
+from sota_transformer.schedules import dropout, learning_rate, rows, warmup_steps
+
+
+def run(steps: int, **optim: float) -> RunConfig:
+    config = PRESETS["tiny"]()
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=steps, batch_rows=8),
+        optim=dataclasses.replace(config.optim, **optim),
+    )
+
+
+def test_warmup_is_four_thousand_steps_or_five_percent() -> None:
+    assert warmup_steps(run(100_000)) == 4000
+    assert warmup_steps(run(1000)) == 50
+    assert warmup_steps(run(10)) == 0
+
+
+def test_learning_rate_at_points() -> None:
+    config = run(100_000)
+    assert learning_rate(0, config) == pytest.approx(1e-3 / 4000)
+    assert learning_rate(1999, config) == pytest.approx(5e-4)
+    assert learning_rate(3999, config) == pytest.approx(1e-3)
+    assert learning_rate(4000, config) == pytest.approx(1e-3)
+    assert learning_rate(52_000, config) == pytest.approx(1e-4 + 0.5 * 9e-4)
+    assert learning_rate(100_000, config) == pytest.approx(1e-4)
+
+
+def test_rate_is_positive_and_falls_after_warmup() -> None:
+    config = run(1000)
+    rates = [learning_rate(step, config) for step in range(1000)]
+    assert min(rates) > 0
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert rates[:50] == sorted(rates[:50])
+
+
+def test_dropout_goes_linearly_from_start_to_end() -> None:
+    config = run(101)
+    assert dropout(0, config) == pytest.approx(0.1)
+    assert dropout(50, config) == pytest.approx(0.05)
+    assert dropout(100, config) == 0.0
+    assert dropout(0, run(1, dropout_end=0.1)) == pytest.approx(0.1)
+
+
+def test_rows_of_steps_tile_the_numbers() -> None:
+    config = run(5)
+    assert [row for step in range(5) for row in rows(step, config)] == list(range(40))

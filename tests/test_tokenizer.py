@@ -1,0 +1,176 @@
+"""Ids identical to tiktoken and transformers on any text; decoding undoes them."""
+
+import base64
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sota_transformer.data.tokenizer import (
+    _PATTERN,
+    Encoder,
+    Tokenizer,
+    _rank_file,
+    _token_table,
+    utf8,
+)
+
+HOSTILE = [
+    "",
+    " ",
+    "\n" * 500,
+    " \t\r\n\x0b\x0c\x1c\x85\xa0\u1680\u180e\u2003\u2028\u202f\u205f\u3000\ufeff" * 20,
+    "I'll we've don't DON'T 's 'S it's\u2019s",
+    "0123456789 ١٢٣ Ⅻ ½ ²",
+    "<|endoftext|> <|pad|> a<|endoftext|>b",
+    "\U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467 é e\u0301 ﬃ ß İ",
+    "日本語のテキスト 한국어 العربية हिन्दी русский",
+    "\x00\x01\x7f\u0080\uffff\U0010ffff",
+    "a" * 10_000,
+    "ab" * 5_000 + "  " * 5_000,
+    "x\u00a0\u00a0\u00a0y" * 100,
+]
+
+
+@pytest.fixture(scope="module")
+def reference() -> tiktoken.Encoding:
+    ranks = {
+        base64.b64decode(token): int(rank)
+        for token, rank in (line.split() for line in _rank_file().splitlines())
+    }
+    return tiktoken.Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+@pytest.fixture(scope="module", params=["gigatoken", "tiktoken"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    return Encoder(request.param)
+
+
+def test_known_ids() -> None:
+    tokenizer = Tokenizer()
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert (tokenizer.eot, tokenizer.pad, tokenizer.vocab_size) == (50256, 50257, 50258)
+    assert len(tokenizer.hash) == 64
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_as_tiktoken(
+    encoder: Encoder, reference: tiktoken.Encoding, text: str
+) -> None:
+    ids = encoder(utf8(text)).tolist()
+    assert ids == reference.encode_ordinary(text)
+    assert Tokenizer().decode(ids) == text
+
+
+def test_any_text_as_tiktoken(reference: tiktoken.Encoding) -> None:
+    tokenizer = Tokenizer()
+
+    @settings(max_examples=500, deadline=None)
+    @given(st.text(max_size=200))
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode_ordinary(text)
+        assert tokenizer.decode(ids) == text
+
+    check()
+
+
+def test_every_assigned_character_as_tiktoken(reference: tiktoken.Encoding) -> None:
+    """Every 7th code point of all planes, between letters, digits, spaces and signs."""
+    encode = Tokenizer().encode
+    points = [chr(c) for c in range(0, 0x110000, 7) if not 0xD800 <= c < 0xE000]
+    for context in ("a{}b", " {}", "1{} ", "{}{}!", "\n{}\n"):
+        text = "\n".join(context.replace("{}", point) for point in points)
+        assert encode(text) == reference.encode_ordinary(text)
+
+
+def test_as_transformers(tmp_path: Path) -> None:
+    """The fast GPT-2 tokenizer of transformers, built from our own table, without specials."""
+    from transformers import GPT2TokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens, letters = _token_table(), bytes_to_unicode()
+    spelled = ["".join(letters[byte] for byte in token) for token in tokens]
+    with np.load(
+        Path(sys.modules[Tokenizer.__module__].__file__ or "").parent / "gpt2.npz"
+    ) as table:
+        merges = [
+            f"{spelled[a]} {spelled[b]}"
+            for a, b in zip(table["left"].tolist(), table["right"].tolist(), strict=True)
+        ]
+    vocab = {token: rank for rank, token in enumerate(spelled)} | {"<|endoftext|>": 50256}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    theirs = GPT2TokenizerFast(
+        vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")
+    )
+    for text in HOSTILE:
+        if "<|endoftext|>" not in text:  # there it is known to inject the special id
+            assert Tokenizer().encode(text) == theirs.encode(text)
+
+
+def test_long_runs_are_not_slow(encoder: Encoder) -> None:
+    for text in (b"a" * 1_000_000, "字".encode() * 300_000, b" " * 1_000_000):
+        started = time.process_time()
+        encoder(text)
+        assert time.process_time() - started < 1.0
+
+
+def test_memory_is_renewed_without_changing_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sota_transformer.data.tokenizer._REBUILD_BYTES", 100)
+    encode = Encoder("gigatoken")
+    assert len({tuple(encode(b"The same text again and again. " * 4)) for _ in range(5)}) == 1
+
+
+def test_falls_back_where_gigatoken_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "sota_transformer.data.tokenizer._gigatoken"
+    monkeypatch.setattr(module, lambda: lambda text: np.array([1], np.uint32))
+    assert Encoder().kind == "tiktoken"
+
+    def missing() -> None:
+        raise ImportError
+
+    monkeypatch.setattr(module, missing)
+    assert Encoder().kind == "tiktoken"
+
+
+def test_decoding_edges() -> None:
+    tokenizer = Tokenizer()
+    assert tokenizer.decode([50256, 15496, 50257]) == "Hello"
+    assert tokenizer.decode([*tokenizer.encode("é")[:1], 8582]).endswith("\ufffd")
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    for wrong in (-1, 50258):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            tokenizer.decode([wrong])
+
+
+def test_token_bytes_measure_the_text() -> None:
+    tokenizer, text = Tokenizer(), "Was it né? 日本!" * 10
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes.shape == (50258,)
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes[[50256, 50257]].tolist() == [0, 0]
+
+
+def test_batch_equals_singles() -> None:
+    batch = [Tokenizer().encode(text) for text in HOSTILE]
+    assert [ids.dtype for ids in batch] == [np.uint16] * len(HOSTILE)
+    tokenizer = Tokenizer()
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in HOSTILE]
+
+
+def test_imports_no_torch() -> None:
+    code = (
+        "import sys; from sota_transformer.data import loader, prepare, shards, tokenizer\n"
+        "tokenizer.Tokenizer().encode('x'); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

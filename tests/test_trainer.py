@@ -1,0 +1,326 @@
+"""The trainer's laws: resumed equals undisturbed, any micro-batch, any ranks, no bad update."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sota_transformer.config import RunConfig
+from sota_transformer.errors import BAD_DATA, DIVERGED, LOCKED, USAGE, SotaError
+from sota_transformer.training import checkpoint, trainer
+from sota_transformer.training.guard import Guard
+from sota_transformer.training.runlog import read_metrics
+from sota_transformer.training.signals import Stopped
+from sota_transformer.training.start import train
+
+MakeRun = Callable[..., RunConfig]
+
+
+def final_hash(config: RunConfig) -> str:
+    step = checkpoint.steps(config.run.out)[-1]
+    path = checkpoint.path_of(config.run.out, step) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [line["loss"] for line in read_metrics(config.run.out) if "loss" in line]
+
+
+def change(config: RunConfig, **train_fields: object) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train_fields))
+
+
+def command(config: RunConfig, *more: str) -> list[str]:
+    """The same run from the command line, in a process of its own."""
+    flat = {
+        f"--{section}.{name.replace('_', '-')}": value
+        for section, values in dataclasses.asdict(config).items()
+        for name, value in values.items()
+    }
+    booleans = {True: "", False: "no-"}
+    arguments = []
+    for flag, value in flat.items():
+        if isinstance(value, bool):
+            section, name = flag.removeprefix("--").split(".")
+            arguments.append(f"--{section}.{booleans[value]}{name}")
+        else:
+            arguments += [flag, str(value)]
+    return [sys.executable, "-m", "sota_transformer", "train", "tiny", *arguments, *more]
+
+
+class InterruptError(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Die without any clean-up once `steps` updates are made."""
+    original = trainer.Trainer._update
+
+    def update(self, sums):
+        original(self, sums)
+        if self.step == steps:
+            raise InterruptError
+
+    monkeypatch.setattr(trainer.Trainer, "_update", update)
+
+
+def test_resumed_equals_undisturbed_bit_for_bit(make_run: MakeRun, monkeypatch) -> None:
+    """Dropout is on, steps cross an epoch's end, and the crash falls between two checkpoints."""
+    whole = make_run("whole", steps=40, batch_rows=16, micro_rows=8, save_every_steps=6)
+    train(whole)
+    broken = make_run("broken", steps=40, batch_rows=16, micro_rows=8, save_every_steps=6)
+    for crash in (3, 9, 27):
+        with monkeypatch.context() as patch, pytest.raises(InterruptError):
+            stop_after(patch, crash)
+            train(broken)
+    train(broken)
+    assert final_hash(whole) == final_hash(broken)
+    assert losses(whole) == losses(broken)
+
+
+def test_evaluation_and_samples_change_nothing(make_run: MakeRun) -> None:
+    quiet, busy = make_run("quiet"), make_run("busy", eval_every=3, sample_every=2)
+    train(quiet)
+    train(busy)
+    assert final_hash(quiet) == final_hash(busy)
+    assert "--- step 2\n" in (busy.run.out / "samples.txt").read_text()
+
+
+def test_any_micro_batch_sees_the_same_samples(make_run: MakeRun) -> None:
+    runs = [make_run(f"m{rows}", batch_rows=8, micro_rows=rows) for rows in (8, 4, 1)]
+    for config in runs:
+        train(config)
+    for config in runs[1:]:
+        assert losses(config) == pytest.approx(losses(runs[0]), rel=1e-5)
+
+
+def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> None:
+    one = make_run("one", batch_rows=8, micro_rows=4)
+    train(one)
+    two = make_run("two", batch_rows=8, micro_rows=4)
+    arguments = command(two)[1:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(launcher + arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert final_hash(one) == final_hash(two)
+    assert losses(one) == losses(two)
+
+
+def test_the_plain_loss_is_reported_and_the_smoothed_one_optimised(make_run: MakeRun) -> None:
+    config = make_run(steps=2)
+    train(config)
+    first = read_metrics(config.run.out)[0]
+    uniform = torch.log(torch.tensor(50_258.0)).item()
+    assert first["loss"] == pytest.approx(uniform, abs=0.1)
+    assert first["smoothed_loss"] != first["loss"]
+    validation = [line for line in read_metrics(config.run.out) if "val_loss" in line]
+    assert len(validation) == 1 and validation[0]["step"] == 2
+    assert 1.5 < validation[0]["val_bits_per_byte"] < 6
+
+
+def test_the_loss_falls(make_run: MakeRun) -> None:
+    config = make_run(steps=60, batch_rows=8, learning_rate=5e-3)
+    result = train(config)
+    assert result is not None
+    assert result.nats < 5.0 < losses(config)[0]
+
+
+def test_bad_steps_are_not_applied_and_end_the_run(make_run: MakeRun, monkeypatch) -> None:
+    config = make_run(steps=60, save_every_steps=5)
+    original = trainer.token_loss
+
+    def poisoned(hidden, *arguments):
+        sums = original(hidden, *arguments)
+        return sums._replace(smoothed=sums.smoothed * float("nan"))
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(InterruptError):
+            train(config)
+    weights = None
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "token_loss", poisoned)
+        with pytest.raises(SotaError) as caught:
+            train(config)
+        assert caught.value.code == DIVERGED
+    for step in checkpoint.steps(config.run.out):
+        state = checkpoint.load(config.run.out, step)
+        assert all(torch.isfinite(t).all() for t in state.model.values())
+        weights = weights or state.model
+        assert all(torch.equal(weights[name], state.model[name]) for name in weights)
+
+
+def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
+    make_run: MakeRun, monkeypatch
+) -> None:
+    """Windows 40 to 79 in training order are poison; the run ends all the same, and says how."""
+    config = make_run(steps=40, batch_rows=4, save_every_steps=5)
+    original = trainer.Trainer._update
+
+    def update(self, sums):
+        rows = self.loader.row_numbers(self.step)
+        original(self, sums * float("nan") if 40 <= rows[0] < 80 else sums)
+
+    monkeypatch.setattr(trainer.Trainer, "_update", update)
+    result = train(config)
+    assert result is not None and result.nats < 10.5
+    events = [line for line in read_metrics(config.run.out) if line.get("event") == "returned"]
+    assert len(events) == 1
+    assert events[0]["step"] == 15 and events[0]["from"] == 20 and events[0]["shift"] == 20
+    state = checkpoint.load(config.run.out, 40)
+    assert state.trainer["guard"]["rate"] == 0.5 and state.trainer["guard"]["skipped"] == 10
+
+
+def test_a_leap_of_the_loss_is_not_applied() -> None:
+    guard = Guard()
+    for i in range(40):
+        assert guard.problem(5.0 + 0.1 * (i % 3), 1.0) is None
+    assert guard.problem(5.9, 1.0) is None
+    assert "leaps" in str(guard.problem(6.5, 1.0))
+    assert guard.bad_in_a_row == 1
+    assert guard.problem(5.1, 1.0) is None
+    assert guard.bad_in_a_row == 0 and guard.skipped == 1
+    assert "not finite" in str(guard.problem(5.0, float("inf")))
+    copy = Guard()
+    copy.restore(guard.state())
+    assert vars(copy) == vars(guard)
+
+
+def test_a_complete_run_says_so(make_run: MakeRun, capsys) -> None:
+    config = make_run(steps=3)
+    train(config)
+    before = final_hash(config)
+    assert train(config) is None
+    assert "complete" in capsys.readouterr().out
+    assert final_hash(config) == before
+
+
+def test_another_configuration_is_refused_with_the_difference(make_run: MakeRun) -> None:
+    train(make_run(steps=3))
+    with pytest.raises(SotaError, match=r"train\.steps was 3, is 4") as caught:
+        train(make_run(steps=4))
+    assert caught.value.code == USAGE
+    train(change(make_run(steps=3), log_every=2, eval_every=1))
+
+
+def test_other_data_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    from sota_transformer.data.prepare import prepare
+    from sota_transformer.options import Prepare
+    from tests.conftest import pseudo_text
+
+    config = make_run(steps=6, save_every_steps=2)
+    train(config)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for i, text in enumerate(pseudo_text(8, 300)):
+        (folder / f"{i}.txt").write_text(text)
+    prepare(Prepare(inputs=(str(folder),), out=tmp_path / "d2", val_fraction=0.1, workers=1))
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, path=tmp_path / "d2"))
+    discard = checkpoint.steps(config.run.out)[-1]
+    checkpoint.durable.discard(checkpoint.path_of(config.run.out, discard))
+    with pytest.raises(SotaError, match="fingerprint") as caught:
+        train(other)
+    assert caught.value.code == BAD_DATA
+
+
+def test_resume_has_four_meanings(make_run: MakeRun) -> None:
+    def resumed(word: str) -> RunConfig:
+        config = make_run(steps=4, save_every_steps=2, keep_checkpoints=3)
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=word))
+
+    with pytest.raises(SotaError, match="no checkpoint"):
+        train(resumed("latest"))
+    train(resumed("auto"))
+    with pytest.raises(SotaError, match="never"):
+        train(resumed("never"))
+    with pytest.raises(SotaError, match="no checkpoint of step 3"):
+        train(resumed("step:3"))
+    before = final_hash(resumed("auto"))
+    checkpoint.durable.discard(checkpoint.path_of(resumed("auto").run.out, 4))
+    train(resumed("step:2"))
+    assert final_hash(resumed("auto")) == before
+
+
+def wait_for(text: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never said; {process.stderr and process.stderr.read()}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(make_run: MakeRun, number: int, code: int) -> None:
+    config = make_run(steps=80)
+    reference = make_run("reference", steps=80)
+    train(reference)
+    process = subprocess.Popen(
+        command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for("step     20/80", process)
+    process.send_signal(number)
+    sent = time.monotonic()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert time.monotonic() - sent < 10
+    assert f"stopped by {signal.Signals(number).name}" in output
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step" in done.stdout
+    assert final_hash(config) == final_hash(reference)
+
+
+def test_kill_nine_and_the_same_command_end_in_the_same_bytes(make_run: MakeRun) -> None:
+    config = make_run(steps=60, save_every_steps=5)
+    reference = make_run("reference", steps=60, save_every_steps=5)
+    train(reference)
+    for marker in ("saved step 10", "saved step 35"):
+        process = subprocess.Popen(
+            command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(marker, process)
+        process.kill()
+        process.communicate()
+    subprocess.run(command(config), capture_output=True, timeout=120, check=True)
+    assert final_hash(config) == final_hash(reference)
+    assert losses(config) == losses(reference)
+
+
+def test_a_second_process_is_refused(make_run: MakeRun) -> None:
+    config = make_run(steps=100_000)
+    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for("step      5/", process)
+        started = time.monotonic()
+        with pytest.raises(SotaError, match=str(process.pid)) as caught:
+            train(config)
+        assert caught.value.code == LOCKED
+        assert time.monotonic() - started < 2
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_stopped_is_no_exception_that_a_library_could_swallow() -> None:
+    assert not issubclass(Stopped, Exception)
+    assert Stopped(signal.SIGTERM).code == 143
+
+
+def test_run_json_records_each_start(make_run: MakeRun, monkeypatch) -> None:
+    config = make_run(steps=6, save_every_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 3)
+        train(config)
+    train(config)
+    record = json.loads((config.run.out / "run.json").read_text())
+    assert [attempt["from_step"] for attempt in record["attempts"]] == [0, 2]
+    assert record["attempts"][0]["machine"]["torch"] == torch.__version__

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""From text to a trained model and its first words, by a menu or by flags.
+
+    python train_sota.py            asks: quick test, full training, 250M, resume
+    python train_sota.py --quick    16M, 1,000 steps, in about five minutes on this machine
+    python train_sota.py --full --data PATH
+
+It checks the configuration, prepares the data where that is missing, says what it will do and how
+long it will take, trains, evaluates and shows a sample. Started again, it goes on where it was.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+try:
+    from sota_transformer import cli, config
+    from sota_transformer import options as verbs
+except ImportError:
+    print("sota: not installed; run `make quick`, or `pip install -e .` first", file=sys.stderr)
+    raise SystemExit(2) from None
+
+MENU = """What shall it be?
+  1  quick test     16M parameters, 1,000 steps, about five minutes
+  2  full training  125M parameters, 100,000 steps
+  3  large          250M parameters, 100,000 steps
+  4  resume a run"""
+QUICK_SEQ_LEN = 256  # half the preset's: more windows, so finer steps, on a small machine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to train."""
+
+    quick: bool = False
+    """16M parameters, 1,000 steps, fitted to --minutes."""
+    full: bool = False
+    """125M parameters, 100,000 steps."""
+    large: bool = False
+    """250M parameters, 100,000 steps."""
+    resume: Path | None = None
+    """Folder of a run to go on with."""
+    data: str = "python:"
+    """Text: a file, folder or glob, a prepared folder, or the Python source on this machine."""
+    out: Path | None = None
+    """Folder of the run; runs/NAME by default."""
+    minutes: float = 5.0
+    """Time budget of --quick."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code of the command."""
+    return cli.guarded(lambda: run(cli.parse(Options, "train_sota.py", arguments)))
+
+
+def run(options: Options) -> int:
+    """Resolve what to do, then do it."""
+    if not (options.quick or options.full or options.large or options.resume):
+        options = ask(options)
+    if options.resume:
+        from sota_transformer.training.checkpoint import read_config
+
+        resolved = read_config(options.resume)
+        resolved = dataclasses.replace(
+            resolved, run=dataclasses.replace(resolved.run, out=options.resume)
+        )
+    else:
+        resolved = configure(options, prepared(options.data))
+    return cli.train_and_show(resolved)
+
+
+def ask(options: Options) -> Options:
+    """The menu, where there is somebody to ask."""
+    if not sys.stdin.isatty():
+        raise cli.SotaError("nobody to ask here: give --quick, --full, --large or --resume RUN")
+    print(MENU)
+    choice = input("1, 2, 3 or 4: ").strip()
+    if choice == "4":
+        return dataclasses.replace(options, resume=Path(input("folder of the run: ").strip()))
+    if choice not in ("1", "2", "3"):
+        raise cli.SotaError(f"{choice!r} is not on the menu")
+    text = input(f"text to train on [{options.data}]: ").strip() or options.data
+    return dataclasses.replace(
+        options, data=text, quick=choice == "1", full=choice == "2", large=choice == "3"
+    )
+
+
+def prepared(data: str) -> Path:
+    """The prepared folder of `data`, made now if need be."""
+    if (Path(data) / "manifest.json").is_file():
+        return Path(data)
+    name = "python" if data == "python:" else Path(data).resolve().stem.partition(".")[0]
+    folder = Path("data") / name
+    if data == "python:" and (folder / "manifest.json").is_file():
+        return folder  # what is installed here may have changed since; the run's data may not
+    from sota_transformer.data.prepare import prepare
+
+    prepare(verbs.Prepare(inputs=(data,), out=folder))
+    return folder
+
+
+def configure(options: Options, data: Path) -> config.RunConfig:
+    """The run these options ask for; a quick one is fitted to this machine once, then kept."""
+    name = "16m" if options.quick else "125m" if options.full else "250m"
+    out = options.out or Path("runs") / f"{'quick' if options.quick else name}-{data.name}"
+    flags = ["--data", str(data), "--out", str(out), "--device", options.device]
+    resolved = cli.resolve([name, *flags], "train")
+    if (out / "config.json").exists():
+        from sota_transformer.training.checkpoint import read_config
+
+        print(f"{out} is there: going on with it (remove the folder to start anew)")
+        return read_config(out)
+    from sota_transformer import plan
+
+    print("measuring this machine", flush=True)
+    if not options.quick:
+        for line in plan.estimates(resolved, plan.measure(resolved), plan.training_tokens(data)):
+            print(line)
+        return resolved
+    model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
+    return plan.fit_budget(dataclasses.replace(resolved, model=model), options.minutes * 60)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
