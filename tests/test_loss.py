@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sota_transformer.model import loss as loss_module
-from sota_transformer.model.loss import IGNORED, token_loss
+from sota_transformer.model.loss import IGNORED, PAD, targets_of, token_loss
 
 
 def case(tokens: int = 37, width: int = 16, vocab: int = 101):
@@ -47,6 +47,13 @@ def test_ignored_targets_count_nowhere() -> None:
     torch.testing.assert_close(sums.nll, alone.nll)
     assert int(sums.count) == int(kept.sum())
     assert not hidden.grad[~kept].any()
+
+
+def test_padding_is_no_target() -> None:
+    from sota_transformer.data.tokenizer import Tokenizer
+
+    assert Tokenizer.pad == PAD
+    assert targets_of(torch.tensor([[5, 6, PAD, PAD]])).tolist() == [[6, IGNORED, IGNORED]]
 
 
 def test_any_split_into_micro_batches_gives_the_same_gradient() -> None:

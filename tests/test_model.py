@@ -14,6 +14,7 @@ from sota_transformer.model.transformer import (
     attend,
     attend_in_blocks,
     drop,
+    same_document,
 )
 from sota_transformer.presets import PRESETS
 
@@ -144,14 +145,33 @@ def test_the_cache_gives_the_same_hidden_states(pieces: list[int]) -> None:
         torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+DOCUMENTS = torch.tensor([[0] * 9 + [1] * 30 + [2], [0] * 20 + [1] * 20])
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_with_a_mask_each_document_is_as_if_alone(in_blocks: bool) -> None:
+    model = build(SMALL)
+    for block in model.blocks:
+        block.attention.in_blocks = in_blocks
+    tokens = torch.randint(0, 211, DOCUMENTS.shape, generator=torch.Generator().manual_seed(1))
+    together = model(tokens, mask=same_document(DOCUMENTS))
+    for row, numbers in enumerate(DOCUMENTS):
+        for number in numbers.unique():
+            chosen = numbers == number
+            alone = model(tokens[row][chosen][None])
+            torch.testing.assert_close(together[row][chosen][None], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together, model(tokens), atol=1e-3)
+
+
+@pytest.mark.parametrize("mask", [None, same_document(DOCUMENTS[:, :16])])
+def test_gradient_checkpointing_changes_nothing(mask: torch.Tensor | None) -> None:
     tokens = torch.randint(0, 211, (2, 16))
     dropout = Dropout(torch.tensor(0.2), torch.tensor([5, 6], dtype=torch.int32))
     gradients = []
     for checkpointing in (False, True):
         model = build(SMALL)
         model.gradient_checkpointing = checkpointing
-        model(tokens, dropout).square().sum().backward()
+        model(tokens, dropout, mask=mask).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -213,16 +233,19 @@ def test_bfloat16_is_close_to_float32() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 256, 300, 512])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_in_blocks_equals_sdpa(tokens: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_blocks_equals_sdpa(tokens: int, kv_heads: int, masked: bool) -> None:
     """Values and gradients in float64, also where the last block is shorter."""
     source = torch.Generator().manual_seed(tokens)
     shapes = [(2, 4, tokens, 16), (2, kv_heads, tokens, 16), (2, kv_heads, tokens, 16)]
     leaves = [torch.randn(s, generator=source, dtype=torch.float64) for s in shapes]
     seed = torch.randn(2, 4, tokens, 16, generator=source, dtype=torch.float64)
     results = []
+    documents = torch.arange(tokens).div(torch.tensor([[37], [90]]), rounding_mode="floor")
+    mask = same_document(documents) if masked else None
     for attention in (attend, attend_in_blocks):
         inputs = [leaf.clone().requires_grad_() for leaf in leaves]
-        y = attention(*inputs)
+        y = attention(*inputs, mask)
         y.backward(seed)
         results.append([y, *(x.grad for x in inputs)])
     for ours, expected in zip(*results, strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.inference.perplexity import (
     perplexity,
     sequence_sums,
@@ -138,3 +138,17 @@ def test_bfloat16_is_close() -> None:
     rough = perplexity(model, windows_of(4, 30), BYTES)
     assert rough.nats == pytest.approx(exact.nats, rel=5e-3)
     assert rough.nats != exact.nats
+
+
+def test_padding_is_not_judged_and_a_mask_makes_documents_stand_alone() -> None:
+    model = small_model(FULL)
+    first, second = windows_of(1, 9)[0], windows_of(1, 12, seed=3)[0]
+    first[-1] = second[-1] = EOT
+    window = np.concatenate([first, second, np.full(7, Tokenizer.pad, np.uint16)])
+    masked = sequence_sums(model, [window], BYTES, document_mask=True)
+    assert masked[0, 1] == len(first) + len(second) - 1
+    # The first token of the second document is predicted from the end of the first.
+    apart = [sequence_sums(model, [part], BYTES) for part in (first, second)]
+    last = sequence_sums(model, [np.append(first, second[0])], BYTES) - apart[0]
+    np.testing.assert_allclose(masked, apart[0] + apart[1] + last, rtol=1e-5)
+    assert sequence_sums(model, [window], BYTES)[0, 0] != pytest.approx(masked[0, 0], rel=1e-4)

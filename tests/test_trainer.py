@@ -103,14 +103,49 @@ def test_any_micro_batch_sees_the_same_samples(make_run: MakeRun) -> None:
         assert losses(config) == pytest.approx(losses(runs[0]), rel=1e-5)
 
 
+PACKED = {"windows": "best-fit", "document_mask": True}
+
+
+def test_best_fit_windows_with_a_mask_obey_the_same_laws(make_run: MakeRun, monkeypatch) -> None:
+    """Any micro-batch, two ranks, and a resume: the loss is divided by the targets there are."""
+    whole = make_run("whole", batch_rows=8, micro_rows=4, save_every_steps=5, **PACKED)
+    train(whole)
+    small = make_run("small", batch_rows=8, micro_rows=1, **PACKED)
+    train(small)
+    assert losses(small) == pytest.approx(losses(whole), rel=1e-5)
+    broken = make_run("broken", batch_rows=8, micro_rows=4, save_every_steps=5, **PACKED)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 7)
+        train(broken)
+    train(broken)
+    assert final_hash(broken) == final_hash(whole)
+    two = make_run("two", batch_rows=8, micro_rows=4, **PACKED)
+    launch_two(two)
+    assert final_hash(two) == final_hash(whole)
+    assert losses(two) == losses(whole)
+
+
+def test_what_the_windows_are_is_said_and_fixed(make_run: MakeRun, capsys) -> None:
+    train(make_run(steps=2, **PACKED))
+    said = capsys.readouterr().out
+    assert "% of their targets are padding" in said and "its own document only" in said
+    with pytest.raises(SotaError, match=r"data\.windows was best-fit, is stream"):
+        train(make_run(steps=2, document_mask=True))
+
+
+def launch_two(config: RunConfig) -> None:
+    """Train in two processes."""
+    arguments = command(config)[1:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(launcher + arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> None:
     one = make_run("one", batch_rows=8, micro_rows=4)
     train(one)
     two = make_run("two", batch_rows=8, micro_rows=4)
-    arguments = command(two)[1:]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(launcher + arguments, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    launch_two(two)
     assert final_hash(one) == final_hash(two)
     assert losses(one) == losses(two)
 

@@ -73,6 +73,10 @@ class Data:
 
     path: Path = Path()
     """Folder made by `sota prepare`."""
+    windows: Literal["stream", "best-fit"] = "stream"
+    """Training windows: the stream cut evenly, or documents kept whole, at the cost of padding."""
+    document_mask: bool = False
+    """Tokens see their own document only, not what stands before it in the window."""
 
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
@@ -205,7 +209,10 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """The configuration of `to_json`. ValueError for anything else, unknown fields included."""
+        """The configuration of `to_json`. ValueError for anything else, unknown fields included.
+
+        A field that has a default may be missing: the run may be older than the field.
+        """
         value = json.loads(text)
         if not isinstance(value, dict) or set(value) != set(_SECTIONS):
             raise ValueError(f"needs exactly the sections {', '.join(_SECTIONS)}")
@@ -222,7 +229,8 @@ def _section(kind: type, values: Any) -> Any:
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
     if unknown := set(values) - set(fields):
         raise ValueError(f"unknown fields in {kind.__name__}: {', '.join(sorted(unknown))}")
-    if missing := {f.name for f in dataclasses.fields(kind)} - set(values):
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    if missing := required - set(values):
         raise ValueError(f"missing fields in {kind.__name__}: {', '.join(sorted(missing))}")
     accepted: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
     for name, value in values.items():

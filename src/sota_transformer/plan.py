@@ -168,7 +168,7 @@ def step_seconds(
 
     from sota_transformer.model.loss import token_loss
     from sota_transformer.model.optim import adamw
-    from sota_transformer.model.transformer import Dropout, Transformer
+    from sota_transformer.model.transformer import Dropout, Transformer, same_document
 
     device = runtime.device
     model = Transformer(config.model, runtime.dtype)
@@ -179,10 +179,11 @@ def step_seconds(
     tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)
     keys = torch.arange(rows, dtype=torch.int32, device=device)
     dropout = Dropout(torch.tensor(0.1, device=device), keys)
+    mask = same_document(torch.zeros_like(tokens[:, 1:])) if config.data.document_mask else None
     taken = []
     for _ in range(steps + 1):
         started = time.perf_counter()
-        hidden = model(tokens[:, :-1], dropout)
+        hidden = model(tokens[:, :-1], dropout, mask=mask)
         sums = token_loss(
             hidden, model.embedding.weight, tokens[:, 1:], 0.1, compiled=runtime.compile
         )

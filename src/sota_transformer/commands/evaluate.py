@@ -64,10 +64,15 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
         read, files = iter([windows.read(0, count)]), []
         name = f"validation split of {opened.config.data.path}"
     left = options.tokens or sys.maxsize
+    masked = opened.config is not None and opened.config.data.document_mask
     sums = []
     for tokens in read:
         part = tokens[: left + 1]
-        sums.append(sliding_sums(opened.model, part, tokenizer.token_bytes, context, stride))
+        sums.append(
+            sliding_sums(
+                opened.model, part, tokenizer.token_bytes, context, stride, document_mask=masked
+            )
+        )
         left -= len(part) - 1
         if left <= 0:
             break

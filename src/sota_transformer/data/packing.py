@@ -2,8 +2,9 @@
 
 `BestFit` fills windows so that each document starts one or stands whole inside one: pieces longer
 than a window are cut, the rest goes by best fit (longest first, into the fullest window that has
-room), as in "Fewer Truncations Improve Language Modeling", arXiv 2404.10830. What stays empty is
-padding; no token is lost, and `padding` says how much of the work that costs.
+room), as in "Fewer Truncations Improve Language Modeling", arXiv 2404.10830. The pieces of a long
+document overlap by one token, so that no prediction within a document is lost; what stays empty is
+padding, and `padding` says how much of the work that costs.
 """
 
 from pathlib import Path
@@ -62,7 +63,7 @@ class BestFit:
         order, offsets = _best_fit(lengths, seq_len + 1)
         self._starts, self._lengths = starts[order], lengths[order]
         self._offsets = offsets
-        self.padding = 1 - self.tokens / (len(self) * (seq_len + 1))
+        self.padding = 1 - (int(lengths.sum()) - len(self)) / (len(self) * seq_len)  # of targets
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -85,12 +86,12 @@ class BestFit:
 
 
 def _pieces(ends: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(starts, lengths) of all documents, those over `size` cut into pieces."""
+    """(starts, lengths) of all documents, those over `size` cut into pieces that share a token."""
     starts = np.concatenate([[0], ends[:-1]])
-    counts = -(-(ends - starts) // size)
+    counts = np.maximum(1, -(-(ends - starts - 1) // (size - 1)))
     owner = np.repeat(np.arange(len(ends)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first = starts[owner] + within * size
+    first = starts[owner] + within * (size - 1)
     return first, np.minimum(ends[owner] - first, size)
 
 

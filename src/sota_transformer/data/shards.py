@@ -175,6 +175,8 @@ class TokenWindows:
     Windows run over the documents as one stream; nothing is dropped but less than one window.
     """
 
+    padding = 0.0
+
     def __init__(
         self,
         folder: Path,

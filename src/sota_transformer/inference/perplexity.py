@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sota_transformer.model.loss import IGNORED, token_loss
-from sota_transformer.model.transformer import Transformer
+from sota_transformer.data.packing import document_ids
+from sota_transformer.model.loss import IGNORED, targets_of, token_loss
+from sota_transformer.model.transformer import Transformer, same_document
 
 Array = np.ndarray[Any, Any]
 BATCH_ROWS = 8
@@ -38,21 +39,30 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(
-    model: Transformer, windows: Iterable[Array], token_bytes: Array, rows: int = BATCH_ROWS
+    model: Transformer,
+    windows: Iterable[Array],
+    token_bytes: Array,
+    rows: int = BATCH_ROWS,
+    document_mask: bool = False,
 ) -> Perplexity:
     """Judge windows (T+1,) or (B, T+1) of ids; each predicts its last T tokens from those before.
 
-    `token_bytes` (V,) is the UTF-8 length of each token. `rows` windows go through at once.
+    `token_bytes` (V,) is the UTF-8 length of each token. `rows` windows go through at once. With
+    `document_mask` tokens see their own document only. Padding is not predicted.
     """
-    return summarise(sequence_sums(model, windows, token_bytes, rows))
+    return summarise(sequence_sums(model, windows, token_bytes, rows, document_mask))
 
 
 def sequence_sums(
-    model: Transformer, windows: Iterable[Array], token_bytes: Array, rows: int = BATCH_ROWS
+    model: Transformer,
+    windows: Iterable[Array],
+    token_bytes: Array,
+    rows: int = BATCH_ROWS,
+    document_mask: bool = False,
 ) -> Array:
     """(N, 3) float64: nats, tokens and bytes of each window."""
     flat = (row for window in windows for row in np.atleast_2d(window))
-    return _sums(model, ((row, 0) for row in flat), token_bytes, rows)
+    return _sums(model, ((row, 0) for row in flat), token_bytes, rows, document_mask)
 
 
 def sliding_sums(
@@ -62,13 +72,14 @@ def sliding_sums(
     context: int,
     stride: int,
     rows: int = BATCH_ROWS,
+    document_mask: bool = False,
 ) -> Array:
     """(N, 3) as above for one text (n,) of any length; every token but the first counts once.
 
     Windows of `context` tokens start every `stride` tokens, and each predicts what the one before
     did not: a token of a later window sees at least context - stride tokens.
     """
-    return _sums(model, _sliding(tokens, context, stride), token_bytes, rows)
+    return _sums(model, _sliding(tokens, context, stride), token_bytes, rows, document_mask)
 
 
 def _sliding(tokens: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:
@@ -83,7 +94,11 @@ def _sliding(tokens: Array, context: int, stride: int) -> Iterator[tuple[Array, 
 
 @torch.no_grad()
 def _sums(
-    model: Transformer, windows: Iterable[tuple[Array, int]], token_bytes: Array, rows: int
+    model: Transformer,
+    windows: Iterable[tuple[Array, int]],
+    token_bytes: Array,
+    rows: int,
+    document_mask: bool,
 ) -> Array:
     """(N, 3) of windows, each with the number of its first targets that do not count."""
     head = model.embedding.weight.detach()  # a parameter would make the loss keep gradients
@@ -91,10 +106,13 @@ def _sums(
     result = []
     for batch in _batches(windows, rows):
         ids = torch.from_numpy(np.stack([window for window, _ in batch]).astype(np.int64))
-        targets = ids[:, 1:].clone()
+        targets = targets_of(ids)
         for line, (_, skip) in zip(targets, batch, strict=True):
             line[:skip] = IGNORED
-        hidden = model(ids[:, :-1].to(device))  # (B, T, D)
+        mask = None
+        if document_mask:
+            mask = same_document(torch.from_numpy(document_ids(ids[:, :-1].numpy())).to(device))
+        hidden = model(ids[:, :-1].to(device), mask=mask)  # (B, T, D)
         on_device = targets.to(device)
         nats = [
             token_loss(hidden[row], head, on_device[row], smoothing=0.0).nll

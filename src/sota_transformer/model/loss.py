@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sota_transformer.config import GPT2_VOCAB
+
+PAD = GPT2_VOCAB  # the id behind GPT-2's own
 IGNORED = -1  # a target that counts nowhere
 CHUNK_TOKENS = 512  # logits in flight: a chunk stays in a CPU's cache between its three uses
 GROUP_TOKENS = 2048  # logits kept, as gradients, until one product gives the head's gradient
@@ -22,6 +25,12 @@ class LossSums(NamedTuple):
     smoothed: Tensor
     nll: Tensor
     count: Tensor
+
+
+def targets_of(windows: Tensor) -> Tensor:
+    """Windows (B, T + 1) -> (B, T), what each token but the last shall predict; no padding."""
+    targets = windows[:, 1:]
+    return targets.masked_fill(targets == PAD, IGNORED)
 
 
 def token_loss(

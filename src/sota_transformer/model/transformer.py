@@ -113,8 +113,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     )
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def same_document(documents: Tensor) -> Tensor:
+    """Numbers of documents (B, T) -> (B, 1, T, T) mask: True back to where the own one begins.
+
+    Rotary positions are relative, so a document needs no positions of its own.
+    """
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention of (B, H, T, h) by its formula, in blocks of queries that skip the future.
+
+    A `mask` (B or 1, 1, T, T) may only narrow what a token sees of its past.
 
     Only worth it compiled on a CPU, where matrix products are fast and SDPA's kernel is not:
     `benchmarks/attention.py` measures both. Keeps the probabilities for the backward pass.
@@ -126,8 +136,10 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         end = min(start + size, tokens)
         scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).float() * scale
         where = torch.arange(start, end, device=q.device)
-        future = torch.arange(end, device=q.device) > where[:, None]
-        chances = scores.masked_fill(future, -torch.inf).softmax(-1).to(q.dtype)
+        hidden = torch.arange(end, device=q.device) > where[:, None]
+        if mask is not None:
+            hidden = ~mask[:, :, start:end, :end]
+        chances = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(q.dtype)
         outputs.append(chances @ v[:, :, :end])
     return torch.cat(outputs, dim=2)
 
@@ -159,8 +171,8 @@ class Attention(nn.Module):
         q, k, v = rotate(q, rope).contiguous(), rotate(k, rope).contiguous(), v.contiguous()
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        blockwise = self.in_blocks and self.training and cache is None and mask is None
-        y = attend_in_blocks(q, k, v) if blockwise else attend(q, k, v, mask)
+        blockwise = self.in_blocks and self.training and cache is None
+        y = (attend_in_blocks if blockwise else attend)(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
 
 

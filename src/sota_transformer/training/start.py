@@ -146,8 +146,7 @@ def _resume_step(config: RunConfig, say: Any) -> int | None:
 
 def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog) -> None:
     """Every derived number, before anything takes time."""
-    tokens = config.train.batch_rows * config.model.seq_len
-    total, there = tokens * config.train.steps, trainer.windows.tokens
+    total, there = trainer.step_tokens * config.train.steps, trainer.windows.tokens
     for line in schedules.describe(config):
         log.say(line)
     rounds = config.train.batch_rows // (trainer.micro_rows * runtime.world)
@@ -155,6 +154,7 @@ def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog)
         f"data: {config.data.path}, {there:,} training tokens, {total / there:.2f} epochs; "
         f"{trainer.validation.tokens:,} validation tokens"
     )
+    log.say(_windows(config, trainer))
     log.say(
         f"machine: {'; '.join(runtime.reasons)}; {runtime.threads} threads; {runtime.world} "
         f"process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
@@ -165,6 +165,19 @@ def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog)
             f"note: the data is read {total / there:.0f} times; past four epochs it over-fits: "
             "more text or fewer --steps would serve better"
         )
+
+
+def _windows(config: RunConfig, trainer: Trainer) -> str:
+    """How the text is cut, and how far a token sees."""
+    cut = f"windows: {len(trainer.windows):,} of the stream"
+    if config.data.windows == "best-fit":
+        cut = (
+            f"windows: {len(trainer.windows):,} by best fit, {trainer.windows.padding:.1%} of "
+            "their targets are padding, which no loss counts; validation keeps to the stream"
+        )
+    if config.data.document_mask:
+        return f"{cut}; in training and validation a token sees its own document only"
+    return f"{cut}; a token sees across documents"
 
 
 def _record(folder: Path, config: RunConfig, runtime: Runtime, data: str, start: int) -> None:

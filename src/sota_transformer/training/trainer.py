@@ -20,14 +20,15 @@ from torch import Tensor
 from sota_transformer import schedules
 from sota_transformer.config import RunConfig
 from sota_transformer.data.loader import BatchLoader
+from sota_transformer.data.packing import BestFit, document_ids
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import BAD_DATA, DIVERGED, SotaError
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.inference.perplexity import Perplexity, perplexity
-from sota_transformer.model.loss import token_loss
+from sota_transformer.model.loss import IGNORED, targets_of, token_loss
 from sota_transformer.model.optim import adamw, load_state_tensors, set_learning_rate, state_tensors
-from sota_transformer.model.transformer import Dropout, Transformer
+from sota_transformer.model.transformer import Dropout, Transformer, same_document
 from sota_transformer.runtime import Runtime, micro_rows
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
@@ -44,7 +45,8 @@ class Trainer:
         self.config, self.runtime, self.log = config, runtime, log
         self.tokenizer = Tokenizer()
         seq_len = config.model.seq_len
-        self.windows = TokenWindows(config.data.path, "train", seq_len)
+        cut = BestFit if config.data.windows == "best-fit" else TokenWindows
+        self.windows = cut(config.data.path, "train", seq_len)
         self.validation = TokenWindows(config.data.path, "val", seq_len)
         self.micro_rows = micro_rows(config, runtime)
         self.model = self._first_model()
@@ -98,20 +100,23 @@ class Trainer:
         """One optimizer step, of one or more micro-batches."""
         config, device = self.config, self.runtime.device
         self.model.train()
-        batch = torch.from_numpy(self.loader.batch(self.step)).to(device)  # (B, T+1)
-        rows = schedules.rows(self.step, config)
-        count = len(rows) * config.model.seq_len
+        windows = self.loader.batch(self.step)
+        batch = torch.from_numpy(windows).to(device)  # (B, T+1)
+        targets = targets_of(batch)
+        count = max(1, int(self.runtime.sum_((targets != IGNORED).sum())))  # over all ranks
+        documents = torch.from_numpy(document_ids(windows[:, :-1])).to(device)
         rate = torch.tensor(schedules.dropout(self.step, config), device=device)
         keys = self._dropout_keys().to(device)
         sums = torch.zeros(3, device=device)
         for begin in range(0, batch.shape[0], self.micro_rows):
             part = slice(begin, begin + self.micro_rows)
             dropout = Dropout(rate, keys[part]) if self._drops() else None
-            hidden = self.model(batch[part, :-1], dropout)
+            mask = same_document(documents[part]) if config.data.document_mask else None
+            hidden = self.model(batch[part, :-1], dropout, mask=mask)
             losses = token_loss(
                 hidden,
                 self.model.embedding.weight,
-                batch[part, 1:],
+                targets[part],
                 config.optim.label_smoothing,
                 self.runtime.compile,
             )
@@ -171,6 +176,12 @@ class Trainer:
         )
         self._begin_interval()
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a step learns from; with best-fit windows on the average, without padding."""
+        tokens = self.config.train.batch_rows * self.config.model.seq_len
+        return round(tokens * (1 - self.windows.padding))
+
     def _first_model(self) -> Transformer:
         """The model before the first step, on the CPU, where every machine draws the same."""
         model = Transformer(self.config.model, self.runtime.dtype)
@@ -221,8 +232,8 @@ class Trainer:
         totals = self.totals
         seconds = time.monotonic() - self._interval[0]
         done = self.step - self._interval[1]
-        tokens = self.config.train.batch_rows * self.config.model.seq_len
         last = self.step - 1
+        tokens = self.step_tokens
         self.log.step(
             {
                 "step": self.step,
@@ -243,7 +254,12 @@ class Trainer:
         """Plain loss, without dropout, over the same validation windows every time."""
         self.model.eval()
         with self.runtime.uncompiled():
-            result = perplexity(self.model, self._validation_batches(), self.tokenizer.token_bytes)
+            result = perplexity(
+                self.model,
+                self._validation_batches(),
+                self.tokenizer.token_bytes,
+                document_mask=self.config.data.document_mask,
+            )
         self.log.validation(
             {
                 "step": self.step,
