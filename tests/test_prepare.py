@@ -7,6 +7,8 @@ import io
 import json
 import lzma
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -58,10 +60,11 @@ def test_same_bytes_for_any_number_of_workers_and_either_encoder(
     (tmp_path / "b.txt").write_text("\n\n".join(texts(400, seed=3)))
     inputs = (tmp_path / "a.jsonl", tmp_path / "b.txt")
     run(tmp_path / "one", *inputs)
-    run(tmp_path / "three", *inputs, workers=3)
+    for workers in (2, 8):
+        run(tmp_path / f"{workers}", *inputs, workers=workers)
     run(tmp_path / "other", *inputs, encoder="tiktoken")
     reference = bytes_of(tmp_path / "one")
-    assert bytes_of(tmp_path / "three") == reference
+    assert bytes_of(tmp_path / "2") == bytes_of(tmp_path / "8") == reference
     assert bytes_of(tmp_path / "other") == reference
 
 
@@ -158,6 +161,51 @@ def test_special_tokens_in_text_are_text(tmp_path: Path) -> None:
     assert everything(tmp_path / "data") == sorted(items)
     ids = np.load(tmp_path / "data" / "train-00000.npy")
     assert (ids == EOT).sum() == len(documents(tmp_path / "data", "train"))
+
+
+def test_broken_encodings_are_dropped_or_repaired(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = [b'{"text": "caf\xe9 one"}', b'{"text": "lone \\ud800 two"}', b'{"text": "good"}']
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "b.md").write_bytes(b"caf\xe9 three")
+    (folder / "c.csv").write_bytes(b"id,text\n1,caf\xe9 four\n")
+    (folder / "d.html").write_bytes(b"<html><body><p>caf\xe9 five</p></body></html>")
+    run(tmp_path / "dropped", folder, val_fraction=0)
+    assert everything(tmp_path / "dropped") == ["good"]
+    manifest = run(tmp_path / "replaced", folder, val_fraction=0, bad_text="replace")
+    numbers = ("one", "three", "four", "five")
+    taken = [*(f"caf\ufffd {number}" for number in numbers), "lone \ufffd two", "good"]
+    assert everything(tmp_path / "replaced") == sorted(taken)
+    counts = {reason: entry["count"] for reason, entry in manifest["rejects"].items()}
+    told = "; taken, with U+FFFD for what is broken"
+    assert counts == {
+        f"not valid UTF-8{told}": 3,
+        f"lone surrogates, not valid Unicode{told}": 2,
+    }
+    assert all(entry["examples"] for entry in manifest["rejects"].values())
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("by", ["stdin", "file"])
+def test_any_script_may_prepare(tmp_path: Path, by: str, guarded: bool) -> None:
+    """Workers do not import the caller's main module, so it may be anything."""
+    (tmp_path / "in.jsonl").write_bytes(jsonl(texts(20)))
+    lines = [
+        "from pathlib import Path",
+        "from sota_transformer.data.prepare import prepare",
+        "from sota_transformer.options import Prepare",
+        "if __name__ == '__main__':" if guarded else "if True:",
+        "    prepare(Prepare(inputs=('in.jsonl',), out=Path('data'), val_fraction=0.2, workers=2))",
+    ]
+    code, script = "\n".join(lines), tmp_path / "script.py"
+    script.write_text(code)
+    command = [sys.executable, *([str(script)] if by == "file" else [])]
+    done = subprocess.run(
+        command, input=code, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(everything(tmp_path / "data")) == 20
 
 
 def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from sota_transformer.data import units
+from sota_transformer.data.prepare import merge
 from sota_transformer.durable import DirectoryLock
+from sota_transformer.errors import SotaError
+from sota_transformer.options import Merge
 from tests.preparing import bytes_of, documents, everything, jsonl, refused, run, texts
 
 COMMAND = """
@@ -99,11 +103,14 @@ def reference(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return bytes_of(tmp_path / "reference")
 
 
+@pytest.mark.parametrize(
+    "kills", [(1, 40, 90), pytest.param(range(1, 101, 10), marks=pytest.mark.slow)]
+)
 def test_killed_again_and_again_then_the_same_bytes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kills: Iterable[int], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, work = tmp_path / "data", tmp_path / ".data.preparing"
-    for count in (1, 40, 90):
+    for count in kills:
         process = start(source, out)
         wait_for_units(work, count)
         os.killpg(process.pid, signal.SIGKILL)
@@ -266,6 +273,29 @@ def test_parts_then_together(source: Path, tmp_path: Path, monkeypatch: pytest.M
     run(out, source)
     run(tmp_path / "whole", source)
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_merge_puts_parts_together(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 16 << 10)
+    out = tmp_path / "data"
+    monkeypatch.chdir(source.parent)
+    with pytest.raises(SotaError, match="no parts of") as caught:
+        merge(Merge(out=out))
+    assert caught.value.code == 66
+    for part in ("3/3", "1/3"):
+        run(out, source.name, part=part)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SotaError, match=r"not done yet .*--part 2/3") as caught:
+        merge(Merge(out=out))
+    assert caught.value.code == 66
+    monkeypatch.chdir(source.parent)
+    run(out, source.name, part="2/3")
+    monkeypatch.chdir(tmp_path)
+    merge(Merge(out=Path("data"), workers=1))
+    run(tmp_path / "whole", source)
+    assert bytes_of(out, manifest=False) == bytes_of(tmp_path / "whole", manifest=False)
 
 
 def test_append_keeps_what_is_there(tmp_path: Path) -> None:

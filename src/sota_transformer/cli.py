@@ -23,6 +23,7 @@ from sota_transformer.options import (
     Export,
     Generate,
     Import,
+    Merge,
     Prepare,
     Serve,
 )
@@ -194,6 +195,14 @@ def _prepare(arguments: list[str]) -> int:
     return 0
 
 
+def _merge(arguments: list[str]) -> int:
+    options = parse(Merge, "merge", arguments)
+    from sota_transformer.data.prepare import merge
+
+    merge(options)
+    return 0
+
+
 def _generate(arguments: list[str]) -> int:
     options = parse(Generate, "generate", arguments)
     from sota_transformer.commands.generate import run_generate
@@ -252,6 +261,7 @@ def _data(arguments: list[str]) -> int:
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prepare": ("turn text into token shards", _prepare),
+    "merge": ("put the parts of a preparation together", _merge),
     "data": ("look at prepared data", _data),
     "plan": ("what a run takes here; with --hours H, what fits into them", _plan),
     "train": ("train a model, or go on training it", _train),

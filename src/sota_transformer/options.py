@@ -33,8 +33,11 @@ class Prepare:
     append: bool = False
     """Add the inputs to the prepared data in --out; what is there stays where it is."""
     part: str = ""
-    """i/N does every N-th unit of work and stops; the same command without it does what is missing
-    and puts all together."""
+    """i/N does every N-th unit of work and stops; `sota merge` puts all parts together, or the same
+    command without --part, which also does what is missing."""
+    bad_text: Literal["drop", "replace"] = "drop"
+    """Text that is not valid Unicode: leave the document out, or take it with U+FFFD for what is
+    broken. Counted either way."""
 
     def problems(self) -> list[str]:
         """All that is wrong with these options."""
@@ -52,6 +55,18 @@ class Prepare:
         if not 0 <= self.val_fraction < 1:
             found.append(f"prepare.val_fraction {self.val_fraction} must be in [0, 1)")
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Put the parts of a preparation together."""
+
+    out: Path
+    """The --out of the parts: prepared data appears there."""
+    workers: int = 0
+    """Processes; 0 uses every core. Changes nothing in the result."""
+    memory_mb: int = 0
+    """Megabytes that all processes together may use; fewer workers then. 0 sets no bound."""
 
 
 @dataclass(frozen=True, kw_only=True)

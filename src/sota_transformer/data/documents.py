@@ -54,12 +54,18 @@ def checked(text: str, where: str) -> Document:
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        return Skipped("lone surrogates, not valid Unicode", where)
+        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return _repaired("lone surrogates, not valid Unicode", where, checked(mended, where))
     if len(data) > DOCUMENT_BYTES:
         return Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", where)
     if b"\0" in data:
         return Skipped("NUL bytes, probably not text", where)
     return data
+
+
+def _repaired(reason: str, where: str, document: Document) -> Skipped:
+    """Left out for its encoding, unless the repaired document is asked for."""
+    return Skipped(reason, where, b"" if isinstance(document, Skipped) else document)
 
 
 def _text(segment: Segment) -> Iterator[Document]:
@@ -88,10 +94,11 @@ def _html(data: bytes, where: str) -> Document:
     except ImportError:
         return Skipped("HTML needs `pip install sota-transformer[html]`", where)
     document = _decoded(data, where)
+    page = (document.repaired if isinstance(document, Skipped) else document).decode()
+    text = extract_plain_text(page, main_content=True) or extract_plain_text(page)
     if isinstance(document, Skipped):
-        return document
-    page = document.decode()
-    return checked(extract_plain_text(page, main_content=True) or extract_plain_text(page), where)
+        return _repaired(document.reason, where, checked(text, where))
+    return checked(text, where)
 
 
 def _decoded(data: bytes, where: str) -> Document:
@@ -99,7 +106,7 @@ def _decoded(data: bytes, where: str) -> Document:
     try:
         return checked(data.decode(), where)
     except UnicodeDecodeError:
-        return Skipped("not valid UTF-8", where)
+        return _repaired("not valid UTF-8", where, checked(data.decode(errors="replace"), where))
 
 
 def _without_mark(data: bytes) -> bytes:
@@ -210,7 +217,8 @@ def _slow_record(line: bytes, field: str, where: str) -> Document:
     try:
         value = _LENIENT.decode(line.decode())
     except UnicodeDecodeError:
-        return Skipped("not valid UTF-8", where)
+        document = _slow_record(line.decode(errors="replace").encode(), field, where)
+        return _repaired("not valid UTF-8", where, document)
     except RecursionError:
         return Skipped("nested too deep", where)
     except ValueError:

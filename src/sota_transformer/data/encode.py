@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sota_transformer.data.documents import Document, documents
 from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.near import Place, sketch
-from sota_transformer.data.sources import Skipped
+from sota_transformer.data.sources import REPAIRED, Skipped
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import EOT, Encoder
 from sota_transformer.data.units import Segment, Unit
@@ -84,10 +84,15 @@ class Tools:
     """What a worker keeps from one unit to the next."""
 
     def __init__(
-        self, encoder: str, text_field: str, sketches: bool = False, excluded: Path | None = None
+        self,
+        encoder: str,
+        text_field: str,
+        repair: bool = False,
+        sketches: bool = False,
+        excluded: Path | None = None,
     ) -> None:
         self.encoder, self.tables = Encoder(encoder), Tables()
-        self.text_field, self.sketches = text_field, sketches
+        self.text_field, self.repair, self.sketches = text_field, repair, sketches
         self.excluded = GramSet(np.load(excluded, allow_pickle=False)) if excluded else None
 
 
@@ -100,8 +105,11 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
     for segment in unit.segments:
         for document in _guarded(segment, tools):
             if isinstance(document, Skipped):
-                rejects.add(document.reason, document.where)
-                continue
+                repaired = document.repaired if tools.repair else b""
+                rejects.add(document.reason + REPAIRED * bool(repaired), document.where)
+                if not repaired:
+                    continue
+                document = repaired
             digest = hashlib.blake2b(document, digest_size=HASH_BYTES, key=HASH_KEY).digest()
             if digest in hashes:
                 rejects.add(DUPLICATE, segment.name)

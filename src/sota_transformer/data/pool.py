@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sota_transformer.data.sources import Source
@@ -39,6 +40,8 @@ class Job:
     """Where results go."""
     text_field: str
     encoder: str
+    repair: bool = False
+    """Whether text of a broken encoding is taken with U+FFFD for what is broken."""
     sketches: bool = False
     """Whether near-duplicates will be looked for."""
     excluded: Path | None = None
@@ -88,12 +91,24 @@ class Pool:
     def _start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(self._workers, _context(), _begin, (self._job,))
 
+    def _submit(self, work: Callable[[Any], Any], item: Any) -> Any:
+        """A future of `work(item)`; may start a worker.
+
+        A worker would import the caller's main module, which it does not need: that fails where
+        main is standard input, and starts over where main is a script without a guard.
+        """
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            return self._pool.submit(work, item)
+        finally:
+            sys.modules["__main__"] = main
+
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Done]]:
         """Every unit with its outcome, in order; a bounded number is under way at any time."""
         for unit in units:
             future = None
             with contextlib.suppress(*_DEAD):  # then `_next` finds out, and starts another pool
-                future = self._pool.submit(_encode, unit)
+                future = self._submit(_encode, unit)
             self._waiting.append((unit, future))
             while len(self._waiting) > 4 * self._workers or self._head_done():
                 yield self._next()
@@ -103,11 +118,11 @@ class Pool:
     def probe(self, source: Source) -> list[tuple[int, int, int]]:
         """The pieces of a table, found by a worker: its file may be hostile."""
         try:
-            return self._pool.submit(_probe, source).result()
+            return self._submit(_probe, source).result()
         except _DEAD:
             self._one_by_one()
         try:
-            return self._pool.submit(_probe, source).result()
+            return self._submit(_probe, source).result()
         except _DEAD as error:
             raise SotaError(
                 f"a worker died twice on reading {source.name}; leave it out", BAD_DATA
@@ -120,7 +135,7 @@ class Pool:
     def _next(self) -> tuple[Unit, Done]:
         unit, future = self._waiting[0]
         try:
-            done = (future or self._pool.submit(_encode, unit)).result()
+            done = (future or self._submit(_encode, unit)).result()
         except _DEAD:
             self._one_by_one()
             return self._next()
@@ -145,7 +160,7 @@ class Pool:
         error: BaseException | None = None
         for _ in range(2):
             try:
-                future = self._pool.submit(_encode, unit)
+                future = self._submit(_encode, unit)
                 future.result()
                 return future
             except _DEAD as caught:
@@ -185,7 +200,7 @@ def _begin(job: Job) -> None:
     sys.setrecursionlimit(_RECURSION)
     threading.Thread(target=_watch, daemon=True).start()
     _Worker.job = job
-    _Worker.tools = Tools(job.encoder, job.text_field, job.sketches, job.excluded)
+    _Worker.tools = Tools(job.encoder, job.text_field, job.repair, job.sketches, job.excluded)
 
 
 def _watch() -> None:

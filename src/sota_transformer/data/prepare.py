@@ -10,7 +10,10 @@ Until then everything lies in a hidden work folder beside the target. A preparat
 in any way leaves that folder; the same command then goes on with the units that are done.
 """
 
+import contextlib
+import dataclasses
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,12 +26,22 @@ from sota_transformer.data.pool import Job, Pool, result_path, warm_up
 from sota_transformer.data.progress import Progress, summary
 from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find
 from sota_transformer.data.units import Unit, cut
-from sota_transformer.durable import MANIFEST, DirectoryLock, make_folder, sha256_file
+from sota_transformer.durable import (
+    MANIFEST,
+    DirectoryLock,
+    canonical_json,
+    make_folder,
+    sha256_file,
+    write_file,
+)
 from sota_transformer.errors import IO_FAILED, LOCKED, NO_INPUT, USAGE, SotaError
-from sota_transformer.options import Prepare
+from sota_transformer.options import Merge, Prepare
 
 if TYPE_CHECKING:  # numpy loads while the workers start
     from sota_transformer.data.merge import Merger
+
+
+_ASKED = "asked.json"
 
 
 def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
@@ -42,7 +55,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
     warm_up()
     sources, skipped = find(options.inputs)
     request = _request(options, sources)
-    work = options.out.parent / f".{options.out.name}.preparing"
+    work = _work(options.out)
     old = _existing(options)
     if old and request in old["requests"]:
         print(f"{options.out} already holds these inputs, prepared with these options")
@@ -63,9 +76,39 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
             return run.do()
 
 
+def merge(options: Merge) -> dict[str, Any]:
+    """Put the parts of `options.out` together, as `prepare` without a part would; the manifest.
+
+    SotaError 66 where there are no parts, or not all of them.
+    """
+    out = options.out.absolute()
+    work = _work(out)
+    try:
+        asked = json.loads((work / _ASKED).read_bytes())
+        done, parts = set(work.glob("done-*")), asked["parts"]
+        missing = [i for i in range(1, parts + 1) if work / f"done-{i}-of-{parts}" not in done]
+        if missing:
+            names = ", ".join(f"{i}/{parts}" for i in missing)
+            raise SotaError(f"not done yet in {work}: --part {names}", NO_INPUT)
+        how: dict[str, Any] = asked["options"]
+        how |= {name: tuple(how[name]) for name in ("inputs", "exclude")}
+        whole = Prepare(out=out, workers=options.workers, memory_mb=options.memory_mb, **how)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = f"no parts of {out} in {work}; `sota prepare INPUT --out {out} --part 1/2` makes one"
+        raise SotaError(text, NO_INPUT) from error
+    with contextlib.chdir(asked["folder"]):
+        return prepare(whole)
+
+
+def _work(out: Path) -> Path:
+    """Where everything lies until the target has its name."""
+    return out.parent / f".{out.name}.preparing"
+
+
 def _request(options: Prepare, sources: list[Source]) -> str:
     """A hash of all that decides the result: another one means another preparation."""
     settings = (options.val_fraction, options.text_field, options.near_dedup, options.exclude)
+    settings += ("replace",) * (options.bad_text == "replace")
     digest = hashlib.sha256(repr(settings).encode())
     for source in sources:
         mark = f"\n{source.input}\0{source.name}\0{source.size}\0{source.modified}"
@@ -120,6 +163,7 @@ class _Run:
             self.work / "units",
             self.options.text_field,
             self.encoder,
+            repair=self.options.bad_text == "replace",
             sketches=self.options.near_dedup > 0,
             excluded=self._excluded(),
         )
@@ -136,10 +180,10 @@ class _Run:
         pool.close()
         seconds = progress.close()
         if self.options.part:
-            shutil.rmtree(self.own)
+            self._note_part()
             print(
                 f"part {self.options.part} is done in {seconds:,.1f} s: the results lie in "
-                f"{self.work}; the same command without --part puts them together"
+                f"{self.work}; `sota merge {self.options.out}` puts all parts together"
             )
             return {}
         manifest = self._commit(manifest)
@@ -149,6 +193,15 @@ class _Run:
             f"{progress.text_bytes / seconds / 1e6:,.1f} MB/s, {seconds:,.1f} s"
         )
         return manifest
+
+    def _note_part(self) -> None:
+        """What `merge` has to know: the options, and that this part is done."""
+        own = ("out", "part", "workers", "memory_mb")
+        options = {n: v for n, v in dataclasses.asdict(self.options).items() if n not in own}
+        asked = {"options": options, "parts": self.parts, "folder": str(Path.cwd())}
+        write_file(self.work / _ASKED, canonical_json(asked))
+        write_file(self.work / f"done-{self.part}-of-{self.parts}", b"")
+        shutil.rmtree(self.own)
 
     def _excluded(self) -> Path | None:
         """The file of excluded grams, made if it is asked for."""
@@ -165,6 +218,7 @@ class _Run:
         """This part's units, numbered over all parts, with keys."""
         options = self.options
         settings = f"2\0{options.text_field}\0{options.near_dedup > 0}"
+        settings += "\0replace" * (options.bad_text == "replace")
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
         cuts = cut(self.sources, self.own / "spool", self.skipped.append, pool.probe)
@@ -240,6 +294,7 @@ class _Run:
                 "text_field": options.text_field,
                 "near_dedup": options.near_dedup,
                 "exclude": list(options.exclude),
+                "bad_text": options.bad_text,
             },
             "requests": [self.request],
         }

@@ -4,6 +4,8 @@ import sys
 import time
 from typing import Any
 
+from sota_transformer.data.sources import REPAIRED
+
 _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.1
 
@@ -70,9 +72,11 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
         lines.append(_row(row["input"], row["documents"], row["text_bytes"], row["tokens"]))
     for split, part in manifest["splits"].items():
         lines.append(_row(f"-> {split}", part["documents"], part["text_bytes"], part["tokens"]))
-    if manifest["rejects"]:
+    rejects = list(manifest["rejects"].items())
+    rejects.sort(key=lambda item: (item[0].endswith(REPAIRED), -item[1]["count"]))
+    if rejects and not rejects[0][0].endswith(REPAIRED):
         lines.append("not taken:")
-    for reason, entry in sorted(manifest["rejects"].items(), key=lambda item: -item[1]["count"]):
+    for reason, entry in rejects:
         example = f"  e.g. {entry['examples'][0]}" if entry["examples"] else ""
         lines.append(f"  {entry['count']:>9,}  {reason}{printable(example)}")
     lines.append(f"fingerprint {manifest['fingerprint'][:16]}  in {folder}")

@@ -63,12 +63,17 @@ class Source:
     """Nanoseconds; only to notice that a file changed between two attempts."""
 
 
+REPAIRED = "; taken, with U+FFFD for what is broken"  # behind the reason, if that was asked for
+
+
 @dataclass(frozen=True)
 class Skipped:
     """Something that was looked at and not taken."""
 
     reason: str
     where: str
+    repaired: bytes = b""
+    """Its text with U+FFFD in place of what is broken, where that is all that is wrong with it."""
 
 
 def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
