@@ -15,7 +15,7 @@ OPTIONS = {
     "label_smoothing dropout_start dropout_end",
     "train": "steps batch_rows micro_rows gradient_checkpointing log_every eval_every eval_tokens "
     "sample_every save_every_minutes save_every_steps keep_checkpoints",
-    "run": "out seed resume device dtype compile threads",
+    "run": "out seed resume exact override data_change device dtype compile threads",
 }
 
 

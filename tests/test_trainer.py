@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import BAD_DATA, DIVERGED, LOCKED, USAGE, SotaError
+from sota_transformer.errors import DIVERGED, LOCKED, SotaError
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
@@ -237,34 +236,6 @@ def test_a_complete_run_says_so(make_run: MakeRun, capsys) -> None:
     assert train(config) is None
     assert "complete" in capsys.readouterr().out
     assert final_hash(config) == before
-
-
-def test_another_configuration_is_refused_with_the_difference(make_run: MakeRun) -> None:
-    train(make_run(steps=3))
-    with pytest.raises(SotaError, match=r"train\.steps was 3, is 4") as caught:
-        train(make_run(steps=4))
-    assert caught.value.code == USAGE
-    train(change(make_run(steps=3), log_every=2, eval_every=1))
-
-
-def test_other_data_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
-    from sota_transformer.data.prepare import prepare
-    from sota_transformer.options import Prepare
-    from tests.conftest import pseudo_text
-
-    config = make_run(steps=6, save_every_steps=2)
-    train(config)
-    folder = tmp_path / "other"
-    folder.mkdir()
-    for i, text in enumerate(pseudo_text(8, 300)):
-        (folder / f"{i}.txt").write_text(text)
-    prepare(Prepare(inputs=(str(folder),), out=tmp_path / "d2", val_fraction=0.1, workers=1))
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, path=tmp_path / "d2"))
-    discard = checkpoint.steps(config.run.out)[-1]
-    checkpoint.durable.discard(checkpoint.path_of(config.run.out, discard))
-    with pytest.raises(SotaError, match="fingerprint") as caught:
-        train(other)
-    assert caught.value.code == BAD_DATA
 
 
 def test_resume_has_four_meanings(make_run: MakeRun) -> None:

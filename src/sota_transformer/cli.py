@@ -39,6 +39,8 @@ SHORT = {  # what everybody sets -> the field it stands for
     "--device": "--run.device",
     "--threads": "--run.threads",
     "--resume": "--run.resume",
+    "--exact": "--run.exact",
+    "--data-change": "--run.data-change",
 }
 
 
@@ -130,12 +132,11 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
         raise SotaError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are {names}")
-    long = [_lengthen(argument) for argument in rest]
-    short = ", ".join(SHORT)
+    short = ", ".join([*SHORT, "--override FIELD=VALUE"])
     config = parse(
         RunConfig,
         f"{verb} {name}",
-        long,
+        _lengthen(rest),
         default=PRESETS[name](),
         description=f"Short forms: {short}.",
     )
@@ -145,10 +146,19 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     return config
 
 
-def _lengthen(argument: str) -> str:
-    """--steps=5 -> --train.steps=5."""
-    flag, equals, value = argument.partition("=")
-    return SHORT.get(flag, flag) + equals + value
+def _lengthen(arguments: list[str]) -> list[str]:
+    """--steps=5 -> --train.steps=5; --override does that, and says that the field may change."""
+    long, fields, words = list[str](), list[str](), iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--override":
+            name, equals, value = (value if equals else next(words, "")).partition("=")
+            if not name or not value:
+                raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
+            flag = SHORT.get(f"--{name}", f"--{name.replace('_', '-')}")
+            fields.append(flag.removeprefix("--").replace("-", "_"))
+        long.append(SHORT.get(flag, flag) + equals + value)
+    return [*long, "--run.override", ",".join(fields)] if fields else long
 
 
 def _train(arguments: list[str]) -> int:

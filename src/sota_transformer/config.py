@@ -170,6 +170,12 @@ class Run:
     """Weights, order of the data and dropout follow from it."""
     resume: str = "auto"
     """auto (go on if there is something), latest (there must be), never, or step:N."""
+    exact: bool = False
+    """Refuse to go on where the result could differ in a bit from an undisturbed run's."""
+    override: str = ""
+    """Fields, with commas, that may differ from the run's; --override FIELD=VALUE sets both."""
+    data_change: Literal["refuse", "continue", "restart-epoch"] = "refuse"
+    """When the data is not that of the run: refuse, or go on from the same place or an epoch."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

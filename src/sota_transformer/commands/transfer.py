@@ -156,7 +156,6 @@ def run_import(options: Import) -> int:
         manifest={
             "data": fingerprint,
             "numerics": {},
-            "micro_rows": 0,
             "model": dataclasses.asdict(model.config),
         },
     )

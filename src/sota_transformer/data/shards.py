@@ -189,6 +189,8 @@ class TokenWindows:
         part = manifest["splits"][split]
         self.seq_len, self.tokens, self.text_bytes = seq_len, part["tokens"], part["text_bytes"]
         self.documents, self.fingerprint = part["documents"], manifest["fingerprint"]
+        shards = (name for each in manifest["splits"].values() for name in each["shards"])
+        self.files = {name: manifest["files"][name]["sha256"] for name in shards}
         if self.tokens < seq_len + 1:
             advice = "add text" if split == "train" else "add text or raise --val-fraction"
             raise SotaError(

@@ -211,7 +211,8 @@ def _same_model(run_folder: Path, config: RunConfig, state: State) -> None:
         if name in written and written[name] != now:
             raise SotaError(
                 f"{run_folder / 'config.json'} was changed: model.{name} is {now}, but step "
-                f"{state.step} was trained with {written[name]}",
+                f"{state.step} was trained with {written[name]}; train on to a new checkpoint, or "
+                "put it back",
                 BAD_DATA,
             )
 

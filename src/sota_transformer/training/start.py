@@ -18,26 +18,9 @@ from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.runtime import Runtime, is_first_rank
-from sota_transformer.training import checkpoint
+from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.trainer import Trainer
-
-# What a resumed run may change: none of it decides which samples are seen or what they count.
-_FREE = {
-    "data": {"path"},
-    "train": {
-        "micro_rows",
-        "gradient_checkpointing",
-        "log_every",
-        "eval_every",
-        "eval_tokens",
-        "sample_every",
-        "save_every_minutes",
-        "save_every_steps",
-        "keep_checkpoints",
-    },
-    "run": {"out", "resume", "device", "dtype", "compile", "threads"},
-}
 
 
 def train(
@@ -49,12 +32,13 @@ def train(
     what a user can mend, Stopped on a signal.
     """
     folder = check_folders(config)
+    changed: list[str] = []
     with ExitStack() as stack:
         if is_first_rank():  # before anything slow: who comes second shall know at once
             stack.enter_context(durable.DirectoryLock(folder))
             durable.sweep(folder)
             durable.sweep(folder / "checkpoints")
-            _compare(folder, config)
+            changed = changes.of_configuration(folder, config)
         runtime = Runtime.detect(config.run, config.model.parameter_count)
         stack.callback(runtime.close)
         log = RunLog(folder, config.train.steps, silent=runtime.rank != 0)
@@ -72,8 +56,17 @@ def train(
         if start >= config.train.steps:
             log.say(f"{folder} is complete: {start} of {config.train.steps} steps; nothing to do")
             return None
+        if state is not None:
+            changed += changes.of_data(config, state, trainer.windows)
+        differing = changes.of_numerics(state, trainer) if state is not None else []
+        if config.run.exact and (found := changed + differing):
+            raise SotaError(f"--exact: {'; '.join(found)}. Go on as before, or without --exact")
         if runtime.rank == 0:
-            _record(folder, config, runtime, trainer.windows.fingerprint, start)
+            _record(folder, config, trainer, start, changed)
+        for line in changed:
+            log.say(f"changed: {line}")
+        if differing:
+            log.say(f"not bit-exact with before: {'; '.join(differing)}")
         log.say(f"resuming from step {start}" if start >= 0 else "starting anew")
         log.begin_live()
         return trainer.fit(state)
@@ -104,29 +97,6 @@ def check_folders(config: RunConfig) -> Path:
             f"cannot make {folder}: {error.strerror}; choose another --out", LOCKED
         ) from error
     return folder
-
-
-def _compare(folder: Path, config: RunConfig) -> None:
-    """Keep config.json as the run's identity: only what is free may differ from it."""
-    path = folder / "config.json"
-    if path.exists():
-        before, now = checkpoint.read_config(folder), config
-        differences = [
-            f"{section}.{name} was {getattr(getattr(before, section), name)}, is {value}"
-            for section, values in dataclasses.asdict(now).items()
-            for name, value in values.items()
-            if name not in _FREE.get(section, ())
-            and getattr(getattr(before, section), name) != value
-        ]
-        if differences:
-            raise SotaError(
-                f"{folder} holds a run with another configuration: {'; '.join(differences)}. "
-                "Give the same options, or another --out"
-            )
-    try:
-        durable.write_file(path, config.to_json().encode())
-    except PermissionError as error:
-        raise SotaError(f"cannot write to {folder}: {error.strerror}", LOCKED) from error
 
 
 def _resume_step(config: RunConfig, say: Any) -> int | None:
@@ -180,8 +150,13 @@ def _windows(config: RunConfig, trainer: Trainer) -> str:
     return f"{cut}; a token sees across documents"
 
 
-def _record(folder: Path, config: RunConfig, runtime: Runtime, data: str, start: int) -> None:
-    """run.json: where this run came from, one entry for each time it was started."""
+def _record(
+    folder: Path, config: RunConfig, trainer: Trainer, start: int, changed: list[str]
+) -> None:
+    """run.json, where this run came from, with an entry for each start; then config.json.
+
+    In this order, so that a change that is in config.json was recorded.
+    """
     path = folder / "run.json"
     try:
         record = json.loads(path.read_text())
@@ -192,15 +167,26 @@ def _record(folder: Path, config: RunConfig, runtime: Runtime, data: str, start:
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "from_step": max(0, start),
+            "changed": changed,
             "command": shlex.join(sys.argv),
             "version": __version__,
             "git": _git(),
-            "machine": runtime.describe(),
-            "reasons": runtime.reasons,
+            "machine": trainer.runtime.describe(),
+            "reasons": trainer.runtime.reasons,
         }
     )
-    record = {"data": data, "parameters": config.model.parameter_count, "attempts": attempts}
-    durable.write_file(path, durable.canonical_json(record))
+    record = {
+        "data": trainer.windows.fingerprint,
+        "parameters": config.model.parameter_count,
+        "attempts": attempts,
+    }
+    ordinary = dataclasses.replace(config.run, exact=False, override="", data_change="refuse")
+    kept = dataclasses.replace(config, run=ordinary)
+    try:
+        durable.write_file(path, durable.canonical_json(record))
+        durable.write_file(folder / "config.json", kept.to_json().encode())
+    except PermissionError as error:
+        raise SotaError(f"cannot write to {folder}: {error.strerror}", LOCKED) from error
 
 
 def _git() -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sota_transformer import schedules
+from sota_transformer import __version__, schedules
 from sota_transformer.config import RunConfig
 from sota_transformer.data.loader import BatchLoader
 from sota_transformer.data.packing import BestFit, document_ids
@@ -312,36 +312,35 @@ class Trainer:
 
     def state(self) -> checkpoint.State:
         """All that a checkpoint holds."""
-        trainer = {"updates": self.updates, "guard": self.guard.state()}
-        manifest = {"data": self.windows.fingerprint, "numerics": self.runtime.describe()}
+        counters = {"updates": self.updates, "rows": self._rows(self.step).start}
         return checkpoint.State(
             step=self.step,
             model={name: tensor.detach() for name, tensor in self.model.state_dict().items()},
             optim=state_tensors(self.model, self.optimizer),
-            trainer=trainer,
-            manifest=manifest
-            | {"micro_rows": self.micro_rows, "model": dataclasses.asdict(self.config.model)},
+            trainer=counters | {"guard": self.guard.state()},
+            manifest={
+                "data": self.windows.fingerprint,
+                "data_files": self.windows.files,
+                "numerics": self.numerics(),
+                "model": dataclasses.asdict(self.config.model),
+            },
         )
 
+    def numerics(self) -> dict[str, Any]:
+        """All that can change a bit of the result and is not the run's configuration or data."""
+        ours = {"micro_rows": self.micro_rows, "sota": __version__}
+        return self.runtime.describe() | ours
+
     def _restore(self, state: checkpoint.State) -> None:
-        """Go on from `state`. SotaError 65 if the data is not what it was trained on."""
-        if state.manifest.get("data") != self.windows.fingerprint:
-            raise SotaError(
-                f"{self.config.data.path} is not the data this run was trained on (fingerprint "
-                f"{self.windows.fingerprint[:12]}, was {str(state.manifest.get('data'))[:12]}); "
-                "use the old data, or another --out",
-                BAD_DATA,
-            )
+        """Go on from `state`. SotaError 65 if it is another model's."""
         checkpoint.restore_model(self.model, state)
         self.step, self.updates = state.step, int(state.trainer["updates"])
         self.good.add(state.step)
         try:
             self.guard.restore(state.trainer["guard"])
+            if "rows" in state.trainer:  # not the step, so that the batch may change
+                past = self.step * self.config.train.batch_rows
+                self.guard.shift = int(state.trainer["rows"]) - past
             load_state_tensors(self.model, self.optimizer, state.optim, self.updates)
         except (KeyError, ValueError, TypeError) as error:
             raise SotaError(f"optimizer state of step {state.step}: {error}", BAD_DATA) from error
-        now = self.runtime.describe() | {"micro_rows": self.micro_rows}
-        before = state.manifest.get("numerics", {}) | {"micro_rows": state.manifest["micro_rows"]}
-        for name, value in now.items():
-            if before.get(name) != value:
-                self.log.say(f"not bit-exact with before: {name} {before.get(name)} -> {value}")

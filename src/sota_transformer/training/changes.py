@@ -1,0 +1,107 @@
+"""What may change between two starts of one run.
+
+another model                            error 65
+other data, by content                   error 65, unless --data-change says how to go on
+seed, batch, schedule, steps, window     error 2, unless --override names the field
+micro-batch, ranks, threads, versions    said; error 2 with --exact
+how often to log, judge, save; paths     free
+"""
+
+import dataclasses
+from pathlib import Path
+
+from sota_transformer.config import RunConfig
+from sota_transformer.data.shards import TokenWindows
+from sota_transformer.errors import BAD_DATA, USAGE, SotaError
+from sota_transformer.training import checkpoint
+from sota_transformer.training.trainer import Trainer
+
+# None of it decides which samples are seen or what they count.
+_FREE = {
+    "data": {"path"},
+    "train": {
+        "micro_rows",
+        "gradient_checkpointing",
+        "log_every",
+        "eval_every",
+        "eval_tokens",
+        "sample_every",
+        "save_every_minutes",
+        "save_every_steps",
+        "keep_checkpoints",
+    },
+    "run": {
+        "out",
+        "resume",
+        "exact",
+        "override",
+        "data_change",
+        "device",
+        "dtype",
+        "compile",
+        "threads",
+    },
+}
+_WEIGHTLESS = "model.seq_len"  # the one field of the model that no weight depends on
+
+
+def of_configuration(folder: Path, config: RunConfig) -> list[str]:
+    """What --override changes in the run of `folder`. SotaError 65 or 2 for what may not change."""
+    if not (folder / "config.json").exists():
+        return []
+    before = checkpoint.read_config(folder)
+    changed = {
+        f"{section}.{name}": f"{section}.{name} was {old}, is {value}"
+        for section, values in dataclasses.asdict(config).items()
+        for name, value in values.items()
+        if name not in _FREE.get(section, ())
+        and (old := getattr(getattr(before, section), name)) != value
+    }
+    fixed = [name for name in changed if name.startswith("model.") and name != _WEIGHTLESS]
+    if fixed:
+        raise SotaError(
+            f"{folder} holds another model: {'; '.join(changed[name] for name in fixed)}. "
+            "Give the same options, or another --out",
+            BAD_DATA,
+        )
+    refused = [name for name in changed if name not in config.run.override.split(",")]
+    if refused:
+        raise SotaError(
+            f"{folder} holds a run with another configuration: "
+            f"{'; '.join(changed[name] for name in refused)}. Give the same options, or another "
+            f"--out; to go on all the same: --override {refused[0]}=VALUE",
+            USAGE,
+        )
+    return list(changed.values())
+
+
+def of_data(config: RunConfig, state: checkpoint.State, windows: TokenWindows) -> list[str]:
+    """What --data-change admits, applied to `state`. SotaError 65 for other data without it."""
+    old, new = state.manifest.get("data"), windows.fingerprint
+    if old == new:
+        return []
+    files = state.manifest.get("data_files", {})
+    names = sorted({name for name, _ in files.items() ^ windows.files.items()})
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    change = f"data fingerprint was {str(old)[:12]}, is {new[:12]}"
+    change += f" (other content in {', '.join(names[:3])}{more})" if names else ""
+    if config.run.data_change == "refuse":
+        raise SotaError(
+            f"{config.data.path} is not the data this run was trained on: {change}. Use the old "
+            "data, or another --out; to go on all the same: --data-change continue (from the same "
+            "place) or restart-epoch (from the beginning of an epoch)",
+            BAD_DATA,
+        )
+    if config.run.data_change == "restart-epoch":
+        rows = int(state.trainer.get("rows", state.step * config.train.batch_rows))
+        state.trainer["rows"] = rows + -rows % len(windows)
+    return [change]
+
+
+def of_numerics(state: checkpoint.State, trainer: Trainer) -> list[str]:
+    """What differs of all that can change a bit of the result; a checkpoint may not say."""
+    before, now = state.manifest.get("numerics", {}), trainer.numerics()
+    differing = {name for name in now if name in before and before[name] != now[name]}
+    if "micro_rows" not in differing and trainer.config.train.batch_rows <= 2 * trainer.micro_rows:
+        differing.discard("world")  # a sum of two does not depend on who adds
+    return [f"{name} was {before[name]}, is {now[name]}" for name in sorted(differing)]

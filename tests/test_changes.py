@@ -1,0 +1,191 @@
+"""The table of `training/changes.py`, row by row: what is refused, admitted, said, free."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sota_transformer import cli
+from sota_transformer.config import RunConfig
+from sota_transformer.data.loader import BatchLoader
+from sota_transformer.data.shards import TokenWindows
+from sota_transformer.errors import BAD_DATA, USAGE, SotaError
+from sota_transformer.training import checkpoint, trainer
+from sota_transformer.training.start import train
+from tests.test_trainer import InterruptError, final_hash, stop_after
+
+MakeRun = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def begun(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A run of 12 steps that died after 7; its newest checkpoint is of step 6."""
+    config = make_run(save_every_steps=3)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 7)
+        train(config)
+    return config
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
+    """Step -> the global rows that it read."""
+    seen, original = dict[int, list[int]](), BatchLoader.batch
+
+    def batch(self, step):
+        seen[step] = self.row_numbers(step).tolist()
+        return original(self, step)
+
+    monkeypatch.setattr(BatchLoader, "batch", batch)
+    return seen
+
+
+def refused(config: RunConfig, code: int, *words: str) -> None:
+    before = (config.run.out / "config.json").read_bytes()
+    with pytest.raises(SotaError) as caught:
+        train(config)
+    assert caught.value.code == code, caught.value
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert (config.run.out / "config.json").read_bytes() == before
+
+
+def changed(config: RunConfig) -> Any:
+    return json.loads((config.run.out / "run.json").read_text())["attempts"][-1]["changed"]
+
+
+def run_options(config: RunConfig, **fields: object) -> RunConfig:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **fields))
+
+
+def test_another_model_is_refused_even_if_it_is_asked_for(
+    begun: RunConfig, make_run: MakeRun
+) -> None:
+    other = make_run(save_every_steps=3, layers=3, d_ff=32)
+    refused(other, BAD_DATA, "model.layers was 2, is 3", "model.d_ff was 64, is 32")
+    asked = run_options(other, override="model.layers,model.d_ff")
+    refused(asked, BAD_DATA, "model.layers was 2, is 3")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("run.seed", 5),
+        ("model.seq_len", 16),
+        ("train.batch_rows", 8),
+        ("optim.learning_rate", 5e-4),
+        ("optim.warmup_steps", 7),
+        ("train.steps", 15),
+    ],
+)
+def test_what_decides_the_result_needs_an_override(
+    begun: RunConfig, make_run: MakeRun, rows: dict[int, list[int]], capsys, field, value
+) -> None:
+    other = make_run(save_every_steps=3, **{field.split(".")[1]: value})
+    refused(other, USAGE, f"{field} was ", f", is {value}", f"--override {field}=")
+    refused(run_options(other, override="optim.eps"), USAGE, field)
+    train(run_options(other, override=f"optim.eps,{field}"))
+    (line,) = changed(other)
+    assert line.startswith(f"{field} was ") and line.endswith(f", is {value}")
+    assert f"changed: {line}" in capsys.readouterr().out
+    assert rows[6][0] == 24  # where the run had been, whatever the batch is now
+    assert len(rows[6]) == other.train.batch_rows
+    assert train(other) is None  # complete: the change is part of the run now
+    refused(begun, USAGE, f"{field} was {value}")
+
+
+def test_the_command_line_overrides_a_field_and_its_value() -> None:
+    override = ["--override", "steps=50", "--override=optim.learning-rate=0.01"]
+    config = cli.resolve(["tiny", "--steps", "9", *override, "--exact"], "train")
+    assert config.train.steps == 50 and config.optim.learning_rate == 0.01
+    assert config.run.override == "train.steps,optim.learning_rate" and config.run.exact
+    with pytest.raises(SotaError, match="FIELD=VALUE"):
+        cli.resolve(["tiny", "--override", "steps"], "train")
+    with pytest.raises(SotaError, match="stepz"):
+        cli.resolve(["tiny", "--override", "stepz=4"], "train")
+
+
+@pytest.fixture
+def other_data(tmp_path: Path) -> Path:
+    from sota_transformer.data.prepare import prepare
+    from sota_transformer.options import Prepare
+    from tests.conftest import pseudo_text
+
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i, text in enumerate(pseudo_text(8, 120)):
+        (folder / f"{i}.txt").write_text(text)
+    prepare(Prepare(inputs=(str(folder),), out=tmp_path / "other", val_fraction=0.1, workers=1))
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("how", ["continue", "restart-epoch"])
+def test_other_data_is_refused_or_admitted_in_two_ways(
+    begun: RunConfig, other_data: Path, rows: dict[int, list[int]], capsys, how
+) -> None:
+    windows = TokenWindows(other_data, "train", 32)
+    old = TokenWindows(begun.data.path, "train", 32).fingerprint
+    other = dataclasses.replace(begun, data=dataclasses.replace(begun.data, path=other_data))
+    refused(other, BAD_DATA, old[:12], windows.fingerprint[:12], "train-00000.npy", "--data-change")
+    train(run_options(other, data_change=how))
+    (line,) = changed(other)
+    assert old[:12] in line and f"changed: {line}" in capsys.readouterr().out
+    assert rows[6][0] == (24 if how == "continue" else len(windows))
+    assert train(other) is None
+    state = checkpoint.load(other.run.out, 12)
+    assert state.manifest["data"] == windows.fingerprint
+    assert state.trainer["rows"] == rows[11][-1] + 1
+
+
+def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_path: Path) -> None:
+    """Neither the names of folders nor the host or the clock are part of a run."""
+    reference = make_run("reference", save_every_steps=3)
+    train(reference)
+    shutil.copytree(begun.data.path, tmp_path / "moved-data")
+    shutil.move(begun.run.out, tmp_path / "moved-run")
+    moved = run_options(begun, out=tmp_path / "moved-run", exact=True)
+    moved = dataclasses.replace(
+        moved, data=dataclasses.replace(moved.data, path=tmp_path / "moved-data")
+    )
+    train(moved)
+    assert final_hash(moved) == final_hash(reference) and changed(moved) == []
+
+
+def test_what_may_cost_a_bit_is_said_and_exact_refuses_it(
+    begun: RunConfig, make_run: MakeRun, monkeypatch, capsys
+) -> None:
+    said = ["micro_rows was 4, is 2", "dtype was float32, is bfloat16", "threads was 1, is 2"]
+    said += ["sota was ", "world was 1, is "]
+    fields = {"save_every_steps": 3, "micro_rows": 2, "dtype": "bfloat16", "threads": 2}
+    other = make_run(**fields)
+    monkeypatch.setattr(trainer, "__version__", "99.0")
+    original = trainer.Runtime.describe
+    monkeypatch.setattr(
+        trainer.Runtime, "describe", lambda self: original(self) | {"torch": "3.0", "world": 3}
+    )
+    refused(run_options(other, exact=True), USAGE, "--exact", "torch was ", *said)
+    train(other)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("not bit-exact")]
+    assert all(text in line for text in said) and changed(other) == []
+
+
+def test_exact_refuses_an_override_too(begun: RunConfig, make_run: MakeRun) -> None:
+    other = make_run(save_every_steps=3, steps=15)
+    refused(run_options(other, override="train.steps", exact=True), USAGE, "train.steps was 12")
+
+
+def test_what_nothing_depends_on_is_free(begun: RunConfig, make_run: MakeRun, capsys) -> None:
+    free = {"log_every": 2, "eval_every": 1, "sample_every": 4, "keep_checkpoints": 3}
+    free |= {"eval_tokens": 64, "save_every_steps": 2, "gradient_checkpointing": True}
+    train(make_run(**free, exact=True))
+    assert "not bit-exact" not in capsys.readouterr().out
+    train(reference := make_run("reference"))
+    assert final_hash(begun) == final_hash(reference)
+
+
+def test_a_newer_format_is_refused(begun: RunConfig, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 0)
+    refused(begun, BAD_DATA, "has format 1; this version reads 0")
