@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sota_transformer.config import Run, RunConfig
-from sota_transformer.errors import SotaError
+from sota_transformer.errors import TEMPORARY, SotaError
 
 _MICRO_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}  # tokens that keep each device busy
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
+_SILENCE = timedelta(minutes=10)  # longer than the first process alone checks, samples or saves
+
+
+class PeerLostError(SotaError):
+    """Another process of this run is gone, or has said nothing for too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,9 @@ class Runtime:
         if device.type == "cpu":
             _keep_freed_memory()
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            with _together():
+                dist.init_process_group(backend, timeout=_SILENCE)
         dtype, why_dtype = _dtype(run.dtype, device)
         compiled, why_compile = _compile(run.compile, device, parameters)
         return cls(
@@ -82,15 +90,17 @@ class Runtime:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with _together():
+                dist.all_reduce(tensor)
         return tensor
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum every gradient over ranks; losses are already divided by the global token count."""
         if self.world > 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
+            with _together():
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        dist.all_reduce(parameter.grad)
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""
@@ -155,6 +165,19 @@ def micro_rows(config: RunConfig, runtime: Runtime) -> int:
         return wanted
     most = max(1, _MICRO_TOKENS[runtime.device.type] // config.model.seq_len)
     return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Something that all processes do. PeerLostError where one of them does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(
+            "another process of this run died, left or was silent for too long; what it said last "
+            f"tells why, and the same command goes on ({' '.join(str(error).split())[:120]})",
+            TEMPORARY,
+        ) from error
 
 
 def _rank() -> int:

@@ -9,6 +9,9 @@ twice     two runs on one folder                           (--count races)
 full      disks of 4 to 64 MiB that are full               (--count sizes; needs root)
 faults    KILL, ENOSPC, EIO at system calls of `sota train`    (--count points; needs strace)
 shards    the same for `sota prepare`                      (--count points; needs strace)
+elastic   1 -> 2 -> 1 -> 4 processes, half the micro-batch: samples, losses, bits
+ranks     kill -9, SIGTERM, silence under torchrun         (--count accidents)
+documents malformed documents and files, `sota prepare` (--count documents)
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
 """
 
@@ -22,7 +25,7 @@ from typing import Any
 
 from sota_transformer import durable
 
-from . import faults, fuzz, mutants, reading, soak, stops
+from . import documents, faults, fuzz, mutants, ranks, reading, soak, stops
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
@@ -67,6 +70,17 @@ def _prepare(root: Path, count: int, seed: int) -> list[str]:
     assert done.code == 0, done.output
     result = soak.soak_prepare(texts, reference, root, count, seed)
     print(result)
+    return result.wrong
+
+
+def _documents(root: Path, count: int, seed: int) -> list[str]:
+    result = documents.hostile(root, count, seed)
+    print(
+        f"{result.documents:,} documents and {result.files:,} files: {result.kept:,} documents "
+        f"kept, {result.rejects.total():,} not taken"
+    )
+    for reason, number in result.rejects.most_common():
+        print(f"{number:>8,}  {reason}")
     return result.wrong
 
 
@@ -122,6 +136,12 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
             )
         ),
     ),
+    "elastic": (0, _on_bench(lambda bench, *_: ranks.elastic(bench))),
+    "ranks": (
+        40,
+        _on_bench(lambda bench, _, count, seed: ranks.accidents(bench, count, seed)),
+    ),
+    "documents": (100_000, _documents),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
 }
 

@@ -5,6 +5,9 @@ These run under the marker `chaos`; the data and checkpoint fuzzers also have a 
 
 import dataclasses
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +19,19 @@ from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.training import checkpoint
 
-from . import faults, reading, soak, stops
-from .commands import Bench, Zygote, contents, corpus, make_bench, prepare_arguments, sota
+from . import documents, faults, ranks, reading, soak, stops
+from .commands import (
+    Bench,
+    Zygote,
+    contents,
+    corpus,
+    fresh,
+    make_bench,
+    model_of,
+    prepare_arguments,
+    sota,
+    train_arguments,
+)
 
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 
@@ -62,6 +76,51 @@ def test_kills_in_preparation(tmp_path: Path) -> None:
 def test_sigterm(bench: Bench, zygote: Zygote) -> None:
     result = stops.stop_train(bench, zygote, 6, seed=4)
     assert result.wrong == [] and result.slowest < stops.LEAVE_SECONDS
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("during", "options", "not_yet"),
+    [
+        ("compilation", "--run.compile on", "step      1/"),
+        ("validation", "--train.eval-every 1 --train.eval-tokens 65536", "validation"),
+        ("sampling", "--train.sample-every 1", "--- sample"),
+    ],
+)
+def test_sigterm_amid(bench: Bench, tmp_path: Path, during, options: str, not_yet: str) -> None:
+    words = [*train_arguments(bench.data, fresh(bench, tmp_path / "run")), *options.split()]
+    log, caches = tmp_path / "log", {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    process = ranks.start([sys.executable, "-m", "sota_transformer", *words], log, **caches)
+    begun = "starting anew" if during == "compilation" else "step      1/"
+    while begun not in log.read_text():
+        assert process.poll() is None and time.sleep(0.01) is None, log.read_text()
+    time.sleep(1.0 if during == "compilation" else 0.0)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, log.read_text()
+    assert time.monotonic() - began < stops.LEAVE_SECONDS
+    said = log.read_text()
+    assert not_yet not in said and "Traceback" not in said
+    assert "; stopped by SIGTERM" in said.splitlines()[-1]
+    assert sota(words, tmp_path).code == 0
+    if during != "compilation":
+        assert model_of(tmp_path / "run") == bench.model
+
+
+@pytest.mark.chaos
+def test_other_numbers_of_processes(bench: Bench) -> None:
+    assert ranks.elastic(bench).wrong == []
+
+
+@pytest.mark.chaos
+def test_deaths_and_signals_under_torchrun(bench: Bench) -> None:
+    result = ranks.accidents(bench, len(ranks.ACCIDENTS), seed=4)
+    assert result.wrong == [] and result.kills == len(ranks.ACCIDENTS)
+
+
+@pytest.mark.chaos
+def test_malformed_documents(tmp_path: Path) -> None:
+    assert documents.hostile(tmp_path, 2500, seed=4).wrong == []
 
 
 @pytest.mark.chaos

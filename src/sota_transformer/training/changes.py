@@ -11,7 +11,6 @@ import dataclasses
 from pathlib import Path
 
 from sota_transformer.config import RunConfig
-from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.training import checkpoint
 from sota_transformer.training.trainer import Trainer
@@ -75,13 +74,13 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
     return list(changed.values())
 
 
-def of_data(config: RunConfig, state: checkpoint.State, windows: TokenWindows) -> list[str]:
+def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> list[str]:
     """What --data-change admits, applied to `state`. SotaError 65 for other data without it."""
-    old, new = state.manifest.get("data"), windows.fingerprint
+    old, new = state.manifest.get("data"), trainer.windows.fingerprint
     if old == new:
         return []
     files = state.manifest.get("data_files", {})
-    names = sorted({name for name, _ in files.items() ^ windows.files.items()})
+    names = sorted({name for name, _ in files.items() ^ trainer.validation.files.items()})
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     change = f"data fingerprint was {str(old)[:12]}, is {new[:12]}"
     change += f" (other content in {', '.join(names[:3])}{more})" if names else ""
@@ -94,7 +93,7 @@ def of_data(config: RunConfig, state: checkpoint.State, windows: TokenWindows) -
         )
     if config.run.data_change == "restart-epoch":
         rows = int(state.trainer.get("rows", state.step * config.train.batch_rows))
-        state.trainer["rows"] = rows + -rows % len(windows)
+        state.trainer["rows"] = rows + -rows % len(trainer.windows)
     return [change]
 
 

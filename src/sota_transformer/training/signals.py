@@ -1,6 +1,7 @@
 """Leaving on a signal: at once, but never between two halves of one change of state."""
 
 import signal
+import time
 from types import FrameType
 from typing import Self
 
@@ -14,11 +15,17 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Turns SIGTERM, SIGINT and SIGHUP into Stopped; a second one ends the process at once."""
+    """Turns SIGTERM, SIGINT and SIGHUP into Stopped; a second one ends the process at once.
+
+    `launched`: torchrun passes on what a terminal has sent to all, so one Ctrl-C comes twice.
+    """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    _ECHO_SECONDS = 1.0
 
-    def __init__(self) -> None:
+    def __init__(self, launched: bool = False) -> None:
+        self._echo_until = 0.0
+        self._launched = launched
         self._received: int | None = None
         self._critical = False
 
@@ -32,9 +39,13 @@ class Signals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._received is not None:
+            if time.monotonic() < self._echo_until:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._received = number
+        if self._launched:
+            self._echo_until = time.monotonic() + self._ECHO_SECONDS
         if not self._critical:
             raise Stopped(number)
 

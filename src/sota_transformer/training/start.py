@@ -57,7 +57,7 @@ def train(
             log.say(f"{folder} is complete: {start} of {config.train.steps} steps; nothing to do")
             return None
         if state is not None:
-            changed += changes.of_data(config, state, trainer.windows)
+            changed += changes.of_data(config, state, trainer)
         differing = changes.of_numerics(state, trainer) if state is not None else []
         if config.run.exact and (found := changed + differing):
             raise SotaError(f"--exact: {'; '.join(found)}. Go on as before, or without --exact")

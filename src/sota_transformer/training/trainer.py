@@ -29,7 +29,7 @@ from sota_transformer.inference.perplexity import Perplexity, perplexity
 from sota_transformer.model.loss import IGNORED, targets_of, token_loss
 from sota_transformer.model.optim import adamw, load_state_tensors, set_learning_rate, state_tensors
 from sota_transformer.model.transformer import Dropout, Transformer, same_document
-from sota_transformer.runtime import Runtime, micro_rows
+from sota_transformer.runtime import PeerLostError, Runtime, micro_rows
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.runlog import RunLog
@@ -64,14 +64,17 @@ class Trainer:
             self._restore(start)
         self.runtime.optimize(self.model)
         with ExitStack() as stack:
-            self.signals = stack.enter_context(Signals())
+            self.signals = stack.enter_context(Signals(self.runtime.world > 1))
             seed, rank, world = self.config.run.seed, self.runtime.rank, self.runtime.world
             self.loader = BatchLoader(self.windows, seed, self._rows, rank, world)
             stack.callback(self.loader.close)
             try:
                 return self._loop()
             except Stopped as stop:
-                self._leave(stop)
+                self._leave(f"stopped by {stop}")
+                raise
+            except PeerLostError:
+                self._leave("another process is gone")
                 raise
 
     def _loop(self) -> Perplexity:
@@ -303,12 +306,13 @@ class Trainer:
         self._saved_at = time.monotonic()
         self.signals.critical(False)
 
-    def _leave(self, stop: Stopped) -> None:
-        """Save what there is and say so; the state is whole, since Stopped waits for updates."""
+    def _leave(self, why: str) -> None:
+        """Save what there is and say so; neither a signal nor a lost peer comes amid an update."""
+        self.signals.critical(True)  # torchrun sends a signal when it sees that a peer is gone
         self.log.end_live()
         if self.runtime.rank == 0 and self.step not in self.good:
             checkpoint.save(self.config.run.out, self.state())
-        self.log.say(f"saved step {self.step}; stopped by {stop}")
+        self.log.say(f"saved step {self.step}; {why}")
 
     def state(self) -> checkpoint.State:
         """All that a checkpoint holds."""
@@ -320,7 +324,7 @@ class Trainer:
             trainer=counters | {"guard": self.guard.state()},
             manifest={
                 "data": self.windows.fingerprint,
-                "data_files": self.windows.files,
+                "data_files": self.validation.files,
                 "numerics": self.numerics(),
                 "model": dataclasses.asdict(self.config.model),
             },

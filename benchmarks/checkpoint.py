@@ -1,0 +1,83 @@
+"""What a checkpoint costs: seconds, memory, and its share of a run that saves every five minutes.
+
+    python benchmarks/checkpoint.py [PRESET] [--folder DIR] [--saves N]
+
+The model with AdamW's moments, as in training; saved as training saves it. The peak is this
+process's, so that a second copy of the state would show.
+"""
+
+import argparse
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from sota_transformer.model.optim import adamw, state_tensors
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.presets import PRESETS
+from sota_transformer.training import checkpoint
+
+_INTERVAL_SECONDS = 300
+
+
+def state_of(preset: str) -> checkpoint.State:
+    """Weights and moments of a model after one update."""
+    config = PRESETS[preset]()
+    model = Transformer(config.model, torch.float32)
+    model.init_weights(torch.Generator().manual_seed(0))
+    optimizer = adamw(model, config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return checkpoint.State(step=0, model=weights, optim=state_tensors(model, optimizer))
+
+
+def peak() -> int:
+    """Most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident() -> int:
+    """Bytes that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("preset", nargs="?", default="125m", choices=PRESETS)
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured")
+    parser.add_argument("--saves", type=int, default=3)
+    options = parser.parse_args()
+    state = state_of(options.preset)
+    tensors = (state.model | state.optim).values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    # The kernel's peak includes that of building the model; resetting it leaves what saving takes.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, seconds = resident(), []
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=options.folder))
+    try:
+        for number in range(options.saves):
+            state.step = number
+            began, worked = time.monotonic(), time.process_time()
+            checkpoint.save(folder, state)
+            checkpoint.prune(folder, 2, {number, number - 1})
+            seconds.append((time.monotonic() - began, time.process_time() - worked))
+    finally:
+        shutil.rmtree(folder)
+    wall, cpu = (statistics.median(column) for column in zip(*seconds, strict=True))
+    print(f"{options.preset}: state of {size / 1e9:.2f} GB, {options.saves} saves")
+    print(f"a save: {wall:.2f} s (processor {cpu:.2f} s), {size / wall / 1e6:,.0f} MB/s")
+    print(f"share of {_INTERVAL_SECONDS} s: {wall / _INTERVAL_SECONDS:.2%}")
+    more = (peak() - before) / size
+    print(f"memory: {before / 1e9:.2f} GB before, {peak() / 1e9:.2f} GB at the peak of saving")
+    print(f"saving takes {more:.1%} of the state's size on top")
+
+
+if __name__ == "__main__":
+    main()
