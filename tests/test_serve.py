@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import json
-import math
 import os
 import re
 import signal
@@ -326,14 +325,30 @@ def test_long_headers_are_refused(server: Server) -> None:
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_fuzzed_requests_find_no_error(server: Server, count: int, tmp_path: Path) -> None:
+def test_fuzzed_requests_find_no_error(count: int, tmp_path: Path) -> None:
+    """Made from the server's own document: no failure, and memory stays where warming up left it.
+
+    A short context keeps each answer cheap; what is refused and why does not depend on it.
+    """
     pytest.importorskip("schemathesis")
-    before = psutil.Process(server.process.pid).memory_info().rss
+    server = Server(write_run(tmp_path / "fuzzed", small_model(FULL)))
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json",
-        "--checks", "all", "--max-examples", str(count // 4), "--seed", "1", "--no-color",
+        "--checks", "all", "--max-examples", str(count), "--seed", "1", "--no-color",
+        "--request-timeout", "70",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
-    assert done.returncode == 0, done.stdout[-6000:]
-    grown = psutil.Process(server.process.pid).memory_info().rss - before
-    assert math.isfinite(grown) and grown < 300e6  # the model's own buffers warm up once
+    sizes = []
+    with (tmp_path / "log").open("w+") as log:
+        fuzzer = subprocess.Popen(command, stdout=log, cwd=tmp_path, env=os.environ)
+        while fuzzer.poll() is None:
+            sizes.append(psutil.Process(server.process.pid).memory_info().rss)
+            time.sleep(1)
+        log.seek(0)
+        said = log.read()
+    assert fuzzer.returncode == 0, said[-6000:]
+    made = int(re.findall(r"(\d+) generated", said)[0])
+    warm, last = sizes[len(sizes) // 4], sizes[-1]
+    print(f"{made} requests, {warm / 1e6:.0f} -> {last / 1e6:.0f} MB, {len(sizes)} s")
+    assert made >= count
+    assert last - warm < 30e6
+    assert server.stop() in (143, -15)
