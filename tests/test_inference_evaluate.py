@@ -1,11 +1,15 @@
 """`sota evaluate` and `sota generate` as a user calls them; EleutherAI's harness beside ours."""
 
 import contextlib
+import functools
+import http.server
 import io
 import json
 import random
+import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +191,60 @@ def test_the_table_names_the_protocol_and_published_figures(run: Path, lambada_f
     assert "lambada_standard" not in table  # nothing of ours was measured by it
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A server that has the hub's addresses and serves what lies in a folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        yield tmp_path / "datasets"
+        server.shutdown()
+
+
+def put(hub: Path, repository: str, split: str, rows: list[dict[str, Any]]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = hub / repository / "resolve/refs/convert/parquet" / split / "0000.parquet"
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_benchmarks_come_from_the_hub_once(
+    run: Path, lambada_file: Path, hellaswag_file: Path, hub: Path
+) -> None:
+    pytest.importorskip("pyarrow.parquet")
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
+    texts, questions = read(lambada_file), read(hellaswag_file)
+    put(hub, "EleutherAI/lambada_openai", "default/test", texts)
+    put(hub, "cimec/lambada", "plain_text/test", [{"domain": None, **text} for text in texts])
+    put(hub, "Rowan/hellaswag", "default/validation", questions)
+    from_hub = judged(run, lambada=Path("hub"), hellaswag=Path("hub"))["benchmarks"]
+    local = judged(run, lambada=lambada_file, hellaswag=hellaswag_file)["benchmarks"]
+    values = {row["name"]: row["value"] for row in from_hub}
+    assert values | {row["name"]: row["value"] for row in local} == values
+    assert values["lambada_standard accuracy"] == values["lambada_openai accuracy"]
+    shutil.rmtree(hub)
+    assert judged(run, lambada=Path("hub"), hellaswag=Path("hub"))["benchmarks"] == from_hub
+
+
+def test_without_the_hub_one_line_says_what_to_do(
+    run: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    bad = hub / "Rowan/hellaswag/resolve/refs/convert/parquet/default/validation/0000.parquet"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"<html>")
+    for options, code in (({"lambada": Path("hub")}, 66), ({"hellaswag": Path("hub")}, 65)):
+        with pytest.raises(SotaError) as caught:
+            run_evaluate(Evaluate(run=run, device="cpu", **options))  # type: ignore[arg-type]
+        assert caught.value.code == code
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SotaError, match="offline, give --lambada a local FILE"):
+        run_evaluate(Evaluate(run=run, device="cpu", lambada=Path("hub")))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -235,6 +293,19 @@ def greedy(prompt: str, count: int) -> str:
 def test_generate_prints_the_prompt_and_its_continuation(run: Path) -> None:
     options = Generate(run=run, prompt=("Once upon",), max_tokens=9, temperature=0, device="cpu")
     assert printed(run_generate, options) == "Once upon" + greedy("Once upon", 9) + "\n"
+
+
+def test_generate_in_bfloat16_is_deterministic_and_nearly_the_same(run: Path) -> None:
+    asked = {"run": run, "prompt": ("Once upon",), "max_tokens": 9, "device": "cpu", "json": True}
+    first, again, exact = (
+        json.loads(printed(run_generate, Generate(dtype=dtype, logprobs=0, **asked)))  # type: ignore[arg-type]
+        for dtype in ("bfloat16", "bfloat16", "float32")
+    )
+    assert first == again
+    ours, theirs = (line["logprobs"][0] for line in (first, exact))
+    assert ours["logprob"] != theirs["logprob"]  # it really was another type
+    if ours["id"] == theirs["id"]:
+        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=0.5)
 
 
 def test_generate_many_from_a_file_as_json(run: Path, tmp_path: Path) -> None:

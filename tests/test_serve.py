@@ -335,7 +335,7 @@ def test_fuzzed_requests_find_no_error(count: int, tmp_path: Path) -> None:
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json",
         "--checks", "all", "--max-examples", str(count), "--seed", "1", "--no-color",
-        "--request-timeout", "70",
+        "--request-timeout", "70", "--max-response-time", "65",
     ]  # fmt: skip
     sizes = []
     with (tmp_path / "log").open("w+") as log:

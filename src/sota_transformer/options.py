@@ -121,6 +121,8 @@ class Generate:
     """With --json: log-probabilities of each token and of this many alternatives; -1 for none."""
     step: int | None = None
     """Checkpoint to use; without it, the newest that verifies."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32 writes what an export of the run writes; bfloat16 is faster, and differs a little."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
@@ -142,9 +144,9 @@ class Evaluate:
     stride: int = 0
     """Tokens between two windows over a text; 0 is `context`, so that they do not overlap."""
     lambada: Path | None = None
-    """JSON lines with a field `text`: accuracy on the last word, in three protocols."""
+    """JSON lines with `text`, or `standard` for the original spelling; `hub` fetches both."""
     hellaswag: Path | None = None
-    """JSON lines with ctx, endings and label (or the hub's fields): acc and acc_norm."""
+    """JSON lines with ctx, endings and label (or the hub's fields); `hub` fetches them."""
     tasks: str = ""
     """Tasks for EleutherAI's lm-eval, with commas; needs the extra [lm-eval]."""
     limit: int = 0
@@ -201,6 +203,8 @@ class Serve:
     """Requests computed together; as many again wait, others are told to come back."""
     step: int | None = None
     """Checkpoint to serve; without it, the newest that verifies."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32 writes what an export of the run writes; bfloat16 is faster, and differs a little."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 

@@ -30,8 +30,21 @@ def warn(text: str) -> None:
     print(f"sota: {text}", file=sys.stderr)
 
 
-def open_model(folder: Path, device: str, step: int | None) -> Opened:
-    """The model of a run or of a Hugging Face folder, ready to use. SotaError 65 or 66."""
+def open_model(folder: Path, device: str, step: int | None, dtype: str = "float32") -> Opened:
+    """The model of a run or of a Hugging Face folder, ready to use. SotaError 65 or 66.
+
+    In bfloat16 the matrices are stored so and computed with; norms and logits stay float32.
+    """
+    opened = _open(folder, device, step)
+    if dtype == "bfloat16":
+        opened.model.dtype = torch.bfloat16
+        for parameter in opened.model.parameters():
+            if parameter.ndim > 1:
+                parameter.data = parameter.data.bfloat16()
+    return opened
+
+
+def _open(folder: Path, device: str, step: int | None) -> Opened:
     run = Run(device=device)  # type: ignore[arg-type]  # tyro has checked it
     if is_model_folder(folder):
         if step is not None:

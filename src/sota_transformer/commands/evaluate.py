@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sota_transformer.commands.common import Opened, check, open_model
+from sota_transformer.commands.hub import fetch
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
@@ -111,26 +112,31 @@ def _read_text(path: Path) -> str:
 def _benchmarks(
     options: Evaluate, opened: Opened, tokenizer: Tokenizer
 ) -> list[benchmarks.Benchmark]:
-    """The figures of LAMBADA and HellaSwag from local files."""
+    """The figures of LAMBADA and HellaSwag from local files or the hub."""
     rows: list[benchmarks.Benchmark] = []
     if options.lambada:
-        examples = _examples(options.lambada, options.limit)
+        path = _or_hub(options.lambada, "lambada")
+        examples = _examples(path, options.limit)
         texts = [example["text"] for example in examples if "text" in example]
         standard = [example["standard"] for example in examples if "standard" in example]
         if not all(isinstance(t, str) and " " in t.strip() for t in [*texts, *standard]) or not (
             texts or standard
         ):
             raise SotaError(
-                f"{options.lambada}: each line needs a field `text` (or `standard`, the original "
-                "text) of at least two words",
+                f"{path}: each line needs a field `text` (or `standard`, the original text) of at "
+                "least two words",
                 BAD_DATA,
             )
         rows += benchmarks.lambada(opened.model, tokenizer, texts, standard)
     if options.hellaswag:
-        examples = _examples(options.hellaswag, options.limit)
-        choices = [_choice(options.hellaswag, example) for example in examples]
+        path = _or_hub(options.hellaswag, "hellaswag")
+        choices = [_choice(path, example) for example in _examples(path, options.limit)]
         rows += benchmarks.hellaswag(opened.model, tokenizer, choices)
     return rows
+
+
+def _or_hub(path: Path, name: str) -> Path:
+    return fetch(name) if str(path) == "hub" else path
 
 
 def _choice(path: Path, example: dict[str, Any]) -> benchmarks.Choice:
@@ -192,11 +198,14 @@ def _print_table(result: dict[str, Any]) -> None:
     step = "" if result["step"] is None else f", step {result['step']:,}"
     print(f"{result['model']}{step}, {result['parameters']:,} parameters")
     if "nats" in result:
-        error = "" if result["error"] is None else f" +- {result['error']:.4f}"
+        error, unit = "", "nats a token"
+        if result["error"] is not None:
+            error, unit = f" +- {result['error']:.4f}", f"{unit} (error over windows)"
         print(
-            f"{result['text']}: {result['tokens']:,} tokens in {result['sequences']:,} windows, "
+            f"{result['text']}: {result['tokens']:,} tokens in "
+            f"{_count(result['sequences'], 'window')}, "
             f"context {result['context']}, stride {result['stride']}\n"
-            f"  loss            {result['nats']:.4f}{error} nats a token (error over windows)\n"
+            f"  loss            {result['nats']:.4f}{error} {unit}\n"
             f"  perplexity      {result['perplexity']:.3f}\n"
             f"  bits per byte   {result['bits_per_byte']:.4f}"
         )
@@ -204,8 +213,8 @@ def _print_table(result: dict[str, Any]) -> None:
     for row in result["benchmarks"]:
         error = "" if row["error"] is None else f" +- {row['error']:.4f}"
         print(
-            f"  {row['name']:<28} {row['value']:>12.4f}{error:<13} {row['examples']:,} examples, "
-            f"{row['protocol']}"
+            f"  {row['name']:<28} {row['value']:>12.4f}{error:<13} "
+            f"{_count(row['examples'], 'example')}, {row['protocol']}"
         )
         names.append(row["name"])
     for task, values in result.get("lm_eval", {}).items():
@@ -216,3 +225,7 @@ def _print_table(result: dict[str, Any]) -> None:
         print("published, same protocol and full test set:")
         for r in shown:
             print(f"  {r.name:<28} {r.value:>12.4f} {r.model}{f' ({r.note})' if r.note else ''}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

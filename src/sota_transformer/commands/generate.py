@@ -33,7 +33,7 @@ def run_generate(options: Generate) -> int:
     )
     prompts = list(options.prompt) if options.file is None else _prompts(options.file)
     prompts = prompts or [""]
-    opened = open_model(options.run, options.device, options.step)
+    opened = open_model(options.run, options.device, options.step, options.dtype)
     tokenizer = Tokenizer()
     jobs = [
         Job(

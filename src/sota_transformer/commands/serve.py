@@ -30,7 +30,7 @@ def run_serve(options: Serve) -> int:
         raise SotaError(
             f"serving needs the package {error.name}: pip install 'sota-transformer[serve]'"
         ) from error
-    opened = open_model(options.run, options.device, options.step)
+    opened = open_model(options.run, options.device, options.step, options.dtype)
     train, validation = _curve(options.run)
     serve(
         opened.model,

