@@ -1,6 +1,11 @@
 """Tokens per second of generation and of scoring, by preset and batch size, on random weights.
 
     python benchmarks/generation.py [PRESET ...]
+    python benchmarks/generation.py --against-transformers [PRESET ...]
+
+The second continues one prompt, greedily, here and by `transformers` on the exported model, in
+turn, in float32 and bfloat16, and says how much of the memory's own rate each reaches: a token
+reads every weight once.
 
 Each figure is the median of three, of an untrained model, whose flat distribution makes top-p as
 slow as it gets. `per_cpu_second` counts processor time, so that it says something on a machine that
@@ -10,24 +15,29 @@ others use too; on an idle one the two are alike with one thread. One JSON objec
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from sota_transformer import durable
+from sota_transformer.commands.common import open_model
 from sota_transformer.config import Run
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Job, run_jobs
 from sota_transformer.inference.benchmarks import Choice, hellaswag
-from sota_transformer.inference.generate import make_sampler
+from sota_transformer.inference.export import write_huggingface
+from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.inference.perplexity import perplexity
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
 
-PROMPT, ADDED, WINDOWS, QUESTIONS = 64, 64, 8, 16
+PROMPT, ADDED, WINDOWS, QUESTIONS, ROUNDS = 64, 64, 8, 16, 3
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
@@ -71,6 +81,60 @@ def measure(name: str) -> None:
     show(name, runtime, "HellaSwag questions", QUESTIONS, took)
 
 
+def against_transformers(name: str) -> None:
+    """Medians of each program and type, taken in turn: processor seconds with one thread."""
+    from transformers import AutoModelForCausalLM
+
+    config = PRESETS[name]().model
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    prompt = list(range(1000, 1000 + PROMPT))
+    works: dict[str, Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "hf"
+        with durable.commit_folder(folder, {}) as writer:
+            write_huggingface(writer, model.eval(), "float32", "")
+        for dtype in ("float32", "bfloat16"):
+            mine = open_model(folder, "cpu", None, dtype).model
+            other = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            works[f"sota {dtype}"] = lambda m=mine: list(
+                generate(m, prompt, make_sampler(0.0), ADDED, stop_ids=())
+            )
+            works[f"transformers {dtype}"] = lambda o=other: o.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=ADDED,
+                min_new_tokens=ADDED,
+                do_sample=False,
+                suppress_tokens=None,
+            )[0, PROMPT:].tolist()
+    times: dict[str, list[float]] = {what: [] for what in works}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    rates, data = [], torch.ones(1 << 27)
+    for _ in range(1 + ROUNDS):  # the first one warms up
+        began = clock()
+        data.dot(data)  # 512 MB read once
+        rates.append(4 * data.numel() / (clock() - began))
+        for what, work in works.items():
+            began = clock()
+            work()
+            times[what].append(clock() - began)
+    base = statistics.median(times["transformers float32"][1:])
+    for what in works:
+        took = statistics.median(times[what][1:])
+        read = config.parameter_count * (2 if "bfloat16" in what else 4) * ADDED / took
+        line = {"preset": name, "threads": torch.get_num_threads(), "what": what}
+        line |= {
+            "tokens_per_second": round(ADDED / took, 1),
+            "best": round(ADDED / min(times[what]), 1),
+        }
+        line |= {"times_transformers_float32": round(base / took, 2)}
+        line |= {"share_of_memory_rate": round(read / statistics.median(rates), 2)}
+        print(json.dumps(line), flush=True)
+    same = works["sota float32"]() == works["transformers float32"]()
+    gb = statistics.median(rates) / 1e9
+    print(json.dumps({"preset": name, "memory_gb_per_second": round(gb, 1), "same_text": same}))
+
+
 def show(name: str, runtime: Runtime, what: str, count: int, took: tuple[float, float]) -> None:
     line = {"preset": name, "device": str(runtime.device), "threads": runtime.threads, "what": what}
     rates = {"per_second": count / took[0], "per_cpu_second": count / took[1]}
@@ -78,5 +142,6 @@ def show(name: str, runtime: Runtime, what: str, count: int, took: tuple[float, 
 
 
 if __name__ == "__main__":
-    for preset in sys.argv[1:] or ["16m", "125m"]:
-        measure(preset)
+    against = "--against-transformers" in sys.argv
+    for preset in [word for word in sys.argv[1:] if word[0] != "-"] or ["16m", "125m"]:
+        (against_transformers if against else measure)(preset)

@@ -236,6 +236,8 @@ def test_what_is_in_the_way_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(SotaError, match="exists already"):
         run_export(Export(run=run, out=tmp_path / "out"))
+    with pytest.raises(SotaError, match="--out FOLDER"):
+        run_export(Export(run=run))
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SotaError, match="exists already"):
         run_export(Export(run=run, out=tmp_path / "link"))

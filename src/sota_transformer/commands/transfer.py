@@ -30,7 +30,7 @@ def run_export(options: Export) -> int:
     check(
         {
             "--dtype q8_0 needs --format gguf": options.dtype != "q8_0" or options.format == "gguf",
-            f"{options.out} exists already; give another --out": not _occupied(options.out),
+            **_free(options.out),
         }
     )
     opened = open_model(options.run, "cpu", options.step)
@@ -55,8 +55,12 @@ def run_export(options: Export) -> int:
     return 0
 
 
-def _occupied(out: Path) -> bool:
-    return out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+def _free(out: Path) -> dict[str, bool]:
+    """The rules that the folder to write must keep."""
+    if out == Path():
+        return {"name the folder to write: --out FOLDER": False}
+    taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+    return {f"{out} exists already; give another --out": not taken}
 
 
 def _existing(path: Path) -> Path:
@@ -133,7 +137,7 @@ def _figures(folder: Path, step: int | None) -> str:
 
 def run_import(options: Import) -> int:
     """A run at step 0 with the folder's weights, to evaluate, use or train on."""
-    check({f"{options.out} exists already; give another --out": not _occupied(options.out)})
+    check(_free(options.out))
     model, out = read_model(options.model), options.out.absolute()
     data = options.data.absolute() if options.data else Path()
     fingerprint = load_manifest(data)["fingerprint"] if options.data else None
