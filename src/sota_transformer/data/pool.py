@@ -198,6 +198,8 @@ def _begin(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.setrecursionlimit(_RECURSION)
+    # Arrow's default, mimalloc, holds on to what it freed: tens of MB in each worker.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     threading.Thread(target=_watch, daemon=True).start()
     _Worker.job = job
     _Worker.tools = Tools(job.encoder, job.text_field, job.repair, job.sketches, job.excluded)

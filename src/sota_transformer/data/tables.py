@@ -11,7 +11,7 @@ from typing import Any
 from sota_transformer.data.sources import Skipped, Source
 from sota_transformer.data.units import UNIT_BYTES, Segment
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 32
 _BUFFER_BYTES = 1 << 20
 _LEFT_OUT = "damaged table; only its readable start was taken"
 
