@@ -83,7 +83,7 @@ def test_sigterm(bench: Bench, zygote: Zygote) -> None:
     ("during", "options", "not_yet"),
     [
         ("compilation", "--run.compile on", "step      1/"),
-        ("validation", "--train.eval-every 1 --train.eval-tokens 65536", "validation"),
+        ("validation", "--train.eval-every 1 --train.eval-tokens 65536", " nats"),
         ("sampling", "--train.sample-every 1", "--- sample"),
     ],
 )
