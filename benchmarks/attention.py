@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sota_transformer.config import Run
-from sota_transformer.model.transformer import attend, attend_in_blocks
+from sota_transformer.model.transformer import attend, attend_in_blocks, same_document
 from sota_transformer.runtime import Runtime
 
 ROUNDS = 6
@@ -39,8 +39,14 @@ def attention() -> None:
     def both(function: Callable[..., Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(q, k, v), (q, k, v), seed)
 
-    compiled = torch.compile(attend_in_blocks, dynamic=False)
-    works = {"SDPA": both(attend), "in blocks, compiled": both(compiled)}
+    mask = same_document(torch.arange(512).div(200, rounding_mode="floor").expand(4, 512))
+    compiled, masked = (torch.compile(attend_in_blocks, dynamic=False) for _ in range(2))
+    works = {
+        "SDPA": both(attend),
+        "SDPA, documents apart": both(lambda *qkv: attend(*qkv, mask)),
+        "in blocks, compiled": both(compiled),
+        "in blocks, compiled, documents apart": both(lambda *qkv: masked(*qkv, mask)),
+    }
     for name, milliseconds in fastest(works).items():
         print(f"attention, {name}: {milliseconds:.1f} ms")
 
