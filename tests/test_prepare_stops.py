@@ -293,7 +293,8 @@ def test_merge_puts_parts_together(
     monkeypatch.chdir(source.parent)
     run(out, source.name, part="2/3")
     monkeypatch.chdir(tmp_path)
-    merge(Merge(out=Path("data"), workers=1))
+    merged = merge(Merge(out=Path("data"), workers=1))
+    assert merge(Merge(out=out))["fingerprint"] == merged["fingerprint"]
     run(tmp_path / "whole", source)
     assert bytes_of(out, manifest=False) == bytes_of(tmp_path / "whole", manifest=False)
 

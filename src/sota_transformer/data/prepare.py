@@ -83,6 +83,11 @@ def merge(options: Merge) -> dict[str, Any]:
     """
     out = options.out.absolute()
     work = _work(out)
+    if (out / MANIFEST).exists() and not work.exists():
+        from sota_transformer.data.shards import load_manifest
+
+        print(f"{options.out} is complete; no parts wait beside it")
+        return load_manifest(out)
     try:
         asked = json.loads((work / _ASKED).read_bytes())
         done, parts = set(work.glob("done-*")), asked["parts"]
