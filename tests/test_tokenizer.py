@@ -160,13 +160,6 @@ def test_token_bytes_measure_the_text() -> None:
     assert tokenizer.token_bytes[[50256, 50257]].tolist() == [0, 0]
 
 
-def test_batch_equals_singles() -> None:
-    batch = [Tokenizer().encode(text) for text in HOSTILE]
-    assert [ids.dtype for ids in batch] == [np.uint16] * len(HOSTILE)
-    tokenizer = Tokenizer()
-    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in HOSTILE]
-
-
 def test_imports_no_torch() -> None:
     code = (
         "import sys; from sota_transformer.data import loader, prepare, shards, tokenizer\n"

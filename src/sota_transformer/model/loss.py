@@ -16,6 +16,7 @@ from sota_transformer.config import GPT2_VOCAB
 PAD = GPT2_VOCAB  # the id behind GPT-2's own
 IGNORED = -1  # a target that counts nowhere
 CHUNK_TOKENS = 512  # logits in flight: a chunk stays in a CPU's cache between its three uses
+SLICE_TOKENS = 16  # of them, in three passes over a CPU core's own cache
 GROUP_TOKENS = 2048  # logits kept, as gradients, until one product gives the head's gradient
 
 
@@ -61,14 +62,17 @@ class _HeadLoss(torch.autograd.Function):
         hidden_gradient, head_gradient = torch.empty_like(hidden) if train else hidden, None
         for begin in range(0, len(hidden), GROUP_TOKENS):
             group = slice(begin, min(begin + GROUP_TOKENS, len(hidden)))
-            rows = group.stop - begin if train else CHUNK_TOKENS
-            buffer = hidden.new_empty(rows, len(head))  # logits, then their gradients
+            size = group.stop - begin if train else CHUNK_TOKENS
+            buffer = hidden.new_empty(size, len(head))  # logits, then their gradients
             for start in range(begin, group.stop, CHUNK_TOKENS):
                 part = slice(start, min(start + CHUNK_TOKENS, group.stop))
                 place = start - begin if train else 0
                 logits = buffer[place : place + part.stop - start]
                 torch.mm(hidden[part], weight.t(), out=logits)
-                sums += losses_of(logits, targets[part], smoothing, train)
+                rows = SLICE_TOKENS if compiled and hidden.device.type == "cpu" else CHUNK_TOKENS
+                pieces = zip(logits.split(rows), targets[part].split(rows), strict=True)
+                for scores, answers in pieces:
+                    sums += losses_of(scores, answers, smoothing, train)
                 if train:
                     torch.mm(logits, weight, out=hidden_gradient[part])
             if train:
@@ -104,10 +108,11 @@ def chunk_losses(logits: Tensor, targets: Tensor, smoothing: float, in_place: bo
     smoothed = (1 - smoothing) * nll + smoothing * uniform
     sums = torch.stack((smoothed, nll)).where(valid, 0.0).sum(-1)
     if in_place:
-        gradient = (scores - log_total[:, None]).exp() - smoothing / logits.shape[1]
-        column = torch.arange(logits.shape[1], device=logits.device)
-        gradient = gradient - (column == index) * (1 - smoothing)
+        uniform_share = smoothing / logits.shape[1]
+        gradient = (scores - log_total[:, None]).exp() - uniform_share
+        at_target = (-nll).exp() - uniform_share - (1 - smoothing)
         logits.copy_(gradient.where(valid[:, None], 0.0))
+        logits.scatter_(1, index, at_target.where(valid, 0.0)[:, None].to(logits.dtype))
     return sums
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sota_transformer.config import Model
+from sota_transformer.model import cpu
 
 
 class Dropout(NamedTuple):
@@ -81,19 +82,19 @@ class RMSNorm(nn.Module):
 def rotary(positions: int, head_dim: int, base: float) -> Tensor:
     """Cosines and sines of Su et al. 2021, (2, positions, head_dim), halves repeated as in Llama.
 
-    Computed in float32 in the order of operations of `transformers`, so that exports agree.
+    The first half of the sines is negative, for `rotate`. Computed in float32 in the order of
+    operations of `transformers`, so that exports agree.
     """
     frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.arange(positions, dtype=torch.float32)[:, None] * frequency[None, :]
-    angle = torch.cat((angle, angle), dim=-1)
-    return torch.stack((angle.cos(), angle.sin()))
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)))
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate (B, H, T, h) by the positions of rope, (2, T, h); keeps the type of x."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * rope[0] + turned * rope[1]).to(x.dtype)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # the other half of each pair
+    return (x * rope[0] + swapped * rope[1]).to(x.dtype)
 
 
 def drop(x: Tensor, dropout: Dropout | None, site: int) -> Tensor:
@@ -110,7 +111,8 @@ def drop(x: Tensor, dropout: Dropout | None, site: int) -> Tensor:
     bits = (index + dropout.keys.view(-1, 1, 1) + site * 0x2545F49) * -1640531535
     bits = (bits ^ (bits >> 15)) * -2048144777
     bits = (bits ^ (bits >> 13)) * -1028477379
-    keep = ((bits >> 16) & 0xFFFF) >= dropout.rate * 65_536
+    least = (dropout.rate * 65_536).ceil().int()
+    keep = (((bits >> 16) & 0xFFFF) - least >> 31) + 1  # 1 from `least` on; no slow booleans
     return x * (keep / (1 - dropout.rate)).to(x.dtype)
 
 
@@ -133,36 +135,14 @@ def same_document(documents: Tensor) -> Tensor:
     return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of (B, H, T, h) by its formula, in blocks of queries that skip the future.
-
-    A `mask` (B or 1, 1, T, T) may only narrow what a token sees of its past.
-
-    Only worth it compiled on a CPU, where matrix products are fast and SDPA's kernel is not:
-    `benchmarks/attention.py` measures both. Keeps the probabilities for the backward pass.
-    """
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    tokens, scale, outputs = q.shape[2], q.shape[3] ** -0.5, []
-    size = max(64, tokens // 4)
-    for start in range(0, tokens, size):
-        end = min(start + size, tokens)
-        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).float() * scale
-        where = torch.arange(start, end, device=q.device)
-        hidden = torch.arange(end, device=q.device) > where[:, None]
-        if mask is not None:
-            hidden = ~mask[:, :, start:end, :end]
-        chances = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(q.dtype)
-        outputs.append(chances @ v[:, :, :end])
-    return torch.cat(outputs, dim=2)
-
-
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; grouped queries when K < H."""
+
+    compiled_on_cpu = False  # set from outside
 
     def __init__(self, config: Model, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.layer = config.heads, config.kv_heads, layer
-        self.in_blocks = False  # set from outside, where it is faster
         width = config.head_dim
         self.qkv = Linear(config.d_model, (config.heads + 2 * config.kv_heads) * width)
         self.out = Linear(config.heads * width, config.d_model)
@@ -183,8 +163,8 @@ class Attention(nn.Module):
         q, k, v = rotate(q, rope).contiguous(), rotate(k, rope).contiguous(), v.contiguous()
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        blockwise = self.in_blocks and self.training and cache is None
-        y = (attend_in_blocks if blockwise else attend)(q, k, v, mask)
+        blockwise = self.compiled_on_cpu and self.training and cache is None
+        y = (cpu.attend_in_blocks if blockwise else attend)(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
 
 
@@ -222,8 +202,23 @@ class Block(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) float32 -> (B, T, D) float32."""
+        return self.feed(self.mix(x, dtype, rope, dropout, cache, mask), dtype, dropout)
+
+    def mix(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        rope: Tensor,
+        dropout: Dropout | None,
+        cache: Cache | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The attention half."""
         y = self.attention(self.attention_norm(x).to(dtype), rope, cache, mask)
-        x = x + drop(y, dropout, 1)
+        return x + drop(y, dropout, 1)
+
+    def feed(self, x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
+        """The feed-forward half."""
         y = self.mlp(self.mlp_norm(x).to(dtype))
         return x + drop(y, dropout, 2)
 
