@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sota_transformer.config import Run
-from sota_transformer.model.transformer import attend, attend_in_blocks, same_document
+from sota_transformer.model.cpu import attend_in_blocks
+from sota_transformer.model.transformer import attend, same_document
 from sota_transformer.runtime import Runtime
 
 ROUNDS = 6

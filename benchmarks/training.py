@@ -45,17 +45,12 @@ def products(preset: str, rows: int, steps: int) -> float:
     qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
     shapes = [(width, qkv), (width, width), (width, 2 * model.d_ff), (model.d_ff, width)]
     shapes = shapes * model.layers + [(width, model.vocab_size)]
-    made = {
-        "dtype": runtime.dtype,
-        "device": runtime.device,
-    }
+
+    def operand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=runtime.dtype, device=runtime.device)
+
     operands = {
-        (i, o): (
-            torch.randn(tokens, i, **made),
-            torch.randn(o, i, **made),
-            torch.randn(tokens, o, **made),
-        )
-        for i, o in set(shapes)
+        (i, o): (operand(tokens, i), operand(o, i), operand(tokens, o)) for i, o in set(shapes)
     }
 
     def step() -> None:
@@ -239,8 +234,9 @@ def compare(preset: str, options: argparse.Namespace) -> None:
         seconds = [row["seconds"] for row in results]
         middle = statistics.median(seconds)
         span = f"{tokens / max(seconds):,.0f}-{tokens / min(seconds):,.0f}"
+        rate = 6e-12 * matrices * tokens / middle
         print(
-            f"{name:<16} {tokens / middle:>9,.0f} {span:>15} {6e-12 * matrices * tokens / middle:>8.3f} "
+            f"{name:<16} {tokens / middle:>9,.0f} {span:>15} {rate:>8.3f} "
             f"{max(row['memory'] for row in results):>8.2f} {middle / own:>7.2f}",
             flush=True,
         )

@@ -17,7 +17,11 @@ def case(tokens: int = 37, width: int = 16, vocab: int = 101):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("chunk", [5, 37, 1024])
-def test_sums_and_gradients_equal_torch(monkeypatch, smoothing: float, chunk: int) -> None:
+@pytest.mark.parametrize("aligned", [1, 64])
+def test_sums_and_gradients_equal_torch(
+    monkeypatch, smoothing: float, chunk: int, aligned: int
+) -> None:
+    monkeypatch.setattr(loss_module, "ALIGNED", {"cpu": aligned})
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
     monkeypatch.setattr(loss_module, "GROUP_TOKENS", 2 * chunk)
     hidden, head, targets = case()

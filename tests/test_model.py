@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from sota_transformer.config import Model
+from sota_transformer.model.cpu import attend_in_blocks
 from sota_transformer.model.transformer import (
     Cache,
     Dropout,
     Transformer,
     attend,
-    attend_in_blocks,
     drop,
     same_document,
 )
@@ -152,7 +152,7 @@ DOCUMENTS = torch.tensor([[0] * 9 + [1] * 30 + [2], [0] * 20 + [1] * 20])
 def test_with_a_mask_each_document_is_as_if_alone(in_blocks: bool) -> None:
     model = build(SMALL)
     for block in model.blocks:
-        block.attention.in_blocks = in_blocks
+        block.attention.compiled_on_cpu = in_blocks
     tokens = torch.randint(0, 211, DOCUMENTS.shape, generator=torch.Generator().manual_seed(1))
     together = model(tokens, mask=same_document(DOCUMENTS))
     for row, numbers in enumerate(DOCUMENTS):

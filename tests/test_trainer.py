@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import DIVERGED, LOCKED, SotaError
+from sota_transformer.errors import DIVERGED, LOCKED, TEMPORARY, SotaError
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
@@ -100,6 +100,68 @@ def test_any_micro_batch_sees_the_same_samples(make_run: MakeRun) -> None:
         train(config)
     for config in runs[1:]:
         assert losses(config) == pytest.approx(losses(runs[0]), rel=1e-5)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(
+    make_run: MakeRun, monkeypatch, capsys
+) -> None:
+    """A device that holds two rows from the third step on, where eight were asked for."""
+    small, large = (make_run(f"m{rows}", batch_rows=8, micro_rows=rows) for rows in (2, 8))
+    train(small)
+    original = trainer.Transformer.forward
+
+    def crowded(self, tokens, *more, **named):
+        if tokens.shape[0] > 2 and self.training:
+            raise torch.OutOfMemoryError("no room")
+        return original(self, tokens, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Transformer, "forward", crowded)
+        train(large)
+    assert final_hash(large) == final_hash(small)
+    events = [line for line in read_metrics(large.run.out) if line.get("event") == "micro-batch"]
+    assert events[-1]["rows"] == 2
+    assert "micro-batches of 2 windows" in capsys.readouterr().out
+
+
+def test_not_one_window_fits(make_run: MakeRun, monkeypatch) -> None:
+    def full(self, tokens, *more, **named):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(trainer.Transformer, "forward", full)
+    with pytest.raises(SotaError, match="not even one window") as caught:
+        train(make_run("full"))
+    assert caught.value.code == TEMPORARY
+
+
+def test_float16_trains_with_a_scaled_loss(make_run: MakeRun, monkeypatch) -> None:
+    """An overflow costs one update and no patience; the scale survives a resume."""
+    config = make_run("half", steps=12, save_every_steps=4)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dtype="float16"))
+    scales = []
+    original = trainer.Trainer._update
+
+    def update(self, sums):
+        if self.step == 2:
+            for parameter in self.model.parameters():
+                parameter.grad.mul_(torch.inf)
+        original(self, sums)
+        scales.append(self.scaler.get_scale())
+        assert self.guard.bad_in_a_row == 0
+        if self.step == 9 and len(scales) == 9:
+            raise InterruptError
+
+    monkeypatch.setattr(trainer.Trainer, "_update", update)
+    with pytest.raises(InterruptError):
+        train(config)
+    train(config)
+    found = losses(config)
+    assert found[-1] < found[0] - 0.2
+    assert scales[2] == scales[1] / 2
+    assert scales[9] == scales[7]  # at step 8, where the run went on
+    events = [line for line in read_metrics(config.run.out) if line.get("event") == "skipped"]
+    assert len(events) == 1
+    assert "float16" in events[0]["reason"]
 
 
 PACKED = {"windows": "best-fit", "document_mask": True}

@@ -223,7 +223,7 @@ def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "bfloat16: this GPU has it in hardware"
-        return torch.float32, "float32: bfloat16 needs an Ampere GPU or newer"
+        return torch.float16, "float16 with a scaled loss: this GPU has no bfloat16"
     if device.type == "mps":
         return torch.float32, "float32: bfloat16 is emulated on M1 and M2"
     if _cpu_has_bfloat16():

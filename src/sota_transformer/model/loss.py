@@ -9,6 +9,7 @@ Losses are sums; the caller divides once by the global token count.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB
@@ -16,6 +17,7 @@ from sota_transformer.config import GPT2_VOCAB
 PAD = GPT2_VOCAB  # the id behind GPT-2's own
 IGNORED = -1  # a target that counts nowhere
 CHUNK_TOKENS = 512  # logits in flight: a chunk stays in a CPU's cache between its three uses
+ALIGNED = {"cuda": 64}  # rows of the head that a device's products want a multiple of
 SLICE_TOKENS = 16  # of them, in three passes over a CPU core's own cache
 GROUP_TOKENS = 2048  # logits kept, as gradients, until one product gives the head's gradient
 
@@ -56,27 +58,31 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """The sums; keeps the gradients of the first for the backward pass."""
         train = any(ctx.needs_input_grad)
-        weight = head.detach().to(hidden.dtype)
+        vocabulary, kind = len(head), hidden.device.type
+        weight = F.pad(
+            head.detach().to(hidden.dtype), (0, 0, 0, -vocabulary % ALIGNED.get(kind, 1))
+        )
+        rows = SLICE_TOKENS if compiled and kind == "cpu" else CHUNK_TOKENS
         losses_of = _compiled_losses() if compiled else chunk_losses
         sums = torch.zeros(2, device=hidden.device)
         hidden_gradient, head_gradient = torch.empty_like(hidden) if train else hidden, None
         for begin in range(0, len(hidden), GROUP_TOKENS):
             group = slice(begin, min(begin + GROUP_TOKENS, len(hidden)))
             size = group.stop - begin if train else CHUNK_TOKENS
-            buffer = hidden.new_empty(size, len(head))  # logits, then their gradients
+            buffer = hidden.new_empty(size, len(weight))  # logits, then their gradients
             for start in range(begin, group.stop, CHUNK_TOKENS):
                 part = slice(start, min(start + CHUNK_TOKENS, group.stop))
                 place = start - begin if train else 0
                 logits = buffer[place : place + part.stop - start]
                 torch.mm(hidden[part], weight.t(), out=logits)
-                rows = SLICE_TOKENS if compiled and hidden.device.type == "cpu" else CHUNK_TOKENS
-                pieces = zip(logits.split(rows), targets[part].split(rows), strict=True)
-                for scores, answers in pieces:
+                pieces = logits[:, :vocabulary].split(rows), targets[part].split(rows)
+                for scores, answers in zip(*pieces, strict=True):
                     sums += losses_of(scores, answers, smoothing, train)
                 if train:
                     torch.mm(logits, weight, out=hidden_gradient[part])
             if train:
-                product = buffer.t() @ hidden[group]  # (V, D), in the layout of the parameter
+                # (V, D) in the layout of the parameter; the padding rows' logits are their zeros
+                product = (buffer.t() @ hidden[group])[:vocabulary]
                 head_gradient = (
                     product.float() if head_gradient is None else head_gradient.add_(product)
                 )

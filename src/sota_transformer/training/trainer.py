@@ -23,7 +23,7 @@ from sota_transformer.data.loader import BatchLoader
 from sota_transformer.data.packing import BestFit, document_ids
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
-from sota_transformer.errors import BAD_DATA, DIVERGED, SotaError
+from sota_transformer.errors import BAD_DATA, DIVERGED, TEMPORARY, SotaError
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.inference.perplexity import Perplexity, perplexity
 from sota_transformer.model.loss import IGNORED, targets_of, token_loss
@@ -53,6 +53,8 @@ class Trainer:
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
         self.model.to(runtime.device)
         self.optimizer = adamw(self.model, config.optim)
+        halves = runtime.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=halves)
         self.step = 0
         self.updates = 0
         self.guard = Guard()
@@ -101,42 +103,76 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimizer step, of one or more micro-batches."""
-        config, device = self.config, self.runtime.device
+        device = self.runtime.device
         self.model.train()
         windows = self.loader.batch(self.step)
         batch = torch.from_numpy(windows).to(device)  # (B, T+1)
         targets = targets_of(batch)
         count = max(1, int(self.runtime.sum_((targets != IGNORED).sum())))  # over all ranks
         documents = torch.from_numpy(document_ids(windows[:, :-1])).to(device)
-        rate = torch.tensor(schedules.dropout(self.step, config), device=device)
-        keys = self._dropout_keys().to(device)
-        sums = torch.zeros(3, device=device)
+        while True:
+            try:
+                sums = self._gradients(batch, targets, documents, count)
+                break
+            except torch.OutOfMemoryError:
+                self._halve_micro_batch(len(batch))
+        self.runtime.sum_gradients(self.model.parameters())
+        self._update(sums)
+
+    def _gradients(self, batch: Tensor, targets: Tensor, documents: Tensor, count: int) -> Tensor:
+        """Gradients of the step, over its micro-batches; (3,) sums of their losses."""
+        rate = torch.tensor(schedules.dropout(self.step, self.config), device=batch.device)
+        keys = self._dropout_keys().to(batch.device)
+        sums = torch.zeros(3, device=batch.device)
         for begin in range(0, batch.shape[0], self.micro_rows):
             part = slice(begin, begin + self.micro_rows)
             dropout = Dropout(rate, keys[part]) if self._drops() else None
-            mask = same_document(documents[part]) if config.data.document_mask else None
+            mask = same_document(documents[part]) if self.config.data.document_mask else None
             hidden = self.model(batch[part, :-1], dropout, mask=mask)
             losses = token_loss(
                 hidden,
                 self.model.embedding.weight,
                 targets[part],
-                config.optim.label_smoothing,
+                self.config.optim.label_smoothing,
                 self.runtime.compile,
             )
-            (losses.smoothed / count).backward()
+            self.scaler.scale(losses.smoothed / count).backward()
             sums += torch.stack([part.detach().float() for part in losses])
-        self.runtime.sum_gradients(self.model.parameters())
-        self._update(sums)
+        return sums
+
+    def _halve_micro_batch(self, rows: int) -> None:
+        """Go on with smaller micro-batches of these rows; the step is the same but for rounding."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.micro_rows == 1:
+            raise SotaError(
+                f"step {self.step}: not even one window of {self.config.model.seq_len} tokens fits "
+                "into the memory; try --train.gradient-checkpointing, or a smaller preset",
+                TEMPORARY,
+            )
+        half = self.micro_rows // 2
+        self.micro_rows = next(size for size in range(half, 0, -1) if rows % size == 0)
+        self.log.event(
+            {"step": self.step, "event": "micro-batch", "rows": self.micro_rows},
+            f"step {self.step}: out of memory; on with micro-batches of {self.micro_rows} windows",
+        )
 
     def _update(self, sums: Tensor) -> None:
         """Clip and update, unless the loss or a gradient is not finite on any rank."""
-        limit = self.config.optim.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
         self.totals, self.gradient_norm = totals[:3], totals[3] / self.runtime.world
         self.signals.critical(True)
-        problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0])
+        if self.scaler.is_enabled() and self._overflowed():
+            problem = "float16 gradients overflowed; their scale is halved"
+        else:
+            problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0])
         if problem is None:
+            limit = self.config.optim.clip_norm or math.inf
+            if self.gradient_norm > limit:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
             set_learning_rate(self.optimizer, self._rate(self.step))
             self.optimizer.step()
             self.updates += 1
@@ -150,6 +186,11 @@ class Trainer:
             )
             if self.guard.bad_in_a_row >= PATIENCE:
                 self._go_back()
+
+    def _overflowed(self) -> bool:
+        """Whether the scaled float16 gradients did, which is no fault of the data; adapts."""
+        self.scaler.update()
+        return math.isfinite(self.totals[0]) and not math.isfinite(self.gradient_norm)
 
     def _go_back(self) -> None:
         """To the last checkpoint, on behind the data that did it, at half the rate; or give up."""
@@ -321,7 +362,7 @@ class Trainer:
             step=self.step,
             model={name: tensor.detach() for name, tensor in self.model.state_dict().items()},
             optim=state_tensors(self.model, self.optimizer),
-            trainer=counters | {"guard": self.guard.state()},
+            trainer=counters | {"guard": self.guard.state(), "scaler": self.scaler.state_dict()},
             manifest={
                 "data": self.windows.fingerprint,
                 "data_files": self.validation.files,
@@ -342,6 +383,8 @@ class Trainer:
         self.good.add(state.step)
         try:
             self.guard.restore(state.trainer["guard"])
+            if self.scaler.is_enabled() and state.trainer.get("scaler"):
+                self.scaler.load_state_dict(state.trainer["scaler"])
             if "rows" in state.trainer:  # not the step, so that the batch may change
                 past = self.step * self.config.train.batch_rows
                 self.guard.shift = int(state.trainer["rows"]) - past
