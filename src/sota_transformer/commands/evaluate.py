@@ -11,7 +11,7 @@ from sota_transformer.commands.common import Opened, check, open_model
 from sota_transformer.commands.hub import fetch
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
-from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.errors import BAD_DATA, NO_INPUT, USAGE, SotaError
 from sota_transformer.inference import benchmarks
 from sota_transformer.inference.generate import EOT
 from sota_transformer.inference.perplexity import sliding_sums, summarise
@@ -188,9 +188,12 @@ def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[st
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     try:
         return evaluate(opened.model, tokenizer, tasks, options.limit or None)
-    except (KeyError, ValueError, OSError, ConnectionError) as error:
+    except (KeyError, ValueError, OSError) as error:
         line = " ".join(str(error).split())[:300]
-        raise SotaError(f"lm-eval could not run {options.tasks}: {line}") from error
+        if isinstance(error, ConnectionError):
+            line += "; offline, --lambada and --hellaswag take local files"
+        code = NO_INPUT if isinstance(error, OSError) else USAGE
+        raise SotaError(f"lm-eval could not run {options.tasks}: {line}", code) from error
 
 
 def _print_table(result: dict[str, Any]) -> None:

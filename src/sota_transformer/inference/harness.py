@@ -1,5 +1,6 @@
 """EleutherAI's lm-eval on our own model, for `sota evaluate --tasks`: the extra [lm-eval]."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,7 @@ def evaluate(
     model: Transformer, tokenizer: Tokenizer, tasks: Sequence[Any], limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Figures by task, as lm-eval names them; `tasks` are its names or its configurations."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its retries
     found = simple_evaluate(
         model=Harness(model, tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=0
     )
