@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,31 +325,55 @@ def test_long_headers_are_refused(server: Server) -> None:
     assert answer.status_code == 431
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_fuzzed_requests_find_no_error(count: int, tmp_path: Path) -> None:
-    """Made from the server's own document: no failure, and memory stays where warming up left it.
-
-    A short context keeps each answer cheap; what is refused and why does not depend on it.
-    """
+def test_fuzzed_requests_find_no_error(server: Server, tmp_path: Path) -> None:
+    """Every operation and every check of schemathesis, coverage of all limits included."""
     pytest.importorskip("schemathesis")
-    server = Server(write_run(tmp_path / "fuzzed", small_model(FULL)))
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json",
-        "--checks", "all", "--max-examples", str(count), "--seed", "1", "--no-color",
+        "--checks", "all", "--max-examples", "25", "--seed", "1", "--no-color",
         "--request-timeout", "70", "--max-response-time", "65",
     ]  # fmt: skip
-    sizes = []
-    with (tmp_path / "log").open("w+") as log:
-        fuzzer = subprocess.Popen(command, stdout=log, cwd=tmp_path, env=os.environ)
-        while fuzzer.poll() is None:
-            sizes.append(psutil.Process(server.process.pid).memory_info().rss)
-            time.sleep(1)
-        log.seek(0)
-        said = log.read()
-    assert fuzzer.returncode == 0, said[-6000:]
-    made = int(re.findall(r"(\d+) generated", said)[0])
-    warm, last = sizes[len(sizes) // 4], sizes[-1]
-    print(f"{made} requests, {warm / 1e6:.0f} -> {last / 1e6:.0f} MB, {len(sizes)} s")
-    assert made >= count
-    assert last - warm < 30e6
-    assert server.stop() in (143, -15)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.slow
+def test_ten_thousand_fuzzed_requests_leave_no_trace(tmp_path: Path) -> None:
+    """Three in ten are valid. Only drawn, for hypothesis' search for the best takes hours here.
+
+    A context of a few tokens keeps answers cheap, and makes most valid prompts too long: that they
+    are refused is the one check left out.
+    """
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    model = small_model(dataclasses.replace(FULL, seq_len=8))
+    server = Server(write_run(tmp_path / "fuzzed", model))
+    process, codes, sizes = psutil.Process(server.process.pid), Counter[int](), []
+    operation = schemathesis.openapi.from_url(f"{server.url}/openapi.json")["/v1/completions"][
+        "POST"
+    ]
+    try:
+        for mode, count in ((schemathesis.GenerationMode.POSITIVE, 3000),
+                            (schemathesis.GenerationMode.NEGATIVE, 7000)):  # fmt: skip
+
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(
+                max_examples=count, phases=[Phase.generate], deadline=None, database=None,
+                suppress_health_check=list(HealthCheck), derandomize=True,
+            )  # fmt: skip
+            def ask(case: Any) -> None:
+                answer = case.call(timeout=70)
+                case.validate_response(answer, excluded_checks=[positive_data_acceptance])
+                codes[answer.status_code] += 1
+                if sum(codes.values()) % 500 == 1:
+                    sizes.append(process.memory_info().rss)
+                    print(f"{dict(codes)} {sizes[-1] / 1e6:.0f} MB", flush=True)
+
+            ask()
+        assert server.busy() == 0
+    finally:
+        server.stop()
+    assert codes.total() >= 10_000 and not [c for c in codes if c >= 500 and c not in (503, 504)]
+    assert max(sizes) - sizes[1] < 30e6, sizes  # the first one is before it was warm

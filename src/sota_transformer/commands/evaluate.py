@@ -152,7 +152,8 @@ def _choice(path: Path, example: dict[str, Any]) -> benchmarks.Choice:
             return benchmarks.hellaswag_choice(activity, first, example["ctx_b"], endings, label)
         return benchmarks.Choice(example["ctx"], endings, label)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SotaError(f"{path}: not an example of HellaSwag ({error!r})", BAD_DATA) from error
+        why = f"no field {error}" if isinstance(error, KeyError) else error
+        raise SotaError(f"{path}: not an example of HellaSwag ({why})", BAD_DATA) from error
 
 
 def _examples(path: Path, limit: int) -> list[dict[str, Any]]:
