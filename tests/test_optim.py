@@ -1,10 +1,13 @@
 """AdamW against its formula in float64, its groups, and its state by name."""
 
+import pytest
 import torch
 
 from sota_transformer.config import Model, Optim
 from sota_transformer.model.optim import (
     adamw,
+    clip,
+    gradient_norm,
     load_state_tensors,
     set_learning_rate,
     state_tensors,
@@ -80,3 +83,18 @@ def test_state_by_name_continues_bit_for_bit() -> None:
         advance(resumed, second, step, 1e-3)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
+def test_clipping_equals_torch(limit: float) -> None:
+    model, reference = build(), build()
+    for ours, theirs, gradient in zip(
+        model.parameters(), reference.parameters(), gradients(model, 3), strict=True
+    ):
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+    norm = gradient_norm(model)
+    clip(model, norm, limit)
+    expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), limit or torch.inf)
+    torch.testing.assert_close(norm, expected)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)

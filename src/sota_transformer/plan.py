@@ -167,7 +167,7 @@ def step_seconds(
     import torch
 
     from sota_transformer.model.loss import token_loss
-    from sota_transformer.model.optim import adamw
+    from sota_transformer.model.optim import adamw, clip, gradient_norm
     from sota_transformer.model.transformer import Dropout, Transformer, same_document
 
     device = runtime.device
@@ -190,7 +190,7 @@ def step_seconds(
         (sums.smoothed / sums.count).backward()
         runtime.synchronize()
         between = time.perf_counter()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip(model, gradient_norm(model), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         runtime.synchronize()

@@ -27,6 +27,21 @@ def adamw(model: nn.Module, config: Optim) -> torch.optim.AdamW:
     )
 
 
+def gradient_norm(model: nn.Module) -> Tensor:
+    """() Euclidean norm of all gradients. Dot products are twice as fast as norms on a CPU."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients)
+    squares = [gradient.flatten().dot(gradient.flatten()) for gradient in gradients]
+    return torch.stack(squares).sum().sqrt()
+
+
+def clip(model: nn.Module, norm: Tensor, limit: float) -> None:
+    """Scale gradients of this norm down to `limit`, if they are longer. 0 turns clipping off."""
+    if limit and norm > limit:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The rate of the next update, for every group."""
     for group in optimizer.param_groups:

@@ -27,7 +27,14 @@ from sota_transformer.errors import BAD_DATA, DIVERGED, TEMPORARY, SotaError
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.inference.perplexity import Perplexity, perplexity
 from sota_transformer.model.loss import IGNORED, targets_of, token_loss
-from sota_transformer.model.optim import adamw, load_state_tensors, set_learning_rate, state_tensors
+from sota_transformer.model.optim import (
+    adamw,
+    clip,
+    gradient_norm,
+    load_state_tensors,
+    set_learning_rate,
+    state_tensors,
+)
 from sota_transformer.model.transformer import Dropout, Transformer, same_document
 from sota_transformer.runtime import PeerLostError, Runtime, micro_rows
 from sota_transformer.training import checkpoint
@@ -160,8 +167,7 @@ class Trainer:
         """Clip and update, unless the loss or a gradient is not finite on any rank."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = gradient_norm(self.model)
         totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
         self.totals, self.gradient_norm = totals[:3], totals[3] / self.runtime.world
         self.signals.critical(True)
@@ -170,9 +176,7 @@ class Trainer:
         else:
             problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0])
         if problem is None:
-            limit = self.config.optim.clip_norm or math.inf
-            if self.gradient_norm > limit:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+            clip(self.model, norm, self.config.optim.clip_norm)
             set_learning_rate(self.optimizer, self._rate(self.step))
             self.optimizer.step()
             self.updates += 1
