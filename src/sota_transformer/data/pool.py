@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sota_transformer.data.forks import worker_context
 from sota_transformer.data.sources import Source
 from sota_transformer.data.units import Unit
 from sota_transformer.errors import BAD_DATA, SotaError
@@ -62,24 +61,6 @@ def result_path(folder: Path, unit: Unit) -> Path:
     return folder / f"unit-{unit.index:06d}"
 
 
-def _context() -> BaseContext:
-    """How worker processes come to be."""
-    # On macOS system libraries do not survive a fork, not even that of a small server.
-    if sys.platform == "darwin" or "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sota_transformer.data.warm"])
-    return context
-
-
-def warm_up() -> None:
-    """Let the fork server load the encoder while this process still looks for its files."""
-    if _context().get_start_method() == "forkserver":
-        # numpy's linear algebra would start threads there, which a fork must not meet.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        forkserver.ensure_running()
-
-
 class Pool:
     """Encodes units in worker processes."""
 
@@ -89,7 +70,7 @@ class Pool:
         self._pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._workers, _context(), _begin, (self._job,))
+        return ProcessPoolExecutor(self._workers, worker_context(), _begin, (self._job,))
 
     def _submit(self, work: Callable[[Any], Any], item: Any) -> Any:
         """A future of `work(item)`; may start a worker.

@@ -21,8 +21,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sota_transformer.data.forks import warm_up
 from sota_transformer.data.guards import enough, plain_errors, stoppable, workers
-from sota_transformer.data.pool import Job, Pool, result_path, warm_up
+from sota_transformer.data.pool import Job, Pool, result_path
 from sota_transformer.data.progress import Progress, summary
 from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find
 from sota_transformer.data.units import Unit, cut
