@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 RECEIVE_SECONDS = 10.0
 HEADER_BYTES = 16 << 10
+UNWANTED_BYTES = 16 << 20  # read of a body that is refused
 BODY_BYTES = 1 << 20
 UNFINISHED = 64  # connections whose request has not arrived yet
 
@@ -108,12 +109,13 @@ class Guard:
             await send(message)
 
         if refusal := self._refuse(scope, headers):
+            await _body(receive, 0)  # closed while it still sends, a client would see no answer
             await _error(answer, *refusal)
             return
         if scope["method"] != "POST":
             await self._app(scope, receive, answer)
             return
-        body = await _body(receive)
+        body = await _body(receive, BODY_BYTES)
         if body is None:
             await _error(answer, 413, f"a request may have {BODY_BYTES:,} bytes")
             return
@@ -149,20 +151,21 @@ def _without_port(host: str) -> str:
     return host.partition(":")[0]
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """The whole body, or None when it is too large."""
+async def _body(receive: Receive, most: int) -> bytes | None:
+    """The whole body, or None when it is larger than `most`; of that some is read and dropped."""
     parts: list[bytes] = []
     size = 0
-    while True:
+    while size <= UNWANTED_BYTES:
         message = await receive()
         if message["type"] != "http.request":
             return b""
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > BODY_BYTES:
-            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= most:
+            parts.append(part)
         if not message.get("more_body"):
-            return b"".join(parts)
+            break
+    return b"".join(parts) if size <= most else None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
