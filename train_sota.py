@@ -18,7 +18,8 @@ try:
     from sota_transformer import cli, config
     from sota_transformer import options as verbs
 except ImportError:
-    print("sota: not installed; run `make quick`, or `pip install -e .` first", file=sys.stderr)
+    advice = "`source .venv/bin/activate` after `make quick`, or `pip install -e .`"
+    print(f"sota: not installed here; {advice}", file=sys.stderr)
     raise SystemExit(2) from None
 
 MENU = """What shall it be?

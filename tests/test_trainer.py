@@ -164,6 +164,32 @@ def test_float16_trains_with_a_scaled_loss(make_run: MakeRun, monkeypatch) -> No
     assert "float16" in events[0]["reason"]
 
 
+def test_float16_that_no_scale_helps_ends_the_run(make_run: MakeRun, monkeypatch) -> None:
+    config = make_run("half", steps=100)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dtype="float16"))
+    original = trainer.Trainer._update
+
+    def update(self, sums):
+        for parameter in self.model.parameters():
+            parameter.grad.fill_(torch.nan)
+        original(self, sums)
+
+    monkeypatch.setattr(trainer.Trainer, "_update", update)
+    with pytest.raises(SotaError) as caught:
+        train(config)
+    assert caught.value.code == DIVERGED
+
+
+def test_memory_that_is_full_elsewhere_is_one_line(make_run: MakeRun, monkeypatch) -> None:
+    def full(self):
+        raise RuntimeError("MPS backend out of memory")
+
+    monkeypatch.setattr(trainer.Trainer, "_validate", full)
+    with pytest.raises(SotaError, match="out of memory on cpu") as caught:
+        train(make_run("full"))
+    assert caught.value.code == TEMPORARY
+
+
 PACKED = {"windows": "best-fit", "document_mask": True}
 
 

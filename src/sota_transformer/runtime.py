@@ -172,12 +172,20 @@ def micro_rows(config: RunConfig, runtime: Runtime) -> int:
     return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device could not hold what was asked; not every backend has a type for it."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 @contextmanager
 def _together() -> Iterator[None]:
     """Something that all processes do. PeerLostError where one of them does not."""
     try:
         yield
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         raise PeerLostError(
             "another process of this run died, left or was silent for too long; what it said last "
             f"tells why, and the same command goes on ({' '.join(str(error).split())[:120]})",

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import urllib.request
+from http.client import HTTPException
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def _download(name: str, place: str) -> bytes:
             raise OSError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
             data = answer.read(_LARGEST + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         why = getattr(error, "reason", None) or error
         raise SotaError(
             f"cannot fetch {repository} from {host} ({why}); offline, give --{name} a local FILE",

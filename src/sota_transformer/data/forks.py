@@ -21,5 +21,10 @@ def warm_up() -> None:
     """Let the fork server load the encoder while this process reads options and looks for files."""
     if worker_context().get_start_method() == "forkserver":
         # numpy's linear algebra would start threads there, which a fork must not meet.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        before = os.environ.get("OPENBLAS_NUM_THREADS")
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
         forkserver.ensure_running()
+        if before is None:
+            del os.environ["OPENBLAS_NUM_THREADS"]
+        else:
+            os.environ["OPENBLAS_NUM_THREADS"] = before

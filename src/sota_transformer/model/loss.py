@@ -45,6 +45,8 @@ def token_loss(
     (Szegedy et al. 2016); `nll` is the plain negative log-likelihood in nats.
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if hidden.dtype == torch.float16:  # its gradients over a vocabulary are too small for it
+        hidden = hidden.float()
     smoothed, nll = _HeadLoss.apply(hidden, head, targets, smoothing, compiled)
     return LossSums(smoothed, nll, (targets != IGNORED).sum())
 

@@ -15,9 +15,9 @@ import torch
 
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
-from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
+from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
-from sota_transformer.runtime import Runtime, is_first_rank
+from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
 from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.trainer import Trainer
@@ -69,7 +69,16 @@ def train(
             log.say(f"not bit-exact with before: {'; '.join(differing)}")
         log.say(f"resuming from step {start}" if start >= 0 else "starting anew")
         log.begin_live()
-        return trainer.fit(state)
+        try:
+            return trainer.fit(state)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise SotaError(
+                f"out of memory on {runtime.device}; what was saved is good. Smaller "
+                "--train.micro-rows, --train.gradient-checkpointing or a smaller preset may fit",
+                TEMPORARY,
+            ) from error
 
 
 def check_folders(config: RunConfig) -> Path:

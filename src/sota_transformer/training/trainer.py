@@ -36,7 +36,7 @@ from sota_transformer.model.optim import (
     state_tensors,
 )
 from sota_transformer.model.transformer import Dropout, Transformer, same_document
-from sota_transformer.runtime import PeerLostError, Runtime, micro_rows
+from sota_transformer.runtime import PeerLostError, Runtime, micro_rows, out_of_memory
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.runlog import RunLog
@@ -121,7 +121,9 @@ class Trainer:
             try:
                 sums = self._gradients(batch, targets, documents, count)
                 break
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 self._halve_micro_batch(len(batch))
         self.runtime.sum_gradients(self.model.parameters())
         self._update(sums)
@@ -194,7 +196,8 @@ class Trainer:
     def _overflowed(self) -> bool:
         """Whether the scaled float16 gradients did, which is no fault of the data; adapts."""
         self.scaler.update()
-        return math.isfinite(self.totals[0]) and not math.isfinite(self.gradient_norm)
+        overflow = math.isfinite(self.totals[0]) and not math.isfinite(self.gradient_norm)
+        return overflow and self.scaler.get_scale() >= 1  # below it is no matter of scale
 
     def _go_back(self) -> None:
         """To the last checkpoint, on behind the data that did it, at half the rate; or give up."""
