@@ -159,6 +159,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     count, tool = TOOLS[options.verb]
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="chaos-", dir=options.folder) as name:
         began = time.monotonic()
         wrong = tool(Path(name).resolve(), options.count or count, options.seed)
