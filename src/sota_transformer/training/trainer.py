@@ -116,10 +116,10 @@ class Trainer:
         targets = targets_of(batch)
         count = max(1, int(self.runtime.sum_((targets != IGNORED).sum())))  # over all ranks
         masked = self.config.data.document_mask
-        owner = torch.from_numpy(document_ids(windows[:, :-1])) if masked else None
+        ids = torch.from_numpy(document_ids(windows[:, :-1])) if masked else None
         while True:
             try:
-                sums = self._gradients(batch, targets, owner, count)
+                sums = self._gradients(batch, targets, ids, count)
                 break
             except RuntimeError as error:
                 if not out_of_memory(error):
@@ -128,7 +128,7 @@ class Trainer:
         self.runtime.sum_gradients(self.model.parameters())
         self._update(sums)
 
-    def _gradients(self, batch: Tensor, targets: Tensor, owner: Tensor | None, count: int) -> Tensor:
+    def _gradients(self, batch: Tensor, targets: Tensor, ids: Tensor | None, count: int) -> Tensor:
         """Gradients of the step, over its micro-batches; (3,) sums of their losses."""
         rate = torch.tensor(schedules.dropout(self.step, self.config), device=batch.device)
         keys = self._dropout_keys().to(batch.device)
@@ -136,7 +136,7 @@ class Trainer:
         for begin in range(0, batch.shape[0], self.micro_rows):
             part = slice(begin, begin + self.micro_rows)
             dropout = Dropout(rate, keys[part]) if self._drops() else None
-            mask = None if owner is None else same_document(owner[part].to(batch.device))
+            mask = None if ids is None else same_document(ids[part].to(batch.device))
             hidden = self.model(batch[part, :-1], dropout, mask=mask)
             losses = token_loss(
                 hidden,
