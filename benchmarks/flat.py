@@ -37,7 +37,9 @@ def main() -> None:
     print("    step   tokens/s   peak GB")
     for share in (100, 20, 10, 5, 2, 1):
         step = options.steps // share
-        near = [line for line in lines if abs(line["step"] - step) <= options.steps // 200]
+        near = [
+            line for line in lines if abs(line["step"] - step) <= max(200, options.steps // 200)
+        ]
         rate = statistics.median(line["tokens_per_second"] for line in near)
         print(f"{step:>8,} {rate:>10,.0f} {near[-1]['memory'] / 1e9:>9.3f}", flush=True)
 
