@@ -5,7 +5,8 @@
 The seed decides weights, order of the data and dropout, so two runs of one seed differ by nothing
 but rounding. At every validation: the mean over seeds of each precision, the mean difference of
 pairs (with its standard error), and the standard deviation between seeds, which the difference
-should stay under. Runs that are complete in the folder are not made again.
+should stay under. Runs that are complete in the folder are not made again. One thread each, so that
+other work disturbs it little.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def losses(options: argparse.Namespace, kind: str, seed: int) -> dict[int, float
     command += ["--steps", str(options.steps), "--run.dtype", kind]
     command += ["--model.seq-len", str(options.seq_len), "--train.batch-rows", str(options.rows)]
     command += ["--train.eval-every", str(options.eval_every), "--train.sample-every", "0"]
-    command += ["--train.eval-tokens", str(options.eval_tokens)]
+    command += ["--train.eval-tokens", str(options.eval_tokens), "--threads", "1"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = read_metrics(out)
     return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
