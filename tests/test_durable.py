@@ -1,6 +1,8 @@
 """durable.py: old or new and nothing between, errors that name the file, a lock that lets go."""
 
 import errno
+import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -46,6 +48,49 @@ def test_commit_and_verify(tmp_path: Path) -> None:
     assert read["files"]["big.bin"]["bytes"] == 140000
     assert read["files"]["big.bin"]["sha256"] == durable.sha256_file(final / "big.bin")
     assert (final / "big.bin").read_bytes() == np.arange(70000, dtype=np.uint16).tobytes()
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, (32 << 20) + 5])
+def test_large_files_in_any_pieces(tmp_path: Path, more: int) -> None:
+    data = np.random.default_rng(more + 1).bytes(durable._BUFFER_BYTES + more)
+    cuts = [0, 1, 4096, 70_001, len(data) // 2, len(data)]
+    with durable.commit_folder(tmp_path / "a", {}) as writer, writer.create("big.bin") as file:
+        for begin, end in itertools.pairwise(cuts):
+            file.write(data[begin:end])
+    assert (tmp_path / "a" / "big.bin").read_bytes() == data and durable.verify(
+        tmp_path / "a"
+    ) == []
+
+
+def test_a_file_system_that_wants_other_blocks_than_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = os.write, []
+
+    def write(descriptor: int, data: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
+            refused.append(len(data))
+            raise OSError(errno.EINVAL, "not my size")
+        return real(descriptor, data[:1_000_001])  # nor all of it at once
+
+    monkeypatch.setattr(os, "write", write)
+    data = bytes(range(256)) * 140_000
+    make(tmp_path / "a", x=data)
+    assert (tmp_path / "a" / "x").read_bytes() == data and durable.verify(tmp_path / "a") == []
+    assert refused in ([], [durable._BUFFER_BYTES] * 2)  # none where there is no such flag
+
+
+def test_an_error_amid_a_large_file_has_path_and_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"full .20,000,000 bytes so far, .* bytes free") as caught:
+        make(tmp_path / "a", x=bytes(20_000_000))
+    assert caught.value.errno == errno.ENOSPC and str(caught.value.filename).endswith("/x")
+    assert names(tmp_path) == []
 
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:

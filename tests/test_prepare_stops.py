@@ -1,5 +1,6 @@
 """Preparation that is stopped, killed, repeated, refused, or loses a worker."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from sota_transformer.data import units
 from sota_transformer.data.prepare import merge
 from sota_transformer.durable import DirectoryLock
-from sota_transformer.errors import SotaError
+from sota_transformer.errors import IO_FAILED, SotaError
 from sota_transformer.options import Merge
 from tests.preparing import bytes_of, documents, everything, jsonl, refused, run, texts
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from sota_transformer.options import Prepare
 from sota_transformer.data import units
 from sota_transformer.data.prepare import prepare
-from sota_transformer.errors import SotaError
+from sota_transformer.errors import IO_FAILED, SotaError
 if __name__ == "__main__":
     units.UNIT_BYTES = 4 << 10
     options = Prepare(inputs=(sys.argv[1],), out=Path(sys.argv[2]), val_fraction=0.1, workers=2)
@@ -319,3 +320,23 @@ def test_append_keeps_what_is_there(tmp_path: Path) -> None:
     run(tmp_path / "both", tmp_path / "c.jsonl")
     assert documents(tmp_path / "both", "val") == documents(out, "val")
     assert json.loads((out / "manifest.json").read_text())["inputs"][1]["documents"] == 200
+
+
+def test_a_work_folder_that_cannot_be_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.rmdir
+
+    def rmdir(path: str, *, dir_fd: int | None = None) -> None:
+        if path == "spool" and not os.path.lexists(tmp_path / ".data.preparing" / "shards"):
+            raise OSError(errno.EIO, "broken", path)  # relative to `dir_fd`, as the real one is
+        real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(300)))
+    with pytest.raises(SotaError, match=r"/\.data\.preparing: .*broken .* bytes free") as caught:
+        run(tmp_path / "data", tmp_path / "a.jsonl")
+    assert caught.value.code == IO_FAILED
+    monkeypatch.undo()
+    run(tmp_path / "data", tmp_path / "a.jsonl")
+    assert not list(tmp_path.glob(".data*"))

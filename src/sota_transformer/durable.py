@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,7 @@ MANIFEST = "manifest.json"
 _LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{8}", re.DOTALL)
 _MANIFEST_BYTES = 256 << 20  # a hostile manifest must not fill the memory
 _LOCK_SECONDS = 0.5
+_BUFFER_BYTES = 16 << 20  # one thread to start for so many
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
 
 
@@ -93,14 +96,18 @@ def naming(path: Path, size: int | None = None) -> Iterator[None]:
 
 
 class HashingFile:
-    """A new file that is hashed while it is written and synced when it is closed."""
+    """A new file that is hashed while it is written and synced when it is closed.
+
+    What is large goes past the page cache where the system can do that: finding memory for the
+    cache can cost more than the disk does, and a checkpoint is not read again soon.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes = 0
+        self.path, self.bytes = path, 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        self._file = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=1 << 20)
-        self._hash = hashlib.sha256()
+        self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))  # aligned, as O_DIRECT wants it
+        self._descriptor = os.open(path, flags, 0o666)
+        self._filled, self._hash = 0, hashlib.sha256()
 
     def write(self, data: Any) -> None:
         """Append any contiguous buffer of bytes."""
@@ -110,24 +117,60 @@ class HashingFile:
         view = view.cast("B")
         self.bytes += len(view)
         with naming(self.path, self.bytes):
-            self._file.write(view)
-        self._hash.update(view)
+            while view:
+                room = self._buffer[self._filled :]
+                part, view = view[: len(room)], view[len(room) :]
+                room[: len(part)] = part
+                self._filled += len(part)
+                if self._filled == len(self._buffer):
+                    self._flush()
+
+    def _flush(self) -> None:
+        """Write what the buffer holds; another thread hashes it meanwhile."""
+        data, self._filled = self._buffer[: self._filled], 0
+        _past_cache(self._descriptor, len(data) == len(self._buffer))  # not the end of a file
+        with ThreadPoolExecutor(1) as aside:
+            hashed = aside.submit(self._hash.update, data)
+            self._put(data)
+        hashed.result()
+
+    def _put(self, data: memoryview) -> None:
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except OSError as error:  # a file system more particular than it said
+                if error.errno != errno.EINVAL or not _past_cache(self._descriptor, False):
+                    raise
 
     @property
     def sha256(self) -> str:
-        """Hex digest of everything written so far."""
+        """Hex digest of everything that has left the buffer."""
         return self._hash.hexdigest()
 
     def close(self) -> None:
         """Flush, fsync and close; an error of any of the three reaches the caller."""
-        with naming(self.path, self.bytes), self._file as file:
-            file.flush()
-            fsync(file.fileno())
+        with naming(self.path, self.bytes):
+            try:
+                self._flush()
+                fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
 
     def abandon(self) -> None:
         """Close after a failure: what the buffer still holds is not worth another error."""
         with suppress(OSError):
-            self._file.close()
+            os.close(self._descriptor)
+
+
+def _past_cache(descriptor: int, wanted: bool) -> bool:
+    """Let writes go past the page cache, or not; whether that changed anything."""
+    direct = getattr(os, "O_DIRECT", 0)  # macOS has none
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if not direct or wanted == bool(flags & direct):
+        return False
+    with suppress(OSError):  # a file system without it
+        return fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ direct) == 0
+    return False
 
 
 class FolderWriter:

@@ -98,10 +98,6 @@ def _on_bench(
     return tool
 
 
-def _stride(count: int) -> int:
-    return max(1, POINTS // count)
-
-
 TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "model": (0, _model),
     "fuzz": (50_000, _fuzz),
@@ -120,22 +116,8 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
             )
         ),
     ),
-    "faults": (
-        POINTS,
-        _on_bench(
-            lambda bench, zygote, count, seed: faults.sweep_train(
-                bench, zygote, _stride(count), seed % _stride(count)
-            )
-        ),
-    ),
-    "shards": (
-        POINTS,
-        _on_bench(
-            lambda bench, _, count, seed: faults.sweep_prepare(
-                bench, _stride(count), seed % _stride(count)
-            )
-        ),
-    ),
+    "faults": (POINTS, _on_bench(faults.sweep_train)),
+    "shards": (POINTS, _on_bench(faults.sweep_prepare)),
     "elastic": (0, _on_bench(lambda bench, *_: ranks.elastic(bench))),
     "ranks": (
         40,

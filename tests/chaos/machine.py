@@ -21,7 +21,7 @@ from sota_transformer.training import checkpoint
 
 from .protocols import real_payload, real_state, scratch
 
-_WRITING = ("open", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
+_WRITING = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
 
 
 @contextmanager
@@ -101,7 +101,7 @@ class RunMachine(RuleBasedStateMachine):
         self._saved()
 
     @precondition(lambda self: self.step and self.step not in self.good)
-    @rule(number=st.integers(0, 30))
+    @rule(number=st.integers(0, 36))
     def save_and_die(self, number: int) -> None:
         """A save that is killed somewhere, or just after it, and the start that follows."""
         if not killed(self._save, number) or not durable.verify(

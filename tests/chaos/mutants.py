@@ -14,7 +14,7 @@ from sota_transformer import durable
 from .protocols import CaughtError, Explorer, configure, explore, explore_twice, train
 
 SOURCE = Path(durable.__file__).read_text()
-_EFFECTS = ("fsync", "fsync_folder", "rename", "replace", "mkdir", "flush")
+_EFFECTS = ("fsync", "fsync_folder", "rename", "replace", "mkdir", "_flush")
 _EFFECTS += ("_remove", "rmtree", "unlink")
 # The folder exists already when `commit_folder` is called, and readers and locks write nothing.
 _FUNCTIONS = ("fsync_folder", "make_folder", "close", "commit_folder", "write_file")
@@ -51,13 +51,13 @@ HAND_MADE = {
     "make_folder: only what is missing": ("chain[: missing + 1]", "chain[:missing]"),
     "sweep: of nothing": ("if _LEFTOVER.fullmatch(path.name):", "if False:"),
     "file: synced before it is flushed": (
-        "            file.flush()\n            fsync(file.fileno())\n",
-        "            fsync(file.fileno())\n            file.flush()\n",
+        "                self._flush()\n                fsync(self._descriptor)\n",
+        "                fsync(self._descriptor)\n                self._flush()\n",
     ),
     "verify: no hash": (
         'if hashlib.file_digest(file, "sha256").hexdigest() != expected.get("sha256"):',
         "if False:",
-        "            fsync(file.fileno())\n",
+        "                fsync(self._descriptor)\n",
         "",
     ),
 }

@@ -4,7 +4,6 @@ The functions of `os` are replaced by ones that do the same and write down what 
 is simulated, so the log is that of the shipped code, whatever it becomes.
 """
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,30 +11,8 @@ from pathlib import Path
 from typing import Any
 
 Operation = tuple[Any, ...]
-_REPLACED = ("open", "close", "fdopen", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
-
-
-class _RawFile(io.RawIOBase):
-    """A descriptor whose writes are recorded: those of `os.fdopen` never pass through Python."""
-
-    def __init__(self, descriptor: int, wrote: Callable[[bytes], None]) -> None:
-        self._descriptor, self._wrote = descriptor, wrote
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def write(self, data: Any) -> int:
-        count = os.write(self._descriptor, data)
-        self._wrote(bytes(data[:count]))
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            os.close(self._descriptor)
+_REPLACED = ("open", "close", "fdopen", "write", "fsync", "mkdir", "rename", "replace", "unlink")
+_REPLACED += ("rmdir",)
 
 
 class Recorder:
@@ -81,13 +58,16 @@ class Recorder:
         self._files.pop(descriptor, None)
         self._real["close"](descriptor)
 
-    def _fdopen(self, descriptor: int, mode: str = "r", buffering: int = -1, **more: Any) -> Any:
-        key = self._files.get(descriptor)
-        if key is None:
-            self._paths.pop(descriptor, None)  # a reader: it closes without telling us
-            return self._real["fdopen"](descriptor, mode, buffering, **more)
-        raw = _RawFile(descriptor, lambda data: self.log.append(("write", key, data)))
-        return io.BufferedWriter(raw, buffering if buffering > 0 else io.DEFAULT_BUFFER_SIZE)
+    def _fdopen(self, descriptor: int, *args: Any, **more: Any) -> Any:
+        assert descriptor not in self._files, "writes that do not pass through os.write"
+        self._paths.pop(descriptor, None)  # a reader: it closes without telling us
+        return self._real["fdopen"](descriptor, *args, **more)
+
+    def _write(self, descriptor: int, data: Any) -> int:
+        count = self._real["write"](descriptor, data)
+        if descriptor in self._files:
+            self.log.append(("write", self._files[descriptor], bytes(data[:count])))
+        return count
 
     def _fsync(self, descriptor: int) -> None:
         self._real["fsync"](descriptor)
@@ -117,7 +97,12 @@ class Recorder:
     def watch(self) -> Iterator["Recorder"]:
         """Record until the block ends, also when it ends by an exception."""
         mine = {"open": self._open, "close": self._close, "fdopen": self._fdopen}
-        mine |= {"fsync": self._fsync, "rename": self._rename, "replace": self._rename}
+        mine |= {
+            "write": self._write,
+            "fsync": self._fsync,
+            "rename": self._rename,
+            "replace": self._rename,
+        }
         mine |= {kind: self._recorded(kind) for kind in ("mkdir", "unlink", "rmdir")}
         for name, function in mine.items():
             setattr(os, name, function)

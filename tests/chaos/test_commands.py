@@ -149,15 +149,15 @@ def test_full_disks_in_preparation(bench: Bench) -> None:
 @pytest.mark.chaos
 @needs_strace
 def test_faults_at_system_calls_of_a_checkpoint(bench: Bench, zygote: Zygote) -> None:
-    result = faults.sweep_train(bench, zygote, stride=60, offset=7)
-    assert result.wrong == [] and sum(result.faults.values()) >= 10
+    result = faults.sweep_train(bench, zygote, 12, seed=7)
+    assert result.wrong == result.missed == [] and sum(result.faults.values()) >= 10
 
 
 @pytest.mark.chaos
 @needs_strace
-def test_faults_at_system_calls_of_a_preparation(bench: Bench) -> None:
-    result = faults.sweep_prepare(bench, stride=30, offset=7)
-    assert result.wrong == [] and sum(result.faults.values()) >= 5
+def test_faults_at_system_calls_of_a_preparation(bench: Bench, zygote: Zygote) -> None:
+    result = faults.sweep_prepare(bench, zygote, 12, seed=7)
+    assert result.wrong == result.missed == [] and sum(result.faults.values()) >= 10
 
 
 @pytest.mark.chaos

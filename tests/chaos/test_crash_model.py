@@ -17,6 +17,12 @@ def test_no_power_cut_loses_or_tears(driver: Callable[..., None], least: int) ->
     assert report.problems == {} and report.states >= least
 
 
+def test_nor_one_amid_a_file_of_many_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "_BUFFER_BYTES", 64)
+    report = explore(Explorer(durable, train_really), 3)
+    assert report.problems == {} and report.states >= 600
+
+
 @pytest.mark.parametrize("driver", [train, train_really, configure])
 def test_nor_does_one_during_the_recovery(driver: Callable[..., None]) -> None:
     report = explore_twice(Explorer(durable, driver), 3, stride=19)

@@ -131,13 +131,16 @@ def _problems(run_folder: Path, step: int) -> list[str]:
     return [] if written == step else [f"{folder}: holds step {written}"]
 
 
-def load(run_folder: Path, step: int) -> State:
-    """The state saved at `step`. SotaError 65 or 66 names the file that is wrong."""
+def load(run_folder: Path, step: int, *, verified: bool = False) -> State:
+    """The state saved at `step`. SotaError 65 or 66 names the file that is wrong.
+
+    `verified`: `latest` has just found this step, so that its bytes need not be read twice.
+    """
     folder = path_of(run_folder, step)
     if not folder.is_dir():
         there = ", ".join(map(str, steps(run_folder))) or "none"
         raise SotaError(f"{run_folder} has no checkpoint of step {step} (it has {there})", NO_INPUT)
-    if problems := _problems(run_folder, step):
+    if not verified and (problems := _problems(run_folder, step)):
         raise SotaError(f"step {step} rejected: {problems[0]}", BAD_DATA)
     manifest = durable.read_manifest(folder / durable.MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -194,15 +197,14 @@ def load_model(
 ) -> tuple[Transformer, RunConfig, int]:
     """The model of a run, at `step` or the newest good one, in evaluation mode on `device`."""
     config = read_config(run_folder)
-    if step is None:
-        step = latest(run_folder, warn)
-    if step is None:
+    found = latest(run_folder, warn) if step is None else step
+    if found is None:
         raise SotaError(f"{run_folder} has no checkpoint yet", NO_INPUT)
-    state = load(run_folder, step)
+    state = load(run_folder, found, verified=step is None)
     _same_model(run_folder, config, state)
     model = Transformer(config.model, dtype)
     restore_model(model, state)
-    return model.to(device).eval(), config, step
+    return model.to(device).eval(), config, found
 
 
 def _same_model(run_folder: Path, config: RunConfig, state: State) -> None:

@@ -50,7 +50,8 @@ def train(
             start = -1 if step is None else step
         mine = torch.tensor(start if runtime.rank == 0 else 0, device=runtime.device)
         start = int(runtime.sum_(mine))  # what the first rank has chosen
-        state = checkpoint.load(folder, start) if start >= 0 else None
+        verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
+        state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(config, runtime, trainer, log)
         if start >= config.train.steps:

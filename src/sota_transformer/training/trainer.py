@@ -216,7 +216,7 @@ class Trainer:
             self.optimizer.state.clear()
             self.step = self.updates = 0
         else:
-            self._restore(checkpoint.load(self.config.run.out, target))
+            self._restore(checkpoint.load(self.config.run.out, target, verified=True))
         self.guard = guard
         guard.go_back((found - self.step) * self.config.train.batch_rows)
         self.signals.critical(False)
