@@ -5,11 +5,14 @@ nor dropout nor modules. The maths is that of `transformer.py`, up to rounding; 
 together. Letters as there; everything here has B = T = 1 and leaves both out.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sota_transformer.model.transformer import Attention, Transformer, project
+from sota_transformer.model.transformer import Attention, Block, RMSNorm, Transformer, project
 
 
 def lay_for_rows(model: Transformer) -> None:
@@ -28,34 +31,31 @@ class OneRow:
 
     def __init__(self, model: Transformer, store: Tensor) -> None:
         """`store` (L, 2, K, S, h) holds the row's keys and values and is added to."""
-        self._model = model
-        self._layers = [
-            (block.attention_norm, block.attention, block.mlp_norm, block.mlp, cache)
-            for block, cache in zip(model.blocks, store.unsqueeze(2).unbind(), strict=True)
-        ]
+        self._model, self._blocks = model, list(cast(Iterable[Block], model.blocks))
+        self._caches = store.unsqueeze(2).unbind()  # (2, 1, K, S, h) of each layer
 
     def __call__(self, token: int, position: int) -> Tensor:
         """Hidden state (1, D) of a token that stands behind `position` cached ones."""
         model = self._model
         cosine, sine = model.rope[:, position].unbind()
         x = model.embedding.weight[token : token + 1].float().clone()  # (1, D) float32
-        for attention_norm, attention, mlp_norm, mlp, cache in self._layers:
-            y = _norm(x, attention_norm).to(model.dtype)
-            known = cache[..., : position + 1, :]  # (2, 1, K, S, h)
-            x += project(_mix(y, attention, cosine, sine, known), attention.out.weight)
-            y = project(_norm(x, mlp_norm).to(model.dtype), mlp.gate_up.weight)
+        for block, cache in zip(self._blocks, self._caches, strict=True):
+            y = _norm(x, block.attention_norm).to(model.dtype)
+            found = _mix(y, block.attention, cosine, sine, cache[..., : position + 1, :])
+            x += project(found, block.attention.out.weight)
+            y = project(_norm(x, block.mlp_norm).to(model.dtype), block.mlp.gate_up.weight)
             gate, up = y.chunk(2, -1)
-            x += project(F.silu(gate).mul_(up), mlp.down.weight)
+            x += project(F.silu(gate).mul_(up), block.mlp.down.weight)
         return _norm(x, model.norm).to(model.dtype)
 
 
-def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
+def _norm(x: Tensor, norm: RMSNorm) -> Tensor:
     """RMSNorm of the last dimension, in float32."""
     return F.rms_norm(x.float(), norm.weight.shape, norm.weight, norm.eps)
 
 
 def _mix(y: Tensor, layer: Attention, cosine: Tensor, sine: Tensor, known: Tensor) -> Tensor:
-    """(1, D) -> what the heads found, (1, H h); the token's keys and values end `known`."""
+    """(1, D) -> what the heads found, (1, H h); the token's keys and values will end `known`."""
     turned, width = layer.heads + layer.kv_heads, cosine.shape[0]
     qkv = project(y, layer.qkv.weight).view(turned + layer.kv_heads, width)
     qk = qkv[:turned]
@@ -66,6 +66,6 @@ def _mix(y: Tensor, layer: Attention, cosine: Tensor, sine: Tensor, known: Tenso
     q, new = qkv.split((layer.heads, 2 * layer.kv_heads))
     known[..., -1, :] = new.view(2, 1, layer.kv_heads, width)
     grouped = layer.heads != layer.kv_heads
-    found = F.scaled_dot_product_attention(q[None, :, None], *known.unbind(), enable_gqa=grouped)
+    keys, values = known.unbind()
+    found = F.scaled_dot_product_attention(q[None, :, None], keys, values, enable_gqa=grouped)
     return found.view(1, -1)
-
