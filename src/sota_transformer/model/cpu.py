@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SHARED_FROM = 1 << 18  # weights; fewer are read before a second thread is awake
+_SHARED_FROM = 1 << 19  # weights; fewer, and waking a second thread costs what it saves
 _AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
