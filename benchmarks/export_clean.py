@@ -40,11 +40,11 @@ def cases(run: Path, text: str) -> list[dict[str, object]]:
     """Prompts spread over a text, with this package's ids, last logits and greedy continuation."""
     import torch
 
-    from sota_transformer.commands.common import open_model
+    from sota_transformer.commands.common import open_to_generate
     from sota_transformer.data.tokenizer import Tokenizer
     from sota_transformer.inference.generate import generate, make_sampler
 
-    tokenizer, model = Tokenizer(), open_model(run, "cpu", None).model.eval()
+    tokenizer, model = Tokenizer(), open_to_generate(run, "cpu", None, "float32").model.eval()
     found: list[dict[str, object]] = []
     for start in range(0, len(text) - PROMPT_LETTERS, len(text) // PROMPTS)[:PROMPTS]:
         prompt = text[start : start + PROMPT_LETTERS]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sota_transformer.commands.common import open_model
+from sota_transformer.commands.common import open_to_generate
 from sota_transformer.commands.evaluate import run_evaluate
 from sota_transformer.commands.transfer import run_export
 from sota_transformer.data.shards import TokenWindows
@@ -159,7 +159,7 @@ def with_lm_eval(run: Path, folder: Path, lambada: Path, hellaswag: Path) -> Non
 def main(run: Path, count: int) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    opened = open_model(run, "cpu", None)
+    opened = open_to_generate(run, "cpu", None, "float32")
     assert opened.config is not None
     windows = TokenWindows(opened.config.data.path, "val", opened.model.config.seq_len)
     show("run", step=opened.step, parameters=opened.model.config.parameter_count)

@@ -1,15 +1,16 @@
 """Tokens per second of generation and of scoring, by preset and batch size, on random weights.
 
     python benchmarks/generation.py [PRESET ...]
-    python benchmarks/generation.py --against-transformers [PRESET ...]
+    python benchmarks/generation.py --against-transformers [--threads=N] [PRESET ...]
 
 The second continues one prompt, greedily, here and by `transformers` on the exported model, in
-turn, in float32 and bfloat16, and says how much of the memory's own rate each reaches: a token
-reads every weight once.
+turn, in float32 and bfloat16, and prints a table: tokens per second (median, best), the share of
+the memory's own rate that this is (a token reads every weight once; the rate is the best of a dot
+product over 512 MB with the same threads), and how many times `transformers` in each type.
 
-Each figure is the median of three, of an untrained model, whose flat distribution makes top-p as
-slow as it gets. `per_cpu_second` counts processor time, so that it says something on a machine that
-others use too; on an idle one the two are alike with one thread. One JSON object a line.
+The figures of the first, one JSON object a line, are medians of three, of an untrained model, whose
+flat distribution makes top-p as slow as it gets. `per_cpu_second` counts processor time, so that it
+says something on a machine that others use too; on an idle one the two are alike with one thread.
 """
 
 import json
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from sota_transformer import durable
-from sota_transformer.commands.common import open_model
+from sota_transformer.commands.common import open_to_generate
 from sota_transformer.config import Run
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Job, run_jobs
@@ -33,6 +34,7 @@ from sota_transformer.inference.benchmarks import Choice, hellaswag
 from sota_transformer.inference.export import write_huggingface
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.inference.perplexity import perplexity
+from sota_transformer.model.decode import lay_for_rows
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
@@ -56,7 +58,7 @@ def measure(name: str) -> None:
     runtime = Runtime.detect(Run(), config.parameter_count)
     model = Transformer(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    model.to(runtime.device).eval()
+    lay_for_rows(model.to(runtime.device).eval())
 
     def continued(rows: int) -> list[object]:
         jobs = [
@@ -82,20 +84,51 @@ def measure(name: str) -> None:
 
 
 def against_transformers(name: str) -> None:
-    """Medians of each program and type, taken in turn: processor seconds with one thread."""
+    """Each program and type in turn: processor seconds with one thread, wall seconds with more."""
+    config = PRESETS[name]().model
+    works = programs(name)
+    times: dict[str, list[float]] = {what: [] for what in works}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    rates, data = [], torch.ones(1 << 27)
+    for _ in range(1 + ROUNDS):  # the first one warms up
+        for what, work in works.items():
+            began = clock()
+            work()
+            times[what].append(clock() - began)
+            began = clock()
+            data.dot(data)  # 512 MB read once
+            rates.append(4 * data.numel() / (clock() - began))
+    took = {what: statistics.median(every[1:]) for what, every in times.items()}
+    same = works["sota float32"]() == works["transformers float32"]()
+    print(
+        f"{name}, {torch.get_num_threads()} threads, {PROMPT} + {ADDED} tokens, memory "
+        f"{max(rates) / 1e9:.1f} GB/s, float32 text {'the same' if same else 'DIFFERENT'}"
+    )
+    print(f"{'':22}{'tokens/s':>9}{'best':>8}{'memory':>8}{'x float32':>11}{'x bfloat16':>11}")
+    for what in works:
+        read = config.parameter_count * (2 if "bfloat16" in what else 4) * ADDED / took[what]
+        times_others = [took[f"transformers {t}"] / took[what] for t in ("float32", "bfloat16")]
+        print(
+            f"{what:22}{ADDED / took[what]:9.1f}{ADDED / min(times[what]):8.1f}"
+            f"{read / max(rates):8.2f}{times_others[0]:11.2f}{times_others[1]:11.2f}",
+            flush=True,
+        )
+
+
+def programs(name: str) -> dict[str, Callable[[], list[int]]]:
+    """What continues the prompt, by program and type, all on the same random weights."""
     from transformers import AutoModelForCausalLM
 
-    config = PRESETS[name]().model
-    model = Transformer(config)
+    model = Transformer(PRESETS[name]().model)
     model.init_weights(torch.Generator().manual_seed(0))
     prompt = list(range(1000, 1000 + PROMPT))
-    works: dict[str, Callable[[], object]] = {}
+    works: dict[str, Callable[[], list[int]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "hf"
         with durable.commit_folder(folder, {}) as writer:
             write_huggingface(writer, model.eval(), "float32", "")
         for dtype in ("float32", "bfloat16"):
-            mine = open_model(folder, "cpu", None, dtype).model
+            mine = open_to_generate(folder, "cpu", None, dtype).model
             other = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
             works[f"sota {dtype}"] = lambda m=mine: list(
                 generate(m, prompt, make_sampler(0.0), ADDED, stop_ids=())
@@ -107,32 +140,7 @@ def against_transformers(name: str) -> None:
                 do_sample=False,
                 suppress_tokens=None,
             )[0, PROMPT:].tolist()
-    times: dict[str, list[float]] = {what: [] for what in works}
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    rates, data = [], torch.ones(1 << 27)
-    for _ in range(1 + ROUNDS):  # the first one warms up
-        began = clock()
-        data.dot(data)  # 512 MB read once
-        rates.append(4 * data.numel() / (clock() - began))
-        for what, work in works.items():
-            began = clock()
-            work()
-            times[what].append(clock() - began)
-    base = statistics.median(times["transformers float32"][1:])
-    for what in works:
-        took = statistics.median(times[what][1:])
-        read = config.parameter_count * (2 if "bfloat16" in what else 4) * ADDED / took
-        line = {"preset": name, "threads": torch.get_num_threads(), "what": what}
-        line |= {
-            "tokens_per_second": round(ADDED / took, 1),
-            "best": round(ADDED / min(times[what]), 1),
-        }
-        line |= {"times_transformers_float32": round(base / took, 2)}
-        line |= {"share_of_memory_rate": round(read / statistics.median(rates), 2)}
-        print(json.dumps(line), flush=True)
-    same = works["sota float32"]() == works["transformers float32"]()
-    gb = statistics.median(rates) / 1e9
-    print(json.dumps({"preset": name, "memory_gb_per_second": round(gb, 1), "same_text": same}))
+    return works
 
 
 def show(name: str, runtime: Runtime, what: str, count: int, took: tuple[float, float]) -> None:
@@ -142,6 +150,9 @@ def show(name: str, runtime: Runtime, what: str, count: int, took: tuple[float, 
 
 
 if __name__ == "__main__":
+    for word in sys.argv[1:]:
+        if word.startswith("--threads="):
+            torch.set_num_threads(int(word.removeprefix("--threads=")))
     against = "--against-transformers" in sys.argv
     for preset in [word for word in sys.argv[1:] if word[0] != "-"] or ["16m", "125m"]:
         (against_transformers if against else measure)(preset)

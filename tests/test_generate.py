@@ -1,5 +1,6 @@
 """Sampling against `transformers` and plain counting; the cache against no cache at all."""
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.config import GPT2_VOCAB, Model
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.inference.batch import Text
@@ -28,6 +29,7 @@ from sota_transformer.inference.generate import (
     make_sampler,
     probabilities,
 )
+from sota_transformer.model.decode import lay_for_rows
 from tests.inference_models import FULL, TINY, as_transformers, small_model
 
 GREEDY = make_sampler(temperature=0.0)
@@ -115,6 +117,38 @@ def test_cache_and_long_text_equal_a_plain_forward() -> None:
             hidden = model(torch.tensor([known[first:]]))[:, -1]
         known.append(int(model.logits(hidden)[0, :GPT2_VOCAB].argmax()))
     assert ours == known[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [FULL, dataclasses.replace(FULL, qk_norm=True, kv_heads=4)])
+def test_one_row_alone_equals_a_plain_forward(
+    config: Model, dtype: torch.dtype, threads: int
+) -> None:
+    """The few calls of `decode`, with the layout that `sota generate` gives to the weights."""
+    plain, known = small_model(config), list(PROMPT)
+    laid = copy.deepcopy(plain)
+    for model in (plain, laid):
+        model.dtype = dtype
+    lay_for_rows(laid)
+    assert all(map(torch.equal, plain.parameters(), laid.parameters()))
+    assert laid.embedding.weight.stride() == (1, config.vocab_size)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = Rows(laid, 2)
+        logits = rows.start(1, known)
+        sampler = make_sampler(1.0, seed=4)
+        while len(known) < config.seq_len:
+            known.append(sampler(logits, known))
+            logits = rows.step([1], known[-1:])[0]
+            with torch.no_grad():
+                hidden = plain(torch.tensor([known]))[:, -1]
+            expected = plain.logits(hidden)[0, :GPT2_VOCAB]
+            error = (logits[:GPT2_VOCAB] - expected).norm() / expected.norm()
+            assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_prompt_longer_than_the_context_is_seen_from_its_end() -> None:

@@ -9,6 +9,7 @@ import torch
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.errors import SotaError
 from sota_transformer.inference.folder import is_model_folder, read_model
+from sota_transformer.model.decode import lay_for_rows
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
@@ -30,21 +31,23 @@ def warn(text: str) -> None:
     print(f"sota: {text}", file=sys.stderr)
 
 
-def open_model(folder: Path, device: str, step: int | None, dtype: str = "float32") -> Opened:
-    """The model of a run or of a Hugging Face folder, ready to use. SotaError 65 or 66.
+def open_to_generate(folder: Path, device: str, step: int | None, dtype: str) -> Opened:
+    """As `open_model`, laid out for one token after the other.
 
     In bfloat16 the matrices are stored so and computed with; norms and logits stay float32.
     """
-    opened = _open(folder, device, step)
+    opened = open_model(folder, device, step)
     if dtype == "bfloat16":
         opened.model.dtype = torch.bfloat16
         for parameter in opened.model.parameters():
             if parameter.ndim > 1:
                 parameter.data = parameter.data.bfloat16()
+    lay_for_rows(opened.model)
     return opened
 
 
-def _open(folder: Path, device: str, step: int | None) -> Opened:
+def open_model(folder: Path, device: str, step: int | None) -> Opened:
+    """The model of a run or of a Hugging Face folder, in float32. SotaError 65 or 66."""
     run = Run(device=device)  # type: ignore[arg-type]  # tyro has checked it
     if is_model_folder(folder):
         if step is not None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sota_transformer.commands.common import check, open_model
+from sota_transformer.commands.common import check, open_to_generate
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.batch import Drawn, Job, run_jobs
@@ -33,7 +33,7 @@ def run_generate(options: Generate) -> int:
     )
     prompts = list(options.prompt) if options.file is None else _prompts(options.file)
     prompts = prompts or [""]
-    opened = open_model(options.run, options.device, options.step, options.dtype)
+    opened = open_to_generate(options.run, options.device, options.step, options.dtype)
     tokenizer = Tokenizer()
     jobs = [
         Job(

@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-from sota_transformer.commands.common import check, open_model
+from sota_transformer.commands.common import check, open_to_generate
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Serve
@@ -30,7 +30,7 @@ def run_serve(options: Serve) -> int:
         raise SotaError(
             f"serving needs the package {error.name}: pip install 'sota-transformer[serve]'"
         ) from error
-    opened = open_model(options.run, options.device, options.step, options.dtype)
+    opened = open_to_generate(options.run, options.device, options.step, options.dtype)
     train, validation = _curve(options.run)
     serve(
         opened.model,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB
 from sota_transformer.errors import DIVERGED, SotaError
+from sota_transformer.model.decode import OneRow
 from sota_transformer.model.transformer import Cache, Transformer
 
 EOT = GPT2_VOCAB - 1  # <|endoftext|>
@@ -141,6 +142,7 @@ class Rows:
         self.lengths = [0] * rows  # cached tokens of each row
         like = torch.empty(0, dtype=model.dtype, device=model.rope.device)
         self._cache = Cache(model.config, rows, self.size, like)
+        self._alone: dict[int, OneRow] = {}
 
     @torch.inference_mode()
     def start(self, row: int, tokens: Sequence[int]) -> Tensor:
@@ -174,6 +176,8 @@ class Rows:
 
     def _advance(self, rows: list[int], tokens: list[int]) -> Tensor:
         """One forward pass of (B, 1) tokens, each at the end of its row."""
+        if len(rows) == 1:
+            return self._advance_alone(rows[0], tokens[0])
         device = self._cache.store.device
         order = sorted(range(len(rows)), key=rows.__getitem__)
         rows, tokens = [rows[i] for i in order], [tokens[i] for i in order]
@@ -194,6 +198,15 @@ class Rows:
             self.lengths[row] += 1
         logits = self._logits(hidden[:, -1])
         return logits[torch.tensor(order).argsort()]
+
+    def _advance_alone(self, row: int, token: int) -> Tensor:
+        """The same for one row, with fewer calls."""
+        if row not in self._alone:
+            self._alone[row] = OneRow(self.model, self._cache.store[:, :, row])
+        hidden = self._alone[row](token, self.lengths[row])
+        self.tokens[row].append(token)
+        self.lengths[row] += 1
+        return self._logits(hidden)
 
     def _ids(self, tokens: list[list[int]]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self._cache.store.device)

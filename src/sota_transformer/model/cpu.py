@@ -1,6 +1,6 @@
-"""Attention for compiled training steps on a CPU, where SDPA's kernel is slow.
+"""What a CPU does better in a way of its own: attention of compiled training steps, one row alone.
 
-`benchmarks/attention.py` measures both.
+`benchmarks/attention.py` and `benchmarks/generation.py` measure them.
 """
 
 from typing import Any
@@ -8,6 +8,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_SHARED_FROM = 1 << 19  # weights; fewer, and waking a second thread costs what it saves
+_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def one_row(x: Tensor, weight: Tensor) -> Tensor:
+    """(1, inputs) by (outputs, inputs) -> (1, outputs), each weight read once.
+
+    Float32 by columns (`decode.lay_for_rows`) is shared by the threads, each making some of the
+    outputs: MKL gives a single row to a single thread. bfloat16 on AMX goes to `mv`, since the
+    matrix product first lays the weight out anew (6.3 ms against 9.3 for 50,258 x 768 on one core,
+    24 Nov 2026); without AMX it is the other way round (14 against 8.4).
+    """
+    if weight.dtype == torch.bfloat16 and _AMX:
+        return torch.mv(weight, x[0])[None]
+    outputs, inputs = weight.shape
+    if weight.stride(0) == 1 and outputs * inputs >= _SHARED_FROM:
+        parts = next(n for n in range(torch.get_num_threads(), 0, -1) if outputs % n == 0)
+        if parts > 1:
+            split = weight.t().view(inputs, parts, -1).transpose(0, 1)  # (parts, inputs, outputs)
+            return torch.bmm(x.expand(parts, 1, inputs), split).view(1, outputs)
+    return F.linear(x, weight)
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

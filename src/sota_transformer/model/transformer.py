@@ -43,14 +43,10 @@ class Cache:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., inputs) by (outputs, inputs) -> (..., outputs); the weight in the type of x.
-
-    One row of bfloat16 on a CPU: `mv` reads the weight once, where the matrix product first lays
-    it out anew (6.3 ms against 9.3 for 50,258 x 768 on one core, 24 Nov 2026).
-    """
+    """(..., inputs) by (outputs, inputs) -> (..., outputs); the weight in the type of x."""
     weight = weight.to(x.dtype)
-    if x.dtype == torch.bfloat16 and x.numel() == weight.shape[1] and x.device.type == "cpu":
-        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    if x.numel() == weight.shape[1] and x.device.type == "cpu":
+        return cpu.one_row(x.reshape(1, -1), weight).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 
