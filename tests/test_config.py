@@ -11,7 +11,7 @@ from sota_transformer.presets import PRESETS
 OPTIONS = {
     "model": "layers d_model heads kv_heads d_ff seq_len vocab_size rope_base norm_eps qk_norm",
     "data": "path windows document_mask",
-    "optim": "learning_rate final_fraction warmup_steps beta1 beta2 eps weight_decay clip_norm "
+    "optim": "learning_rate matrix_rate cooldown final_fraction warmup_steps beta1 beta2 eps weight_decay clip_norm "
     "label_smoothing dropout_start dropout_end",
     "train": "steps batch_rows micro_rows gradient_checkpointing log_every eval_every eval_tokens "
     "sample_every save_every_minutes save_every_steps keep_checkpoints",
