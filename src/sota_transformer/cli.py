@@ -143,7 +143,8 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         description=f"Short forms: {short}.",
     )
     if config.run.out == Path() and config.data.path != Path():
-        out = Path("runs") / f"{name}-{config.data.path.resolve().name}"
+        kind = name if recipe == RECIPES[0] else f"{name}-{recipe}"
+        out = Path("runs") / f"{kind}-{config.data.path.resolve().name}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out))
     return config
 

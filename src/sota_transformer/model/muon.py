@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Five odd polynomials a x + b x^3 + c x^5, each the best for where the one before has brought the
 # singular values; a margin of 2% keeps them from leaving on the upper side through rounding.
@@ -40,15 +40,15 @@ class NorMuon(torch.optim.Optimizer):
     """One group. Parameters may hold several matrices one below the other, each on its own."""
 
     def __init__(
-        self, matrices: list[tuple[nn.Parameter, list[int]]], weight_decay: float, dtype: Any
+        self, matrices: list[tuple[Tensor, list[int]]], weight_decay: float, dtype: torch.dtype
     ) -> None:
         """`matrices`: parameters with the rows of each of their matrices; `dtype`: of products."""
-        self._rows = {parameter: rows for parameter, rows in matrices}
+        self._rows = dict(matrices)
         self._dtype = dtype
         super().__init__([p for p, _ in matrices], {"lr": 0.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One update from the gradients that are there."""
         group = self.param_groups[0]
         pieces: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)

@@ -9,7 +9,10 @@ from sota_transformer.config import Optim
 from sota_transformer.model.muon import NorMuon
 from sota_transformer.model.transformer import Transformer
 
-_KEPT = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), NorMuon: ("momentum", "row_square")}
+_KEPT: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    NorMuon: ("momentum", "row_square"),
+}
 _GAINS = 0.1  # their rate as a share of the embedding's, where NorMuon has the matrices
 
 

@@ -239,9 +239,9 @@ class Transformer(nn.Module):
         rope = rotary(config.seq_len, config.head_dim, config.rope_base)
         self.register_buffer("rope", rope, persistent=False)
 
-    def matrices(self) -> list[tuple[nn.Parameter, list[int]]]:
+    def matrices(self) -> list[tuple[Tensor, list[int]]]:
         """Weights of the blocks, each with the rows of the matrices that lie in it one by one."""
-        found = []
+        found: list[tuple[Tensor, list[int]]] = []
         for module in self.blocks.modules():
             if isinstance(module, Attention):
                 width = module.qkv.weight.shape[0] // (module.heads + 2 * module.kv_heads)
