@@ -49,7 +49,7 @@ def _run(model: Model, train: Train, recipe: Recipe) -> RunConfig:
         model = dataclasses.replace(model, qk_norm=True, norm_eps=1e-6)
         optim = Optim(
             learning_rate=0.15,
-            matrix_rate=0.03,
+            matrix_rate=0.02,
             cooldown=0.65,
             final_fraction=0.0,
             warmup_steps=40,
