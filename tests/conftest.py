@@ -64,8 +64,8 @@ def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_run(data: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """A run of `tiny`, shorter and narrower; keyword arguments replace fields by name."""
 
-    def make(name: str = "run", **changes: object) -> RunConfig:
-        config = PRESETS["tiny"]()
+    def make(name: str = "run", recipe: str = "seed", **changes: object) -> RunConfig:
+        config = PRESETS["tiny"](recipe)
         defaults: dict[str, object] = {
             "d_model": 32, "d_ff": 64, "seq_len": 32, "steps": 12, "batch_rows": 4,
             "log_every": 1, "eval_every": 0, "eval_tokens": 512, "sample_every": 0,

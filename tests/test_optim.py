@@ -1,16 +1,17 @@
-"""AdamW against its formula in float64, its groups, and its state by name."""
+"""AdamW and NorMuon against their formulas in float64, their groups, and their state by name."""
 
 import pytest
 import torch
 
 from sota_transformer.config import Model, Optim
+from sota_transformer.model.muon import orthogonal
 from sota_transformer.model.optim import (
-    adamw,
     clip,
     gradient_norm,
     load_state_tensors,
-    set_learning_rate,
+    optimizers,
     state_tensors,
+    update,
 )
 from sota_transformer.model.transformer import Transformer
 
@@ -28,25 +29,28 @@ def gradients(model: Transformer, step: int) -> list[torch.Tensor]:
     return [torch.randn(p.shape, generator=source) for p in model.parameters()]
 
 
-def advance(model: Transformer, optimizer: torch.optim.AdamW, step: int, rate: float) -> None:
+Optimizers = list[torch.optim.Optimizer]
+FAST = Optim(learning_rate=0.1, matrix_rate=0.02, weight_decay=0.05)
+
+
+def advance(model: Transformer, both: Optimizers, step: int, rate: float) -> None:
     for parameter, gradient in zip(model.parameters(), gradients(model, step), strict=True):
         parameter.grad = gradient.clone()
-    set_learning_rate(optimizer, rate)
-    optimizer.step()
+    update(both, rate)
 
 
 def test_ten_updates_equal_the_formula() -> None:
     """Loshchilov and Hutter 2019, algorithm 2; gains of norms do not decay."""
     config = Optim(weight_decay=0.1)
     model = build()
-    optimizer = adamw(model, config)
+    both = optimizers(model, config)
     names = [name for name, _ in model.named_parameters()]
     values = [p.detach().double().clone() for p in model.parameters()]
     means = [torch.zeros_like(v) for v in values]
     squares = [torch.zeros_like(v) for v in values]
     for step in range(10):
         rate = 1e-2 / (step + 1)
-        advance(model, optimizer, step, rate)
+        advance(model, both, step, rate)
         for i, gradient in enumerate(gradients(model, step)):
             g = gradient.double()
             means[i] = config.beta1 * means[i] + (1 - config.beta1) * g
@@ -61,28 +65,81 @@ def test_ten_updates_equal_the_formula() -> None:
 
 
 def test_only_gains_do_not_decay() -> None:
-    groups = adamw(build(), Optim()).param_groups
+    groups = optimizers(build(), Optim())[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
     assert all(p.ndim >= 2 for p in groups[0]["params"])
     assert all(p.ndim == 1 for p in groups[1]["params"])
 
 
-def test_state_by_name_continues_bit_for_bit() -> None:
-    whole, optimizer = build(), None
-    optimizer = adamw(whole, Optim())
+@pytest.mark.parametrize("config", [Optim(), FAST], ids=["adamw", "normuon"])
+def test_state_by_name_continues_bit_for_bit(config: Optim) -> None:
+    whole = build()
+    both = optimizers(whole, config)
     for step in range(6):
-        advance(whole, optimizer, step, 1e-3)
+        advance(whole, both, step, 1e-3)
         if step == 2:
             weights = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
-            moments = {n: t.clone() for n, t in state_tensors(whole, optimizer).items()}
+            moments = {n: t.clone() for n, t in state_tensors(whole, both).items()}
     resumed = build()
     resumed.load_state_dict(weights)
-    second = adamw(resumed, Optim())
+    second = optimizers(resumed, config)
     load_state_tensors(resumed, second, moments, updates=3)
     for step in range(3, 6):
         advance(resumed, second, step, 1e-3)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_every_parameter_has_one_optimizer() -> None:
+    model = build()
+    muon, adamw = optimizers(model, FAST)
+    groups = [*muon.param_groups, *adamw.param_groups]
+    given = [parameter for group in groups for parameter in group["params"]]
+    assert {id(p) for p in given} == {id(p) for p in model.parameters()}
+    assert len(given) == len(list(model.parameters()))
+    assert all(
+        p.ndim == 2 and len(p) < SMALL.vocab_size * 2 for p in muon.param_groups[0]["params"]
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 48, 48), (3, 24, 96), (2, 96, 24)])
+def test_orthogonal_against_the_singular_vectors(shape: tuple[int, int, int]) -> None:
+    """torch's own SVD says what the nearest orthogonal matrix is; five polynomials come near it."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = orthogonal(matrices)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    sizes = torch.linalg.svdvals(found)
+    assert sizes.min() > 0.85 and sizes.max() < 1.15
+    alike = torch.nn.functional.cosine_similarity(found.flatten(1), (u @ v).flatten(1))
+    assert alike.min() > 0.99
+
+
+def test_normuon_equals_its_formula() -> None:
+    """Li et al. 2025, algorithm 1, with the size of each update kept; q, k, v one by one."""
+    model = build()
+    both = optimizers(model, FAST)
+    name = "blocks.0.attention.qkv.weight"
+    place = [n for n, _ in model.named_parameters()].index(name)
+    weight = model.get_parameter(name).detach().double().clone()
+    momentum, square = torch.zeros_like(weight), torch.zeros(len(weight), 1).double()
+    for step in range(4):
+        rate = 0.1 / (step + 1)
+        advance(model, both, step, rate)
+        decay = 0.85 + 0.1 * step / 300
+        gradient = gradients(model, step)[place].double()
+        momentum = decay * momentum + (1 - decay) * gradient
+        ahead = decay * momentum + (1 - decay) * gradient
+        matrix_rate = rate * FAST.matrix_rate / FAST.learning_rate
+        for part in (slice(0, 16), slice(16, 32), slice(32, 48)):  # square: no factor for shape
+            direction = orthogonal(ahead[None, part].float())[0].double()
+            square[part] = 0.95 * square[part] + 0.05 * direction.square().mean(1, keepdim=True)
+            even = direction / square[part].sqrt()
+            even *= direction.norm() / even.norm()
+            agrees = even * weight[part] > 0
+            decayed = matrix_rate * FAST.weight_decay * weight[part]
+            weight[part] -= torch.where(agrees, decayed, 0.0) + matrix_rate * even
+    found = model.get_parameter(name).detach().double()
+    torch.testing.assert_close(found, weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])

@@ -42,6 +42,16 @@ def test_rate_is_positive_and_falls_after_warmup() -> None:
     assert rates[:50] == sorted(rates[:50])
 
 
+def test_a_cooldown_is_a_straight_line_to_the_end() -> None:
+    config = run(1000, cooldown=0.6, final_fraction=0.0, warmup_steps=40)
+    assert learning_rate(0, config) == pytest.approx(1e-3 / 40)
+    assert learning_rate(40, config) == learning_rate(400, config) == 1e-3
+    assert learning_rate(700, config) == pytest.approx(5e-4)
+    assert learning_rate(999, config) == pytest.approx(1e-3 / 600)
+    low = run(1000, cooldown=0.5, final_fraction=0.2)
+    assert learning_rate(1000, low) == pytest.approx(2e-4)
+
+
 def test_dropout_goes_linearly_from_start_to_end() -> None:
     config = run(101)
     assert dropout(0, config) == pytest.approx(0.1)

@@ -15,6 +15,7 @@ import torch
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import DIVERGED, LOCKED, TEMPORARY, SotaError
+from sota_transformer.presets import RECIPES
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
@@ -72,11 +73,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(trainer.Trainer, "_update", update)
 
 
-def test_resumed_equals_undisturbed_bit_for_bit(make_run: MakeRun, monkeypatch) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resumed_equals_undisturbed_bit_for_bit(
+    make_run: MakeRun, monkeypatch, recipe: str
+) -> None:
     """Dropout is on, steps cross an epoch's end, and the crash falls between two checkpoints."""
-    whole = make_run("whole", steps=40, batch_rows=16, micro_rows=8, save_every_steps=6)
+    shape = {"steps": 40, "batch_rows": 16, "micro_rows": 8, "save_every_steps": 6}
+    whole, broken = (make_run(n, recipe, dropout_start=0.1, **shape) for n in ("whole", "broken"))
     train(whole)
-    broken = make_run("broken", steps=40, batch_rows=16, micro_rows=8, save_every_steps=6)
     for crash in (3, 9, 27):
         with monkeypatch.context() as patch, pytest.raises(InterruptError):
             stop_after(patch, crash)

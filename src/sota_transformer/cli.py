@@ -27,7 +27,7 @@ from sota_transformer.options import (
     Prepare,
     Serve,
 )
-from sota_transformer.presets import PRESETS
+from sota_transformer.presets import PRESETS, RECIPES
 
 _Options = TypeVar("_Options")
 
@@ -127,23 +127,37 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         raise SotaError(f"name a preset first: sota {verb} PRESET [OPTIONS], one of {names}")
     if arguments[0] in ("-h", "--help"):
         print(f"usage: sota {verb} PRESET [OPTIONS]\n\nPRESET is one of {names};")
-        print(f"`sota {verb} PRESET --help` shows every option with that preset's values.")
+        print(f"`sota {verb} PRESET --help` shows every option with that preset's values;")
+        print(f"--recipe {'|'.join(RECIPES)} is read first and sets them.")
         raise SystemExit(0)
     name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
         raise SotaError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are {names}")
-    short = ", ".join([*SHORT, "--override FIELD=VALUE"])
+    recipe, rest = _recipe(rest)
+    short = ", ".join(["--recipe NAME", *SHORT, "--override FIELD=VALUE"])
     config = parse(
         RunConfig,
         f"{verb} {name}",
         _lengthen(rest),
-        default=PRESETS[name](),
+        default=PRESETS[name](recipe),
         description=f"Short forms: {short}.",
     )
     if config.run.out == Path() and config.data.path != Path():
-        out = Path("runs") / f"{name}-{config.data.path.resolve().name}"
+        kind = name if recipe == RECIPES[0] else f"{name}-{recipe}"
+        out = Path("runs") / f"{kind}-{config.data.path.resolve().name}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out))
     return config
+
+
+def _recipe(arguments: list[str]) -> tuple[str, list[str]]:
+    """The recipe, and the arguments without it."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--recipe", choices=RECIPES, default=RECIPES[0])
+    try:
+        found, rest = own.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise SotaError(f"{error}") from None
+    return found.recipe, rest
 
 
 def _lengthen(arguments: list[str]) -> list[str]:

@@ -85,12 +85,16 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW, its schedule, and regularisation."""
+    """AdamW or NorMuon, the schedule, and regularisation."""
 
     learning_rate: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    matrix_rate: float = 0.0
+    """Peak learning rate of NorMuon on the matrices of the blocks; 0 leaves them to AdamW."""
+    cooldown: float = 0.0
+    """Share of the run in which the rate falls linearly from its peak; 0 takes a cosine."""
     final_fraction: float = 0.1
-    """Share of the peak that the cosine ends at."""
+    """Share of the peak that the rate ends at."""
     warmup_steps: int = 4000
     """Linear warm-up; never more than 5% of the run."""
     beta1: float = 0.9
@@ -100,7 +104,7 @@ class Optim:
     eps: float = 1e-8
     """AdamW's term against division by zero."""
     weight_decay: float = 0.01
-    """Decoupled decay, of matrices only."""
+    """Decoupled decay, of matrices only; with NorMuon of the blocks' matrices only."""
     clip_norm: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     label_smoothing: float = 0.1
@@ -114,14 +118,19 @@ class Optim:
         """All that is wrong with this section."""
         shares = ("beta1", "beta2", "label_smoothing", "dropout_start", "dropout_end")
         found = _positive(self, "optim", "learning_rate", "eps")
-        found += at_least(self, "optim", 0, "warmup_steps", "weight_decay", "clip_norm")
+        found += at_least(
+            self, "optim", 0, "warmup_steps", "weight_decay", "clip_norm", "matrix_rate"
+        )
         found += [
             f"optim.{name} {getattr(self, name)} must be in [0, 1)"
             for name in shares
             if not 0 <= getattr(self, name) < 1
         ]
-        if not 0 <= self.final_fraction <= 1:
-            found.append(f"optim.final_fraction {self.final_fraction} must be in [0, 1]")
+        found += [
+            f"optim.{name} {getattr(self, name)} must be in [0, 1]"
+            for name in ("final_fraction", "cooldown")
+            if not 0 <= getattr(self, name) <= 1
+        ]
         return found
 
 

@@ -212,7 +212,7 @@ def _one_step(runtime: "Runtime") -> tuple[float, list["Tensor"], bool]:
 
     from sota_transformer.config import Optim
     from sota_transformer.model.loss import token_loss
-    from sota_transformer.model.optim import adamw
+    from sota_transformer.model.optim import optimizers, update
     from sota_transformer.model.transformer import Dropout, Transformer
 
     sizes = {"layers": 2, "d_model": 128, "heads": 2, "kv_heads": 2, "d_ff": 344}
@@ -232,8 +232,7 @@ def _one_step(runtime: "Runtime") -> tuple[float, list["Tensor"], bool]:
     gradients = [
         p.grad.detach().float().cpu().clone() for p in model.parameters() if p.grad is not None
     ]
-    optimizer = adamw(model, Optim())
-    optimizer.step()
+    update(optimizers(model, Optim()), Optim().learning_rate)
     finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
     return float(loss.detach()), gradients, finite
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sota_transformer.config import RunConfig
-from sota_transformer.presets import PRESETS
+from sota_transformer.presets import PRESETS, Recipe
 from sota_transformer.schedules import describe
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
             "; past four times it over-fits: more text or fewer steps" if epochs > 4 else ""
         )
     keep = config.train.keep_checkpoints + 1
-    yield f"disk: {keep * 12 * parameters / 1e9:.2f} GB for {keep} checkpoints"
+    yield f"disk: {keep * state_bytes(config) / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
     yield expected(parameters, total, there)
 
@@ -102,8 +102,9 @@ def compare(
 ) -> Iterator[str]:
     """What each preset would make of the time, and which to take."""
     choices = []
+    recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
     for name in ("16m", "125m", "250m"):
-        other = PRESETS[name]()
+        other = PRESETS[name](recipe)
         rate = (speed if name == preset else measure(other)).tokens_per_second
         tokens = int(rate * hours * 3600)
         steps = tokens // (other.train.batch_rows * other.model.seq_len)
@@ -119,15 +120,27 @@ def compare(
             + (f", about {loss:.2f} nats" if known else ", too few tokens to predict")
         )
     _, _, name, steps = min(choices)
-    yield f"  best: sota train {name} --steps {max(1, steps)}"
+    words = f"{name} --recipe {recipe}" if recipe != "seed" else name
+    yield f"  best: sota train {words} --steps {max(1, steps)}"
+
+
+def state_bytes(config: RunConfig) -> int:
+    """Bytes of weights and moments in float32, which is what a checkpoint holds.
+
+    AdamW keeps two moments; NorMuon, where it has the blocks' matrices, one.
+    """
+    parameters = config.model.parameter_count
+    in_blocks = parameters - config.model.vocab_size * config.model.d_model
+    return 12 * parameters - (4 * in_blocks if config.optim.matrix_rate else 0)
 
 
 def memory_estimate(config: RunConfig) -> str:
     """What weights, gradients and moments take; activations come on top."""
-    parameters = config.model.parameter_count
+    state = state_bytes(config)
     return (
-        f"memory: {16 * parameters / 1e9:.2f} GB for weights, gradients and moments in float32, "
-        f"and the activations of a micro-batch; a checkpoint takes {12 * parameters / 1e9:.2f} GB"
+        f"memory: {(state + 4 * config.model.parameter_count) / 1e9:.2f} GB for weights, gradients "
+        "and moments in float32, and the activations of a micro-batch; a checkpoint takes "
+        f"{state / 1e9:.2f} GB"
     )
 
 
@@ -167,7 +180,7 @@ def step_seconds(
     import torch
 
     from sota_transformer.model.loss import token_loss
-    from sota_transformer.model.optim import adamw, clip, gradient_norm
+    from sota_transformer.model.optim import clip, gradient_norm, optimizers, update
     from sota_transformer.model.transformer import Dropout, Transformer, same_document
 
     device = runtime.device
@@ -175,7 +188,7 @@ def step_seconds(
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device)
     runtime.optimize(model)
-    optimizer = adamw(model, config.optim)
+    both = optimizers(model, config.optim)
     tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)
     keys = torch.arange(rows, dtype=torch.int32, device=device)
     dropout = Dropout(torch.tensor(0.1, device=device), keys)
@@ -191,8 +204,8 @@ def step_seconds(
         runtime.synchronize()
         between = time.perf_counter()
         clip(model, gradient_norm(model), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(both, config.optim.learning_rate)
+        model.zero_grad(set_to_none=True)
         runtime.synchronize()
         ended = time.perf_counter()
         taken.append((ended - started, ended - between))

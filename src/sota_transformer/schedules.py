@@ -16,13 +16,19 @@ def warmup_steps(config: RunConfig) -> int:
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
-    """Rate of the update made at `step`: linear warm-up that starts above zero, then cosine."""
-    optim, warmup = config.optim, warmup_steps(config)
+    """Rate of AdamW's update at `step`: linear warm-up that starts above zero, then the decay.
+
+    The decay is a cosine or, with a cooldown, a straight line over the last part of the run.
+    """
+    optim, warmup, steps = config.optim, warmup_steps(config), config.train.steps
     if step < warmup:
         return optim.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.train.steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return optim.learning_rate * (optim.final_fraction + (1 - optim.final_fraction) * cosine)
+    if optim.cooldown:
+        high = min(1.0, (steps - step) / (optim.cooldown * steps))
+    else:
+        progress = (step - warmup) / max(1, steps - warmup)
+        high = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return optim.learning_rate * (optim.final_fraction + (1 - optim.final_fraction) * high)
 
 
 def dropout(step: int, config: RunConfig) -> float:
@@ -44,12 +50,15 @@ def describe(config: RunConfig) -> list[str]:
     total = tokens * config.train.steps
     warmup, asked = warmup_steps(config), config.optim.warmup_steps
     shortened = f" (5% of the run; {asked} in long runs)" if warmup < asked else ""
+    optim = config.optim
+    decay = f"linear over the last {optim.cooldown:.0%}" if optim.cooldown else "cosine"
+    muon = f", NorMuon {optim.matrix_rate:g} on the blocks' matrices" if optim.matrix_rate else ""
     return [
         f"model: {config.model.parameter_count:,} parameters, context {config.model.seq_len}",
         f"run: {config.train.steps:,} steps x {tokens:,} tokens = {total:,} tokens, "
         f"{total / config.model.parameter_count:.1f} per parameter",
-        f"schedule: peak {config.optim.learning_rate:g}, {warmup} steps of warm-up{shortened}, "
-        f"cosine to {config.optim.final_fraction:.0%}; dropout {config.optim.dropout_start:g} -> "
-        f"{config.optim.dropout_end:g}; label smoothing {config.optim.label_smoothing:g} "
+        f"schedule: peak {optim.learning_rate:g}{muon}, {warmup} steps of warm-up{shortened}, "
+        f"{decay} to {optim.final_fraction:.0%}; dropout {optim.dropout_start:g} -> "
+        f"{optim.dropout_end:g}; label smoothing {optim.label_smoothing:g} "
         "(reported losses are without it)",
     ]

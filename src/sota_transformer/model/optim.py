@@ -1,30 +1,47 @@
-"""AdamW with its parameter groups, and its state by parameter name for checkpoints."""
+"""AdamW with its parameter groups, NorMuon beside it, and their state by name for checkpoints."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sota_transformer.config import Optim
+from sota_transformer.model.muon import NorMuon
+from sota_transformer.model.transformer import Transformer
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_KEPT: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    NorMuon: ("momentum", "row_square"),
+}
+_GAINS = 0.1  # their rate as a share of the embedding's, where NorMuon has the matrices
 
 
-def adamw(model: nn.Module, config: Optim) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) that decays matrices and leaves the gains of norms alone.
+def optimizers(model: Transformer, config: Optim) -> list[torch.optim.Optimizer]:
+    """AdamW alone (Loshchilov and Hutter 2019), or NorMuon for the matrices of the blocks first.
 
-    The learning rate is set by the trainer before each update.
+    AdamW decays matrices and leaves the gains of norms alone. The learning rate is set by the
+    trainer before each update.
     """
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    gains = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": gains, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    parameters = list(model.parameters())
+    betas, eps = (config.beta1, config.beta2), config.eps
+    if not config.matrix_rate:
+        matrices = {"params": [p for p in parameters if p.ndim >= 2], "relative_rate": 1.0}
+        gains = {"params": [p for p in parameters if p.ndim < 2], "relative_rate": 1.0}
+        groups = [
+            matrices | {"weight_decay": config.weight_decay},
+            gains | {"weight_decay": 0.0},
+        ]
+        return [torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)]
+    muon = NorMuon(model.matrices(), config.weight_decay, model.dtype)
+    muon.param_groups[0]["relative_rate"] = config.matrix_rate / config.learning_rate
+    taken = {id(p) for p in muon.param_groups[0]["params"]}
+    rest = [p for p in parameters if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "relative_rate": 1.0},
+        {"params": [p for p in rest if p.ndim < 2], "relative_rate": _GAINS},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+    return [muon, adamw]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -42,29 +59,42 @@ def clip(model: nn.Module, norm: Tensor, limit: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next update, for every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def update(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    """One update of every parameter, at this rate of AdamW's."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["relative_rate"]
+        optimizer.step()
 
 
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
     """The moments as {"exp_avg.NAME": tensor, ...}; empty before the first update."""
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in model.named_parameters()
+        for optimizer in optimizers
         if parameter in optimizer.state
-        for moment in _MOMENTS
+        for moment in _KEPT[type(optimizer)]
     }
 
 
 def load_state_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], updates: int
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    tensors: dict[str, Tensor],
+    updates: int,
 ) -> None:
     """Put back what `state_tensors` gave after `updates` updates. KeyError for a missing name."""
-    for name, parameter in model.named_parameters() if updates else ():
-        state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-        if any(moment.shape != parameter.shape for moment in state.values()):
-            raise ValueError(f"optimizer state of {name} has the wrong shape")
-        count = torch.tensor(float(updates), device=parameter.device)
-        optimizer.state[parameter] = {"step": count, **state}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers if updates else ():
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            name, moments = names[parameter], _KEPT[type(optimizer)]
+            state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in moments}
+            for moment, tensor in state.items():
+                row = (len(parameter), 1)
+                if tensor.shape != (row if moment == "row_square" else parameter.shape):
+                    raise ValueError(f"optimizer state {moment}.{name} has the wrong shape")
+            count = torch.tensor(float(updates), device=parameter.device)
+            optimizer.state[parameter] = {"step": count, **state}

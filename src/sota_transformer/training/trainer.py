@@ -28,12 +28,12 @@ from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.inference.perplexity import Perplexity, perplexity
 from sota_transformer.model.loss import IGNORED, targets_of, token_loss
 from sota_transformer.model.optim import (
-    adamw,
     clip,
     gradient_norm,
     load_state_tensors,
-    set_learning_rate,
+    optimizers,
     state_tensors,
+    update,
 )
 from sota_transformer.model.transformer import Dropout, Transformer, same_document
 from sota_transformer.runtime import PeerLostError, Runtime, micro_rows, out_of_memory
@@ -59,7 +59,7 @@ class Trainer:
         self.model = self._first_model()
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
         self.model.to(runtime.device)
-        self.optimizer = adamw(self.model, config.optim)
+        self.optimizers = optimizers(self.model, config.optim)
         halves = runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=halves)
         self.step = 0
@@ -151,7 +151,7 @@ class Trainer:
 
     def _halve_micro_batch(self, rows: int) -> None:
         """Go on with smaller micro-batches of these rows; the step is the same but for rounding."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if self.micro_rows == 1:
             raise SotaError(
                 f"step {self.step}: not even one window of {self.config.model.seq_len} tokens fits "
@@ -168,7 +168,8 @@ class Trainer:
     def _update(self, sums: Tensor) -> None:
         """Clip and update, unless the loss or a gradient is not finite on any rank."""
         if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
         norm = gradient_norm(self.model)
         totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
         self.totals, self.gradient_norm = totals[:3], totals[3] / self.runtime.world
@@ -179,10 +180,9 @@ class Trainer:
             problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0])
         if problem is None:
             clip(self.model, norm, self.config.optim.clip_norm)
-            set_learning_rate(self.optimizer, self._rate(self.step))
-            self.optimizer.step()
+            update(self.optimizers, self._rate(self.step))
             self.updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.step += 1
         self.signals.critical(False)
         if problem is not None:
@@ -213,7 +213,8 @@ class Trainer:
         self.signals.critical(True)
         if target is None:
             self.model.load_state_dict(self._first_model().state_dict())
-            self.optimizer.state.clear()
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
             self.step = self.updates = 0
         else:
             self._restore(checkpoint.load(self.config.run.out, target, verified=True))
@@ -236,7 +237,8 @@ class Trainer:
     def _first_model(self) -> Transformer:
         """The model before the first step, on the CPU, where every machine draws the same."""
         model = Transformer(self.config.model, self.runtime.dtype)
-        model.init_weights(torch.Generator().manual_seed(self.config.run.seed))
+        source = torch.Generator().manual_seed(self.config.run.seed)
+        (model.init_muon if self.config.optim.matrix_rate else model.init_weights)(source)
         return model
 
     def _rate(self, step: int) -> float:
@@ -368,7 +370,7 @@ class Trainer:
         return checkpoint.State(
             step=self.step,
             model={name: tensor.detach() for name, tensor in self.model.state_dict().items()},
-            optim=state_tensors(self.model, self.optimizer),
+            optim=state_tensors(self.model, self.optimizers),
             trainer=counters | {"guard": self.guard.state(), "scaler": self.scaler.state_dict()},
             manifest={
                 "data": self.windows.fingerprint,
@@ -395,6 +397,6 @@ class Trainer:
             if "rows" in state.trainer:  # not the step, so that the batch may change
                 past = self.step * self.config.train.batch_rows
                 self.guard.shift = int(state.trainer["rows"]) - past
-            load_state_tensors(self.model, self.optimizer, state.optim, self.updates)
+            load_state_tensors(self.model, self.optimizers, state.optim, self.updates)
         except (KeyError, ValueError, TypeError) as error:
             raise SotaError(f"optimizer state of step {state.step}: {error}", BAD_DATA) from error
