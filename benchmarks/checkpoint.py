@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sota_transformer.model.optim import adamw, state_tensors
+from sota_transformer.model.optim import optimizers, state_tensors, update
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.training import checkpoint
@@ -29,13 +29,13 @@ def state_of(preset: str) -> checkpoint.State:
     config = PRESETS[preset]()
     model = Transformer(config.model, torch.float32)
     model.init_weights(torch.Generator().manual_seed(0))
-    optimizer = adamw(model, config.optim)
+    both = optimizers(model, config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    update(both, config.optim.learning_rate)
+    model.zero_grad(set_to_none=True)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return checkpoint.State(step=0, model=weights, optim=state_tensors(model, optimizer))
+    return checkpoint.State(step=0, model=weights, optim=state_tensors(model, both))
 
 
 def peak() -> int:

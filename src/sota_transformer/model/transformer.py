@@ -235,21 +235,23 @@ class Transformer(nn.Module):
         rope = rotary(config.seq_len, config.head_dim, config.rope_base)
         self.register_buffer("rope", rope, persistent=False)
 
-    def matrices(self) -> list[tuple[Tensor, list[int]]]:
-        """Weights of the blocks, each with the rows of the matrices that lie in it one by one."""
-        found: list[tuple[Tensor, list[int]]] = []
-        for module in self.blocks.modules():
-            if isinstance(module, Attention):
-                width = module.qkv.weight.shape[0] // (module.heads + 2 * module.kv_heads)
-                parts = (module.heads, module.kv_heads, module.kv_heads)
-                found.append((module.qkv.weight, [heads * width for heads in parts]))
-                found.append((module.out.weight, [len(module.out.weight)]))
-            elif isinstance(module, SwiGLU):
-                found.append((module.gate_up.weight, [len(module.gate_up.weight) // 2] * 2))
-                found.append((module.down.weight, [len(module.down.weight)]))
-        return found
+    def init_weights(self, generator: torch.Generator, muon: bool = False) -> None:
+        """Normal(0, 0.02); what writes to the residual stream is scaled by 1/sqrt(2L) (GPT-2).
 
-    def init_muon(self, generator: torch.Generator) -> None:
+        `muon`: as NorMuon wants it, see `_init_muon`.
+        """
+        if muon:
+            self._init_muon(generator)
+            return
+        residual = 0.02 / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                std = residual if name.endswith(("out.weight", "down.weight")) else 0.02
+                nn.init.normal_(parameter, 0.0, std, generator=generator)
+
+    def _init_muon(self, generator: torch.Generator) -> None:
         """As NorMuon wants it: blocks that begin as the identity on an embedding of size one.
 
         What writes to the residual stream is zero, the other matrices uniform of standard deviation
@@ -271,15 +273,19 @@ class Transformer(nn.Module):
             else:
                 nn.init.ones_(parameter)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Normal(0, 0.02); what writes to the residual stream is scaled by 1/sqrt(2L) (GPT-2)."""
-        residual = 0.02 / math.sqrt(2 * self.config.layers)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                std = residual if name.endswith(("out.weight", "down.weight")) else 0.02
-                nn.init.normal_(parameter, 0.0, std, generator=generator)
+    def matrices(self) -> list[tuple[Tensor, list[int]]]:
+        """Weights of the blocks, each with the rows of the matrices that lie in it one by one."""
+        found: list[tuple[Tensor, list[int]]] = []
+        for module in self.blocks.modules():
+            if isinstance(module, Attention):
+                width = module.qkv.weight.shape[0] // (module.heads + 2 * module.kv_heads)
+                parts = (module.heads, module.kv_heads, module.kv_heads)
+                found.append((module.qkv.weight, [heads * width for heads in parts]))
+                found.append((module.out.weight, [len(module.out.weight)]))
+            elif isinstance(module, SwiGLU):
+                found.append((module.gate_up.weight, [len(module.gate_up.weight) // 2] * 2))
+                found.append((module.down.weight, [len(module.down.weight)]))
+        return found
 
     def forward(
         self,

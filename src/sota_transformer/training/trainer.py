@@ -130,19 +130,21 @@ class Trainer:
 
     def _gradients(self, batch: Tensor, targets: Tensor, ids: Tensor | None, count: int) -> Tensor:
         """Gradients of the step, over its micro-batches; (3,) sums of their losses."""
+        optim = self.config.optim
+        drops = max(optim.dropout_start, optim.dropout_end) > 0
         rate = torch.tensor(schedules.dropout(self.step, self.config), device=batch.device)
         keys = self._dropout_keys().to(batch.device)
         sums = torch.zeros(3, device=batch.device)
         for begin in range(0, batch.shape[0], self.micro_rows):
             part = slice(begin, begin + self.micro_rows)
-            dropout = Dropout(rate, keys[part]) if self._drops() else None
+            dropout = Dropout(rate, keys[part]) if drops else None
             mask = None if ids is None else same_document(ids[part].to(batch.device))
             hidden = self.model(batch[part, :-1], dropout, mask=mask)
             losses = token_loss(
                 hidden,
                 self.model.embedding.weight,
                 targets[part],
-                self.config.optim.label_smoothing,
+                optim.label_smoothing,
                 self.runtime.compile,
             )
             self.scaler.scale(losses.smoothed / count).backward()
@@ -213,8 +215,7 @@ class Trainer:
         self.signals.critical(True)
         if target is None:
             self.model.load_state_dict(self._first_model().state_dict())
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
+            self.optimizers = optimizers(self.model, self.config.optim)
             self.step = self.updates = 0
         else:
             self._restore(checkpoint.load(self.config.run.out, target, verified=True))
@@ -238,7 +239,7 @@ class Trainer:
         """The model before the first step, on the CPU, where every machine draws the same."""
         model = Transformer(self.config.model, self.runtime.dtype)
         source = torch.Generator().manual_seed(self.config.run.seed)
-        (model.init_muon if self.config.optim.matrix_rate else model.init_weights)(source)
+        model.init_weights(source, muon=self.config.optim.matrix_rate > 0)
         return model
 
     def _rate(self, step: int) -> float:
@@ -256,9 +257,6 @@ class Trainer:
             words = (words + np.uint64(value + 1)) * np.uint64(0x9E3779B97F4A7C15)
             words ^= words >> np.uint64(29)
         return torch.from_numpy((words >> np.uint64(32)).astype(np.uint32).view(np.int32))
-
-    def _drops(self) -> bool:
-        return self.config.optim.dropout_start > 0 or self.config.optim.dropout_end > 0
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -369,7 +367,7 @@ class Trainer:
         counters = {"updates": self.updates, "rows": self._rows(self.step).start}
         return checkpoint.State(
             step=self.step,
-            model={name: tensor.detach() for name, tensor in self.model.state_dict().items()},
+            model=self.model.state_dict(),
             optim=state_tensors(self.model, self.optimizers),
             trainer=counters | {"guard": self.guard.state(), "scaler": self.scaler.state_dict()},
             manifest={
@@ -395,8 +393,8 @@ class Trainer:
             if self.scaler.is_enabled() and state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])
             if "rows" in state.trainer:  # not the step, so that the batch may change
-                past = self.step * self.config.train.batch_rows
-                self.guard.shift = int(state.trainer["rows"]) - past
+                rows = int(state.trainer["rows"])
+                self.guard.shift = rows - self.step * self.config.train.batch_rows
             load_state_tensors(self.model, self.optimizers, state.optim, self.updates)
         except (KeyError, ValueError, TypeError) as error:
             raise SotaError(f"optimizer state of step {state.step}: {error}", BAD_DATA) from error
