@@ -25,11 +25,28 @@ LOSSES = [
     9.922705,
 ]
 
-FAST_LOSSES = [0.0] * 10
+# NorMuon makes even the smallest singular values of a gradient count, and with them its rounding:
+# another processor's products may move these losses more than those of AdamW.
+FAST_LOSSES = [
+    11.207967,
+    10.066222,
+    8.993951,
+    7.674970,
+    6.348630,
+    5.262790,
+    4.744473,
+    4.620167,
+    4.064926,
+    4.060920,
+]
 
 
-@pytest.mark.parametrize(("recipe", "expected"), [("seed", LOSSES), ("fast", FAST_LOSSES)])
-def test_ten_losses(make_run: Callable[..., RunConfig], recipe: str, expected: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "expected", "tolerance"), [("seed", LOSSES, 2e-5), ("fast", FAST_LOSSES, 1e-3)]
+)
+def test_ten_losses(
+    make_run: Callable[..., RunConfig], recipe: str, expected: list[float], tolerance: float
+) -> None:
     shape = {"d_model": 64, "d_ff": 176, "seq_len": 64, "steps": 10, "batch_rows": 8}
     config = make_run(recipe=recipe, **shape)
     train(config)
