@@ -199,7 +199,8 @@ def peak_memory(name: str) -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     who = resource.RUSAGE_CHILDREN if name.startswith("nanogpt") else resource.RUSAGE_SELF
-    return resource.getrusage(who).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(who).ru_maxrss * unit / 1e9
 
 
 def run(preset: str, name: str, options: argparse.Namespace) -> dict[str, float]:

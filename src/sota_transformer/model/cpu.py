@@ -47,8 +47,8 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Block by block; the probabilities are kept."""
-        outputs, chances = [], []
+        """Block by block; kept are the logarithms of the sums that probabilities are shares of."""
+        outputs, totals = [], []
         for start, end in _query_blocks(q.shape[2]):
             scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).float()
             scores = scores * q.shape[3] ** -0.5
@@ -56,27 +56,41 @@ class _BlockAttention(torch.autograd.Function):
                 scores = scores + _future(start, end, q.device)
             else:
                 scores = scores.masked_fill(~mask[:, :, start:end, :end], -torch.inf)
-            chances.append(scores.softmax(-1).to(q.dtype))
-            outputs.append(chances[-1] @ v[:, :, :end])
+            top = scores.amax(-1, keepdim=True)
+            shares = (scores - top).exp()
+            total = shares.sum(-1, keepdim=True)
+            totals.append(top + total.log())
+            outputs.append((shares / total).to(q.dtype) @ v[:, :, :end])
         output = torch.cat(outputs, dim=2)
-        ctx.save_for_backward(q, k, v, output, *chances)
+        ctx.save_for_backward(q, k, v, mask, output, torch.cat(totals, dim=2))
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k and v."""
-        (gradient,), (q, k, v, output, *chances) = gradients, ctx.saved_tensors
+        """Gradients of q, k and v, from probabilities computed again.
+
+        All of it transposed, (keys, queries): a compiler would find the forward pass's own product
+        again, and keep it.
+        """
+        (gradient,), (q, k, v, mask, output, totals) = gradients, ctx.saved_tensors
         tokens, scale = q.shape[2], q.shape[3] ** -0.5
-        mean = (gradient.float() * output.float()).sum(-1, keepdim=True)  # (B, H, T, 1)
+        mean = (gradient.float() * output.float()).sum(-1)[:, :, None]  # (B, H, 1, T)
+        totals = totals.transpose(2, 3)
         dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-        for (start, end), p in zip(_query_blocks(tokens), chances, strict=True):
-            rest = (0, 0, 0, tokens - end)
-            part = gradient[:, :, start:end]
-            dp = (part @ v[:, :, :end].transpose(2, 3)).float()
-            ds = (p.float() * (dp - mean[:, :, start:end]) * scale).to(q.dtype)
-            dq.append(ds @ k[:, :, :end])
-            dk = dk + F.pad(ds.transpose(2, 3) @ q[:, :, start:end], rest)
-            dv = dv + F.pad(p.transpose(2, 3) @ part, rest)
+        for start, end in _query_blocks(tokens):
+            rest, past, these = (0, 0, 0, tokens - end), slice(end), slice(start, end)
+            query, part = q[:, :, these], gradient[:, :, these]
+            scores = (k[:, :, past] @ query.transpose(2, 3)).float() * scale
+            if mask is None:
+                scores = scores + _future(start, end, q.device).t()
+            else:
+                scores = scores.masked_fill(~mask[:, :, these, past].transpose(2, 3), -torch.inf)
+            p = (scores - totals[:, :, :, these]).exp()
+            dp = (v[:, :, past] @ part.transpose(2, 3)).float()
+            ds = (p * (dp - mean[:, :, :, these]) * scale).to(q.dtype)
+            dq.append(ds.transpose(2, 3) @ k[:, :, past])
+            dk = dk + F.pad(ds @ query, rest)
+            dv = dv + F.pad(p.to(q.dtype) @ part, rest)
         return torch.cat(dq, dim=2), dk, dv, None
 
 

@@ -19,7 +19,8 @@ IGNORED = -1  # a target that counts nowhere
 CHUNK_TOKENS = 512  # logits in flight: a chunk stays in a CPU's cache between its three uses
 ALIGNED = {"cuda": 64}  # rows of the head that a device's products want a multiple of
 SLICE_TOKENS = 16  # of them, in three passes over a CPU core's own cache
-GROUP_TOKENS = 2048  # logits kept, as gradients, until one product gives the head's gradient
+GROUP_TOKENS = 1024  # logits kept, as gradients, until one product gives the head's gradient
+STRIP_ROWS = 8192  # of the head's gradient that a product makes at a time
 
 
 class LossSums(NamedTuple):
@@ -68,26 +69,23 @@ class _HeadLoss(torch.autograd.Function):
         losses_of = _compiled_losses() if compiled else chunk_losses
         sums = torch.zeros(2, device=hidden.device)
         hidden_gradient, head_gradient = torch.empty_like(hidden) if train else hidden, None
-        for begin in range(0, len(hidden), GROUP_TOKENS):
-            group = slice(begin, min(begin + GROUP_TOKENS, len(hidden)))
-            size = group.stop - begin if train else CHUNK_TOKENS
-            buffer = hidden.new_empty(size, len(weight))  # logits, then their gradients
+        group_tokens = min(len(hidden), GROUP_TOKENS if train else CHUNK_TOKENS)
+        buffer = hidden.new_empty(group_tokens, len(weight))  # logits, then their gradients
+        if train:
+            head_gradient = torch.zeros_like(head, dtype=torch.float32)
+        for begin in range(0, len(hidden), group_tokens):
+            group = slice(begin, min(begin + group_tokens, len(hidden)))
             for start in range(begin, group.stop, CHUNK_TOKENS):
                 part = slice(start, min(start + CHUNK_TOKENS, group.stop))
-                place = start - begin if train else 0
-                logits = buffer[place : place + part.stop - start]
+                logits = buffer[start - begin : part.stop - begin]
                 torch.mm(hidden[part], weight.t(), out=logits)
                 pieces = logits[:, :vocabulary].split(rows), targets[part].split(rows)
                 for scores, answers in zip(*pieces, strict=True):
                     sums += losses_of(scores, answers, smoothing, train)
                 if train:
                     torch.mm(logits, weight, out=hidden_gradient[part])
-            if train:
-                # (V, D) in the layout of the parameter; the padding rows' logits are their zeros
-                product = (buffer.t() @ hidden[group])[:vocabulary]
-                head_gradient = (
-                    product.float() if head_gradient is None else head_gradient.add_(product)
-                )
+            if head_gradient is not None:
+                _add_product(head_gradient, buffer[: group.stop - begin], hidden[group])
         ctx.save_for_backward(hidden_gradient, head_gradient)
         smoothed, nll = sums.unbind()
         ctx.mark_non_differentiable(nll)
@@ -100,6 +98,17 @@ class _HeadLoss(torch.autograd.Function):
         scale = gradients[0]
         hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
         return hidden_gradient, head_gradient.mul_(scale), None, None, None
+
+
+def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
+    """Add (N, V) gradients of logits times (N, D) hidden states to `total`, (V, D) float32.
+
+    In the layout of the parameter, and in strips that a CPU's cache holds between product and sum.
+    """
+    for begin in range(0, len(total), STRIP_ROWS):
+        rows = slice(begin, begin + STRIP_ROWS)
+        product = gradients[:, rows].t() @ hidden
+        total[rows] += product[: len(total) - begin]  # rows behind the vocabulary are padding
 
 
 def chunk_losses(logits: Tensor, targets: Tensor, smoothing: float, in_place: bool) -> Tensor:
