@@ -30,7 +30,7 @@ from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, Minhash
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
-from prepare import sources
+from corpus import sources
 
 from sota_transformer.data.prepare import prepare
 from sota_transformer.data.shards import SPLITS

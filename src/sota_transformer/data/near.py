@@ -67,17 +67,18 @@ def _dense(signature: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return signature
 
 
-def _bands(signature: NDArray[np.uint32]) -> NDArray[np.uint64]:
+def _bands(signature: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """A key for each band of each sketch: (documents, BANDS)."""
     keys = np.zeros((len(signature), BANDS), np.uint64)
     parts = signature.reshape(len(signature), BANDS, _ROWS).astype(np.uint64)
     for row in range(_ROWS):
         keys = (keys ^ parts[:, :, row]) * _MIX
         keys ^= keys >> np.uint64(29)
-    return keys + np.arange(BANDS, dtype=np.uint64) * _MIX
+    keys += np.arange(BANDS, dtype=np.uint64) * _MIX
+    return (keys >> np.uint64(32)).astype(np.uint32)
 
 
-def _shared(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def _shared(keys: NDArray[np.uint32]) -> NDArray[np.bool_]:
     """Which documents share a key with another of these: (documents,)."""
     flat = keys.reshape(-1)
     order = np.argsort(flat)
@@ -97,6 +98,20 @@ def _grams(ids: NDArray[np.uint16], share: int) -> NDArray[np.uint64]:
     return hashes[np.append(True, hashes[1:] != hashes[:-1])] if len(hashes) else hashes
 
 
+class _Text:
+    """A document's 5-grams, made when they are first asked for."""
+
+    def __init__(self, ids: NDArray[np.uint16]) -> None:
+        self.ids = ids
+        self._grams: dict[int, NDArray[np.uint64]] = {}
+
+    def grams(self, share: int) -> NDArray[np.uint64]:
+        """See `_grams`."""
+        if share not in self._grams:
+            self._grams[share] = _grams(self.ids, share)
+        return self._grams[share]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the tokens of a run of documents lie."""
@@ -107,14 +122,18 @@ class Place:
 
 
 class Similar:
-    """All documents that stayed so far, by the bands of their sketches."""
+    """All documents that stayed so far, by the bands of their sketches.
+
+    About 250 bytes each: keys of 32 bits, and of each bin 8 bits, for what they let through in vain
+    is found out by its 5-grams.
+    """
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._runs: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
+        self._runs: list[tuple[NDArray[np.uint32], NDArray[np.int32]]] = []
         self._places: list[Place] = []
-        self._where = np.empty((0, 3), np.int64)  # place, first token, tokens
-        self._signatures = np.empty((0, BINS), np.uint32)
+        self._where = np.empty((0, 3), np.uint32)  # place, first token, tokens
+        self._signatures = np.empty((0, BINS), np.uint8)
         self._count = 0
         self.examples: list[tuple[float, NDArray[np.uint16], NDArray[np.uint16]]] = []
 
@@ -133,31 +152,33 @@ class Similar:
         ends = np.cumsum(lengths, dtype=np.int64)
         starts = ends - lengths
         before = self._lookup(keys)
+        marks = signature.astype(np.uint8)
         here: dict[int, list[int]] = {}
+        texts: dict[int, _Text] = {}
         # Nearly all documents share no band with any other: they are done here.
         for row in np.flatnonzero(
             _shared(keys) | np.isin(np.arange(len(keys)), [*before])
         ).tolist():
             document, bands = int(looked[row]), keys[row].tolist()
-            ids = tokens[starts[document] : ends[document] - 1]
-            own = signature[document]
+            text = _Text(tokens[starts[document] : ends[document] - 1])
+            own = marks[document]
             for other in dict.fromkeys(n for band in bands for n in here.get(band, ())):
-                known = tokens[starts[other] : ends[other] - 1]
-                if self._alike(ids, known, own, signature[other]):
+                if self._may_be_alike(own, marks[other]) and self._alike(text, texts[other]):
                     stays[document] = False
                     break
             else:
-                if self._like_before(ids, own, before.get(row, ())):
+                if self._like_before(text, own, before.get(row, ())):
                     stays[document] = False
                     continue
+                texts[document] = text
                 for band in bands:
                     here.setdefault(band, []).append(document)
         kept = stays[looked]
-        self._remember(keys[kept], looked[kept], starts, lengths, signature, place)
+        self._remember(keys[kept], looked[kept], starts, lengths, marks, place)
         return stays
 
     def _like_before(
-        self, ids: NDArray[np.uint16], own: NDArray[np.uint32], others: Iterable[int]
+        self, text: _Text, own: NDArray[np.uint8], others: Iterable[int]
     ) -> bool:
         """Whether the document is like one of these earlier ones."""
         for other in others:
@@ -168,26 +189,19 @@ class Similar:
             with known.path.open("rb") as file:
                 file.seek(known.offset + 2 * start)
                 tokens = np.frombuffer(file.read(2 * (count - 1)), np.uint16)
-            if self._alike(ids, tokens, own, self._signatures[other]):
+            if self._alike(text, _Text(tokens)):
                 return True
         return False
 
-    def _may_be_alike(self, a: NDArray[np.uint32], b: NDArray[np.uint32]) -> bool:
+    def _may_be_alike(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
         """Whether two sketches leave it open: their estimate is off by a sixteenth or so."""
-        return bool((a == b).mean() >= self._threshold - _DOUBT)
+        return np.count_nonzero(a == b) >= BINS * (self._threshold - _DOUBT)
 
-    def _alike(
-        self,
-        a: NDArray[np.uint16],
-        b: NDArray[np.uint16],
-        sketch_a: NDArray[np.uint32],
-        sketch_b: NDArray[np.uint32],
-    ) -> bool:
+    def _alike(self, a: _Text, b: _Text) -> bool:
         """Whether the Jaccard index of two documents' 5-grams reaches the threshold."""
-        if not self._may_be_alike(sketch_a, sketch_b):
-            return False
-        share = 1 << max(0, (max(len(a), len(b)) // _ENOUGH_GRAMS).bit_length() - 1)
-        grams_a, grams_b = _grams(a, share), _grams(b, share)
+        longer = max(len(a.ids), len(b.ids))
+        share = 1 << max(0, (longer // _ENOUGH_GRAMS).bit_length() - 1)
+        grams_a, grams_b = a.grams(share), b.grams(share)
         small, large = sorted((len(grams_a), len(grams_b)))
         if not small or small < self._threshold * large:
             return False
@@ -195,10 +209,10 @@ class Similar:
         common = int((both[1:] == both[:-1]).sum())
         jaccard = common / (small + large - common)
         if jaccard >= self._threshold and len(self.examples) < 5:
-            self.examples.append((jaccard, a.copy(), b.copy()))
+            self.examples.append((jaccard, a.ids.copy(), b.ids.copy()))
         return jaccard >= self._threshold
 
-    def _lookup(self, keys: NDArray[np.uint64]) -> dict[int, list[int]]:
+    def _lookup(self, keys: NDArray[np.uint32]) -> dict[int, list[int]]:
         """Earlier documents that share a band, for each document that has any."""
         found: dict[int, list[int]] = {}
         flat = keys.reshape(-1)
@@ -213,33 +227,34 @@ class Similar:
 
     def _remember(
         self,
-        keys: NDArray[np.uint64],
+        keys: NDArray[np.uint32],
         documents: NDArray[Any],
         starts: NDArray[np.int64],
         lengths: NDArray[np.uint32],
-        signature: NDArray[np.uint32],
+        marks: NDArray[np.uint8],
         place: Place,
     ) -> None:
         """Documents that stayed, with their keys, become candidates for all that come."""
         if not len(documents):
             return
-        rows = np.empty((len(documents), 3), np.int64)
+        rows = np.empty((len(documents), 3), np.uint32)
         rows[:, 0], rows[:, 1], rows[:, 2] = (
             len(self._places),
             starts[documents],
             lengths[documents],
         )
-        owners = np.repeat(np.arange(len(documents), dtype=np.int64) + self._count, BANDS)
+        numbers = np.arange(self._count, self._count + len(documents), dtype=np.int32)
+        owners = np.repeat(numbers, BANDS)
         self._places.append(place)
         if self._count + len(rows) > len(self._where):
-            grown = np.empty((2 * (self._count + len(rows)), 3), np.int64)
+            grown = np.empty((3 * (self._count + len(rows)) // 2, 3), np.uint32)
             grown[: self._count] = self._where[: self._count]
             self._where = grown
-            signatures = np.empty((len(grown), BINS), np.uint32)
+            signatures = np.empty((len(grown), BINS), np.uint8)
             signatures[: self._count] = self._signatures[: self._count]
             self._signatures = signatures
         self._where[self._count : self._count + len(rows)] = rows
-        self._signatures[self._count : self._count + len(rows)] = signature[documents]
+        self._signatures[self._count : self._count + len(rows)] = marks[documents]
         self._count += len(rows)
         run = keys.reshape(-1)
         while self._runs and len(self._runs[-1][0]) <= max(len(run), 1 << 18):
