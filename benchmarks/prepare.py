@@ -3,12 +3,12 @@
     python benchmarks/prepare.py --folder /tmp/bench --megabytes 104 --runs 5
     python benchmarks/prepare.py --folder /tmp/bench --megabytes 1100 --runs 3 --no-origin
 
-It builds mixed text from what is on the machine (`corpus.py` says of what: about 300 MB of Python and
-books, then other programs and documents, each document once, and only when all that is used up the
-same with its lines shuffled), writes it as JSON lines, zstandard and parquet, then runs this project
-and its peers in turn, each as a whole process, and prints medians, rates, ratios and the peak memory
-of the process tree (proportional set size, Linux only). The peers, each with as many processes as
-there are cores:
+It builds mixed text from what is on the machine (`corpus.py` says of what: about 300 MB of Python
+and books, then other programs and documents, each document once, and only when all that is used up
+the same with its lines shuffled), writes it as JSON lines, zstandard and parquet, then runs this
+project and its peers in turn, each as a whole process, and prints medians, rates, ratios and the
+peak memory of the process tree (proportional set size, Linux only). The peers, each with as many
+processes as there are cores:
 
     tiktoken   a pool of processes, tiktoken, uint16 ids appended to a file (modded-nanogpt's way)
     origin     a pool of processes, GPT2TokenizerFast of transformers, document by document

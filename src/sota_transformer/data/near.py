@@ -8,8 +8,9 @@
 Both are functions of the documents and their order, so the result is the same on every machine.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _EMPTY = np.uint32(0xFFFFFFFF)
 _STEP = 0x9E3779B9
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 _ENOUGH_GRAMS = 4096  # to know the Jaccard index of long documents to a hundredth
+_CACHED, _CACHED_TOKENS = 256, 1 << 16  # documents kept in memory, the longest of them
 _DOUBT = 0.22  # four standard deviations of the share of equal bins
 
 
@@ -41,11 +43,14 @@ def sketch(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArray[n
     # Only the smallest values of a bin matter, so of a long document only its small hashes do.
     share = np.minimum(1.0, _PER_BIN * BINS / np.maximum(1, grams))
     limit = np.minimum(share * 2.0**32, 2.0**32 - 1).astype(np.uint32)
-    chosen = np.flatnonzero(hashes <= np.repeat(limit, lengths)[: len(hashes)])
+    small = hashes <= np.repeat(limit, lengths)[: len(hashes)]
+    # No gram may reach over its document's end.
+    last = np.maximum(ends[:, None] - np.arange(1, GRAM + 1), (ends - lengths)[:, None])
+    small[last[last < len(small)]] = False
+    chosen = np.flatnonzero(small)
     document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[chosen]
-    inside = chosen + GRAM < ends[document]  # no gram may reach over its document's end
-    kept = hashes[chosen[inside]]
-    cell = document[inside].astype(np.int64) * BINS + (kept & np.uint32(BINS - 1))
+    kept = hashes[chosen]
+    cell = document.astype(np.int64) * BINS + (kept & np.uint32(BINS - 1))
     np.minimum.at(signature.reshape(-1), cell, kept // np.uint32(BINS))
     return _dense(signature)
 
@@ -133,8 +138,9 @@ class Similar:
         self._runs: list[tuple[NDArray[np.uint32], NDArray[np.int32]]] = []
         self._places: list[Place] = []
         self._where = np.empty((0, 3), np.uint32)  # place, first token, tokens
-        self._signatures = np.empty((0, BINS), np.uint8)
+        self._marks = np.empty((0, BINS), np.uint8)
         self._count = 0
+        self._cached = lru_cache(_CACHED)(self._read)
         self.examples: list[tuple[float, NDArray[np.uint16], NDArray[np.uint16]]] = []
 
     def new(
@@ -162,40 +168,53 @@ class Similar:
             document, bands = int(looked[row]), keys[row].tolist()
             text = _Text(tokens[starts[document] : ends[document] - 1])
             own = marks[document]
-            for other in dict.fromkeys(n for band in bands for n in here.get(band, ())):
-                if self._may_be_alike(own, marks[other]) and self._alike(text, texts[other]):
-                    stays[document] = False
-                    break
-            else:
-                if self._like_before(text, own, before.get(row, ())):
-                    stays[document] = False
-                    continue
-                texts[document] = text
-                for band in bands:
-                    here.setdefault(band, []).append(document)
+            beside = list(dict.fromkeys(n for band in bands for n in here.get(band, ())))
+            if self._like_one(text, own, marks, beside, texts.__getitem__) or self._like_one(
+                text, own, self._marks, before.get(row, []), self._known
+            ):
+                stays[document] = False
+                continue
+            texts[document] = text
+            for band in bands:
+                here.setdefault(band, []).append(document)
         kept = stays[looked]
         self._remember(keys[kept], looked[kept], starts, lengths, marks, place)
         return stays
 
-    def _like_before(
-        self, text: _Text, own: NDArray[np.uint8], others: Iterable[int]
+    def _like_one(
+        self,
+        text: _Text,
+        own: NDArray[np.uint8],
+        marks: NDArray[np.uint8],
+        others: list[int],
+        get: Callable[[int], _Text],
     ) -> bool:
-        """Whether the document is like one of these earlier ones."""
-        for other in others:
-            place, start, count = self._where[other].tolist()
-            if not self._may_be_alike(own, self._signatures[other]):
-                continue
-            known = self._places[place]
-            with known.path.open("rb") as file:
-                file.seek(known.offset + 2 * start)
-                tokens = np.frombuffer(file.read(2 * (count - 1)), np.uint16)
-            if self._alike(text, _Text(tokens)):
+        """Whether the document is like one of these, the likeliest first.
+
+        Only where the sketches leave it open: their estimate is off by a sixteenth or so.
+        """
+        if not others:
+            return False
+        equal = np.count_nonzero(marks[others] == own, axis=1)
+        for at in np.argsort(-equal, kind="stable").tolist():
+            if equal[at] < BINS * (self._threshold - _DOUBT):
+                return False
+            if self._alike(text, get(others[at])):
                 return True
         return False
 
-    def _may_be_alike(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
-        """Whether two sketches leave it open: their estimate is off by a sixteenth or so."""
-        return np.count_nonzero(a == b) >= BINS * (self._threshold - _DOUBT)
+    def _known(self, other: int) -> _Text:
+        """An earlier document; many are like the same one, so the last are kept."""
+        small = self._where[other, 2] <= _CACHED_TOKENS
+        return self._cached(other) if small else self._read(other)
+
+    def _read(self, other: int) -> _Text:
+        """An earlier document, from where it lies."""
+        place, start, count = self._where[other].tolist()
+        known = self._places[place]
+        with known.path.open("rb") as file:
+            file.seek(known.offset + 2 * start)
+            return _Text(np.frombuffer(file.read(2 * (count - 1)), np.uint16))
 
     def _alike(self, a: _Text, b: _Text) -> bool:
         """Whether the Jaccard index of two documents' 5-grams reaches the threshold."""
@@ -250,11 +269,11 @@ class Similar:
             grown = np.empty((3 * (self._count + len(rows)) // 2, 3), np.uint32)
             grown[: self._count] = self._where[: self._count]
             self._where = grown
-            signatures = np.empty((len(grown), BINS), np.uint8)
-            signatures[: self._count] = self._signatures[: self._count]
-            self._signatures = signatures
+            grown_marks = np.empty((len(grown), BINS), np.uint8)
+            grown_marks[: self._count] = self._marks[: self._count]
+            self._marks = grown_marks
         self._where[self._count : self._count + len(rows)] = rows
-        self._signatures[self._count : self._count + len(rows)] = marks[documents]
+        self._marks[self._count : self._count + len(rows)] = marks[documents]
         self._count += len(rows)
         run = keys.reshape(-1)
         while self._runs and len(self._runs[-1][0]) <= max(len(run), 1 << 18):

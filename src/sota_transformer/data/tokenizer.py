@@ -104,7 +104,7 @@ class Encoder:
     """Encodes one document after another, with bounded memory.
 
     gigatoken remembers every word it has met, for good, and is a fifth slower until it has met the
-    usual ones. So it gets a fresh memory only where this process has grown since it got the last,
+    usual ones. So it gets a fresh memory only where this process is much larger than at its start,
     which is looked at after so much text that building it anew costs little beside the work done.
     """
 
@@ -118,7 +118,6 @@ class Encoder:
         if self._seen > _LOOK_BYTES and self.kind == "gigatoken":
             if not self._resident or _resident() > self._resident + _GROWN_BYTES:
                 self._encode = _gigatoken()
-                self._resident = _resident()
             self._seen = 0
         self._seen += len(text)
         return self._encode(text)
