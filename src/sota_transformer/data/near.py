@@ -8,7 +8,6 @@
 Both are functions of the documents and their order, so the result is the same on every machine.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,13 +93,15 @@ def _shared(keys: NDArray[np.uint32]) -> NDArray[np.bool_]:
     return found
 
 
-def _grams(ids: NDArray[np.uint16], share: int) -> NDArray[np.uint64]:
+def _grams(ids: NDArray[np.uint16], share: int) -> NDArray[np.uint32]:
     """The different 5-grams of a document, sorted; of a long one every `share`-th, by its hash."""
-    hashes = gram_hashes(ids, GRAM)
+    hashes = gram_hashes(ids, GRAM, np.uint32)  # two of 8,192 are equal by chance once in 128 times
     if share > 1:
-        hashes = hashes[hashes % np.uint64(share) == 0]
+        hashes = hashes[hashes & np.uint32(share - 1) == 0]
     hashes.sort()
-    return hashes[np.append(True, hashes[1:] != hashes[:-1])] if len(hashes) else hashes
+    first = np.ones(len(hashes), bool)
+    np.not_equal(hashes[1:], hashes[:-1], out=first[1:])
+    return hashes[first]
 
 
 class _Text:
@@ -108,9 +109,9 @@ class _Text:
 
     def __init__(self, ids: NDArray[np.uint16]) -> None:
         self.ids = ids
-        self._grams: dict[int, NDArray[np.uint64]] = {}
+        self._grams: dict[int, NDArray[np.uint32]] = {}
 
-    def grams(self, share: int) -> NDArray[np.uint64]:
+    def grams(self, share: int) -> NDArray[np.uint32]:
         """See `_grams`."""
         if share not in self._grams:
             self._grams[share] = _grams(self.ids, share)
@@ -154,11 +155,11 @@ class Similar:
         """Which of `candidates` are like no earlier document that stayed: (documents,)."""
         stays = candidates.copy()
         looked = np.flatnonzero(candidates & (signature != _EMPTY).any(axis=1))
+        marks = signature.astype(np.uint8)
         keys = _bands(signature[looked])
         ends = np.cumsum(lengths, dtype=np.int64)
         starts = ends - lengths
-        before = self._lookup(keys)
-        marks = signature.astype(np.uint8)
+        before = self._lookup(keys, marks[looked])
         here: dict[int, list[int]] = {}
         texts: dict[int, _Text] = {}
         # Nearly all documents share no band with any other: they are done here.
@@ -167,10 +168,10 @@ class Similar:
         ).tolist():
             document, bands = int(looked[row]), keys[row].tolist()
             text = _Text(tokens[starts[document] : ends[document] - 1])
-            own = marks[document]
-            beside = list(dict.fromkeys(n for band in bands for n in here.get(band, ())))
-            if self._like_one(text, own, marks, beside, texts.__getitem__) or self._like_one(
-                text, own, self._marks, before.get(row, []), self._known
+            beside = list({n for band in bands for n in here.get(band, ())})
+            likely = self._likely(marks, [document] * len(beside), marks, beside)
+            if any(self._alike(text, texts[n]) for _, n in likely) or any(
+                self._alike(text, self._known(n)) for n in before.get(row, ())
             ):
                 stays[document] = False
                 continue
@@ -181,27 +182,20 @@ class Similar:
         self._remember(keys[kept], looked[kept], starts, lengths, marks, place)
         return stays
 
-    def _like_one(
-        self,
-        text: _Text,
-        own: NDArray[np.uint8],
-        marks: NDArray[np.uint8],
-        others: list[int],
-        get: Callable[[int], _Text],
-    ) -> bool:
-        """Whether the document is like one of these, the likeliest first.
-
-        Only where the sketches leave it open: their estimate is off by a sixteenth or so.
+    def _likely(
+        self, a: NDArray[np.uint8], rows: Any, b: NDArray[np.uint8], others: Any
+    ) -> list[tuple[int, int]]:
+        """Those of the pairs (row of `a`, row of `b`) whose sketches leave it open whether they are
+        alike, for their estimate is off by a sixteenth or so; the likeliest first for each row.
         """
-        if not others:
-            return False
-        equal = np.count_nonzero(marks[others] == own, axis=1)
-        for at in np.argsort(-equal, kind="stable").tolist():
-            if equal[at] < BINS * (self._threshold - _DOUBT):
-                return False
-            if self._alike(text, get(others[at])):
-                return True
-        return False
+        if not len(others):
+            return []
+        rows, others = np.asarray(rows), np.asarray(others)
+        equal = np.count_nonzero(a[rows] == b[others], axis=1)
+        open_ = equal >= BINS * (self._threshold - _DOUBT)
+        rows, others, equal = rows[open_], others[open_], equal[open_]
+        order = np.lexsort((others, -equal, rows))
+        return list(zip(rows[order].tolist(), others[order].tolist(), strict=True))
 
     def _known(self, other: int) -> _Text:
         """An earlier document; many are like the same one, so the last are kept."""
@@ -225,23 +219,24 @@ class Similar:
         if not small or small < self._threshold * large:
             return False
         both = np.sort(np.concatenate([grams_a, grams_b]))
-        common = int((both[1:] == both[:-1]).sum())
+        common = int(np.count_nonzero(both[1:] == both[:-1]))
         jaccard = common / (small + large - common)
         if jaccard >= self._threshold and len(self.examples) < 5:
             self.examples.append((jaccard, a.ids.copy(), b.ids.copy()))
         return jaccard >= self._threshold
 
-    def _lookup(self, keys: NDArray[np.uint32]) -> dict[int, list[int]]:
-        """Earlier documents that share a band, for each document that has any."""
-        found: dict[int, list[int]] = {}
+    def _lookup(self, keys: NDArray[np.uint32], marks: NDArray[np.uint8]) -> dict[int, list[int]]:
+        """Earlier documents that share a band and may be alike, for each row that has any."""
         flat = keys.reshape(-1)
+        pairs = [np.empty(0, np.int64)]
         for run, owners in self._runs:
             at = np.minimum(np.searchsorted(run, flat), len(run) - 1)
-            for hit in np.flatnonzero(run[at] == flat).tolist():
-                others = found.setdefault(hit // BANDS, [])
-                other = int(owners[at[hit]])
-                if other not in others:
-                    others.append(other)
+            hits = np.flatnonzero(run[at] == flat)
+            pairs.append((hits // BANDS << 32) + owners[at[hits]])
+        pair = np.unique(np.concatenate(pairs))
+        found: dict[int, list[int]] = {}
+        for row, other in self._likely(marks, pair >> 32, self._marks, pair & 0xFFFFFFFF):
+            found.setdefault(row, []).append(other)
         return found
 
     def _remember(
