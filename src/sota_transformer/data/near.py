@@ -25,7 +25,8 @@ _PER_BIN = 8  # grams looked at for each bin: it stays empty though it should no
 _EMPTY = np.uint32(0xFFFFFFFF)
 _STEP = 0x9E3779B9
 _MIX = np.uint64(0xD6E8FEB86659FD93)
-_ENOUGH_GRAMS = 4096  # to know the Jaccard index of long documents to a hundredth
+_ENOUGH_GRAMS = 4096  # to know the Jaccard index of long documents to a hundredth ...
+_UNSURE = 0.03  # ... and so near the threshold, four standard deviations, all of them are counted
 _CACHED, _CACHED_TOKENS = 256, 1 << 16  # documents kept in memory, the longest of them
 _DOUBT = 0.22  # four standard deviations of the share of equal bins
 
@@ -102,6 +103,13 @@ def _grams(ids: NDArray[np.uint16], share: int) -> NDArray[np.uint32]:
     first = np.ones(len(hashes), bool)
     np.not_equal(hashes[1:], hashes[:-1], out=first[1:])
     return hashes[first]
+
+
+def _jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
+    """Size of the intersection over size of the union of two sorted sets."""
+    both = np.sort(np.concatenate([a, b]))
+    common = int(np.count_nonzero(both[1:] == both[:-1]))
+    return common / (len(both) - common)
 
 
 class _Text:
@@ -214,13 +222,12 @@ class Similar:
         """Whether the Jaccard index of two documents' 5-grams reaches the threshold."""
         longer = max(len(a.ids), len(b.ids))
         share = 1 << max(0, (longer // _ENOUGH_GRAMS).bit_length() - 1)
-        grams_a, grams_b = a.grams(share), b.grams(share)
-        small, large = sorted((len(grams_a), len(grams_b)))
-        if not small or small < self._threshold * large:
+        small, large = sorted((len(a.grams(share)), len(b.grams(share))))
+        if not small or small < (self._threshold - _UNSURE) * large:
             return False
-        both = np.sort(np.concatenate([grams_a, grams_b]))
-        common = int(np.count_nonzero(both[1:] == both[:-1]))
-        jaccard = common / (small + large - common)
+        jaccard = _jaccard(a.grams(share), b.grams(share))
+        if share > 1 and abs(jaccard - self._threshold) < _UNSURE:
+            jaccard = _jaccard(a.grams(1), b.grams(1))
         if jaccard >= self._threshold and len(self.examples) < 5:
             self.examples.append((jaccard, a.ids.copy(), b.ids.copy()))
         return jaccard >= self._threshold
