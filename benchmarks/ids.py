@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from prepare import sources
+from corpus import sources
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from sota_transformer.data.prepare import prepare

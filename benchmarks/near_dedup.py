@@ -25,12 +25,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from corpus import sources
 from datatrove.data import Document
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
-from prepare import sources
 
 from sota_transformer.data.prepare import prepare
 from sota_transformer.data.shards import SPLITS

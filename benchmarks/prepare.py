@@ -3,17 +3,18 @@
     python benchmarks/prepare.py --folder /tmp/bench --megabytes 104 --runs 5
     python benchmarks/prepare.py --folder /tmp/bench --megabytes 1100 --runs 3 --no-origin
 
-It builds mixed text from what is on the machine (Python sources, and books where `--books` names
-them), writes it as JSON lines, zstandard and parquet, then runs this project and its peers in turn,
-each as a whole process, and prints medians, rates, ratios and the peak memory of the process tree
-(proportional set size, Linux only). The peers, each with as many processes as there are cores:
+It builds mixed text from what is on the machine (`corpus.py` says of what: about 300 MB of Python
+and books, then other programs and documents, each document once, and only when all that is used up
+the same with its lines shuffled), writes it as JSON lines, zstandard and parquet, then runs this
+project and its peers in turn, each as a whole process, and prints medians, rates, ratios and the
+peak memory of the process tree (proportional set size, Linux only). The peers, each with as many
+processes as there are cores:
 
     tiktoken   a pool of processes, tiktoken, uint16 ids appended to a file (modded-nanogpt's way)
     origin     a pool of processes, GPT2TokenizerFast of transformers, document by document
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -21,7 +22,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -31,35 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from corpus import sources
 
 REPEATS = 0.03  # share of documents that come twice
-PROSE_BYTES = 5000
-
-
-def sources(books: Path | None) -> list[str]:
-    """Real documents: Python files of this machine, and books in pieces of about 5 kB."""
-    found = []
-    for root in {sysconfig.get_path(name) for name in ("stdlib", "purelib")}:
-        for path in sorted(Path(root).rglob("*.py")):
-            try:
-                text = path.read_text()
-            except (OSError, UnicodeDecodeError):
-                continue
-            if 200 < len(text) < 400_000:
-                found.append(text)
-    if books:
-        import zstandard
-
-        with zstandard.open(books, "rt", encoding="utf-8") as file:
-            for line in file:
-                text, piece = json.loads(line)["text"], ""
-                for paragraph in text.split("\n\n"):
-                    piece += paragraph + "\n\n"
-                    if len(piece) > PROSE_BYTES:
-                        found.append(piece)
-                        piece = ""
-    unique = {hashlib.sha256(text.encode()).digest(): text for text in found}
-    return [unique[key] for key in sorted(unique)]
 
 
 def build(folder: Path, megabytes: int, books: Path | None) -> Path:
@@ -67,10 +41,10 @@ def build(folder: Path, megabytes: int, books: Path | None) -> Path:
     path = folder / f"mix-{megabytes}.jsonl"
     if path.exists():
         return path
-    documents, rng, size, turn = sources(books), random.Random(1), 0, 0
+    rng, size, turn = random.Random(1), 0, 0
     with path.with_suffix(".tmp").open("w") as file:
         while size < megabytes * 10**6:
-            for text in documents:
+            for text in sources(books):
                 if turn:
                     lines = text.split("\n")
                     rng.shuffle(lines)
@@ -80,6 +54,7 @@ def build(folder: Path, megabytes: int, books: Path | None) -> Path:
                 size += copies * len(text.encode())
                 if size >= megabytes * 10**6:
                     break
+            print(f"{size / 1e6:,.0f} MB after {turn + 1} turns through the text of this machine")
             turn += 1
     path.with_suffix(".tmp").rename(path)
     subprocess.run(["zstd", "-q", "-3", "-k", str(path)], check=False)

@@ -9,7 +9,7 @@ import pytest
 from sota_transformer.data import units
 from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.merge import SeenHashes
-from sota_transformer.data.near import BINS, sketch
+from sota_transformer.data.near import BINS, Similar, _Text, sketch
 from sota_transformer.data.tokenizer import Tokenizer
 from tests.preparing import bytes_of, everything, jsonl, run
 
@@ -75,6 +75,19 @@ def test_near_duplicates_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.M
     assert "is like" in entry["examples"][0]
     run(tmp_path / "two", tmp_path / "a.jsonl", near_dedup=0.8, workers=2)
     assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "data")
+
+
+def test_long_documents_near_the_threshold_are_decided_by_all_their_grams() -> None:
+    random, similar, sides = np.random.default_rng(9), Similar(0.8), set()
+    for changes in range(255, 285, 3):
+        a = random.integers(0, 50_000, 12_000).astype(np.uint16)
+        b = a.copy()
+        b[random.choice(len(a), changes, replace=False)] += 1
+        sets = [set(map(tuple, np.lib.stride_tricks.sliding_window_view(x, 5))) for x in (a, b)]
+        alike = len(sets[0] & sets[1]) >= 0.8 * len(sets[0] | sets[1])
+        assert similar._alike(_Text(a), _Text(b)) == alike
+        sides.add(alike)
+    assert sides == {True, False}
 
 
 def test_append_knows_the_near_duplicates_of_what_is_there(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ import pytest
 import zstandard
 from pyarrow import ipc, parquet
 
-from sota_transformer.data import units
+from sota_transformer.data import tables, units
+from sota_transformer.data.sources import find
 from sota_transformer.data.tokenizer import EOT
 from tests.preparing import bytes_of, documents, everything, jsonl, run, texts
 
@@ -274,3 +275,17 @@ def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:
         assert reasons.get(reason, 0) == count, (reason, reasons)
     assert reasons["not valid UTF-8"] == 3
     assert all(entry["examples"] for entry in manifest["rejects"].values())
+
+
+def test_progress_of_a_table_counts_bytes_not_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 8 << 10)
+    monkeypatch.setattr(tables, "UNIT_BYTES", 8 << 10)
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({"text": texts(300)}), path, row_group_size=100)
+    (source,), _ = find((str(path),))
+    cuts = units.cut([source], tmp_path, lambda _: None, lambda s: tables.probe(s, "text"))
+    sizes = [segment.size for segments, _ in cuts for segment in segments]
+    assert len(sizes) > 3
+    assert source.size - len(sizes) <= sum(sizes) <= source.size

@@ -125,9 +125,14 @@ def test_long_runs_are_not_slow(encoder: Encoder) -> None:
 
 
 def test_memory_is_renewed_without_changing_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sota_transformer.data.tokenizer._REBUILD_BYTES", 100)
-    encode = Encoder("gigatoken")
-    assert len({tuple(encode(b"The same text again and again. " * 4)) for _ in range(5)}) == 1
+    monkeypatch.setattr("sota_transformer.data.tokenizer._LOOK_BYTES", 100)
+    for resident, renewed in (([10, 10], False), ([10, 1 << 40], True), ([0, 0], True)):
+        sizes = iter([resident[0], *[resident[1]] * 5])
+        monkeypatch.setattr("sota_transformer.data.tokenizer._resident", lambda s=sizes: next(s))
+        encode = Encoder("gigatoken")
+        first = encode._encode
+        assert len({tuple(encode(b"The same text again and again. " * 4)) for _ in range(5)}) == 1
+        assert (encode._encode is not first) == renewed
 
 
 def test_falls_back_where_gigatoken_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,9 +187,13 @@ def _records(segment: Segment, field: str) -> Iterator[Document]:
             continue
         if position == 0:
             block = block.removeprefix(codecs.BOM_UTF8)
-        for line in block.split(b"\n"):
+        view, at, size = memoryview(block), 0, len(block)
+        while at < size:
+            end = block.find(b"\n", at)
+            end = size if end < 0 else end
+            start, at = at, end + 1
             try:
-                text = loads(line)[field]
+                text = loads(view[start:end])[field]
                 if type(text) is str:
                     document = checked(text, "")
                     if type(document) is bytes:
@@ -197,10 +201,8 @@ def _records(segment: Segment, field: str) -> Iterator[Document]:
                         continue
             except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 pass
-            if line and not line.isspace():
-                yield _slow_record(
-                    line, field, f"{segment.name}: byte {block.find(line) + position}"
-                )
+            if (line := block[start:end]) and not line.isspace():
+                yield _slow_record(line, field, f"{segment.name}: byte {start + position}")
 
 
 def _fast_loads() -> Any:
@@ -208,7 +210,7 @@ def _fast_loads() -> Any:
     try:
         import orjson
     except ImportError:
-        return json.loads
+        return lambda line: json.loads(bytes(line))
     return orjson.loads
 
 

@@ -7,6 +7,7 @@ fsync: what a power cut leaves of it is noticed.
 
 import hashlib
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from sota_transformer.data.near import Place, sketch
 from sota_transformer.data.sources import REPAIRED, Skipped
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import EOT, Encoder
-from sota_transformer.data.units import Segment, Unit
+from sota_transformer.data.units import UNIT_BYTES, Segment, Unit
 
 EXAMPLES = 5
 HASH_KEY = b"sota-document-1"
@@ -98,7 +99,7 @@ class Tools:
 
 def encode_unit(unit: Unit, tools: Tools) -> Encoded:
     """Read, hash and encode all documents of a unit; exact repeats inside it are left out."""
-    tokens = np.empty(1 << 20, np.uint16)
+    tokens = np.empty(UNIT_BYTES // 2, np.uint16)  # seldom too few, and cheap until it is filled
     used, lengths, sizes, inputs = 0, [], [], []
     hashes: dict[bytes, str] = {}
     rejects = Rejects()
@@ -196,10 +197,14 @@ def _write_all(file: Any, data: memoryview) -> None:
 def load(path: Path, key: str, *, check: bool) -> Encoded | None:
     """A stored result, if it is there, belongs to `key` and (if `check`) is not damaged."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            # Mapped: what is only copied on, the tokens, need not come into this process at all.
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         size = int.from_bytes(data[-8:], "little")
         head = json.loads(data[-8 - size : -8])
-        if head["key"] != key or (check and zlib.crc32(data[: -8 - size]) != head["check"]):
+        if head["key"] != key or (
+            check and zlib.crc32(memoryview(data)[: -8 - size]) != head["check"]
+        ):
             return None
         arrays, at, place = {}, 0, None
         for name, dtype in _ARRAYS:

@@ -30,10 +30,14 @@ def _polynomial(ids: NDArray[Any], size: int, dtype: type) -> NDArray[Any]:
     first = _polynomial(ids, half, dtype)
     modulus = 1 << (8 * np.dtype(dtype).itemsize)
     rest = size - half
-    second = first if rest == half else first[:-1] * dtype(_BASE % modulus) + ids[half:]
-    shift = dtype(pow(_BASE, rest, modulus))
+    second = first
+    if rest > half:
+        second = first[:-1] * dtype(_BASE % modulus)
+        second += ids[half:]
     count = len(ids) - size + 1
-    return first[:count] * shift + second[half : half + count]
+    out = first[:count] * dtype(pow(_BASE, rest, modulus))
+    out += second[half : half + count]
+    return out
 
 
 def _mixed(x: NDArray[Any], dtype: type) -> NDArray[Any]:
@@ -42,11 +46,12 @@ def _mixed(x: NDArray[Any], dtype: type) -> NDArray[Any]:
         steps, factors = (16, 15, 16), (0x7FEB352D, 0x846CA68B)
     else:
         steps, factors = (30, 27, 31), (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-    x ^= x >> dtype(steps[0])
-    x *= dtype(factors[0])
-    x ^= x >> dtype(steps[1])
-    x *= dtype(factors[1])
-    x ^= x >> dtype(steps[2])
+    shifted = np.empty_like(x)
+    for step, factor in zip(steps, (*factors, 1), strict=True):
+        np.right_shift(x, dtype(step), out=shifted)
+        x ^= shifted
+        if factor != 1:
+            x *= dtype(factor)
     return x
 
 

@@ -254,7 +254,7 @@ class _Run:
         merger = None if self.options.part else self._merger()
         try:
             for unit, done in chain([first] if first else [], results):
-                size = sum(segment.stop - segment.start for segment in unit.segments)
+                size = sum(segment.size for segment in unit.segments)
                 progress.add(done.documents, done.text_bytes, done.tokens, size)
                 if merger is None:
                     continue

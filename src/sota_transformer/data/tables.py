@@ -103,8 +103,10 @@ class Tables:
         """Rows start..stop of one row group, from where the reader stands if that is before."""
         place = (segment.path, segment.offset)
         if self._place != place or self._row > segment.start:
+            self._batches, self._rest = iter(()), []  # what is read goes before more comes
+            _release()
             self._batches = _batches(segment, field, [segment.offset])
-            self._place, self._row, self._rest = place, 0, []
+            self._place, self._row = place, 0
         while self._row < segment.stop:
             if not self._rest:
                 batch = next(self._batches, None)
@@ -119,6 +121,13 @@ class Tables:
             self._row += 1
             if self._row > segment.start:
                 yield self._row - 1, value
+
+
+def _release() -> None:
+    """Give back what Arrow's allocator keeps of memory that is free."""
+    import pyarrow
+
+    pyarrow.default_memory_pool().release_unused()
 
 
 def _batches(segment: Segment, field: str, groups: list[int] | None) -> Iterator[Any]:

@@ -40,6 +40,13 @@ class Segment:
     """First line of a table of text, needed to read any piece of it."""
     spooled: bool = False
     """Whether the path is a spool file, to be removed once read."""
+    taken: int = 0
+    """Of a range of rows: about how many bytes of the file they take."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of input that are read with this piece, for the progress."""
+        return self.taken or self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,11 @@ def whole(source: Source) -> Segment:
 
 def _tables(source: Source, probe: Probe) -> Iterator[Segment]:
     """Row ranges of a large table."""
-    for group, start, stop in probe(source):
-        yield replace(whole(source), start=start, stop=stop, whole=False, offset=group)
+    pieces = probe(source)
+    rows = sum(stop - start for _, start, stop in pieces)
+    for group, start, stop in pieces:
+        piece = replace(whole(source), start=start, stop=stop, whole=False, offset=group)
+        yield replace(piece, taken=source.size * (stop - start) // max(1, rows))
 
 
 def _ranges(source: Source) -> Iterator[Segment]:
