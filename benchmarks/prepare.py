@@ -250,7 +250,7 @@ def measure(path: Path, runs: int, origin: bool, only: str) -> None:
                     continue
                 shutil.rmtree(scratch / "out", ignore_errors=True)
                 times.setdefault(key, []).append(run(command, memory=turn == 0))
-    base = statistics.median(row[0] for row in times["ours, jsonl"][1:])
+    base = statistics.median(row[0] for row in next(iter(times.values()))[1:])
     print(
         f"{'':<18} {'wall s':>8} {'min-max':>13} {'docs/s':>8} {'MB/s':>7} {'CPU s':>7} "
         f"{'peak MB':>8} {'wall x':>7}"
