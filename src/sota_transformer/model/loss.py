@@ -62,9 +62,9 @@ class _HeadLoss(torch.autograd.Function):
         """The sums; keeps the gradients of the first for the backward pass."""
         train = any(ctx.needs_input_grad)
         vocabulary, kind = len(head), hidden.device.type
-        weight = F.pad(
-            head.detach().to(hidden.dtype), (0, 0, 0, -vocabulary % ALIGNED.get(kind, 1))
-        )
+        weight, missing = head.detach().to(hidden.dtype), -vocabulary % ALIGNED.get(kind, 1)
+        if missing:  # torch would copy it even to add nothing
+            weight = F.pad(weight, (0, 0, 0, missing))
         rows = SLICE_TOKENS if compiled and kind == "cpu" else CHUNK_TOKENS
         losses_of = _compiled_losses() if compiled else chunk_losses
         sums = torch.zeros(2, device=hidden.device)
