@@ -39,6 +39,16 @@ def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
     assert "50 steps of warm-up (5% of the run; 4000 in long runs)" in out
 
 
+def test_a_recipe_sets_what_is_not_given(capsys) -> None:
+    code, out, _ = run(
+        capsys, "config", "125m", "--recipe", "fast", "--data", "d", "--optim.beta1", "0.7"
+    )
+    assert code == 0
+    assert '"qk_norm": true' in out and '"heads": 6' in out and '"beta1": 0.7' in out
+    assert '"out": "runs/125m-fast-d"' in out
+    assert "NorMuon 0.02" in out and "linear over the last 65% to 0%" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -47,6 +57,7 @@ def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
         (["train", "17m"], 2, ["did you mean '16m'"]),
         (["train", "tiny", "--stepz", "5"], 2, ["--stepz"]),
         (["train", "tiny", "--steps", "x"], 2, ["steps", "x"]),
+        (["train", "tiny", "--recipe", "slow"], 2, ["slow", "seed", "fast"]),
         (["train", "tiny", "--steps", "0"], 2, ["train.steps 0 must be at least 1"]),
         (["train", "tiny"], 2, ["--data"]),
         (["train", "tiny", "--data", "NOWHERE"], 66, ["NOWHERE", "sota prepare"]),
