@@ -47,7 +47,7 @@ class Options:
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
     recipe: Literal["seed", "fast"] = "seed"
-    """How it learns: as the project's origin did, or in a third of the tokens."""
+    """How it learns: as the project's origin did, or faster."""
     minutes: float = 5.0
     """Time budget of --quick."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
