@@ -248,10 +248,10 @@ def discard(path: Path) -> None:
     trash = _aside(path, "trash")
     path.rename(trash)
     fsync_folder(path.parent)
-    _remove(trash)
+    remove(trash)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete whatever has this name, and nothing that it points to."""
     with naming(path):
         if path.is_dir() and not path.is_symlink():
@@ -271,7 +271,7 @@ def sweep(folder: Path) -> None:
     fsync_folder(folder)
     for path in sorted(folder.iterdir()):
         if _LEFTOVER.fullmatch(path.name):
-            _remove(path)
+            remove(path)
 
 
 def canonical_json(value: Any) -> bytes:

@@ -15,10 +15,10 @@ from .protocols import CaughtError, Explorer, configure, explore, explore_twice,
 
 SOURCE = Path(durable.__file__).read_text()
 _EFFECTS = ("fsync", "fsync_folder", "rename", "replace", "mkdir", "_flush")
-_EFFECTS += ("_remove", "rmtree", "unlink")
+_EFFECTS += ("remove", "rmtree", "unlink")
 # The folder exists already when `commit_folder` is called, and readers and locks write nothing.
 _FUNCTIONS = ("fsync_folder", "make_folder", "close", "commit_folder", "write_file")
-_FUNCTIONS += ("discard", "sweep", "create", "_remove")
+_FUNCTIONS += ("discard", "sweep", "create", "remove")
 
 COMMIT = "        fsync_folder(temporary)\n        temporary.rename(final)\n"
 PARENT = "    fsync_folder(final.parent)\n"
@@ -45,8 +45,8 @@ HAND_MADE = {
         "        pass\n",
     ),
     "discard: without a rename": (
-        "    path.rename(trash)\n    fsync_folder(path.parent)\n    _remove(trash)\n",
-        "    _remove(path)\n",
+        "    path.rename(trash)\n    fsync_folder(path.parent)\n    remove(trash)\n",
+        "    remove(path)\n",
     ),
     "make_folder: only what is missing": ("chain[: missing + 1]", "chain[:missing]"),
     "sweep: of nothing": ("if _LEFTOVER.fullmatch(path.name):", "if False:"),

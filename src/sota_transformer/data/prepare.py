@@ -32,7 +32,7 @@ from sota_transformer.durable import (
     DirectoryLock,
     canonical_json,
     make_folder,
-    naming,
+    remove,
     sha256_file,
     write_file,
 )
@@ -63,7 +63,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
         print(f"{options.out} already holds these inputs, prepared with these options")
         if work.exists():  # killed after the commit, before the clean-up
             with DirectoryLock(work):
-                _remove(work)
+                remove(work)
         return old
     if old and not options.append:
         raise SotaError(
@@ -110,12 +110,6 @@ def merge(options: Merge) -> dict[str, Any]:
 def _work(out: Path) -> Path:
     """Where everything lies until the target has its name."""
     return out.parent / f".{out.name}.preparing"
-
-
-def _remove(work: Path) -> None:
-    """Delete a work folder; rmtree's own errors name what is in it as seen from there."""
-    with naming(work):
-        shutil.rmtree(work)
 
 
 def _request(options: Prepare, sources: list[Source]) -> str:
@@ -214,7 +208,7 @@ class _Run:
         asked = {"options": options, "parts": self.parts, "folder": str(Path.cwd())}
         write_file(self.work / _ASKED, canonical_json(asked))
         write_file(self.work / f"done-{self.part}-of-{self.parts}", b"")
-        _remove(self.own)
+        remove(self.own)
 
     def _excluded(self) -> Path | None:
         """The file of excluded grams, made if it is asked for."""
@@ -325,5 +319,5 @@ class _Run:
         else:
             manifest = joined(self.old, manifest)
             commit_append(shards, out, manifest)
-        _remove(self.work)
+        remove(self.work)
         return manifest
