@@ -120,8 +120,8 @@ class _BlockAttention(torch.autograd.Function):
             shares = (scores - top).exp()
             total = shares.sum(-1, keepdim=True)
             totals.append(top + total.log())
-            outputs.append((shares / total).to(q.dtype) @ v[:, :, :end])
-        output = torch.cat(outputs, dim=2)
+            outputs.append((shares.to(q.dtype) @ v[:, :, :end]) / total)
+        output = torch.cat(outputs, dim=2).to(q.dtype)
         ctx.save_for_backward(q, k, v, mask, output, torch.cat(totals, dim=2))
         return output
 
