@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sota_transformer.model import cpu
 from sota_transformer.model import loss as loss_module
 from sota_transformer.model.loss import IGNORED, PAD, targets_of, token_loss
 
@@ -15,16 +16,28 @@ def case(tokens: int = 37, width: int = 16, vocab: int = 101):
     return hidden, head, torch.randint(0, vocab, (tokens,))
 
 
+def as_a_gpu(monkeypatch) -> None:
+    """Go the way of the devices that are no CPU."""
+
+    def instead(*arguments):
+        return loss_module._in_chunks(*arguments, True, False)
+
+    monkeypatch.setattr(cpu, "head_loss", instead)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("chunk", [5, 37, 1024])
-@pytest.mark.parametrize("aligned", [1, 64])
+@pytest.mark.parametrize("aligned", [0, 1, 64])
 def test_sums_and_gradients_equal_torch(
     monkeypatch, smoothing: float, chunk: int, aligned: int
 ) -> None:
-    monkeypatch.setattr(loss_module, "ALIGNED", {"cpu": aligned})
+    if aligned:
+        as_a_gpu(monkeypatch)
+    monkeypatch.setattr(loss_module, "ALIGNED", {"cpu": aligned or 1})
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(loss_module, "GROUP_TOKENS", 2 * chunk)
-    monkeypatch.setattr(loss_module, "STRIP_ROWS", 40)
+    monkeypatch.setattr(cpu, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(cpu, "GROUP_TOKENS", 2 * chunk)
+    monkeypatch.setattr(cpu, "STRIP_ROWS", 40)
     hidden, head, targets = case()
     sums = token_loss(hidden, head, targets, smoothing)
     (sums.smoothed / 7).backward()
@@ -41,7 +54,10 @@ def test_sums_and_gradients_equal_torch(
     assert int(sums.count) == 37
 
 
-def test_ignored_targets_count_nowhere() -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_ignored_targets_count_nowhere(monkeypatch, gpu: bool) -> None:
+    if gpu:
+        as_a_gpu(monkeypatch)
     hidden, head, targets = case()
     targets[::3] = IGNORED
     kept = targets != IGNORED

@@ -1,6 +1,6 @@
-"""What a CPU does better in a way of its own: attention of compiled training steps, one row alone.
+"""What a CPU does better in a way of its own: training's head and compiled attention, one row.
 
-`benchmarks/attention.py` and `benchmarks/generation.py` measure them.
+`benchmarks/training.py`, `attention.py` and `generation.py` measure them.
 """
 
 from typing import Any
@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORED = -1  # a target that counts nowhere
+CHUNK_TOKENS = 512  # logits in flight: a part of them stays in the cache between their uses
+GROUP_TOKENS = 1024  # logits kept, as gradients, until one product gives the head's gradient
+STRIP_ROWS = 8192  # of the head's gradient, made at a time: a cache holds them until they are added
 _SHARED_FROM = 1 << 19  # weights; fewer, and waking a second thread costs what it saves
 _AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
@@ -30,6 +34,62 @@ def one_row(x: Tensor, weight: Tensor) -> Tensor:
             split = weight.t().view(inputs, parts, -1).transpose(0, 1)  # (parts, inputs, outputs)
             return torch.bmm(x.expand(parts, 1, inputs), split).view(1, outputs)
     return F.linear(x, weight)
+
+
+def head_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The head and its loss, for `loss.token_loss`, with torch's own softmax in place.
+
+    (N, D), (V, D), (N,) -> (2,) sums of smoothed and plain loss; gradients of the former, (N, D)
+    and (V, D) float32. What label smoothing asks of all V outputs alike is of rank one and is
+    added to the gradients, not to the logits. Losses are read off the probability of the target,
+    so a bfloat16 one is within 0.002 nats, and none is over 87.
+    """
+    weight, valid, index = head.detach().to(hidden.dtype), targets != IGNORED, targets.clamp(min=0)
+    share, width = smoothing / len(head), min(len(hidden), GROUP_TOKENS)
+    whole = weight.sum(0, dtype=torch.float32)
+    means = hidden.float() @ (whole / len(head))  # (N,) of each token's logits
+    pull = share * hidden[valid].sum(0, dtype=torch.float32)
+    sums, buffer = torch.zeros(2), hidden.new_empty(width, len(head))
+    hidden_gradient, head_gradient = torch.empty_like(hidden), torch.empty_like(head)
+    for begin in range(0, len(hidden), width):
+        group = slice(begin, min(begin + width, len(hidden)))
+        for start in range(begin, group.stop, CHUNK_TOKENS):
+            part = slice(start, min(start + CHUNK_TOKENS, group.stop))
+            logits = buffer[start - begin : part.stop - begin]
+            torch.mm(hidden[part], weight.t(), out=logits)
+            losses = _softmax_losses(logits, index[part], valid[part], means[part], smoothing)
+            sums += losses.where(valid[part], 0.0).sum(-1)
+            torch.mm(logits, weight, out=hidden_gradient[part])
+        for top in range(0, len(head), STRIP_ROWS):
+            rows = slice(top, top + STRIP_ROWS)
+            product = buffer[: group.stop - begin, rows].t() @ hidden[group]
+            if begin:
+                head_gradient[rows] += product
+            else:  # in two calls: a subtraction of two types takes ten times as long
+                head_gradient[rows].copy_(product).sub_(pull)
+    hidden_gradient -= valid[:, None] * (share * whole)
+    return sums, hidden_gradient, head_gradient
+
+
+def _softmax_losses(
+    logits: Tensor, index: Tensor, valid: Tensor, means: Tensor, smoothing: float
+) -> Tensor:
+    """(2, N) smoothed and plain losses of (N, V) logits, which become their gradients.
+
+    `means` (N,) are those of the logits; rows that are not `valid` become zero.
+    """
+    places = (torch.arange(len(logits)), index)
+    score = logits[places].float()
+    torch.softmax(logits, -1, out=logits)
+    probability = logits[places].float()
+    nll = -probability.clamp(min=torch.finfo(torch.float32).tiny).log()
+    smoothed = (1 - smoothing) * nll + smoothing * (score + nll - means)
+    logits[places] = (probability - (1 - smoothing)).to(logits.dtype)
+    if not valid.all():
+        logits.index_fill_(0, (~valid).nonzero()[:, 0], 0.0)
+    return torch.stack((smoothed, nll))
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -60,8 +120,8 @@ class _BlockAttention(torch.autograd.Function):
             shares = (scores - top).exp()
             total = shares.sum(-1, keepdim=True)
             totals.append(top + total.log())
-            outputs.append((shares / total).to(q.dtype) @ v[:, :, :end])
-        output = torch.cat(outputs, dim=2)
+            outputs.append((shares.to(q.dtype) @ v[:, :, :end]) / total)
+        output = torch.cat(outputs, dim=2).to(q.dtype)
         ctx.save_for_backward(q, k, v, mask, output, torch.cat(totals, dim=2))
         return output
 

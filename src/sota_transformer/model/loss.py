@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.model import cpu
+from sota_transformer.model.cpu import IGNORED
 
 PAD = GPT2_VOCAB  # the id behind GPT-2's own
-IGNORED = -1  # a target that counts nowhere
-CHUNK_TOKENS = 512  # logits in flight: a chunk stays in a CPU's cache between its three uses
+CHUNK_TOKENS = 1024  # logits in flight
 ALIGNED = {"cuda": 64}  # rows of the head that a device's products want a multiple of
-SLICE_TOKENS = 16  # of them, in three passes over a CPU core's own cache
-GROUP_TOKENS = 1024  # logits kept, as gradients, until one product gives the head's gradient
-STRIP_ROWS = 8192  # of the head's gradient that a product makes at a time
 
 
 class LossSums(NamedTuple):
@@ -61,32 +59,11 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """The sums; keeps the gradients of the first for the backward pass."""
         train = any(ctx.needs_input_grad)
-        vocabulary, kind = len(head), hidden.device.type
-        weight, missing = head.detach().to(hidden.dtype), -vocabulary % ALIGNED.get(kind, 1)
-        if missing:  # torch would copy it even to add nothing
-            weight = F.pad(weight, (0, 0, 0, missing))
-        rows = SLICE_TOKENS if compiled and kind == "cpu" else CHUNK_TOKENS
-        losses_of = _compiled_losses() if compiled else chunk_losses
-        sums = torch.zeros(2, device=hidden.device)
-        hidden_gradient, head_gradient = torch.empty_like(hidden) if train else hidden, None
-        group_tokens = min(len(hidden), GROUP_TOKENS if train else CHUNK_TOKENS)
-        buffer = hidden.new_empty(group_tokens, len(weight))  # logits, then their gradients
-        if train:
-            head_gradient = torch.zeros_like(head, dtype=torch.float32)
-        for begin in range(0, len(hidden), group_tokens):
-            group = slice(begin, min(begin + group_tokens, len(hidden)))
-            for start in range(begin, group.stop, CHUNK_TOKENS):
-                part = slice(start, min(start + CHUNK_TOKENS, group.stop))
-                logits = buffer[start - begin : part.stop - begin]
-                torch.mm(hidden[part], weight.t(), out=logits)
-                pieces = logits[:, :vocabulary].split(rows), targets[part].split(rows)
-                for scores, answers in zip(*pieces, strict=True):
-                    sums += losses_of(scores, answers, smoothing, train)
-                if train:
-                    torch.mm(logits, weight, out=hidden_gradient[part])
-            if head_gradient is not None:
-                _add_product(head_gradient, buffer[: group.stop - begin], hidden[group])
-        ctx.save_for_backward(hidden_gradient, head_gradient)
+        if train and hidden.is_cpu:
+            sums, *gradients = cpu.head_loss(hidden, head, targets, smoothing)
+        else:
+            sums, *gradients = _in_chunks(hidden, head, targets, smoothing, train, compiled)
+        ctx.gradients = gradients  # not saved for autograd, which would then add to a copy
         smoothed, nll = sums.unbind()
         ctx.mark_non_differentiable(nll)
         return smoothed, nll
@@ -94,21 +71,34 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what the forward pass made."""
-        hidden_gradient, head_gradient = ctx.saved_tensors
+        hidden_gradient, head_gradient = ctx.gradients
+        del ctx.gradients
         scale = gradients[0]
-        hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
+        hidden_gradient.mul_(scale.to(hidden_gradient.dtype))
         return hidden_gradient, head_gradient.mul_(scale), None, None, None
 
 
-def _add_product(total: Tensor, gradients: Tensor, hidden: Tensor) -> None:
-    """Add (N, V) gradients of logits times (N, D) hidden states to `total`, (V, D) float32.
-
-    In the layout of the parameter, and in strips that a CPU's cache holds between product and sum.
-    """
-    for begin in range(0, len(total), STRIP_ROWS):
-        rows = slice(begin, begin + STRIP_ROWS)
-        product = gradients[:, rows].t() @ hidden
-        total[rows] += product[: len(total) - begin]  # rows behind the vocabulary are padding
+def _in_chunks(
+    hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float, train: bool, compiled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(2,) sums and, to train, gradients (N, D) and float32 (V, D) of the smoothed one."""
+    vocabulary, kind = len(head), hidden.device.type
+    weight, missing = head.detach().to(hidden.dtype), -vocabulary % ALIGNED.get(kind, 1)
+    if missing:  # torch would copy it even to add nothing
+        weight = F.pad(weight, (0, 0, 0, missing))
+    losses_of = _compiled_losses() if compiled else chunk_losses
+    sums = torch.zeros(2, device=hidden.device)
+    hidden_gradient = torch.empty_like(hidden) if train else hidden
+    head_gradient = torch.zeros_like(head, dtype=torch.float32) if train else head
+    for start in range(0, len(hidden), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        logits = hidden[part] @ weight.t()
+        sums += losses_of(logits[:, :vocabulary], targets[part], smoothing, train)
+        if train:
+            torch.mm(logits, weight, out=hidden_gradient[part])
+            # In the layout of the parameter; rows behind the vocabulary are padding.
+            head_gradient += (logits.t() @ hidden[part])[:vocabulary]
+    return sums, hidden_gradient, head_gradient
 
 
 def chunk_losses(logits: Tensor, targets: Tensor, smoothing: float, in_place: bool) -> Tensor:

@@ -310,7 +310,10 @@ class Transformer(nn.Module):
             rope = rope.unsqueeze(2)
         if cache is not None and mask is None and start and tokens.shape[1] > 1:
             mask = _causal_behind(start, tokens.shape[1], tokens.device)
-        x = drop(self.embedding(tokens).float(), dropout, 0)  # (B, T, D) float32
+        # Where the head's gradient is dense, a CPU adds the looked-up rows to it alone.
+        sparse = self.training and tokens.is_cpu
+        x = F.embedding(tokens, self.embedding.weight, sparse=sparse).float()
+        x = drop(x, dropout, 0)  # (B, T, D) float32
         for layer, block in enumerate(self.blocks, start=1):
             inner = dropout and Dropout(dropout.rate, dropout.keys + layer * 0x51ED27)
             if self.gradient_checkpointing and self.training:
