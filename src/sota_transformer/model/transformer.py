@@ -43,8 +43,13 @@ class Cache:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., inputs) by (outputs, inputs) -> (..., outputs); the weight in the type of x."""
+    """(..., inputs) by (outputs, inputs) -> (..., outputs); the weight in the type of x.
+
+    Also by a weight of three dimensions, `cpu.panels`.
+    """
     weight = weight.to(x.dtype)
+    if weight.ndim == 3:
+        return cpu.by_panels(x, weight)
     if x.numel() == weight.shape[1] and x.device.type == "cpu":
         return cpu.one_row(x.reshape(1, -1), weight).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
