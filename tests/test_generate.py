@@ -29,7 +29,9 @@ from sota_transformer.inference.generate import (
     make_sampler,
     probabilities,
 )
+from sota_transformer.model import rows as few_rows
 from sota_transformer.model.decode import lay_for_rows
+from sota_transformer.model.transformer import project
 from tests.inference_models import FULL, TINY, as_transformers, small_model
 
 GREEDY = make_sampler(temperature=0.0)
@@ -130,9 +132,13 @@ def test_one_row_alone_equals_a_plain_forward(
     laid = copy.deepcopy(plain)
     for model in (plain, laid):
         model.dtype = dtype
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # stored as `--dtype` says
+                parameter.data = parameter.data.to(dtype)
     lay_for_rows(laid)
-    assert all(map(torch.equal, plain.parameters(), laid.parameters()))
-    assert laid.embedding.weight.stride() == (1, config.vocab_size)
+    assert torch.equal(plain.embedding.weight, laid.embedding.weight)
+    by_columns = dtype == torch.float32
+    assert (laid.embedding.weight.stride() == (1, config.vocab_size)) == by_columns
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -149,6 +155,37 @@ def test_one_row_alone_equals_a_plain_forward(
             assert error < (1e-5 if dtype == torch.float32 else 2e-2)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (2, 5), (few_rows._PANELS_UP_TO + 1,)])
+@pytest.mark.parametrize("outputs", [96, 90])  # whole panels, and not
+def test_laid_out_weights_multiply_as_before(rows: tuple[int, ...], outputs: int) -> None:
+    source = torch.Generator().manual_seed(1)
+    x = torch.randn(*rows, 48, generator=source)
+    weight = torch.randn(outputs, 48, generator=source)
+    laid = few_rows.panels(weight)
+    assert laid.numel() == weight.numel()  # no second copy, no padding
+    if torch.backends.mkl.is_available():
+        assert laid.ndim == (3 if outputs == 96 else 2)
+    expected = (x.double() @ weight.double().t()).float()
+    torch.testing.assert_close(project(x, laid), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_row_in_bfloat16_sums_in_float32(threads: int) -> None:
+    """Only the result is rounded, however many inputs; and oneDNN is asked again afterwards."""
+    source = torch.Generator().manual_seed(2)
+    x = torch.rand(1, 4096, generator=source).bfloat16()  # all positive: a bfloat16 sum would stop
+    weight = torch.rand(33, 4096, generator=source).bfloat16()
+    before, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    torch.set_num_threads(threads)
+    try:
+        y = project(x, weight)
+    finally:
+        torch.set_num_threads(before)
+    assert y.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled == onednn
+    expected = x.double() @ weight.double().t()
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
 
 
 def test_a_prompt_longer_than_the_context_is_seen_from_its_end() -> None:

@@ -36,7 +36,6 @@ def test_sums_and_gradients_equal_torch(
     monkeypatch.setattr(loss_module, "ALIGNED", {"cpu": aligned or 1})
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
     monkeypatch.setattr(cpu, "CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(cpu, "GROUP_TOKENS", 2 * chunk)
     monkeypatch.setattr(cpu, "STRIP_ROWS", 40)
     hidden, head, targets = case()
     sums = token_loss(hidden, head, targets, smoothing)

@@ -1,6 +1,6 @@
-"""What a CPU does better in a way of its own: training's head and compiled attention, one row.
+"""What a CPU trains better in a way of its own: the head's loss, and attention when compiled.
 
-`benchmarks/training.py`, `attention.py` and `generation.py` measure them.
+`benchmarks/training.py` and `benchmarks/attention.py` measure them.
 """
 
 from typing import Any
@@ -10,30 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -1  # a target that counts nowhere
-CHUNK_TOKENS = 512  # logits in flight: a part of them stays in the cache between their uses
-GROUP_TOKENS = 1024  # logits kept, as gradients, until one product gives the head's gradient
+CHUNK_TOKENS = 1024  # whose logits exist at a time
 STRIP_ROWS = 8192  # of the head's gradient, made at a time: a cache holds them until they are added
-_SHARED_FROM = 1 << 19  # weights; fewer, and waking a second thread costs what it saves
-_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-
-def one_row(x: Tensor, weight: Tensor) -> Tensor:
-    """(1, inputs) by (outputs, inputs) -> (1, outputs), each weight read once.
-
-    Float32 by columns (`decode.lay_for_rows`) is shared by the threads, each making some of the
-    outputs: MKL gives a single row to a single thread. bfloat16 on AMX goes to `mv`, since the
-    matrix product first lays the weight out anew (6.3 ms against 9.3 for 50,258 x 768 on one core,
-    24 Nov 2026); without AMX it is the other way round (14 against 8.4).
-    """
-    if weight.dtype == torch.bfloat16 and _AMX:
-        return torch.mv(weight, x[0])[None]
-    outputs, inputs = weight.shape
-    if weight.stride(0) == 1 and outputs * inputs >= _SHARED_FROM:
-        parts = next(n for n in range(torch.get_num_threads(), 0, -1) if outputs % n == 0)
-        if parts > 1:
-            split = weight.t().view(inputs, parts, -1).transpose(0, 1)  # (parts, inputs, outputs)
-            return torch.bmm(x.expand(parts, 1, inputs), split).view(1, outputs)
-    return F.linear(x, weight)
 
 
 def head_loss(
@@ -47,24 +25,22 @@ def head_loss(
     so a bfloat16 one is within 0.002 nats, and none is over 87.
     """
     weight, valid, index = head.detach().to(hidden.dtype), targets != IGNORED, targets.clamp(min=0)
-    share, width = smoothing / len(head), min(len(hidden), GROUP_TOKENS)
-    whole = weight.sum(0, dtype=torch.float32)
+    share, size = smoothing / len(head), min(len(hidden), CHUNK_TOKENS)
+    whole = head.detach().sum(0)
     means = hidden.float() @ (whole / len(head))  # (N,) of each token's logits
     pull = share * hidden[valid].sum(0, dtype=torch.float32)
-    sums, buffer = torch.zeros(2), hidden.new_empty(width, len(head))
+    sums, buffer = torch.zeros(2), hidden.new_empty(size, len(head))
     hidden_gradient, head_gradient = torch.empty_like(hidden), torch.empty_like(head)
-    for begin in range(0, len(hidden), width):
-        group = slice(begin, min(begin + width, len(hidden)))
-        for start in range(begin, group.stop, CHUNK_TOKENS):
-            part = slice(start, min(start + CHUNK_TOKENS, group.stop))
-            logits = buffer[start - begin : part.stop - begin]
-            torch.mm(hidden[part], weight.t(), out=logits)
-            losses = _softmax_losses(logits, index[part], valid[part], means[part], smoothing)
-            sums += losses.where(valid[part], 0.0).sum(-1)
-            torch.mm(logits, weight, out=hidden_gradient[part])
+    for begin in range(0, len(hidden), size):
+        part = slice(begin, begin + size)
+        logits = buffer[: len(hidden[part])]
+        torch.mm(hidden[part], weight.t(), out=logits)
+        losses = _softmax_losses(logits, index[part], valid[part], means[part], smoothing)
+        sums += losses.where(valid[part], 0.0).sum(-1)
+        torch.mm(logits, weight, out=hidden_gradient[part])
         for top in range(0, len(head), STRIP_ROWS):
             rows = slice(top, top + STRIP_ROWS)
-            product = buffer[: group.stop - begin, rows].t() @ hidden[group]
+            product = logits[:, rows].t() @ hidden[part]
             if begin:
                 head_gradient[rows] += product
             else:  # in two calls: a subtraction of two types takes ten times as long

@@ -12,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sota_transformer.model import rows
 from sota_transformer.model.transformer import Attention, Block, RMSNorm, Transformer, project
 
 
 def lay_for_rows(model: Transformer) -> None:
-    """Store the float32 matrices of a model on a CPU by columns; shapes and values stay.
+    """Store the float32 matrices of a model on a CPU so that one row reads memory from end to end.
 
-    One row by a matrix then reads memory from end to end. MKL took 11.9 ms for 50,258 x 768 by
-    rows and 6.3 by columns, where reading alone takes 5.6 (one core of a Zen 4, 24 Nov 2026).
+    The embedding, in which tokens are looked up, by columns: shape and values stay. MKL took
+    11.9 ms for 50,258 x 768 by rows and 6.3 by columns, where reading alone takes 5.6 (one core of
+    a Zen 4, 24 Nov 2026). The others in panels where they can be, which is faster for small ones.
     """
     for parameter in model.parameters():
         if parameter.ndim == 2 and parameter.dtype == torch.float32 and parameter.is_cpu:
-            parameter.data = parameter.data.t().contiguous().t()
+            looked_up = parameter is model.embedding.weight
+            parameter.data = (rows.by_columns if looked_up else rows.panels)(parameter.data)
 
 
 class OneRow:
@@ -51,7 +54,11 @@ class OneRow:
 
 def _norm(x: Tensor, norm: RMSNorm) -> Tensor:
     """RMSNorm of the last dimension, in float32."""
-    return F.rms_norm(x.float(), norm.weight.shape, norm.weight, norm.eps)
+    x = x.float()
+    if len(x) == 1 and x.is_cpu:  # four calls, where the one below makes eight
+        scale = (float(x[0].dot(x[0])) / x.shape[1] + norm.eps) ** -0.5
+        return (x * scale).mul_(norm.weight)
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
 
 
 def _mix(y: Tensor, layer: Attention, cosine: Tensor, sine: Tensor, known: Tensor) -> Tensor:
@@ -66,6 +73,8 @@ def _mix(y: Tensor, layer: Attention, cosine: Tensor, sine: Tensor, known: Tenso
     q, new = qkv.split((layer.heads, 2 * layer.kv_heads))
     known[..., -1, :] = new.view(2, 1, layer.kv_heads, width)
     grouped = layer.heads != layer.kv_heads
+    if known.is_cpu:  # one query in bfloat16 takes three times as long
+        q, known = q.float(), known.float()
     keys, values = known.unbind()
     found = F.scaled_dot_product_attention(q[None, :, None], keys, values, enable_gqa=grouped)
-    return found.view(1, -1)
+    return found.view(1, -1).to(y.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sota_transformer.config import Model
-from sota_transformer.model import cpu
+from sota_transformer.model import cpu, rows
 
 
 class Dropout(NamedTuple):
@@ -43,10 +43,15 @@ class Cache:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., inputs) by (outputs, inputs) -> (..., outputs); the weight in the type of x."""
+    """(..., inputs) by (outputs, inputs) -> (..., outputs); the weight in the type of x.
+
+    Also by a weight of three dimensions, `rows.panels`.
+    """
     weight = weight.to(x.dtype)
+    if weight.ndim == 3:
+        return rows.by_panels(x, weight)
     if x.numel() == weight.shape[1] and x.device.type == "cpu":
-        return cpu.one_row(x.reshape(1, -1), weight).view(*x.shape[:-1], -1)
+        return rows.one_row(x.reshape(1, -1), weight).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 
