@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from sota_transformer.data import units
+from sota_transformer.data.alike import texts
 from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.merge import SeenHashes
-from sota_transformer.data.near import BINS, Similar, _Text, sketch
+from sota_transformer.data.near import BINS, Similar, sketch
 from sota_transformer.data.tokenizer import Tokenizer
 from tests.preparing import bytes_of, everything, jsonl, run
 
@@ -85,7 +86,7 @@ def test_long_documents_near_the_threshold_are_decided_by_all_their_grams() -> N
         b[random.choice(len(a), changes, replace=False)] += 1
         sets = [set(map(tuple, np.lib.stride_tricks.sliding_window_view(x, 5))) for x in (a, b)]
         alike = len(sets[0] & sets[1]) >= 0.8 * len(sets[0] | sets[1])
-        assert similar._alike(_Text(a), _Text(b)) == alike
+        assert similar._alike(*texts([a, b])) == alike
         sides.add(alike)
     assert sides == {True, False}
 

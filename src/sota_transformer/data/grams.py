@@ -10,15 +10,37 @@ _CHUNK = 1 << 16  # tokens at a time, so that the intermediate arrays stay in th
 
 
 def gram_hashes(ids: NDArray[Any], size: int, dtype: type = np.uint64) -> NDArray[Any]:
-    """Hash of each run of `size` ids: (n - size + 1,) uint64 or uint32; empty if there is none.
+    """Hash of each run of `size` ids: (n - size + 1,) uint64 or uint32; empty if there is none."""
+    return _chunked(ids, size, dtype, mix=True)
 
-    A polynomial of the ids, built by doubling: the hash of a + b ids follows from those of a and b.
+
+def gram_order(ids: NDArray[Any], size: int) -> NDArray[np.uint32]:
+    """A number for each run of `size` ids, different as a hash is but for its low bits; half the
+    work: enough to choose the runs whose number is small. `mixed` makes hashes of these.
+    """
+    return _chunked(ids, size, np.uint32, mix=False)
+
+
+def mixed(order: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Hashes of numbers of `gram_order`, different ones of different numbers."""
+    return _mixed(order.copy(), np.uint32)
+
+
+def _chunked(ids: NDArray[Any], size: int, dtype: type, *, mix: bool) -> NDArray[Any]:
+    """A polynomial of the ids, built by doubling: the hash of a + b ids follows from those of a
+    and b. The factor before it lets the last id, too, decide on the high bits.
     """
     count = max(0, len(ids) - size + 1)
     out = np.empty(count, dtype)
+    factor = dtype(_BASE % (1 << (8 * np.dtype(dtype).itemsize)))
     for start in range(0, count, _CHUNK):
         piece = ids[start : start + _CHUNK + size - 1].astype(dtype)
-        out[start : start + _CHUNK] = _mixed(_polynomial(piece + dtype(1), size, dtype), dtype)
+        if mix:
+            piece += dtype(1)
+            out[start : start + _CHUNK] = _mixed(_polynomial(piece, size, dtype), dtype)
+        else:
+            piece *= factor
+            out[start : start + _CHUNK] = _polynomial(piece, size, dtype)
     return out
 
 

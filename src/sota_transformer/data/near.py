@@ -8,6 +8,7 @@
 Both are functions of the documents and their order, so the result is the same on every machine.
 """
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,18 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.grams import gram_hashes
+from sota_transformer.data.alike import FINER, GRAM, Text, grams_of, jaccard, texts
+from sota_transformer.data.grams import gram_order, mixed
 
-GRAM = 5
-BINS, _ROWS = 64, 4
+_BIN_BITS = 6
+BINS, _ROWS = 1 << _BIN_BITS, 4
 BANDS = BINS // _ROWS
 _PER_BIN = 8  # grams looked at for each bin: it stays empty though it should not with p = exp(-8)
 _EMPTY = np.uint32(0xFFFFFFFF)
 _STEP = 0x9E3779B9
 _MIX = np.uint64(0xD6E8FEB86659FD93)
-_ENOUGH_GRAMS = 4096  # to know the Jaccard index of long documents to a hundredth ...
-_UNSURE = 0.03  # ... and so near the threshold, four standard deviations, all of them are counted
-_CACHED, _CACHED_TOKENS = 256, 1 << 16  # documents kept in memory, the longest of them
+_KEPT = 1 << 13  # earlier documents whose 5-grams stay in memory, at most 8 kB each
+_CACHED, _CACHED_TOKENS = 128, 1 << 16  # long ones of which more than a share stay, the longest
 _DOUBT = 0.22  # four standard deviations of the share of equal bins
 
 
@@ -37,22 +38,25 @@ def sketch(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArray[n
     `tokens` holds the documents one after another, each closed by end-of-text, `lengths` long.
     """
     signature = np.full((len(lengths), BINS), _EMPTY, np.uint32)
-    hashes = gram_hashes(tokens, GRAM, np.uint32)
+    order = gram_order(tokens, GRAM)
     ends = np.cumsum(lengths, dtype=np.int64)
     grams = np.maximum(0, lengths.astype(np.int64) - GRAM)
-    # Only the smallest values of a bin matter, so of a long document only its small hashes do.
-    share = np.minimum(1.0, _PER_BIN * BINS / np.maximum(1, grams))
-    limit = np.minimum(share * 2.0**32, 2.0**32 - 1).astype(np.uint32)
-    small = hashes <= np.repeat(limit, lengths)[: len(hashes)]
+    small = np.ones(len(order), bool)
+    # Only the smallest values of a bin matter, so of a long document only its small ones do.
+    for n in np.flatnonzero(grams > _PER_BIN * BINS).tolist():
+        own = slice(int(ends[n] - lengths[n]), int(ends[n]))
+        limit = np.uint32(_PER_BIN * BINS / grams[n] * 2.0**32)
+        np.less_equal(order[own], limit, out=small[own])
     # No gram may reach over its document's end.
     last = np.maximum(ends[:, None] - np.arange(1, GRAM + 1), (ends - lengths)[:, None])
     small[last[last < len(small)]] = False
     chosen = np.flatnonzero(small)
-    document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[chosen]
-    kept = hashes[chosen]
-    cell = document.astype(np.int64) * BINS + (kept & np.uint32(BINS - 1))
-    np.minimum.at(signature.reshape(-1), cell, kept // np.uint32(BINS))
-    return _dense(signature)
+    counts = np.diff(np.searchsorted(chosen, ends), prepend=0)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    kept = order[chosen]
+    cell = document * BINS + (kept * np.uint32(_STEP) >> np.uint32(32 - _BIN_BITS))
+    np.minimum.at(signature.reshape(-1), cell, kept)
+    return _dense(np.where(signature == _EMPTY, _EMPTY, mixed(signature)))
 
 
 def _dense(signature: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -94,38 +98,6 @@ def _shared(keys: NDArray[np.uint32]) -> NDArray[np.bool_]:
     return found
 
 
-def _grams(ids: NDArray[np.uint16], share: int) -> NDArray[np.uint32]:
-    """The different 5-grams of a document, sorted; of a long one every `share`-th, by its hash."""
-    hashes = gram_hashes(ids, GRAM, np.uint32)  # two of 8,192 are equal by chance once in 128 times
-    if share > 1:
-        hashes = hashes[hashes & np.uint32(share - 1) == 0]
-    hashes.sort()
-    first = np.ones(len(hashes), bool)
-    np.not_equal(hashes[1:], hashes[:-1], out=first[1:])
-    return hashes[first]
-
-
-def _jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
-    """Size of the intersection over size of the union of two sorted sets."""
-    both = np.sort(np.concatenate([a, b]))
-    common = int(np.count_nonzero(both[1:] == both[:-1]))
-    return common / (len(both) - common)
-
-
-class _Text:
-    """A document's 5-grams, made when they are first asked for."""
-
-    def __init__(self, ids: NDArray[np.uint16]) -> None:
-        self.ids = ids
-        self._grams: dict[int, NDArray[np.uint32]] = {}
-
-    def grams(self, share: int) -> NDArray[np.uint32]:
-        """See `_grams`."""
-        if share not in self._grams:
-            self._grams[share] = _grams(self.ids, share)
-        return self._grams[share]
-
-
 @dataclass(frozen=True)
 class Place:
     """Where the tokens of a run of documents lie."""
@@ -149,7 +121,8 @@ class Similar:
         self._where = np.empty((0, 3), np.uint32)  # place, first token, tokens
         self._marks = np.empty((0, BINS), np.uint8)
         self._count = 0
-        self._cached = lru_cache(_CACHED)(self._read)
+        self._kept: dict[int, Text] = {}
+        self._cached = lru_cache(_CACHED)(self._finer)
         self.examples: list[tuple[float, NDArray[np.uint16], NDArray[np.uint16]]] = []
 
     def new(
@@ -168,27 +141,46 @@ class Similar:
         ends = np.cumsum(lengths, dtype=np.int64)
         starts = ends - lengths
         before = self._lookup(keys, marks[looked])
-        here: dict[int, list[int]] = {}
-        texts: dict[int, _Text] = {}
         # Nearly all documents share no band with any other: they are done here.
-        for row in np.flatnonzero(
-            _shared(keys) | np.isin(np.arange(len(keys)), [*before])
-        ).tolist():
+        asked = np.flatnonzero(_shared(keys) | np.isin(np.arange(len(keys)), [*before]))
+        known = self._known(sorted({other for others in before.values() for other in others}))
+        here: dict[int, list[int]] = {}
+        found: dict[int, Text] = {}
+        documents = [tokens[starts[n] : ends[n] - 1] for n in looked[asked].tolist()]
+        for row, text in zip(asked.tolist(), texts(documents), strict=True):
             document, bands = int(looked[row]), keys[row].tolist()
-            text = _Text(tokens[starts[document] : ends[document] - 1])
             beside = list({n for band in bands for n in here.get(band, ())})
             likely = self._likely(marks, [document] * len(beside), marks, beside)
-            if any(self._alike(text, texts[n]) for _, n in likely) or any(
-                self._alike(text, self._known(n)) for n in before.get(row, ())
+            if any(self._alike(text, found[n]) for _, n in likely) or any(
+                self._alike(text, known[n]) for n in before.get(row, ())
             ):
                 stays[document] = False
                 continue
-            texts[document] = text
+            found[document] = text
             for band in bands:
                 here.setdefault(band, []).append(document)
         kept = stays[looked]
+        for number, document in enumerate(looked[kept].tolist(), self._count):
+            if document in found:
+                self._keep(found[document].bare(number))
         self._remember(keys[kept], looked[kept], starts, lengths, marks, place)
         return stays
+
+    def _keep(self, text: Text) -> None:
+        """Earlier documents' 5-grams stay in memory, the last that were asked for."""
+        self._kept[text.number] = text
+        if len(self._kept) > _KEPT:
+            del self._kept[next(iter(self._kept))]
+
+    def _known(self, numbers: list[int]) -> dict[int, Text]:
+        """Earlier documents."""
+        known = {n: self._kept.pop(n) for n in numbers if n in self._kept}
+        missing = [n for n in numbers if n not in known]
+        for n, text in zip(missing, texts(map(self._read, missing)), strict=True):
+            known[n] = text.bare(n)
+        for text in known.values():
+            self._keep(text)
+        return known
 
     def _likely(
         self, a: NDArray[np.uint8], rows: Any, b: NDArray[np.uint8], others: Any
@@ -205,41 +197,59 @@ class Similar:
         order = np.lexsort((others, -equal, rows))
         return list(zip(rows[order].tolist(), others[order].tolist(), strict=True))
 
-    def _known(self, other: int) -> _Text:
-        """An earlier document; many are like the same one, so the last are kept."""
-        small = self._where[other, 2] <= _CACHED_TOKENS
-        return self._cached(other) if small else self._read(other)
-
-    def _read(self, other: int) -> _Text:
-        """An earlier document, from where it lies."""
+    def _read(self, other: int) -> NDArray[np.uint16]:
+        """An earlier document without its end-of-text, from where it lies."""
         place, start, count = self._where[other].tolist()
         known = self._places[place]
-        with known.path.open("rb") as file:
-            file.seek(known.offset + 2 * start)
-            return _Text(np.frombuffer(file.read(2 * (count - 1)), np.uint16))
+        file = os.open(known.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(file, 2 * (count - 1), known.offset + 2 * start)
+        finally:
+            os.close(file)
+        return np.frombuffer(data, np.uint16)
 
-    def _alike(self, a: _Text, b: _Text) -> bool:
+    def _ids(self, text: Text) -> NDArray[np.uint16]:
+        """A document without its end-of-text."""
+        return self._read(text.number) if text.ids is None else text.ids
+
+    def _grams(self, text: Text, share: int) -> NDArray[np.uint32]:
+        """Every `share`-th 5-gram of a long document; the same ones are asked for often."""
+        if text.ids is None:
+            small = self._where[text.number, 2] <= _CACHED_TOKENS
+            return (self._cached if small else self._finer)(text.number, share)
+        if text.fine is None or text.fine[0] != share:
+            text.fine = share, grams_of(text.ids, share)
+        return text.fine[1]
+
+    def _finer(self, other: int, share: int) -> NDArray[np.uint32]:
+        """The same of an earlier document."""
+        return grams_of(self._read(other), share)
+
+    def _alike(self, a: Text, b: Text) -> bool:
         """Whether the Jaccard index of two documents' 5-grams reaches the threshold."""
-        longer = max(len(a.ids), len(b.ids))
-        share = 1 << max(0, (longer // _ENOUGH_GRAMS).bit_length() - 1)
-        small, large = sorted((len(a.grams(share)), len(b.grams(share))))
-        if not small or small < (self._threshold - _UNSURE) * large:
+        share = max(a.share, b.share)
+        sets = a.at(share), b.at(share)
+        if share == 1 and min(map(len, sets)) < self._threshold * max(map(len, sets)):
             return False
-        jaccard = _jaccard(a.grams(share), b.grams(share))
-        if share > 1 and abs(jaccard - self._threshold) < _UNSURE:
-            jaccard = _jaccard(a.grams(1), b.grams(1))
-        if jaccard >= self._threshold and len(self.examples) < 5:
-            self.examples.append((jaccard, a.ids.copy(), b.ids.copy()))
-        return jaccard >= self._threshold
+        index, doubt = jaccard(*sets)
+        for finer in (share // FINER, 1):
+            if share == 1 or abs(index - self._threshold) >= doubt:
+                break
+            share = max(1, finer)
+            index, doubt = jaccard(self._grams(a, share), self._grams(b, share))
+        if index >= self._threshold and len(self.examples) < 5:
+            self.examples.append((index, self._ids(a).copy(), self._ids(b).copy()))
+        return index >= self._threshold
 
     def _lookup(self, keys: NDArray[np.uint32], marks: NDArray[np.uint8]) -> dict[int, list[int]]:
         """Earlier documents that share a band and may be alike, for each row that has any."""
-        flat = keys.reshape(-1)
+        order = np.argsort(keys, axis=None)  # neighbours are found near each other
+        flat, rows = keys.reshape(-1)[order], order // BANDS << 32
         pairs = [np.empty(0, np.int64)]
         for run, owners in self._runs:
             at = np.minimum(np.searchsorted(run, flat), len(run) - 1)
             hits = np.flatnonzero(run[at] == flat)
-            pairs.append((hits // BANDS << 32) + owners[at[hits]])
+            pairs.append(rows[hits] + owners[at[hits]])
         pair = np.unique(np.concatenate(pairs))
         found: dict[int, list[int]] = {}
         for row, other in self._likely(marks, pair >> 32, self._marks, pair & 0xFFFFFFFF):
