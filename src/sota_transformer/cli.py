@@ -25,6 +25,7 @@ from sota_transformer.options import (
     Import,
     Merge,
     Prepare,
+    Report,
     Serve,
 )
 from sota_transformer.presets import PRESETS, RECIPES
@@ -265,6 +266,14 @@ def _serve(arguments: list[str]) -> int:
     return run_serve(options)
 
 
+def _report(arguments: list[str]) -> int:
+    options = parse(Report, "report", arguments)
+    from sota_transformer.report import write_report
+
+    print(f"wrote {write_report(options.run, options.out or options.run / 'report.html')}")
+    return 0
+
+
 def _plan(arguments: list[str]) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--hours", type=float, default=0.0)
@@ -293,6 +302,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "plan": ("what a run takes here; with --hours H, what fits into them", _plan),
     "train": ("train a model, or go on training it", _train),
     "evaluate": ("judge a model: perplexity, bits per byte, LAMBADA, HellaSwag", _evaluate),
+    "report": ("one page about a run: curves, validations, samples, starts", _report),
     "generate": ("continue prompts", _generate),
     "export": ("write the model for transformers, MLX, vLLM, llama.cpp or Ollama", _export),
     "serve": ("an OpenAI-compatible server with a page to try the model", _serve),

@@ -90,6 +90,16 @@ class DataView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one HTML page about a run."""
+
+    run: Path
+    """Folder of a run."""
+    out: Path | None = None
+    """File to write; report.html in the run's folder unless said otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generate:
     """Continue prompts."""
 

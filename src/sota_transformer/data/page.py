@@ -1,5 +1,9 @@
-"""The page of `sota data --html`: one file, nothing loaded from elsewhere."""
+"""The page of `sota data --html`, and what `sota report` shares with it.
 
+One file, nothing loaded from elsewhere.
+"""
+
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,9 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #8888; }
 pre { white-space: pre-wrap; border-left: 3px solid #8888; padding-left: 1rem; }
-rect { fill: #4a7fb5; } text { font-size: 11px; fill: currentColor; }
+rect { fill: #4a7fb5; } polyline { fill: none; stroke: #4a7fb5; stroke-width: 1.5; }
+.second { stroke: #c8553d; fill: #c8553d; } .grid { stroke: #8884; }
+text { font-size: 11px; fill: currentColor; }
 .wide { overflow-x: auto; }
 """
 
@@ -27,7 +33,7 @@ def page(
     body = [f"<h1>{escape(str(folder))}</h1>"]
     body.append(f"<p>Fingerprint <code>{manifest['fingerprint']}</code></p>")
     body.append(
-        _table(
+        table(
             ("split", "documents", "tokens", "MB of text", "bytes per token"),
             [
                 (
@@ -57,24 +63,30 @@ def page(
             (row["input"], f"{row['files']:,}", f"{row['documents']:,}", f"{row['tokens']:,}")
             for row in manifest["inputs"]
         ]
-        body.append(_table(("input", "files", "documents", "tokens"), rows))
+        body.append(table(("input", "files", "documents", "tokens"), rows))
     if manifest["rejects"]:
         body.append("<h2>Not taken</h2>")
         rows = [
             (str(reason), f"{entry['count']:,}", "; ".join(entry["examples"])[:300])
             for reason, entry in manifest["rejects"].items()
         ]
-        body.append(_table(("reason", "count", "for example"), rows))
+        body.append(table(("reason", "count", "for example"), rows))
     for split, number, text in samples:
         body.append(f"<h2>{split} document {number:,}</h2><pre>{escape(text[:3000])}</pre>")
-    title = escape(f"Data: {folder}")
+    return document(f"Data: {folder}", body)
+
+
+def document(title: str, body: list[str]) -> str:
+    """A whole page of parts that are HTML already."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table of plain text."""
+
     def line(tag: str, cells: tuple[str, ...]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 

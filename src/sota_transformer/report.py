@@ -1,0 +1,220 @@
+"""`sota report`: a run folder becomes one HTML file, with nothing that is not in the folder."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sota_transformer.config import RunConfig
+from sota_transformer.data.page import document, table
+from sota_transformer.durable import write_file
+from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.schedules import describe
+from sota_transformer.training.runlog import clock, read_metrics
+
+_WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart, and of its margins, in pixels
+_MOST_POINTS = 600
+_START = 0.03  # of a run's steps; losses from before would press the rest of the curve flat
+
+Points = list[tuple[float, float]]
+
+
+def write_report(folder: Path, out: Path) -> Path:
+    """Write the page of a run. SotaError 65 or 66 if the folder is none."""
+    config, machine = _config(folder), _json(folder / "run.json")
+    metrics = read_metrics(folder)
+    if not metrics:
+        raise SotaError(f"{folder} has logged nothing yet; there is nothing to report", NO_INPUT)
+    body = [f"<h1>{escape(str(folder))}</h1>"]
+    body += [f"<p>{escape(line)}</p>" for line in describe(config)]
+    body += _summary(config, metrics)
+    body += _charts(config, metrics)
+    body += _validations(metrics)
+    body += _starts(machine)
+    body += _events(metrics)
+    body += _samples(folder)
+    text = escape(config.to_json())
+    body.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
+    write_file(out, document(f"Run: {folder}", body).encode())
+    return out
+
+
+def _config(folder: Path) -> RunConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SotaError(
+            f"{folder} is not a run (no config.json); give a folder made by `sota train`", NO_INPUT
+        )
+    try:
+        return RunConfig.from_json(path.read_text())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SotaError(f"{path}: {error}", BAD_DATA) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object from a file; an empty one where that is missing."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise SotaError(f"{path}: {error}", BAD_DATA) from error
+    return value if isinstance(value, dict) else {}
+
+
+def _column(metrics: list[dict[str, Any]], name: str) -> Points:
+    """(step, value) of every line that has this number."""
+    return [
+        (line["step"], float(line[name]))
+        for line in metrics
+        if isinstance(line.get(name), int | float) and math.isfinite(line[name])
+    ]
+
+
+def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
+    """The figures that people ask for first."""
+    step, steps = max(line["step"] for line in metrics), config.train.steps
+    rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
+    losses = _column(metrics, "loss")
+    if judged := _judged(metrics):
+        last = judged[-1]
+        rows.append((f"validation loss, step {last['step']:,}", _validation(last)))
+    if losses:
+        rows.append(("training loss, last logged", f"{losses[-1][1]:.4f} nats"))
+    if rates := [value for _, value in _column(metrics, "tokens_per_second")]:
+        rows.append(("speed, median", f"{statistics.median(rates):,.0f} tokens/s"))
+        tokens = config.train.batch_rows * config.model.seq_len
+        seconds = sum(tokens * every / rate for every, rate in _intervals(metrics))
+        rows.append(("time in training steps", clock(seconds)))
+    if memory := _column(metrics, "memory"):
+        rows.append(("memory at the peak", f"{max(value for _, value in memory) / 1e9:.2f} GB"))
+    yield table(("what", "figure"), rows)
+
+
+def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[int, float]]:
+    """(steps since the line before, tokens/s) of each logged step."""
+    before = 0
+    for step, rate in _column(metrics, "tokens_per_second"):
+        if rate > 0:
+            yield int(step) - before, rate
+        before = int(step)
+
+
+def _judged(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of validations."""
+    names = ("val_loss", "val_error", "val_perplexity", "val_bits_per_byte")
+    return [m for m in metrics if all(isinstance(m.get(name), int | float) for name in names)]
+
+
+def _validation(line: dict[str, Any]) -> str:
+    return (
+        f"{line['val_loss']:.4f} +- {line['val_error']:.4f} nats, perplexity "
+        f"{line['val_perplexity']:.2f}, {line['val_bits_per_byte']:.4f} bits/byte"
+    )
+
+
+def _charts(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
+    start = config.train.steps * _START
+    losses = [point for point in _column(metrics, "loss") if point[0] >= start]
+    judged = [point for point in _column(metrics, "val_loss") if point[0] >= start]
+    yield _chart("Loss, plain nats: training in blue, validation in red", losses, judged)
+    yield _chart("Learning rate", _column(metrics, "lr"))
+    yield _chart("Norm of the gradient, before clipping", _column(metrics, "gradient_norm"))
+    yield _chart("Tokens per second", _column(metrics, "tokens_per_second"))
+
+
+def _chart(title: str, line: Points, dots: Sequence[tuple[float, float]] = ()) -> str:
+    """A heading and an SVG of a line, or of nothing, and of dots that belong to it."""
+    line = _thinned(line)
+    everything = [*line, *dots]
+    if len(everything) < 2:
+        return ""
+    low, high = min(y for _, y in everything), max(y for _, y in everything)
+    first, last = min(x for x, _ in everything), max(x for x, _ in everything)
+    span, length = high - low or abs(high) or 1.0, last - first or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = _LEFT + (x - first) / length * (_WIDTH - _LEFT - 10)
+        return round(across, 1), round(8 + (high - y) / span * (_HEIGHT - _BELOW - 16), 1)
+
+    parts = []
+    for tick in _ticks(low, high):
+        y = at(first, tick)[1]
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:,.6g}</text>')
+    for tick in _ticks(first, last):
+        x = at(tick, low)[0]
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="middle">{tick:,.6g}</text>')
+    path = " ".join(f"{x},{y}" for x, y in (at(*point) for point in line))
+    parts.append(f'<polyline points="{path}"/>')
+    for x, y in dots:
+        across, down = at(x, y)
+        hint = f"<title>step {x:,.0f}: {y:.4f}</title>"
+        parts.append(f'<circle class="second" cx="{across}" cy="{down}" r="3">{hint}</circle>')
+    size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" aria-label="{escape(title)}"'
+    return f'<h2>{escape(title)}</h2><svg role="img" {size}>{"".join(parts)}</svg>'
+
+
+def _thinned(line: Points) -> Points:
+    """At most so many points as a screen shows, each the mean of its neighbours."""
+    size = math.ceil(len(line) / _MOST_POINTS) or 1
+    groups = (line[begin : begin + size] for begin in range(0, len(line), size))
+    return [(group[-1][0], statistics.fmean(y for _, y in group)) for group in groups]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers from low to high."""
+    span = high - low or 1.0
+    unit = 10.0 ** math.floor(math.log10(span))
+    step = next(unit * size for size in (0.2, 0.5, 1, 2) if span / (unit * size) <= 7)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _validations(metrics: list[dict[str, Any]]) -> Iterator[str]:
+    rows = [(f"{line['step']:,}", _validation(line)) for line in _judged(metrics)]
+    if rows:
+        yield "<h2>Validation</h2>" + table(("step", "plain loss"), rows)
+
+
+def _starts(run: dict[str, Any]) -> Iterator[str]:
+    names = ("from_step", "started", "machine", "changed", "command")
+    rows = [
+        tuple(_words(attempt.get(name)) for name in names) for attempt in run.get("attempts", ())
+    ]
+    if rows:
+        yield "<h2>Starts</h2>"
+        yield table(("from step", "at", "machine", "changed since the one before", "command"), rows)
+        yield f"<p>Data: fingerprint <code>{escape(_words(run.get('data')))}</code></p>"
+
+
+def _words(value: Any) -> str:
+    """A value of run.json for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(part)}" for name, part in value.items())
+    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)
+
+
+def _events(metrics: list[dict[str, Any]]) -> Iterator[str]:
+    rows = [
+        (f"{line['step']:,}", str(line["event"]), str(line.get("reason", "")))
+        for line in metrics
+        if "event" in line
+    ]
+    if rows:
+        yield "<h2>What happened</h2>" + table(("step", "event", "reason"), rows)
+
+
+def _samples(folder: Path) -> Iterator[str]:
+    """The last sample, and the ones before it folded away."""
+    path = folder / "samples.txt"
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    samples = [part for part in text.split("--- step ") if part.strip()]
+    if samples:
+        yield f"<h2>Sample at step {escape(samples[-1].partition(chr(10))[0])}</h2>"
+        yield f"<pre>{escape(samples[-1].partition(chr(10))[2].strip())}</pre>"
+    if samples[:-1]:
+        earlier = escape("\n\n".join(f"step {part.strip()}" for part in samples[:-1]))
+        yield f"<details><summary>Earlier samples</summary><pre>{earlier}</pre></details>"

@@ -1,0 +1,80 @@
+"""`sota report`: the page says what is in the folder, and nothing in the folder can hurt it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sota_transformer.cli import main
+from sota_transformer.errors import BAD_DATA, NO_INPUT
+from sota_transformer.presets import PRESETS
+from sota_transformer.report import _ticks, write_report
+
+LAST = {"val_loss": 3.25, "val_error": 0.01, "val_perplexity": 25.79, "val_bits_per_byte": 1.5}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder after 100 of its 200 steps, a bad one among them and a torn last line."""
+    (tmp_path / "config.json").write_text(PRESETS["tiny"]().to_json())
+    lines = [
+        {"step": step, "loss": 10 - step / 20, "lr": 1e-3, "tokens_per_second": 512.0}
+        | {"gradient_norm": float("nan") if step == 50 else 1.0, "memory": 2e9}
+        for step in range(10, 101, 10)
+    ]
+    lines += [{"step": 50, **LAST, "val_loss": 8.0}, {"step": 100, **LAST}]
+    lines += [{"step": 50, "event": "skipped", "reason": "loss <b>nan</b>"}]
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 110, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    samples = "--- step 50\nearlier words\n\n--- step 100\nlast words <script>x</script>\n\n"
+    (tmp_path / "samples.txt").write_text(samples)
+    start = {"from_step": 0, "started": "today", "machine": {"device": "cpu"}, "changed": []}
+    (tmp_path / "run.json").write_text(json.dumps({"attempts": [start], "data": "f00d"}))
+    return tmp_path
+
+
+def test_the_page_has_the_figures_of_the_folder(run: Path) -> None:
+    page = write_report(run, run / "report.html").read_text()
+    assert "100 of 200: not complete" in page
+    assert "3.2500 +- 0.0100 nats, perplexity 25.79, 1.5000 bits/byte" in page
+    assert "512 tokens/s" in page and "2.00 GB" in page and "f00d" in page
+    assert "last words" in page and "earlier words" in page
+    assert page.count("<svg") == 4 and page.count("<circle") == 2
+    # 100 steps of 512 tokens at 512 tokens/s
+    assert "<td>time in training steps</td><td>1:40</td>" in page
+
+
+def test_nothing_is_fetched_and_nothing_of_the_run_is_markup(run: Path) -> None:
+    page = write_report(run, run / "report.html").read_text()
+    assert not re.search(r"https?:|<script|<b>|src=|@import|url\(", page)
+    assert "&lt;script&gt;" in page and "nan" not in re.sub(r"&lt;b&gt;nan&lt;/b&gt;", "", page)
+
+
+def test_what_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
+    assert main(["report", str(tmp_path / "nothing")]) == NO_INPUT
+    (run / "run.json").write_text("{")
+    assert main(["report", str(run)]) == BAD_DATA
+    (run / "run.json").unlink()
+    assert main(["report", str(run)]) == 0
+    (run / "metrics.jsonl").write_text('{"step": 5, "val_loss": "x"}\n')
+    assert main(["report", str(run)]) == 0
+    (run / "metrics.jsonl").unlink()
+    assert main(["report", str(run)]) == NO_INPUT
+    said = capsys.readouterr()
+    assert "report.html" in said.out and len(said.err.splitlines()) == 3
+
+
+def test_torch_is_not_loaded(run: Path) -> None:
+    code = f"import sys; from sota_transformer.cli import main; main(['report', {str(run)!r}])\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (3.007, 10.8), (1, 100_000), (1e-5, 1e-3)])
+def test_ticks_are_few_and_within(low: float, high: float) -> None:
+    ticks = _ticks(low, high)
+    assert 3 <= len(ticks) <= 8
+    assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
