@@ -16,11 +16,11 @@ def case(tokens: int = 37, width: int = 16, vocab: int = 101):
     return hidden, head, torch.randint(0, vocab, (tokens,))
 
 
-def as_a_gpu(monkeypatch) -> None:
+def as_a_gpu(monkeypatch, compiled: bool = False) -> None:
     """Go the way of the devices that are no CPU."""
 
     def instead(*arguments):
-        return loss_module._in_chunks(*arguments, True, False)
+        return loss_module._in_chunks(*arguments, True, compiled)
 
     monkeypatch.setattr(cpu, "head_loss", instead)
 
@@ -51,6 +51,47 @@ def test_sums_and_gradients_equal_torch(
     torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(head.grad.double(), head64.grad, rtol=1e-4, atol=1e-5)
     assert int(sums.count) == 37
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_is_the_same(monkeypatch) -> None:
+    hidden, head, targets = case()
+    targets[3] = IGNORED
+    plain = token_loss(hidden, head, targets, 0.1)
+    expected = torch.autograd.grad(plain.smoothed, (hidden, head))
+    as_a_gpu(monkeypatch, compiled=True)
+    compiled = token_loss(hidden, head, targets, 0.1)
+    found = torch.autograd.grad(compiled.smoothed, (hidden, head))
+    torch.testing.assert_close(compiled.nll, plain.nll)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("size", [0.3, 6.0, 9.0, 300.0])
+def test_sure_and_hopeless_predictions(dtype: torch.dtype, smoothing: float, size: float) -> None:
+    """Probabilities from 1 - 1e-6 to none at all, half of the targets being right."""
+    torch.manual_seed(0)
+    head = torch.eye(64).to(dtype).float().requires_grad_()
+    hidden = (size * torch.eye(64) + 0.1 * torch.randn(64, 64)).to(dtype).requires_grad_()
+    targets = torch.arange(64)
+    targets[::2] = targets[::2].roll(1)
+    sums = token_loss(hidden, head, targets, smoothing)
+    sums.smoothed.backward()
+    inputs = hidden.detach().double(), head.detach().double()
+    hidden64, head64 = (x.requires_grad_() for x in inputs)
+    logits = (hidden64.detach() @ head64.detach().t()).to(dtype).double()  # as they were rounded
+    nll = F.cross_entropy(logits, targets, reduction="sum")
+    F.cross_entropy(
+        hidden64 @ head64.t(), targets, reduction="sum", label_smoothing=smoothing
+    ).backward()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(sums.nll.double(), nll, rtol=tolerance / 4, atol=1e-5)
+    right = targets == torch.arange(64)
+    for rows in (right, ~right):
+        error = (hidden.grad[rows].double() - hidden64.grad[rows]).norm()
+        assert float(error) < tolerance * float(hidden64.grad[rows].norm()) + 1e-6
+    assert float((head.grad - head64.grad).norm()) < tolerance * float(head64.grad.norm()) + 1e-6
 
 
 @pytest.mark.parametrize("gpu", [False, True])

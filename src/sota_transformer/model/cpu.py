@@ -21,22 +21,26 @@ def head_loss(
 
     (N, D), (V, D), (N,) -> (2,) sums of smoothed and plain loss; gradients of the former, (N, D)
     and (V, D) float32. What label smoothing asks of all V outputs alike is of rank one and is
-    added to the gradients, not to the logits. Losses are read off the probability of the target,
-    so a bfloat16 one is within 0.002 nats, and none is over 87.
+    added to the gradients, not to the logits.
     """
     weight, valid, index = head.detach().to(hidden.dtype), targets != IGNORED, targets.clamp(min=0)
     share, size = smoothing / len(head), min(len(hidden), CHUNK_TOKENS)
-    whole = head.detach().sum(0)
+    whole = head.detach().sum(0, dtype=torch.float32)
     means = hidden.float() @ (whole / len(head))  # (N,) of each token's logits
     pull = share * hidden[valid].sum(0, dtype=torch.float32)
     sums, buffer = torch.zeros(2), hidden.new_empty(size, len(head))
-    hidden_gradient, head_gradient = torch.empty_like(hidden), torch.empty_like(head)
+    hidden_gradient = torch.empty_like(hidden)
+    head_gradient = torch.empty_like(head, dtype=torch.float32)
     for begin in range(0, len(hidden), size):
         part = slice(begin, begin + size)
         logits = buffer[: len(hidden[part])]
         torch.mm(hidden[part], weight.t(), out=logits)
-        losses = _softmax_losses(logits, index[part], valid[part], means[part], smoothing)
+        nll, score = _softmax_losses(logits, hidden[part], weight, index[part], smoothing)
+        uniform = score + nll - means[part]
+        losses = torch.stack(((1 - smoothing) * nll + smoothing * uniform, nll))
         sums += losses.where(valid[part], 0.0).sum(-1)
+        if not valid[part].all():
+            logits.index_fill_(0, (~valid[part]).nonzero()[:, 0], 0.0)
         torch.mm(logits, weight, out=hidden_gradient[part])
         for top in range(0, len(head), STRIP_ROWS):
             rows = slice(top, top + STRIP_ROWS)
@@ -50,22 +54,28 @@ def head_loss(
 
 
 def _softmax_losses(
-    logits: Tensor, index: Tensor, valid: Tensor, means: Tensor, smoothing: float
-) -> Tensor:
-    """(2, N) smoothed and plain losses of (N, V) logits, which become their gradients.
+    logits: Tensor, hidden: Tensor, weight: Tensor, index: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Plain losses (N,) and targets' logits (N,); the logits (N, V) become gradients.
 
-    `means` (N,) are those of the logits; rows that are not `valid` become zero.
+    A loss is read off the probability of its target: in bfloat16 within 0.002 nats. Where that is
+    over a half, what is missing to one is summed over the others, for 1 - p would be rounding;
+    where it is none at all, the logits are made again.
     """
     places = (torch.arange(len(logits)), index)
     score = logits[places].float()
     torch.softmax(logits, -1, out=logits)
     probability = logits[places].float()
-    nll = -probability.clamp(min=torch.finfo(torch.float32).tiny).log()
-    smoothed = (1 - smoothing) * nll + smoothing * (score + nll - means)
-    logits[places] = (probability - (1 - smoothing)).to(logits.dtype)
-    if not valid.all():
-        logits.index_fill_(0, (~valid).nonzero()[:, 0], 0.0)
-    return torch.stack((smoothed, nll))
+    nll, at_target = -probability.log(), probability - (1 - smoothing)
+    sure, lost = (probability > 0.5), (probability < torch.finfo(torch.float32).tiny)
+    if sure.any():
+        logits[places] = logits[places].where(~sure, 0.0)
+        rest = logits[sure].sum(-1, dtype=torch.float32)
+        nll[sure], at_target[sure] = -(-rest).log1p(), smoothing - rest
+    if lost.any():
+        nll[lost] = (hidden[lost] @ weight.t()).float().logsumexp(-1) - score[lost]
+    logits[places] = at_target.to(logits.dtype)
+    return nll, score
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -96,8 +106,8 @@ class _BlockAttention(torch.autograd.Function):
             shares = (scores - top).exp()
             total = shares.sum(-1, keepdim=True)
             totals.append(top + total.log())
-            outputs.append((shares.to(q.dtype) @ v[:, :, :end]) / total)
-        output = torch.cat(outputs, dim=2).to(q.dtype)
+            outputs.append((shares / total).to(q.dtype) @ v[:, :, :end])
+        output = torch.cat(outputs, dim=2)
         ctx.save_for_backward(q, k, v, mask, output, torch.cat(totals, dim=2))
         return output
 

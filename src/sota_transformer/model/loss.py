@@ -17,7 +17,7 @@ from sota_transformer.model import cpu
 from sota_transformer.model.cpu import IGNORED
 
 PAD = GPT2_VOCAB  # the id behind GPT-2's own
-CHUNK_TOKENS = 1024  # logits in flight
+CHUNK_TOKENS = 512  # logits in flight
 ALIGNED = {"cuda": 64}  # rows of the head that a device's products want a multiple of
 
 

@@ -315,7 +315,8 @@ class Transformer(nn.Module):
             rope = rope.unsqueeze(2)
         if cache is not None and mask is None and start and tokens.shape[1] > 1:
             mask = _causal_behind(start, tokens.shape[1], tokens.device)
-        # Where the head's gradient is dense, a CPU adds the looked-up rows to it alone.
+        # The tied head's gradient is dense; a CPU adds the looked-up rows to it alone. Whoever
+        # trains without the head gets a sparse gradient of the embedding.
         sparse = self.training and tokens.is_cpu
         x = F.embedding(tokens, self.embedding.weight, sparse=sparse).float()
         x = drop(x, dropout, 0)  # (B, T, D) float32
