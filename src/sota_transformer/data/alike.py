@@ -81,12 +81,12 @@ def _set(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return hashes[first]
 
 
-def jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[float, float]:
+def jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32], threshold: float) -> tuple[float, float]:
     """Size of the intersection over size of the union of two sorted sets, and four standard
-    deviations of that if they are samples.
+    deviations of that if they are samples of sets that are `threshold` alike.
     """
     both = np.concatenate([a, b])
     both.sort(kind="stable")  # merges what is sorted already
     common = int(np.count_nonzero(both[1:] == both[:-1]))
     union = max(1, len(both) - common)
-    return common / union, _SIGMAS * 0.4 / union**0.5
+    return common / union, _SIGMAS * (threshold * (1 - threshold) / union) ** 0.5

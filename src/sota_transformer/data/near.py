@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sota_transformer.data.alike import FINER, GRAM, Text, grams_of, jaccard, texts
 from sota_transformer.data.grams import gram_order, mixed
+from sota_transformer.errors import BAD_DATA, SotaError
 
 _BIN_BITS = 6
 BINS, _ROWS = 1 << _BIN_BITS, 4
@@ -206,6 +207,8 @@ class Similar:
             data = os.pread(file, 2 * (count - 1), known.offset + 2 * start)
         finally:
             os.close(file)
+        if len(data) != 2 * (count - 1):
+            raise SotaError(f"{known.path} is shorter than it was; prepare anew", BAD_DATA)
         return np.frombuffer(data, np.uint16)
 
     def _ids(self, text: Text) -> NDArray[np.uint16]:
@@ -231,12 +234,13 @@ class Similar:
         sets = a.at(share), b.at(share)
         if share == 1 and min(map(len, sets)) < self._threshold * max(map(len, sets)):
             return False
-        index, doubt = jaccard(*sets)
+        index, doubt = jaccard(*sets, self._threshold)
         for finer in (share // FINER, 1):
             if share == 1 or abs(index - self._threshold) >= doubt:
                 break
             share = max(1, finer)
-            index, doubt = jaccard(self._grams(a, share), self._grams(b, share))
+            sets = self._grams(a, share), self._grams(b, share)
+            index, doubt = jaccard(*sets, self._threshold)
         if index >= self._threshold and len(self.examples) < 5:
             self.examples.append((index, self._ids(a).copy(), self._ids(b).copy()))
         return index >= self._threshold
