@@ -52,7 +52,7 @@ def _run(model: Model, train: Train, recipe: Recipe) -> RunConfig:
             matrix_rate=0.02,
             cooldown=0.65,
             final_fraction=0.0,
-            warmup_steps=40,
+            warmup_steps=10,
             beta1=0.8,
             beta2=0.95,
             eps=1e-10,

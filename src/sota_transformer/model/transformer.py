@@ -260,8 +260,9 @@ class Transformer(nn.Module):
         """As NorMuon wants it: blocks that begin as the identity on an embedding of size one.
 
         What writes to the residual stream is zero, the other matrices uniform of standard deviation
-        0.5/sqrt(inputs), the last norm brings logits to about one; queries and keys, where they are
-        normalised, meet at a scale of 0.12 (modded-nanogpt).
+        0.5/sqrt(inputs). With a tied head a token would begin by predicting itself, at a logit of
+        sqrt(D); the last norm makes that a quarter. Queries and keys, where they are normalised,
+        meet at a scale of 0.12 (modded-nanogpt).
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
@@ -272,7 +273,7 @@ class Transformer(nn.Module):
                 edge = 3**0.5 * 0.5 * parameter.shape[1] ** -0.5
                 nn.init.uniform_(parameter, -edge, edge, generator=generator)
             elif name == "norm.weight":
-                nn.init.constant_(parameter, self.config.d_model**-0.5)
+                nn.init.constant_(parameter, 0.25 * self.config.d_model**-0.5)
             elif name.endswith("q_norm.weight"):
                 nn.init.constant_(parameter, 0.12 * self.config.head_dim**0.5)
             else:
