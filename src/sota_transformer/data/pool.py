@@ -4,6 +4,9 @@ Where there is a fork server, workers come from it: a process of its own, withou
 loaded the encoder once. Elsewhere they are spawned; this process itself is never forked. A worker
 that dies takes the pool with it; the units that were under way are then tried again one at a time,
 so the one to blame is known by name.
+
+What a worker is handed is a run of units, nearly always one. Only what has to be decoded from its
+start by everyone who enters it, a row group, is better left to one worker as a whole.
 """
 
 import contextlib
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +33,9 @@ from sota_transformer.errors import BAD_DATA, SotaError
 
 _DEAD = (BrokenProcessPool, EOFError, ConnectionError)  # a worker, or the server that forks them
 _RECURSION = 3000  # deep but legal JSON; the C scanner stops there with an error, not a crash
+_RUN_UNITS = 64  # a longer row group is shared even so: too long a run leaves others without work
+
+Run = tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,37 @@ class Done:
     tokens: int
 
 
+def runs(units: Iterable[Unit], workers: int) -> Iterator[Run]:
+    """All units in order: a row group of a parquet file in one run if there is much behind it.
+
+    The last row groups come unit by unit, so that no worker is left without work at the end.
+    """
+    held: deque[Run] = deque()
+    for key, group in groupby(units, _row_group):
+        while run := tuple(islice(group, _RUN_UNITS)):
+            if len(key) == 1:
+                yield from _singly(held)
+                yield run
+                continue
+            held.append(run)
+            while held and sum(map(len, held)) >= workers * len(held[0]):
+                yield held.popleft()
+    yield from _singly(held)
+
+
+def _row_group(unit: Unit) -> tuple[str | int, ...]:
+    """What units of one row group have in common; its own number for any other unit."""
+    first = unit.segments[0]
+    whole = first.kind != "parquet" or first.whole
+    return (unit.index,) if whole else (first.path, first.offset)
+
+
+def _singly(held: deque[Run]) -> Iterator[Run]:
+    """The held units one by one; none is held then."""
+    while held:
+        yield from ((unit,) for unit in held.popleft())
+
+
 def result_path(folder: Path, unit: Unit) -> Path:
     """Where the result of a unit lies."""
     return folder / f"unit-{unit.index:06d}"
@@ -66,7 +104,7 @@ class Pool:
 
     def __init__(self, job: Job, workers: int) -> None:
         self._job, self._workers = job, workers
-        self._waiting: deque[tuple[Unit, Future[Done] | None]] = deque()
+        self._waiting: deque[tuple[Run, Future[list[Done]] | None]] = deque()
         self._pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
@@ -86,15 +124,20 @@ class Pool:
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Done]]:
         """Every unit with its outcome, in order; a bounded number is under way at any time."""
-        for unit in units:
+        for run in runs(units, self._workers):
             future = None
             with contextlib.suppress(*_DEAD):  # then `_next` finds out, and starts another pool
-                future = self._submit(_encode, unit)
-            self._waiting.append((unit, future))
-            while len(self._waiting) > 4 * self._workers or self._head_done():
-                yield self._next()
+                future = self._submit(_encode, run)
+            self._waiting.append((run, future))
+            while self._head_done() or self._enough():
+                yield from self._next()
         while self._waiting:
-            yield self._next()
+            yield from self._next()
+
+    def _enough(self) -> bool:
+        """Whether the others have work for as long as the first run under way may take."""
+        lengths = [len(run) for run, _ in self._waiting]
+        return sum(lengths[1:]) >= self._workers * max([4, *lengths[:1]])
 
     def probe(self, source: Source) -> list[tuple[int, int, int]]:
         """The pieces of a table, found by a worker: its file may be hostile."""
@@ -113,35 +156,37 @@ class Pool:
         future = self._waiting[0][1] if self._waiting else None
         return future is not None and future.done()
 
-    def _next(self) -> tuple[Unit, Done]:
-        unit, future = self._waiting[0]
+    def _next(self) -> Iterator[tuple[Unit, Done]]:
+        run, future = self._waiting[0]
         try:
-            done = (future or self._submit(_encode, unit)).result()
+            done = (future or self._submit(_encode, run)).result()
         except _DEAD:
             self._one_by_one()
-            return self._next()
+            yield from self._next()
+            return
         self._waiting.popleft()
-        return unit, done
+        yield from zip(run, done, strict=True)
 
     def _one_by_one(self) -> None:
         """Encode all units under way anew, each alone. SotaError 65 names one that fails again."""
         self._restart()
-        for at, (unit, _) in enumerate(self._waiting):
-            self._waiting[at] = (unit, self._alone(unit))
+        units = [unit for run, _ in self._waiting for unit in run]
+        alone = [((unit,), self._alone(unit)) for unit in units]
+        self._waiting = deque(alone)
 
     def _restart(self) -> None:
         with contextlib.suppress(*_DEAD):
             self._pool.shutdown()
         self._pool = self._start()
 
-    def _alone(self, unit: Unit) -> "Future[Done]":
+    def _alone(self, unit: Unit) -> "Future[list[Done]]":
         """Encode one unit with nothing beside it; once more if it fails, for the first failure may
         be that of a fork server that was dying already.
         """
         error: BaseException | None = None
         for _ in range(2):
             try:
-                future = self._submit(_encode, unit)
+                future = self._submit(_encode, (unit,))
                 future.result()
                 return future
             except _DEAD as caught:
@@ -199,8 +244,12 @@ def _probe(source: Source) -> list[tuple[int, int, int]]:
     return probe(source, _Worker.job.text_field)
 
 
-def _encode(unit: Unit) -> Done:
-    """Encode one unit into its file, unless it lies there already."""
+def _encode(run: Run) -> list[Done]:
+    """Encode each unit into its file, unless it lies there already."""
+    return [_encode_one(unit) for unit in run]
+
+
+def _encode_one(unit: Unit) -> Done:
     from sota_transformer.data.encode import encode_unit, load, store
 
     path = result_path(_Worker.job.folder, unit)

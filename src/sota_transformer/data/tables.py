@@ -2,7 +2,7 @@
 
 A row group cannot be entered in its middle. Each worker therefore keeps its last reader and goes on
 from where it stands, so that a file of one huge row group is decoded once a worker, not once a
-unit.
+unit; and the pool leaves a row group to one worker where it can.
 """
 
 from collections.abc import Iterator

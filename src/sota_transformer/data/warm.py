@@ -16,7 +16,8 @@ from sota_transformer.data.tokenizer import warm_up  # noqa: E402
 warm_up()
 if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
     # A worker needs the same few MB again for every unit: glibc need not unmap them in between.
-    mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
+    # What is larger, a page of a parquet file, goes back at once and leaves no holes.
+    mallopt(-3, 8 << 20)  # M_MMAP_THRESHOLD
     mallopt(-1, 16 << 20)  # M_TRIM_THRESHOLD
 gc.freeze()
 gc.enable()

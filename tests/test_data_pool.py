@@ -1,0 +1,94 @@
+"""Runs of units: what one worker is handed, and that it changes nothing in what comes out."""
+
+import multiprocessing
+import os
+import signal
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from sota_transformer.data import tables, units
+from sota_transformer.data.pool import Job, Pool, runs
+from sota_transformer.data.sources import find
+from sota_transformer.data.units import Unit
+from tests.preparing import bytes_of, jsonl, run, texts
+
+ROWS = (100, 100, 100, 100, 100, 30)  # of the row groups
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A parquet file of several units a row group; pieces are found here, where units are small."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 4 << 10)
+    monkeypatch.setattr(tables, "UNIT_BYTES", 4 << 10)
+    monkeypatch.setattr(Pool, "probe", lambda _, source: tables.probe(source, "text"))
+    path, items = tmp_path / "x.parquet", iter(texts(sum(ROWS)))
+    schema = pa.schema([("text", pa.string())])
+    with parquet.ParquetWriter(path, schema) as writer:
+        for rows in ROWS:
+            writer.write_table(pa.table({"text": [next(items) for _ in range(rows)]}))
+    return path
+
+
+def units_of(*paths: Path) -> list[Unit]:
+    """The units that these files are cut into."""
+    sources, _ = find(tuple(map(str, paths)))
+    cuts = units.cut(sources, paths[0].parent, print, lambda s: tables.probe(s, "text"))
+    return [Unit(i, segments, str(i)) for i, (segments, _) in enumerate(cuts)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_a_row_group_is_one_run_unless_little_is_behind_it(table: Path, workers: int) -> None:
+    made = units_of(table)
+    found = list(runs(iter(made), workers))
+    assert list(chain(*found)) == made
+    groups = [
+        sum(unit.segments[0].offset == group for unit in made) for group in {0, 1, 2, 3, 4, 5}
+    ]
+    assert min(groups) > 1
+    whole = [run for run in found if len(run) > 1]
+    assert len(whole) == {1: 6, 2: 4, 3: 3, 8: 0}[workers]
+    for one in whole:
+        (group,) = {unit.segments[0].offset for unit in one}
+        assert len(one) == groups[group]
+        assert workers == 1 or sum(map(len, found[found.index(one) :])) >= workers * len(one)
+
+
+def test_other_files_are_handed_out_at_once_and_in_order(table: Path) -> None:
+    lines = table.with_name("a.jsonl")
+    lines.write_bytes(jsonl(texts(100)))
+    after = table.with_name("z.jsonl")
+    after.write_bytes(jsonl(texts(100, seed=1)))
+    made, taken = units_of(lines, table, after), []
+    found = runs((taken.append(unit) or unit for unit in made), 8)
+    assert next(found) == (made[0],)
+    assert len(taken) <= 2, "lines must not wait for what comes after them"
+    assert [made[0], *chain(*found)] == made
+
+
+def test_a_table_in_runs_gives_the_bytes_of_lines(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(jsonl(texts(sum(ROWS))))
+    run(tmp_path / "lines", tmp_path / "x.jsonl")
+    for workers in (1, 2, 3):
+        run(tmp_path / f"by{workers}", table, workers=workers)
+        assert bytes_of(tmp_path / f"by{workers}") == bytes_of(tmp_path / "by1")
+        lines = bytes_of(tmp_path / "lines", manifest=False)
+        assert bytes_of(tmp_path / f"by{workers}", manifest=False) == lines
+
+
+def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path) -> None:
+    made = units_of(table)
+    (tmp_path / "units").mkdir()
+    pool = Pool(Job(tmp_path / "units", "text", "auto"), 2)
+    try:
+        results = pool.run(made)
+        found = [next(results)]
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        found += results
+    finally:
+        pool.close(stop=True)
+    assert [unit for unit, _ in found] == made
+    assert sum(done.documents for _, done in found) == sum(ROWS)
