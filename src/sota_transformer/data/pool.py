@@ -175,6 +175,11 @@ class Pool:
         self._waiting = deque(alone)
 
     def _restart(self) -> None:
+        """Another pool. A worker that was being started while one died is ended by nobody but us:
+        the executor waits for it without having told it to go (seen in Python 3.11).
+        """
+        for process in multiprocessing.active_children():
+            process.kill()
         with contextlib.suppress(*_DEAD):
             self._pool.shutdown()
         self._pool = self._start()
