@@ -64,7 +64,7 @@ def run(options: Options) -> int:
     if not (options.quick or options.full or options.large or options.resume):
         options = ask(options)
     if options.resume:
-        from sota_transformer.training.checkpoint import read_config
+        from sota_transformer.training.runlog import read_config
 
         resolved = read_config(options.resume)
         resolved = dataclasses.replace(
@@ -114,7 +114,7 @@ def configure(options: Options, data: Path) -> config.RunConfig:
     flags = ["--data", str(data), "--out", str(out), "--device", options.device]
     resolved = cli.resolve([name, "--recipe", options.recipe, *flags], "train")
     if (out / "config.json").exists():
-        from sota_transformer.training.checkpoint import read_config
+        from sota_transformer.training.runlog import read_config
 
         print(f"{out} is there: going on with it (remove the folder to start anew)")
         return read_config(out)

@@ -29,7 +29,8 @@ def run(tmp_path: Path) -> Path:
     lines += [{"step": 50, "event": "skipped", "reason": "loss <b>nan</b>"}]
     text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 110, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
-    samples = "--- step 50\nearlier words\n\n--- step 100\nlast words <script>x</script>\n\n"
+    samples = "--- step 50\nearlier words\n\n--- step 100\n"
+    samples += "last words --- step by step <script>x</script>\n\n"
     (tmp_path / "samples.txt").write_text(samples)
     start = {"from_step": 0, "started": "today", "machine": {"device": "cpu"}, "changed": []}
     (tmp_path / "run.json").write_text(json.dumps({"attempts": [start], "data": "f00d"}))
@@ -41,7 +42,7 @@ def test_the_page_has_the_figures_of_the_folder(run: Path) -> None:
     assert "100 of 200: not complete" in page
     assert "3.2500 +- 0.0100 nats, perplexity 25.79, 1.5000 bits/byte" in page
     assert "512 tokens/s" in page and "2.00 GB" in page and "f00d" in page
-    assert "last words" in page and "earlier words" in page
+    assert "last words --- step by step" in page and "earlier words" in page
     assert page.count("<svg") == 4 and page.count("<circle") == 2
     # 100 steps of 512 tokens at 512 tokens/s
     assert "<td>time in training steps</td><td>1:40</td>" in page
@@ -57,6 +58,8 @@ def test_what_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path / "nothing")]) == NO_INPUT
     (run / "run.json").write_text("{")
     assert main(["report", str(run)]) == BAD_DATA
+    (run / "run.json").write_text('{"attempts": [1, {}], "data": [2]}')
+    assert main(["report", str(run)]) == 0
     (run / "run.json").unlink()
     assert main(["report", str(run)]) == 0
     (run / "metrics.jsonl").write_text('{"step": 5, "val_loss": "x"}\n')

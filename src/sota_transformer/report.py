@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -13,7 +14,7 @@ from sota_transformer.data.page import document, table
 from sota_transformer.durable import write_file
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.schedules import describe
-from sota_transformer.training.runlog import clock, read_metrics
+from sota_transformer.training.runlog import clock, read_config, read_metrics
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart, and of its margins, in pixels
 _MOST_POINTS = 600
@@ -24,7 +25,7 @@ Points = list[tuple[float, float]]
 
 def write_report(folder: Path, out: Path) -> Path:
     """Write the page of a run. SotaError 65 or 66 if the folder is none."""
-    config, machine = _config(folder), _json(folder / "run.json")
+    config, starts = read_config(folder), _json(folder / "run.json")
     metrics = read_metrics(folder)
     if not metrics:
         raise SotaError(f"{folder} has logged nothing yet; there is nothing to report", NO_INPUT)
@@ -33,25 +34,13 @@ def write_report(folder: Path, out: Path) -> Path:
     body += _summary(config, metrics)
     body += _charts(config, metrics)
     body += _validations(metrics)
-    body += _starts(machine)
+    body += _starts(starts)
     body += _events(metrics)
     body += _samples(folder)
     text = escape(config.to_json())
     body.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
     write_file(out, document(f"Run: {folder}", body).encode())
     return out
-
-
-def _config(folder: Path) -> RunConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SotaError(
-            f"{folder} is not a run (no config.json); give a folder made by `sota train`", NO_INPUT
-        )
-    try:
-        return RunConfig.from_json(path.read_text())
-    except (ValueError, TypeError, RecursionError) as error:
-        raise SotaError(f"{path}: {error}", BAD_DATA) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -166,7 +155,7 @@ def _thinned(line: Points) -> Points:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers from low to high."""
+    """Three to eight round numbers from low to high."""
     span = high - low or 1.0
     unit = 10.0 ** math.floor(math.log10(span))
     step = next(unit * size for size in (0.2, 0.5, 1, 2) if span / (unit * size) <= 7)
@@ -181,8 +170,11 @@ def _validations(metrics: list[dict[str, Any]]) -> Iterator[str]:
 
 def _starts(run: dict[str, Any]) -> Iterator[str]:
     names = ("from_step", "started", "machine", "changed", "command")
+    attempts = run.get("attempts")
     rows = [
-        tuple(_words(attempt.get(name)) for name in names) for attempt in run.get("attempts", ())
+        tuple(_words(attempt.get(name)) for name in names)
+        for attempt in (attempts if isinstance(attempts, list) else ())
+        if isinstance(attempt, dict)
     ]
     if rows:
         yield "<h2>Starts</h2>"
@@ -211,7 +203,7 @@ def _samples(folder: Path) -> Iterator[str]:
     """The last sample, and the ones before it folded away."""
     path = folder / "samples.txt"
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
-    samples = [part for part in text.split("--- step ") if part.strip()]
+    samples = [part for part in re.split("^--- step ", text, flags=re.M) if part.strip()]
     if samples:
         yield f"<h2>Sample at step {escape(samples[-1].partition(chr(10))[0])}</h2>"
         yield f"<pre>{escape(samples[-1].partition(chr(10))[2].strip())}</pre>"

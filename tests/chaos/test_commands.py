@@ -18,6 +18,7 @@ from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.training import checkpoint
+from sota_transformer.training.runlog import read_config
 
 from . import documents, faults, ranks, reading, soak, stops
 from .commands import (
@@ -185,7 +186,7 @@ def test_no_changed_byte_of_a_configuration_makes_another_model(
         for new in "09e":
             path.write_text(text[:offset] + new + text[offset + 1 :])
             try:
-                model = checkpoint.read_config(config.run.out).model
+                model = read_config(config.run.out).model
                 if model not in seen:
                     seen.add(model)
                     load_model(config)

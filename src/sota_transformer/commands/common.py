@@ -13,6 +13,7 @@ from sota_transformer.model.decode import lay_for_rows
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
+from sota_transformer.training.runlog import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def open_model(folder: Path, device: str, step: int | None) -> Opened:
         model = read_model(folder)
         runtime = Runtime.detect(run, model.config.parameter_count)
         return Opened(model=model.to(runtime.device), name=_name(folder), config=None, step=None)
-    config = checkpoint.read_config(folder)
+    config = read_config(folder)
     runtime = Runtime.detect(run, config.model.parameter_count)
     model, config, step = checkpoint.load_model(folder, runtime.device, torch.float32, step, warn)
     return Opened(model=model, name=_name(folder), config=config, step=step)

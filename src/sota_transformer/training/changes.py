@@ -13,6 +13,7 @@ from pathlib import Path
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.training import checkpoint
+from sota_transformer.training.runlog import read_config
 from sota_transformer.training.trainer import Trainer
 
 # None of it decides which samples are seen or what they count.
@@ -48,7 +49,7 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
     """What --override changes in the run of `folder`. SotaError 65 or 2 for what may not change."""
     if not (folder / "config.json").exists():
         return []
-    before = checkpoint.read_config(folder)
+    before = read_config(folder)
     changed = {
         f"{section}.{name}": f"{section}.{name} was {old}, is {value}"
         for section, values in dataclasses.asdict(config).items()

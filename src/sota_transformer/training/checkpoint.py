@@ -28,6 +28,7 @@ from sota_transformer import durable
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, DIVERGED, IO_FAILED, NO_INPUT, SotaError
 from sota_transformer.model.transformer import Transformer
+from sota_transformer.training.runlog import read_config
 
 FORMAT = 1
 _TYPES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
@@ -172,20 +173,6 @@ def prune(run_folder: Path, keep: int, trusted: Container[int] = ()) -> None:
             durable.discard(path_of(run_folder, step))
         elif step in trusted or not _problems(run_folder, step):
             left -= 1
-
-
-def read_config(run_folder: Path) -> RunConfig:
-    """The configuration a run was started with. SotaError 65 or 66."""
-    path = run_folder / "config.json"
-    try:
-        return RunConfig.from_json(path.read_text())
-    except FileNotFoundError as error:
-        raise SotaError(
-            f"{run_folder} is not a run (no config.json); give a folder made by `sota train`",
-            NO_INPUT,
-        ) from error
-    except (ValueError, TypeError, RecursionError, OSError) as error:
-        raise SotaError(f"{path}: {error}", BAD_DATA) from error
 
 
 def load_model(

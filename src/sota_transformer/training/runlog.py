@@ -1,4 +1,7 @@
-"""What a run says: metrics.jsonl and samples.txt in its folder, a live panel or plain lines."""
+"""What a run says: metrics.jsonl and samples.txt in its folder, a live panel or plain lines.
+
+And what of it can be read again without loading torch.
+"""
 
 import json
 import time
@@ -13,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sota_transformer import durable
+from sota_transformer.config import RunConfig
+from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 
 _SAMPLE_LINES = 12
 
@@ -147,3 +152,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             kind = next((name for name in ("loss", "val_loss") if name in value), "event")
             found[value["step"], kind] = value
     return [found[key] for key in sorted(found)]
+
+
+def read_config(run_folder: Path) -> RunConfig:
+    """The configuration a run was started with. SotaError 65 or 66."""
+    path = run_folder / "config.json"
+    try:
+        return RunConfig.from_json(path.read_text())
+    except FileNotFoundError as error:
+        raise SotaError(
+            f"{run_folder} is not a run (no config.json); give a folder made by `sota train`",
+            NO_INPUT,
+        ) from error
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise SotaError(f"{path}: {error}", BAD_DATA) from error
