@@ -203,7 +203,7 @@ def step_seconds(
         (sums.smoothed / sums.count).backward()
         runtime.synchronize()
         between = time.perf_counter()
-        clip(model, gradient_norm(model), 1.0)
+        clip(model, float(gradient_norm(model)), 1.0)
         update(both, config.optim.learning_rate)
         model.zero_grad(set_to_none=True)
         runtime.synchronize()

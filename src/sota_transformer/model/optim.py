@@ -53,10 +53,13 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.stack(squares).sum().sqrt()
 
 
-def clip(model: nn.Module, norm: Tensor, limit: float) -> None:
-    """Scale gradients of this norm down to `limit`, if they are longer. 0 turns clipping off."""
+def clip(model: nn.Module, norm: float, limit: float) -> None:
+    """Scale gradients of this norm down to `limit`, if they are longer. 0 turns clipping off.
+
+    The norm is a number that the caller has waited for already: a GPU's tensor would cost a wait.
+    """
     if limit and norm > limit:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, torch.tensor(norm))
 
 
 def update(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
@@ -96,5 +99,6 @@ def load_state_tensors(
                 row = (len(parameter), 1)
                 if tensor.shape != (row if moment == "row_square" else parameter.shape):
                     raise ValueError(f"optimizer state {moment}.{name} has the wrong shape")
-            count = torch.tensor(float(updates), device=parameter.device)
+            device = "cpu" if isinstance(optimizer, NorMuon) else parameter.device
+            count = torch.tensor(float(updates), device=device)  # NorMuon reads it at each step
             optimizer.state[parameter] = {"step": count, **state}

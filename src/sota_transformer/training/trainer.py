@@ -109,12 +109,12 @@ class Trainer:
         return result
 
     def _train_step(self) -> None:
-        """One optimizer step, of one or more micro-batches."""
+        """One optimizer step, of micro-batches; a GPU is waited for once, before its update."""
         self.model.train()
         windows = self.loader.batch(self.step)
         batch = torch.from_numpy(windows).to(self.runtime.device)  # (B, T+1)
         targets = targets_of(batch)
-        count = max(1, int(self.runtime.sum_((targets != IGNORED).sum())))  # over all ranks
+        count = self.runtime.sum_((targets != IGNORED).sum()).clamp(min=1)  # over all ranks
         masked = self.config.data.document_mask
         ids = torch.from_numpy(document_ids(windows[:, :-1])) if masked else None
         while True:
@@ -128,7 +128,9 @@ class Trainer:
         self.runtime.sum_gradients(self.model.parameters())
         self._update(sums)
 
-    def _gradients(self, batch: Tensor, targets: Tensor, ids: Tensor | None, count: int) -> Tensor:
+    def _gradients(
+        self, batch: Tensor, targets: Tensor, ids: Tensor | None, count: Tensor
+    ) -> Tensor:
         """Gradients of the step, over its micro-batches; (3,) sums of their losses."""
         optim = self.config.optim
         drops = max(optim.dropout_start, optim.dropout_end) > 0
@@ -181,7 +183,7 @@ class Trainer:
         else:
             problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0])
         if problem is None:
-            clip(self.model, norm, self.config.optim.clip_norm)
+            clip(self.model, self.gradient_norm, self.config.optim.clip_norm)
             update(self.optimizers, self._rate(self.step))
             self.updates += 1
         self.model.zero_grad(set_to_none=True)
@@ -280,11 +282,9 @@ class Trainer:
 
     def _log(self) -> None:
         self.runtime.synchronize()
-        totals = self.totals
         seconds = time.monotonic() - self._interval[0]
         done = self.step - self._interval[1]
-        last = self.step - 1
-        tokens = self.step_tokens
+        totals, tokens, last = self.totals, self.step_tokens, self.step - 1
         self.log.step(
             {
                 "step": self.step,
