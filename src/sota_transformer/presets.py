@@ -54,7 +54,7 @@ def _run(model: Model, train: Train, recipe: Recipe) -> RunConfig:
             final_fraction=0.0,
             warmup_steps=10,
             beta1=0.8,
-            beta2=0.95,
+            beta2=0.998,  # some 300 updates: most tokens are rare, small batches seldom have them
             eps=1e-10,
             weight_decay=0.05,
             clip_norm=0.0,
