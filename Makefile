@@ -8,7 +8,7 @@ quick: $(VENV)/.installed
 	$(BIN)/python train_sota.py --quick
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not chaos"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos"
 
 slow: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest -m slow
