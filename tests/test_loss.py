@@ -34,7 +34,7 @@ def test_sums_and_gradients_equal_torch(
     if aligned:
         as_a_gpu(monkeypatch)
     monkeypatch.setattr(loss_module, "ALIGNED", {"cpu": aligned or 1})
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", chunk)
     monkeypatch.setattr(cpu, "CHUNK_TOKENS", chunk)
     monkeypatch.setattr(cpu, "STRIP_ROWS", 40)
     hidden, head, targets = case()
