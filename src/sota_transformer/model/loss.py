@@ -17,7 +17,7 @@ from sota_transformer.model import cpu
 from sota_transformer.model.cpu import IGNORED
 
 PAD = GPT2_VOCAB  # the id behind GPT-2's own
-# Whose logits exist at a time. Each chunk adds to the whole gradient of the head: few on fast devices.
+# Whose logits exist at a time. Each chunk adds to all of the gradient of the head: few are faster.
 CHUNK_TOKENS = {"cpu": 512, "mps": 2048, "cuda": 4096}
 ALIGNED = {"cuda": 64}  # rows of the head that a device's products want a multiple of
 
