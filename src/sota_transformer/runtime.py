@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sota_transformer.config import Run, RunConfig
@@ -97,6 +98,13 @@ class Runtime:
             return
         with torch.compiler.set_stance("force_eager"):
             yield
+
+    def put(self, array: NDArray[Any]) -> Tensor:
+        """An array to the device. A GPU copies it in its turn, and nothing waits for that."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""

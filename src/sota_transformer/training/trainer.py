@@ -112,11 +112,11 @@ class Trainer:
         """One optimizer step, of micro-batches; a GPU is waited for once, before its update."""
         self.model.train()
         windows = self.loader.batch(self.step)
-        batch = torch.from_numpy(windows).to(self.runtime.device)  # (B, T+1)
+        batch = self.runtime.put(windows)  # (B, T+1)
         targets = targets_of(batch)
         count = self.runtime.sum_((targets != IGNORED).sum()).clamp(min=1)  # over all ranks
         masked = self.config.data.document_mask
-        ids = torch.from_numpy(document_ids(windows[:, :-1])) if masked else None
+        ids = self.runtime.put(document_ids(windows[:, :-1])) if masked else None
         while True:
             try:
                 sums = self._gradients(batch, targets, ids, count)
@@ -134,13 +134,13 @@ class Trainer:
         """Gradients of the step, over its micro-batches; (3,) sums of their losses."""
         optim = self.config.optim
         drops = max(optim.dropout_start, optim.dropout_end) > 0
-        rate = torch.tensor(schedules.dropout(self.step, self.config), device=batch.device)
-        keys = self._dropout_keys().to(batch.device)
+        rate = self.runtime.put(np.array(schedules.dropout(self.step, self.config), np.float32))
+        keys = self.runtime.put(self._dropout_keys())
         sums = torch.zeros(3, device=batch.device)
         for begin in range(0, batch.shape[0], self.micro_rows):
             part = slice(begin, begin + self.micro_rows)
             dropout = Dropout(rate, keys[part]) if drops else None
-            mask = None if ids is None else same_document(ids[part].to(batch.device))
+            mask = None if ids is None else same_document(ids[part])
             hidden = self.model(batch[part, :-1], dropout, mask=mask)
             losses = token_loss(
                 hidden,
@@ -252,13 +252,13 @@ class Trainer:
         rows = schedules.rows(step, self.config)
         return range(rows.start + self.guard.shift, rows.stop + self.guard.shift)
 
-    def _dropout_keys(self) -> Tensor:
+    def _dropout_keys(self) -> np.ndarray:
         """(B,) int32, a hash of the run's seed, the step and each row's global number."""
         words = self.loader.row_numbers(self.step).astype(np.uint64)
         for value in (self.step, self.config.run.seed):
             words = (words + np.uint64(value + 1)) * np.uint64(0x9E3779B97F4A7C15)
             words ^= words >> np.uint64(29)
-        return torch.from_numpy((words >> np.uint64(32)).astype(np.uint32).view(np.int32))
+        return (words >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
