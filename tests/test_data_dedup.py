@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sota_transformer.data import units
-from sota_transformer.data.alike import texts
+from sota_transformer.data import near, units
 from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.merge import SeenHashes
-from sota_transformer.data.near import BINS, Similar, sketch
+from sota_transformer.data.sketch import BANDS, MARKS, sketch
 from sota_transformer.data.tokenizer import Tokenizer
 from tests.preparing import bytes_of, everything, jsonl, run
 
@@ -76,19 +75,44 @@ def test_near_duplicates_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.M
     assert "is like" in entry["examples"][0]
     run(tmp_path / "two", tmp_path / "a.jsonl", near_dedup=0.8, workers=2)
     assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "data")
+    monkeypatch.setattr(near, "_PAIRS", 1)
+    run(tmp_path / "singly", tmp_path / "a.jsonl", near_dedup=0.8)
+    assert bytes_of(tmp_path / "singly") == bytes_of(tmp_path / "data")
+
+
+def stays_of(a: np.ndarray, b: np.ndarray, threshold: float) -> list[bool]:
+    """Which of two documents' ids stay."""
+    tokens = np.concatenate([a, [50_256], b, [50_256]]).astype(np.uint16)
+    lengths = np.array([len(a) + 1, len(b) + 1], np.uint32)
+    every, place = np.ones(2, bool), near.Place(Path("none"), 0)
+    return (
+        near.Similar(threshold)
+        .new(tokens, lengths, *sketch(tokens, lengths), every, place)
+        .tolist()
+    )
 
 
 def test_long_documents_near_the_threshold_are_decided_by_all_their_grams() -> None:
-    random, similar, sides = np.random.default_rng(9), Similar(0.8), set()
+    random, sides = np.random.default_rng(9), set()
     for changes in range(255, 285, 3):
         a = random.integers(0, 50_000, 12_000).astype(np.uint16)
         b = a.copy()
         b[random.choice(len(a), changes, replace=False)] += 1
         sets = [set(map(tuple, np.lib.stride_tricks.sliding_window_view(x, 5))) for x in (a, b)]
         alike = len(sets[0] & sets[1]) >= 0.8 * len(sets[0] | sets[1])
-        assert similar._alike(*texts([a, b])) == alike
+        assert stays_of(a, b, 0.8) == [True, not alike]
         sides.add(alike)
     assert sides == {True, False}
+
+
+def test_at_a_threshold_of_one_a_single_token_counts() -> None:
+    random = np.random.default_rng(10)
+    a = random.integers(0, 50_000, 30_000).astype(np.uint16)
+    assert stays_of(a, np.concatenate([a, a]), 1.0) == [True, True]  # where the copies meet
+    for at in range(100, 30_000, 3_000):
+        b = a.copy()
+        b[at] += 1
+        assert stays_of(a, b, 1.0) == [True, True]
 
 
 def test_append_knows_the_near_duplicates_of_what_is_there(tmp_path: Path) -> None:
@@ -109,10 +133,11 @@ def test_sketch_estimates_the_jaccard_index() -> None:
             a, b = family(random, words, [words // 30])
             ids = [np.array([*TOKENIZER.encode(text), 50256], np.uint16) for text in (a, b)]
             lengths = np.array([len(x) for x in ids], np.uint32)
-            signature = sketch(np.concatenate(ids), lengths)
-            assert signature.shape == (2, BINS)
-            errors.append((signature[0] == signature[1]).mean() - jaccard(a, b))
-        assert abs(np.mean(errors)) < 0.05
+            keys, marks = sketch(np.concatenate(ids), lengths)
+            assert keys.shape == (2, BANDS) and marks.shape == (2, MARKS)
+            there = (marks > 0).any(axis=0)
+            errors.append((marks[0] == marks[1])[there].mean() - jaccard(a, b))
+        assert abs(np.mean(errors)) < 0.02
 
 
 def test_sketch_of_a_document_does_not_depend_on_its_neighbours() -> None:
@@ -123,7 +148,8 @@ def test_sketch_of_a_document_does_not_depend_on_its_neighbours() -> None:
     lengths = np.array([len(x) for x in ids], np.uint32)
     together = sketch(np.concatenate(ids), lengths)
     for i, own in enumerate(ids):
-        assert np.array_equal(sketch(own, lengths[i : i + 1])[0], together[i])
+        alone = sketch(own, lengths[i : i + 1])
+        assert all(np.array_equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 13])

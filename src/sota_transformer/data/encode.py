@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from sota_transformer.data.documents import Document, documents
 from sota_transformer.data.grams import GramSet, gram_hashes
-from sota_transformer.data.near import Place, sketch
+from sota_transformer.data.near import Place
+from sota_transformer.data.sketch import sketch
 from sota_transformer.data.sources import REPAIRED, Skipped
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import EOT, Encoder
@@ -65,7 +66,8 @@ class Encoded:
     text_bytes: NDArray[np.uint32]  # (documents,)
     hashes: NDArray[np.uint64]  # (documents, 2) keyed BLAKE2b
     inputs: NDArray[np.uint32]  # (documents,) the input each document came with
-    sketches: NDArray[np.uint32]  # (documents, bins), or (documents, 0) if not asked for
+    keys: NDArray[np.uint32]  # (documents, bands) of their sketches, or (documents, 0) if not asked
+    marks: NDArray[np.uint8]  # (documents, bins) of the same, or (documents, 0)
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     place: Place | None = None  # where the tokens lie, once stored
@@ -76,7 +78,8 @@ _ARRAYS = (
     ("lengths", np.dtype("<u4")),
     ("text_bytes", np.dtype("<u4")),
     ("inputs", np.dtype("<u4")),
-    ("sketches", np.dtype("<u4")),
+    ("keys", np.dtype("<u4")),
+    ("marks", np.dtype("u1")),  # so many for each document that the tokens are aligned
     ("tokens", np.dtype("<u2")),
 )
 
@@ -132,12 +135,13 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
         text_bytes=np.array(sizes, np.uint32),
         hashes=np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2),
         inputs=np.array(inputs, np.uint32),
-        sketches=np.empty((len(lengths), 0), np.uint32),
+        keys=np.empty((len(lengths), 0), np.uint32),
+        marks=np.empty((len(lengths), 0), np.uint8),
     )
     if tools.excluded:
         _exclude(encoded, tools.excluded, list(hashes.values()), rejects)
     if tools.sketches:
-        encoded.sketches = sketch(encoded.tokens, encoded.lengths)
+        encoded.keys, encoded.marks = sketch(encoded.tokens, encoded.lengths)
     encoded.counts, encoded.examples = rejects.counts, rejects.examples
     return encoded
 
@@ -153,7 +157,7 @@ def _exclude(encoded: Encoded, excluded: GramSet, names: list[str], rejects: Rej
     for document in np.flatnonzero(drop).tolist():
         rejects.add(EXCLUDED, names[document])
     encoded.tokens = encoded.tokens[np.repeat(~drop, encoded.lengths)]
-    for name in ("lengths", "text_bytes", "hashes", "inputs", "sketches"):
+    for name in ("lengths", "text_bytes", "hashes", "inputs", "keys", "marks"):
         setattr(encoded, name, getattr(encoded, name)[~drop])
 
 

@@ -15,8 +15,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
-from sota_transformer.data.near import Place, Similar, sketch
+from sota_transformer.data.near import Place, Similar
 from sota_transformer.data.shards import SPLITS
+from sota_transformer.data.sketch import sketch
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.durable import fsync, sha256_file
 
@@ -204,7 +205,7 @@ class Merger:
                     ids = np.asarray(tokens[start : int(part[-1])])
                     place = Place(folder / name, _HEADER_BYTES + 2 * start)
                     every = np.ones(len(lengths), bool)
-                    self._similar.new(ids, lengths, sketch(ids, lengths), every, place)
+                    self._similar.new(ids, lengths, *sketch(ids, lengths), every, place)
 
     def add(self, encoded: Encoded) -> None:
         """The next unit."""
@@ -228,8 +229,9 @@ class Merger:
     def _unlike(self, encoded: Encoded, fresh: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Without the near-duplicates of what came before."""
         assert self._similar is not None and encoded.place is not None
-        lengths, place = encoded.lengths, encoded.place
-        stays = self._similar.new(encoded.tokens, lengths, encoded.sketches, fresh, place)
+        stays = self._similar.new(
+            encoded.tokens, encoded.lengths, encoded.keys, encoded.marks, fresh, encoded.place
+        )
         if dropped := int((fresh & ~stays).sum()):
             self.rejects.add(NEAR_DUPLICATE, "", dropped)
         return stays

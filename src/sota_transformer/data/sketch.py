@@ -1,0 +1,100 @@
+"""MinHash of documents: what tells whether two of them may be near-duplicates.
+
+The 5-grams of a document fall into bins by their hash, and of each bin the smallest is its own. Two
+documents have the same one there as likely as their sets are alike (the Jaccard index). Groups of
+bins make `keys`, by which candidates are found; `marks` then say how alike two documents are.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sota_transformer.data.alike import GRAM
+from sota_transformer.data.grams import gram_order, mixed
+
+_MARK_BITS, _BIN_BITS = 8, 6
+MARKS, BINS = 1 << _MARK_BITS, 1 << _BIN_BITS
+BANDS = 16
+KEY_BITS = 31  # so that a key and a document's number make one number with a sign
+_PER_MARK = 8  # grams looked at for each: it stays empty though it should not with p = exp(-8)
+_EMPTY = np.uint32(0xFFFFFFFF)
+_STEP = 0x9E3779B9
+_MIX = np.uint64(0xD6E8FEB86659FD93)
+_AT_ONCE = 1 << 18  # tokens, so that what is made of them stays in the cache
+
+
+def sketch(
+    tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """Keys and marks of each document: (documents, BANDS), (documents, MARKS); a mark of 0 says
+    that its bin is empty.
+
+    `tokens` holds the documents one after another, each closed by end-of-text, `lengths` long.
+    """
+    keys = np.empty((len(lengths), BANDS), np.uint32)
+    marks = np.empty((len(lengths), MARKS), np.uint8)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    first = begin = 0
+    while first < len(lengths):
+        last = max(first + 1, int(np.searchsorted(ends, begin + _AT_ONCE)))
+        end = int(ends[last - 1])
+        smallest = _smallest(tokens[begin:end], lengths[first:last])
+        own = mixed(smallest).astype(np.uint8)
+        marks[first:last] = np.where(smallest == _EMPTY, 0, np.maximum(own, 1))
+        quarters = (smallest[:, i :: MARKS // BINS] for i in range(MARKS // BINS))
+        signature = np.minimum.reduce([*quarters])
+        keys[first:last] = _bands(_dense(signature))
+        first, begin = last, end
+    return keys, marks
+
+
+def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The smallest number of a 5-gram in each bin of each document: (documents, MARKS)."""
+    smallest = np.full((len(lengths), MARKS), _EMPTY, np.uint32)
+    order = gram_order(tokens, GRAM)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths
+    grams = np.maximum(0, lengths.astype(np.int64) - GRAM)
+    small = np.ones(len(order), bool)
+    # Only the smallest numbers of a bin matter, so of a long document only its small ones do.
+    for n in np.flatnonzero(grams > _PER_MARK * MARKS).tolist():
+        own = slice(int(starts[n]), int(ends[n]))
+        limit = np.uint32(_PER_MARK * MARKS / grams[n] * 2.0**32)
+        np.less_equal(order[own], limit, out=small[own])
+    # No gram may reach over its document's end.
+    last = np.maximum(ends[:, None] - np.arange(1, GRAM + 1), starts[:, None])
+    small[last[last < len(small)]] = False
+    chosen = np.flatnonzero(small)
+    counts = np.diff(np.searchsorted(chosen, ends), prepend=0)
+    kept = order[chosen]
+    cell = np.repeat(np.arange(0, smallest.size, MARKS), counts)
+    cell += kept * np.uint32(_STEP) >> np.uint32(32 - _MARK_BITS)
+    np.minimum.at(smallest.reshape(-1), cell, kept)
+    return smallest
+
+
+def _dense(smallest: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Mixed, and empty bins borrow from the next that is not, marked by the distance.
+
+    Short documents leave many empty: without this they would all look alike there.
+    """
+    signature = mixed(smallest)
+    rows = np.flatnonzero((smallest == _EMPTY).any(axis=1))
+    bins = np.arange(2 * BINS)
+    filled = np.tile(smallest[rows] != _EMPTY, 2)
+    source = np.where(filled, bins, 2 * BINS - 1)[:, ::-1]
+    source = np.minimum.accumulate(source, axis=1)[:, : BINS - 1 : -1]
+    borrowed = np.take_along_axis(signature[rows], source % BINS, axis=1)
+    borrowed += (source - bins[:BINS]).astype(np.uint32) * np.uint32(_STEP)
+    signature[rows] = borrowed
+    return signature
+
+
+def _bands(signature: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """A key for each band of each signature: (documents, BANDS)."""
+    keys = np.zeros((len(signature), BANDS), np.uint64)
+    parts = signature.reshape(len(signature), BANDS, BINS // BANDS).astype(np.uint64)
+    for row in range(BINS // BANDS):
+        keys = (keys ^ parts[:, :, row]) * _MIX
+        keys ^= keys >> np.uint64(29)
+    keys += np.arange(BANDS, dtype=np.uint64) * _MIX
+    return (keys >> np.uint64(64 - KEY_BITS)).astype(np.uint32)
