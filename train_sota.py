@@ -46,8 +46,8 @@ class Options:
     """Text: a file, folder or glob, a prepared folder, or the Python source on this machine."""
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
-    recipe: Literal["seed", "fast"] = "seed"
-    """How it learns: as the project's origin did, or faster."""
+    recipe: Literal["seed", "fast"] | None = None
+    """How it learns: as the project's origin did, or, as the quick test does, faster."""
     minutes: float = 5.0
     """Time budget of --quick."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -108,11 +108,12 @@ def prepared(data: str) -> Path:
 def configure(options: Options, data: Path) -> config.RunConfig:
     """The run these options ask for; a quick one is fitted to this machine once, then kept."""
     name = "16m" if options.quick else "125m" if options.full else "250m"
-    kind = "quick" if options.quick else name
-    kind += f"-{options.recipe}" * (options.recipe != "seed")
+    kind, usual = ("quick", "fast") if options.quick else (name, "seed")
+    recipe = options.recipe or usual
+    kind += f"-{recipe}" * (recipe != usual)
     out = options.out or Path("runs") / f"{kind}-{data.name}"
     flags = ["--data", str(data), "--out", str(out), "--device", options.device]
-    resolved = cli.resolve([name, "--recipe", options.recipe, *flags], "train")
+    resolved = cli.resolve([name, "--recipe", recipe, *flags], "train")
     if (out / "config.json").exists():
         from sota_transformer.training.runlog import read_config
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -1  # a target that counts nowhere
-CHUNK_TOKENS = 1024  # whose logits exist at a time
+CHUNK_TOKENS = 512  # whose logits exist at a time
 STRIP_ROWS = 8192  # of the head's gradient, made at a time: a cache holds them until they are added
 
 
