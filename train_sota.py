@@ -61,7 +61,10 @@ def main(arguments: list[str]) -> int:
 
 def run(options: Options) -> int:
     """Resolve what to do, then do it."""
-    if not (options.quick or options.full or options.large or options.resume):
+    asked = [bool(x) for x in (options.quick, options.full, options.large, options.resume)]
+    if sum(asked) > 1:
+        raise cli.SotaError("give one of --quick, --full, --large and --resume RUN")
+    if not any(asked):
         options = ask(options)
     if options.resume:
         from sota_transformer.training.runlog import read_config
@@ -96,7 +99,7 @@ def prepared(data: str) -> Path:
     if (Path(data) / "manifest.json").is_file():
         return Path(data)
     name = "python" if data == "python:" else Path(data).resolve().stem.partition(".")[0]
-    folder = Path("data") / name
+    folder = Path("data") / (name.strip("*") or "text")
     if data == "python:" and (folder / "manifest.json").is_file():
         return folder  # what is installed here may have changed since; the run's data may not
     from sota_transformer.data.prepare import prepare

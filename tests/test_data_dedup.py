@@ -198,3 +198,30 @@ def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path) -> None:
     manifest = run(tmp_path / "data", tmp_path / "a.jsonl", exclude=(str(tmp_path / "eval.jsonl"),))
     assert everything(tmp_path / "data") == sorted([*items, partly])
     assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5
+
+
+def test_a_text_is_known_however_often_it_repeats_itself(tmp_path: Path) -> None:
+    random, items = np.random.default_rng(8), []
+    for _ in range(12):
+        page = " ".join(random_text(random, 300)) + "\n"
+        items += [page * 6, page * 30]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    manifest = run(tmp_path / "data", tmp_path / "a.jsonl", near_dedup=0.8)
+    assert manifest["rejects"]["near-duplicate"]["count"] == 12
+    assert everything(tmp_path / "data") == sorted(items[::2])
+
+
+def test_what_is_there_is_remembered_though_it_is_alike(tmp_path: Path) -> None:
+    """Two alike documents lie in the folder; a new one is like the second of them alone."""
+    words = random_text(np.random.default_rng(9), 600)
+    first, second, third = words[:540], words[30:570], words[60:]
+    assert jaccard(" ".join(first), " ".join(third)) < 0.85
+    assert min(jaccard(" ".join(second), " ".join(x)) for x in (first, third)) > 0.85
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*map(" ".join, (first, second))]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([" ".join(third), "something else " * 20]))
+    run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
+    more = {"near_dedup": 0.85, "append": True, "val_fraction": 0.0}
+    manifest = run(tmp_path / "data", tmp_path / "b.jsonl", **more)
+    entry = manifest["rejects"]["near-duplicate"]
+    assert (entry["count"], len(entry["examples"])) == (1, 1)
+    assert " ".join(third) not in everything(tmp_path / "data")

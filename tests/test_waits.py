@@ -1,7 +1,8 @@
 """How often a step waits for its device, which costs a GPU what it could compute meanwhile.
 
-A wait is a number that Python reads from a tensor. On a CPU nothing is lost by one, but the calls
-are the same there, once the head's loss takes the way that GPUs take.
+A wait is a number that Python reads from a tensor. On a CPU nothing is lost by one, but nearly all
+calls are the same there, once the head's loss takes the way that GPUs take. What copies wait for,
+and NorMuon's count of steps, which lies on the CPU, are not looked at.
 """
 
 from collections.abc import Callable

@@ -204,8 +204,7 @@ class Merger:
                     lengths = np.diff(part, prepend=start).astype(np.uint32)
                     ids = np.asarray(tokens[start : int(part[-1])])
                     place = Place(folder / name, _HEADER_BYTES + 2 * start)
-                    every = np.ones(len(lengths), bool)
-                    self._similar.new(ids, lengths, *sketch(ids, lengths), every, place)
+                    self._similar.know(ids, lengths, *sketch(ids, lengths), place)
 
     def add(self, encoded: Encoded) -> None:
         """The next unit."""

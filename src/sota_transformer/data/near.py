@@ -36,8 +36,9 @@ _KEPT = 1 << 13  # earlier documents whose 5-grams stay in memory, at most 8 kB 
 _CACHED, _CACHED_TOKENS = 128, 1 << 16  # long ones of which more than a share stay, the longest
 _SEEN_BITS = 24
 _LOW = (1 << 32) - 1
-_BESIDE = 1024  # documents of its unit that one is compared with, of those with the same key
-_PAIRS = 1 << 16  # pairs of documents of one unit looked at in one go
+_BESIDE = 256  # documents of its unit that one is compared with, of those with the same key
+_LAST = 8  # of those before its unit, beside the first of each run
+_PAIRS = 1 << 18  # pairs of documents of one unit looked at in one go
 _ROWS = 1 << 12  # pairs of marks compared in one go, so that they stay in the cache
 
 
@@ -100,6 +101,21 @@ class Similar:
         stays[looked] = stayed
         return stays
 
+    def know(
+        self,
+        tokens: NDArray[np.uint16],
+        lengths: NDArray[np.uint32],
+        keys: NDArray[np.uint32],
+        marks: NDArray[np.uint8],
+        place: Place,
+    ) -> None:
+        """Documents that are there whatever they are like."""
+        looked, first = np.flatnonzero(marks.any(axis=1)), self._count
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        self._add(starts[looked], lengths[looked], marks[looked], place)
+        self._tokens = tokens
+        self._remember(keys[looked], np.arange(first, self._count))
+
     def _add(
         self,
         starts: NDArray[np.int64],
@@ -120,7 +136,7 @@ class Similar:
 
     def _before(self, keys: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Documents (numbered from 0) and earlier ones with a key of theirs, two numbers in one, in
-        order. Of the many that a template has, the first and the last of each run are enough.
+        order. Of the many that a template has, those are the first and the last few of each run.
         """
         flat = keys.reshape(-1)
         at = np.flatnonzero(self._seen[flat >> np.uint32(KEY_BITS - _SEEN_BITS)])
@@ -131,7 +147,10 @@ class Similar:
             place = np.minimum(np.searchsorted(run, key << 32), len(run) - 1)
             hits = np.flatnonzero(run[place] >> 32 == key)
             last = np.searchsorted(run, key[hits] + 1 << 32) - 1
-            pairs += [rows[hits] | run[owner] & _LOW for owner in (place[hits], last)]
+            pairs.append(rows[hits] | run[place[hits]] & _LOW)
+            for back in range(_LAST):
+                more = last - back > place[hits]
+                pairs.append(rows[hits[more]] | run[last[more] - back] & _LOW)
         return distinct(np.concatenate(pairs))
 
     def _likely(

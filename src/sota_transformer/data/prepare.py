@@ -166,6 +166,8 @@ class _Run:
             shutil.rmtree(self.own / name, ignore_errors=True)
             (self.own / name).mkdir()
         make_folder(self.work / "units")
+        if self.options.part:
+            self._ask()
         job = Job(
             self.work / "units",
             self.options.text_field,
@@ -201,12 +203,21 @@ class _Run:
         )
         return manifest
 
-    def _note_part(self) -> None:
-        """What `merge` has to know: the options, and that this part is done."""
-        own = ("out", "part", "workers", "memory_mb")
+    def _ask(self) -> None:
+        """What `merge` has to know: the options. SotaError 73 where another part had others."""
+        own, path = ("out", "part", "workers", "memory_mb"), self.work / _ASKED
         options = {n: v for n, v in dataclasses.asdict(self.options).items() if n not in own}
         asked = {"options": options, "parts": self.parts, "folder": str(Path.cwd())}
-        write_file(self.work / _ASKED, canonical_json(asked))
+        if path.exists() and path.read_bytes() != canonical_json(asked):
+            raise SotaError(
+                f"{self.work} holds parts of other inputs, options or number, or begun in another "
+                f"folder; give the same again, or begin anew: rm -r {self.work}",
+                LOCKED,
+            )
+        write_file(path, canonical_json(asked))
+
+    def _note_part(self) -> None:
+        """That this part is done."""
         write_file(self.work / f"done-{self.part}-of-{self.parts}", b"")
         remove(self.own)
 
@@ -224,7 +235,7 @@ class _Run:
     def _units(self, pool: Pool) -> Iterator[Unit]:
         """This part's units, numbered over all parts, with keys."""
         options = self.options
-        settings = f"4\0{options.text_field}\0{options.near_dedup > 0}"
+        settings = f"5\0{options.text_field}\0{options.near_dedup > 0}"
         settings += "\0replace" * (options.bad_text == "replace")
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")

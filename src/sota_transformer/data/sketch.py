@@ -19,7 +19,8 @@ _PER_MARK = 8  # grams looked at for each: it stays empty though it should not w
 _EMPTY = np.uint32(0xFFFFFFFF)
 _STEP = 0x9E3779B9
 _MIX = np.uint64(0xD6E8FEB86659FD93)
-_AT_ONCE = 1 << 18  # tokens, so that what is made of them stays in the cache
+_AT_ONCE = 1 << 18  # tokens, so that what is made of them stays in the cache ...
+_DOCUMENTS = 1 << 12  # ... and documents, where they are short
 
 
 def sketch(
@@ -36,6 +37,7 @@ def sketch(
     first = begin = 0
     while first < len(lengths):
         last = max(first + 1, int(np.searchsorted(ends, begin + _AT_ONCE)))
+        last = min(last, first + _DOCUMENTS)
         end = int(ends[last - 1])
         smallest = _smallest(tokens[begin:end], lengths[first:last])
         own = mixed(smallest).astype(np.uint8)
@@ -60,6 +62,8 @@ def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArra
         own = slice(int(starts[n]), int(ends[n]))
         limit = np.uint32(_PER_MARK * MARKS / grams[n] * 2.0**32)
         np.less_equal(order[own], limit, out=small[own])
+        if np.count_nonzero(np.bincount(_bins(order[own][small[own]]))) < MARKS - _PER_MARK:
+            small[own] = True  # a text that says the same again and again has fewer than it seems
     # No gram may reach over its document's end.
     last = np.maximum(ends[:, None] - np.arange(1, GRAM + 1), starts[:, None])
     small[last[last < len(small)]] = False
@@ -67,9 +71,14 @@ def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArra
     counts = np.diff(np.searchsorted(chosen, ends), prepend=0)
     kept = order[chosen]
     cell = np.repeat(np.arange(0, smallest.size, MARKS), counts)
-    cell += kept * np.uint32(_STEP) >> np.uint32(32 - _MARK_BITS)
+    cell += _bins(kept)
     np.minimum.at(smallest.reshape(-1), cell, kept)
     return smallest
+
+
+def _bins(order: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The bin of each 5-gram."""
+    return order * np.uint32(_STEP) >> np.uint32(32 - _MARK_BITS)
 
 
 def _dense(smallest: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -91,6 +91,8 @@ def load_state_tensors(
 ) -> None:
     """Put back what `state_tensors` gave after `updates` updates. KeyError for a missing name."""
     names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        optimizer.state.clear()
     for optimizer in optimizers if updates else ():
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             name, moments = names[parameter], _KEPT[type(optimizer)]
