@@ -9,14 +9,14 @@ _BASE = 0xD6E8FEB86659FD93  # odd, with bits everywhere
 _CHUNK = 1 << 16  # tokens at a time, so that the intermediate arrays stay in the cache
 
 
-def gram_hashes(ids: NDArray[Any], size: int, dtype: type = np.uint64) -> NDArray[Any]:
-    """Hash of each run of `size` ids: (n - size + 1,) uint64 or uint32; empty if there is none."""
-    return _chunked(ids, size, dtype, mix=True)
+def gram_hashes(ids: NDArray[Any], size: int) -> NDArray[np.uint64]:
+    """Hash of each run of `size` ids: (n - size + 1,); empty if there is none."""
+    return _chunked(ids, size, np.uint64, mix=True)
 
 
 def gram_order(ids: NDArray[Any], size: int) -> NDArray[np.uint32]:
     """A number for each run of `size` ids, different as a hash is but for its low bits; half the
-    work: enough to choose the runs whose number is small. `mixed` makes hashes of these.
+    work: enough to tell runs apart and to choose those of small numbers. `mixed` makes hashes.
     """
     return _chunked(ids, size, np.uint32, mix=False)
 

@@ -52,7 +52,7 @@ class Place:
 
 
 class Similar:
-    """All documents so far, by their keys those that stayed: about 400 bytes each."""
+    """All documents so far, about 400 bytes each; found by their keys are those that stayed."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
@@ -79,9 +79,7 @@ class Similar:
         """Which of `candidates` are like no earlier document that stayed: (documents,)."""
         looked = np.flatnonzero(candidates & marks.any(axis=1))
         first, keys = self._count, keys[looked]
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        self._add(starts[looked], lengths[looked], marks[looked], place)
-        self._tokens = tokens
+        self._add(looked, tokens, lengths, marks, place)
         stayed = np.ones(len(looked), bool)
         # Nearly all documents share no key with any other: there is nothing to be done for them.
         before = self._before(keys)
@@ -111,28 +109,29 @@ class Similar:
     ) -> None:
         """Documents that are there whatever they are like."""
         looked, first = np.flatnonzero(marks.any(axis=1)), self._count
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        self._add(starts[looked], lengths[looked], marks[looked], place)
-        self._tokens = tokens
+        self._add(looked, tokens, lengths, marks, place)
         self._remember(keys[looked], np.arange(first, self._count))
 
     def _add(
         self,
-        starts: NDArray[np.int64],
+        looked: NDArray[np.int64],
+        tokens: NDArray[np.uint16],
         lengths: NDArray[np.uint32],
         marks: NDArray[np.uint8],
         place: Place,
     ) -> None:
-        """Documents get the next numbers, whether they will stay or not."""
-        start, self._count = self._count, self._count + len(starts)
+        """Those of the documents get the next numbers, whether they will stay or not."""
+        start, self._count = self._count, self._count + len(looked)
         if self._count > len(self._where):
             room = self._count + self._count // 8
             for array in (self._where, self._marks):  # in place: no second copy for a while
                 array.resize((room, array.shape[1]), refcheck=False)
         rows = self._where[start : self._count]
-        rows[:, 0], rows[:, 1], rows[:, 2] = len(self._places), starts, lengths
-        self._marks[start : self._count] = marks
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        rows[:, 0], rows[:, 1], rows[:, 2] = len(self._places), starts[looked], lengths[looked]
+        self._marks[start : self._count] = marks[looked]
         self._places.append(place)
+        self._tokens = tokens
 
     def _before(self, keys: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Documents (numbered from 0) and earlier ones with a key of theirs, two numbers in one, in

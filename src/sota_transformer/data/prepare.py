@@ -208,13 +208,14 @@ class _Run:
         own, path = ("out", "part", "workers", "memory_mb"), self.work / _ASKED
         options = {n: v for n, v in dataclasses.asdict(self.options).items() if n not in own}
         asked = {"options": options, "parts": self.parts, "folder": str(Path.cwd())}
-        if path.exists() and path.read_bytes() != canonical_json(asked):
+        if not path.exists():
+            write_file(path, canonical_json(asked))
+        elif path.read_bytes() != canonical_json(asked):
             raise SotaError(
                 f"{self.work} holds parts of other inputs, options or number, or begun in another "
                 f"folder; give the same again, or begin anew: rm -r {self.work}",
                 LOCKED,
             )
-        write_file(path, canonical_json(asked))
 
     def _note_part(self) -> None:
         """That this part is done."""

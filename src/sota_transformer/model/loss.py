@@ -17,9 +17,8 @@ from sota_transformer.model import cpu
 from sota_transformer.model.cpu import IGNORED
 
 PAD = GPT2_VOCAB  # the id behind GPT-2's own
-# Tokens whose logits exist at a time. Each chunk adds to all of the head's gradient, which a fast
-# device feels; on a CPU this is for evaluation, training has its own in `cpu`.
-CHUNK_TOKENS = {"cpu": 512, "mps": 2048, "cuda": 4096}
+# Whose logits exist at a time. Each chunk adds to all of the head's gradient: fast devices feel it.
+CHUNK_TOKENS = {"cpu": cpu.CHUNK_TOKENS, "mps": 2048, "cuda": 4096}
 ALIGNED = {"cuda": 64}  # rows of the head that a device's products want a multiple of
 
 
