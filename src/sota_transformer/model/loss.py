@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sota_transformer.config import GPT2_VOCAB
 from sota_transformer.model import cpu
@@ -64,19 +64,30 @@ class _HeadLoss(torch.autograd.Function):
             sums, *gradients = cpu.head_loss(hidden, head, targets, smoothing)
         else:
             sums, *gradients = _in_chunks(hidden, head, targets, smoothing, train, compiled)
-        ctx.gradients = gradients  # not saved for autograd, which would then add to a copy
+        ctx.gradients, ctx.head = gradients, head
         smoothed, nll = sums.unbind()
         ctx.mark_non_differentiable(nll)
         return smoothed, nll
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass made."""
+        """Scale what the forward pass made.
+
+        A parameter's goes into its `.grad` from here, as Megatron's does: from autograd it would
+        be copied, 154 MB of it, to add the sparse gradient of the looked-up rows.
+        """
         hidden_gradient, head_gradient = ctx.gradients
         del ctx.gradients
         scale = gradients[0]
         hidden_gradient.mul_(scale.to(hidden_gradient.dtype))
-        return hidden_gradient, head_gradient.mul_(scale), None, None, None
+        head_gradient.mul_(scale)
+        if not isinstance(ctx.head, nn.Parameter) or not ctx.needs_input_grad[1]:
+            return hidden_gradient, head_gradient, None, None, None
+        if ctx.head.grad is None:
+            ctx.head.grad = head_gradient
+        else:
+            ctx.head.grad += head_gradient
+        return hidden_gradient, None, None, None, None
 
 
 def _in_chunks(
