@@ -125,13 +125,21 @@ def test_long_runs_are_not_slow(encoder: Encoder) -> None:
 
 
 def test_memory_is_renewed_without_changing_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sota_transformer.data.tokenizer._LOOK_BYTES", 100)
-    for resident, renewed in (([10, 10], False), ([10, 1 << 40], True), ([0, 0], True)):
-        sizes = iter([resident[0], *[resident[1]] * 5])
-        monkeypatch.setattr("sota_transformer.data.tokenizer._resident", lambda s=sizes: next(s))
+    module = "sota_transformer.data.tokenizer"
+    monkeypatch.setattr(f"{module}._FIRST_LOOK_BYTES", 100)
+    monkeypatch.setattr(f"{module}._LOOK_BYTES", 100)
+    much = 1 << 40  # what was there at the first look is the readers' memory: an open parquet file
+    for at_start, at_looks, renewed in (
+        (10, [10, 10, 10], False),
+        (10, [10, much, much], True),
+        (10, [much, much, much], False),
+        (0, [0, 0, 0], True),
+    ):
+        monkeypatch.setattr(f"{module}._resident", lambda at_start=at_start: at_start)
         encode = Encoder("gigatoken")
-        first = encode._encode
-        assert len({tuple(encode(b"The same text again and again. " * 4)) for _ in range(5)}) == 1
+        first, sizes = encode._encode, iter(at_looks)
+        monkeypatch.setattr(f"{module}._resident", lambda sizes=sizes: next(sizes))
+        assert len({tuple(encode(b"The same text again and again. " * 4)) for _ in range(4)}) == 1
         assert (encode._encode is not first) == renewed
 
 

@@ -37,7 +37,7 @@ _KNOWN = (
         [1849, 5099, 222, 8582, 25081, 17031, 2231, 201, 198, 220],
     ),
 )
-_LOOK_BYTES, _GROWN_BYTES = 96 << 20, 64 << 20  # of text and of memory, see `Encoder`
+_FIRST_LOOK_BYTES, _LOOK_BYTES, _GROWN_BYTES = 8 << 20, 96 << 20, 64 << 20  # see `Encoder`
 
 Ids = NDArray[np.integer[Any]]
 
@@ -104,21 +104,26 @@ class Encoder:
     """Encodes one document after another, with bounded memory.
 
     gigatoken remembers every word it has met, for good, and is a fifth slower until it has met the
-    usual ones. So it gets a fresh memory only where this process is much larger than at its start,
-    which is looked at after so much text that building it anew costs little beside the work done.
+    usual ones. So it gets a fresh memory only where this process has grown much since its first
+    few MB of text, when whoever reads and writes had the memory they need; that is looked at after
+    so much text that building it anew costs little beside the work done.
     """
 
     def __init__(self, kind: str = "auto") -> None:
         """`kind` is auto, gigatoken or tiktoken; auto takes the first that passes its self-test."""
         self.kind, self._encode = _ready.pop() if kind == "auto" and _ready else _choose(kind)
-        self._seen, self._resident = 0, _resident()
+        self._seen, self._look = 0, _FIRST_LOOK_BYTES
+        self._limit: int | None = None
 
     def __call__(self, text: bytes) -> NDArray[np.uint32]:
         """Ids of one document of valid UTF-8, without end-of-text: (n,)."""
-        if self._seen > _LOOK_BYTES and self.kind == "gigatoken":
-            if not self._resident or _resident() > self._resident + _GROWN_BYTES:
+        if self._seen > self._look and self.kind == "gigatoken":
+            now = _resident()
+            if self._limit is None:
+                self._limit = now and now + _GROWN_BYTES
+            elif now >= self._limit:
                 self._encode = _gigatoken()
-            self._seen = 0
+            self._seen, self._look = 0, _LOOK_BYTES
         self._seen += len(text)
         return self._encode(text)
 
