@@ -72,8 +72,9 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what the forward pass made."""
-        hidden_gradient, head_gradient = ctx.gradients
-        del ctx.gradients
+        if ctx.gradients is None:
+            raise RuntimeError("the head's loss has one backward pass: its gradients are used up")
+        (hidden_gradient, head_gradient), ctx.gradients = ctx.gradients, None
         scale = gradients[0]
         hidden_gradient.mul_(scale.to(hidden_gradient.dtype))
         return hidden_gradient, head_gradient.mul_(scale), None, None, None
