@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """Do `work`; what goes wrong becomes one line and an exit code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that it does not have ends no run
+        sys.stdout.reconfigure(errors="replace")
     try:
         return work()
     except SotaError as error:
@@ -126,16 +128,17 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     names = ", ".join(PRESETS)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         raise SotaError(f"name a preset first: sota {verb} PRESET [OPTIONS], one of {names}")
+    own = ["--hours H (what fits into them)"] if verb == "plan" else []
     if arguments[0] in ("-h", "--help"):
         print(f"usage: sota {verb} PRESET [OPTIONS]\n\nPRESET is one of {names};")
         print(f"`sota {verb} PRESET --help` shows every option with that preset's values;")
-        print(f"--recipe {'|'.join(RECIPES)} is read first and sets them.")
+        print("; ".join([*own, f"--recipe {'|'.join(RECIPES)} is read first and sets them."]))
         raise SystemExit(0)
     name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
         raise SotaError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are {names}")
     recipe, rest = _recipe(rest)
-    short = ", ".join(["--recipe NAME", *SHORT, "--override FIELD=VALUE"])
+    short = ", ".join([*own, "--recipe NAME", *SHORT, "--override FIELD=VALUE"])
     config = parse(
         RunConfig,
         f"{verb} {name}",
