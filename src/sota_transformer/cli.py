@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -190,7 +191,7 @@ def train_and_show(config: RunConfig) -> int:
     from sota_transformer.training.start import train
 
     train(config, admit)
-    folder = config.run.out
+    folder = shlex.quote(str(config.run.out))
     print(f"the run is in {folder}: checkpoints, metrics.jsonl, samples.txt, config.json, run.json")
     print(f'try it:  sota generate {folder} --prompt "def main("')
     print(f"judge it:  sota evaluate {folder}")
@@ -285,6 +286,8 @@ def _plan(arguments: list[str]) -> int:
     except argparse.ArgumentError as error:
         raise SotaError(f"plan: {error}; give a number, such as --hours 8") from None
     config = resolve(rest, "plan")
+    if not 0 <= options.hours < 1e6:
+        raise SotaError(f"plan: --hours {options.hours} must be a number of hours")
     from sota_transformer.plan import run_plan
 
     return run_plan(config, rest[0], options.hours)
