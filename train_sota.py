@@ -10,13 +10,16 @@ long it will take, trains, evaluates and shows a sample. Started again, it goes 
 """
 
 import dataclasses
+import json
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
 try:
     from sota_transformer import cli, config
     from sota_transformer import options as verbs
+    from sota_transformer.errors import LOCKED
 except ImportError:
     advice = "`source .venv/bin/activate` after `make quick`, or `pip install -e .`"
     print(f"sota: not installed here; {advice}", file=sys.stderr)
@@ -64,18 +67,16 @@ def run(options: Options) -> int:
     asked = [bool(x) for x in (options.quick, options.full, options.large, options.resume)]
     if sum(asked) > 1:
         raise cli.SotaError("give one of --quick, --full, --large and --resume RUN")
+    if not 0 < options.minutes < 1e6:
+        raise cli.SotaError(f"--minutes {options.minutes} must be above 0 and finite")
     if not any(asked):
         options = ask(options)
-    if options.resume:
-        from sota_transformer.training.runlog import read_config
-
-        resolved = read_config(options.resume)
-        resolved = dataclasses.replace(
-            resolved, run=dataclasses.replace(resolved.run, out=options.resume)
-        )
-    else:
-        resolved = configure(options, prepared(options.data))
-    return cli.train_and_show(resolved)
+    if options.resume is None:
+        return cli.train_and_show(configure(options, prepared(options.data)))
+    given = options.data != Options.data  # the run's own data may have moved
+    return cli.train_and_show(
+        going_on(options.resume, options, prepared(options.data) if given else None)
+    )
 
 
 def ask(options: Options) -> Options:
@@ -83,29 +84,54 @@ def ask(options: Options) -> Options:
     if not sys.stdin.isatty():
         raise cli.SotaError("nobody to ask here: give --quick, --full, --large or --resume RUN")
     print(MENU)
-    choice = input("1, 2, 3 or 4: ").strip()
+    try:
+        choice = input("1, 2, 3 or 4: ").strip()
+        if choice not in ("1", "2", "3", "4"):
+            raise cli.SotaError(f"{choice!r} is not on the menu")
+        what = f"text to train on [{options.data}]: " if choice != "4" else "folder of the run: "
+        answer = input(what).strip()
+    except EOFError:  # Ctrl-D
+        raise KeyboardInterrupt from None
     if choice == "4":
-        return dataclasses.replace(options, resume=Path(input("folder of the run: ").strip()))
-    if choice not in ("1", "2", "3"):
-        raise cli.SotaError(f"{choice!r} is not on the menu")
-    text = input(f"text to train on [{options.data}]: ").strip() or options.data
+        return dataclasses.replace(options, resume=Path(answer).expanduser())
+    text = str(Path(answer).expanduser()) if answer else options.data
     return dataclasses.replace(
         options, data=text, quick=choice == "1", full=choice == "2", large=choice == "3"
     )
 
 
 def prepared(data: str) -> Path:
-    """The prepared folder of `data`, made now if need be."""
+    """The prepared folder of `data`, made now if need be; a name that is taken gets a number."""
     if (Path(data) / "manifest.json").is_file():
         return Path(data)
     name = "python" if data == "python:" else Path(data).resolve().stem.partition(".")[0]
-    folder = Path("data") / (name.strip("*") or "text")
-    if data == "python:" and (folder / "manifest.json").is_file():
+    name = name.strip("*") or "text"
+    folders = (Path("data") / f"{name}{f'-{number}' * (number > 1)}" for number in count(1))
+    folder = next(path for path in folders if not path.exists() or made_of(path, data))
+    if data == "python:" and folder.exists():
         return folder  # what is installed here may have changed since; the run's data may not
     from sota_transformer.data.prepare import prepare
 
-    prepare(verbs.Prepare(inputs=(data,), out=folder))
+    try:
+        prepare(verbs.Prepare(inputs=(data,), out=folder))
+    except cli.SotaError as error:
+        if error.code != LOCKED or not folder.exists():
+            raise
+        raise cli.SotaError(
+            f"{data} is not what it was when {folder} was made of it: --data {folder} goes on with "
+            f"what it was; to begin anew, move {folder} away and give another --out",
+            LOCKED,
+        ) from error
     return folder
+
+
+def made_of(folder: Path, data: str) -> bool:
+    """Whether a folder was prepared from this input alone."""
+    try:
+        inputs = json.loads((folder / "manifest.json").read_bytes())["inputs"]
+        return [Path(part["input"]).resolve() for part in inputs] == [Path(data).resolve()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def configure(options: Options, data: Path) -> config.RunConfig:
@@ -118,10 +144,8 @@ def configure(options: Options, data: Path) -> config.RunConfig:
     flags = ["--data", str(data), "--out", str(out), "--device", options.device]
     resolved = cli.resolve([name, "--recipe", recipe, *flags], "train")
     if (out / "config.json").exists():
-        from sota_transformer.training.runlog import read_config
-
         print(f"{out} is there: going on with it (remove the folder to start anew)")
-        return read_config(out)
+        return going_on(out, options, data)
     from sota_transformer import plan
 
     print("measuring this machine", flush=True)
@@ -131,6 +155,17 @@ def configure(options: Options, data: Path) -> config.RunConfig:
         return resolved
     model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
     return plan.fit_budget(dataclasses.replace(resolved, model=model), options.minutes * 60)
+
+
+def going_on(folder: Path, options: Options, data: Path | None) -> config.RunConfig:
+    """The run in `folder` as it was begun, on this data and device if they are given."""
+    from sota_transformer.training.runlog import read_config
+
+    kept = read_config(folder)
+    device = kept.run.device if options.device == "auto" else options.device
+    run = dataclasses.replace(kept.run, out=folder, resume="auto", device=device)
+    path = dataclasses.replace(kept.data, path=data or kept.data.path)
+    return dataclasses.replace(kept, data=path, run=run)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved is what is loaded, and damage is named."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,9 @@ def test_our_safetensors_are_what_the_library_writes(tmp_path: Path) -> None:
 
 
 def test_latest_takes_the_newest_that_verifies_and_names_the_others(tmp_path: Path) -> None:
-    for step in (10, 9, 100):
+    for step in (9, 10, 100):
         checkpoint.save(tmp_path, state(step))
+    os.utime(checkpoint.path_of(tmp_path, 9))  # the newest by time
     assert checkpoint.steps(tmp_path) == [9, 10, 100]
     path = checkpoint.path_of(tmp_path, 100) / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -105,3 +107,14 @@ def test_newer_formats_are_refused_by_name(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(SotaError, match="format 99"):
         checkpoint.load(tmp_path, 1)
+
+
+def test_what_was_left_behind_goes_when_an_older_step_is_gone_on_from(tmp_path: Path) -> None:
+    """By --resume step:N; a damaged one stays where it is until its step comes."""
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path, state(step))
+    (checkpoint.path_of(tmp_path, 40) / "trainer.json").write_bytes(b"{}")
+    assert checkpoint.latest(tmp_path, print, until=15) == 10
+    checkpoint.save(tmp_path, state(15))
+    assert checkpoint.steps(tmp_path) == [10, 15, 40]
+    assert checkpoint.latest(tmp_path, print) == 15

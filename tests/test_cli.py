@@ -1,14 +1,13 @@
 """The command line as a user types it: every verb, and every mistake as one line and a code."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sota_transformer.cli import VERBS, main
-
-ROOT = Path(__file__).parents[1]
+from sota_transformer.cli import VERBS, guarded, main
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -62,6 +61,9 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["train", "tiny"], 2, ["--data"]),
         (["train", "tiny", "--data", "NOWHERE"], 66, ["NOWHERE", "sota prepare"]),
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
+        (["train", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
+        (["train", "tiny", "--seed", str(2**64 - 1)], 2, ["run.seed", "below 2**63"]),
+        (["train", "tiny", "--optim.eps", "inf"], 2, ["optim.eps must be finite"]),
         (["train", "tiny", "--data", "DATA", "--out", "DATA/manifest.json"], 73, ["cannot make"]),
         (["train", "tiny", "--data", "DATA", "--model.vocab-size", "999"], 2, ["vocab"]),
         (
@@ -144,6 +146,10 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     code, printed, err = run(capsys, "evaluate", out)
     assert code == 0, err
     assert "perplexity" in printed and "bits per byte" in printed
+    hidden = data.rename(tmp_path / "hidden")
+    code, _, err = run(capsys, "evaluate", out)
+    assert code == 66 and "the run's data, is not here" in err
+    hidden.rename(data)
     text = tmp_path / "other.txt"
     text.write_text("The captain saw the river while the storm carried 12 others. " * 30)
     code, printed, err = run(capsys, "evaluate", out, "--text", text)
@@ -153,13 +159,14 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     assert code == 0 and "complete" in printed
 
 
-def test_the_launcher_says_what_it_needs_without_a_terminal() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_sota.py")],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert "--quick" in done.stderr and "Traceback" not in done.stderr
+def test_the_help_of_plan_names_its_own_option(capsys) -> None:
+    assert "--hours" in run(capsys, "plan", "--help")[1]
+    assert "--hours" in run(capsys, "plan", "tiny", "--help")[1]
+    assert "--hours" not in run(capsys, "train", "tiny", "--help")[1]
+
+
+def test_a_letter_that_the_terminal_lacks_ends_nothing(monkeypatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii", write_through=True))
+    assert guarded(lambda: print("d\u00e9j\u00e0 vu") or 0) == 0
+    assert raw.getvalue() == b"d?j? vu\n"

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from itertools import chain
 from pathlib import Path
 
@@ -92,3 +93,24 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path) -
         pool.close(stop=True)
     assert [unit for unit, _ in found] == made
     assert sum(done.documents for _, done in found) == sum(ROWS)
+
+
+def test_a_worker_that_nobody_tells_to_go_holds_up_nothing(table: Path, tmp_path: Path) -> None:
+    """As one that was just being started while another died: a stopped one ignores SIGTERM too."""
+    made, found = units_of(table), []
+    (tmp_path / "units").mkdir()
+    pool = Pool(Job(tmp_path / "units", "text", "auto"), 2)
+    results = pool.run(made)
+    found.append(next(results))
+    deaf, dead = multiprocessing.active_children()
+    os.kill(deaf.pid or 0, signal.SIGSTOP)
+    os.kill(dead.pid or 0, signal.SIGKILL)
+    rest = threading.Thread(target=lambda: found.extend(results), daemon=True)
+    rest.start()
+    rest.join(timeout=30)
+    hung = rest.is_alive()
+    deaf.kill()  # lets go whoever hangs
+    rest.join(timeout=30)
+    pool.close(stop=True)
+    assert not hung
+    assert [unit for unit, _ in found] == made

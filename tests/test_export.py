@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -260,8 +261,8 @@ def test_kill_9_leaves_nothing_or_all(tmp_path: Path, kills: int) -> None:
     complete = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     delays = random.Random(5)
     seen = set()
-    for number in range(kills):
-        out = tmp_path / f"out{number}"
+    out = tmp_path / "again"
+    for _ in range(kills):
         process = subprocess.Popen(
             [*command[:-1], str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -271,7 +272,8 @@ def test_kill_9_leaves_nothing_or_all(tmp_path: Path, kills: int) -> None:
         seen.add(out.exists())
         if out.exists():
             assert {p.name: p.read_bytes() for p in out.iterdir()} == complete
-    subprocess.run([*command[:-1], str(tmp_path / "last")], check=True, capture_output=True)
+            shutil.rmtree(out)
+    subprocess.run([*command[:-1], str(out)], check=True, capture_output=True)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # swept by the next one
     assert kills < 50 or seen == {True, False}
 
@@ -391,3 +393,11 @@ def test_hostile_folders_are_refused(
     assert time.monotonic() - began < 5
     assert [path for path in opened if not path.startswith(str(folder))] == []
     assert [path.name for path in tmp_path.iterdir()] == ["hostile"]  # no PWNED
+
+
+def test_an_export_leaves_those_beside_it_alone(run: Path, tmp_path: Path) -> None:
+    own, others = tmp_path / ".tmp-a-01234567", tmp_path / ".tmp-b-01234567"
+    own.mkdir()
+    others.mkdir()
+    run_export(Export(run=run, out=tmp_path / "a"))
+    assert others.is_dir() and not own.exists()

@@ -156,3 +156,11 @@ def test_perfect_predictions_cost_nothing_and_uniform_ones_the_logarithm() -> No
     expected = 11 * torch.tensor(11.0).log()
     torch.testing.assert_close(uniform.nll, expected)
     torch.testing.assert_close(uniform.smoothed, expected)
+
+
+def test_a_second_backward_pass_is_refused_in_words() -> None:
+    hidden, head, targets = case()
+    sums = token_loss(hidden, head, targets, 0.1)
+    sums.smoothed.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        sums.smoothed.backward()

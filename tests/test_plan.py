@@ -41,9 +41,16 @@ def test_a_measured_step_is_faster_than_nothing_and_slower_than_light() -> None:
     assert math.isfinite(speed.tokens_per_second)
 
 
-def test_the_verb_refuses_hours_that_are_none(capsys) -> None:
-    assert main(["plan", "tiny", "--hours", "soon"]) == 2
-    assert "--hours 8" in capsys.readouterr().err
+@pytest.mark.parametrize("hours", ["soon", "nan", "-1", "inf"])
+def test_the_verb_refuses_hours_that_are_none(capsys, hours: str) -> None:
+    assert main(["plan", "tiny", "--hours", hours]) == 2
+    found = capsys.readouterr()
+    assert "--hours" in found.err and not found.out
+
+
+def test_the_verb_refuses_data_that_is_none(capsys, tmp_path) -> None:
+    assert main(["plan", "tiny", "--data", str(tmp_path)]) == 66
+    assert "sota prepare" in capsys.readouterr().err
 
 
 def test_the_verb_plans(capsys, data) -> None:

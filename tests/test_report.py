@@ -22,6 +22,7 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(PRESETS["tiny"]().to_json())
     lines = [
         {"step": step, "loss": 10 - step / 20, "lr": 1e-3, "tokens_per_second": 512.0}
+        | {"tokens": 512 * step}
         | {"gradient_norm": float("nan") if step == 50 else 1.0, "memory": 2e9}
         for step in range(10, 101, 10)
     ]

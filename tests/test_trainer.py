@@ -16,9 +16,10 @@ import torch
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import DIVERGED, LOCKED, TEMPORARY, SotaError
 from sota_transformer.presets import RECIPES
+from sota_transformer.report import write_report
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.guard import Guard
-from sota_transformer.training.runlog import read_metrics
+from sota_transformer.training.runlog import read_config, read_metrics
 from sota_transformer.training.signals import Stopped
 from sota_transformer.training.start import train
 
@@ -330,7 +331,7 @@ def test_a_complete_run_says_so(make_run: MakeRun, capsys) -> None:
     assert final_hash(config) == before
 
 
-def test_resume_has_four_meanings(make_run: MakeRun) -> None:
+def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
     def resumed(word: str) -> RunConfig:
         config = make_run(steps=4, save_every_steps=2, keep_checkpoints=3)
         return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=word))
@@ -343,8 +344,13 @@ def test_resume_has_four_meanings(make_run: MakeRun) -> None:
     with pytest.raises(SotaError, match="no checkpoint of step 3"):
         train(resumed("step:3"))
     before = final_hash(resumed("auto"))
-    checkpoint.durable.discard(checkpoint.path_of(resumed("auto").run.out, 4))
-    train(resumed("step:2"))
+    folder = resumed("auto").run.out
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 4)
+        train(change(resumed("step:2"), save_every_steps=1))
+    assert checkpoint.steps(folder) == [2, 3]  # 4 was left behind, and may not be gone on from
+    assert read_config(folder).run.resume == "auto"
+    train(resumed("auto"))
     assert final_hash(resumed("auto")) == before
 
 
@@ -422,3 +428,53 @@ def test_run_json_records_each_start(make_run: MakeRun, monkeypatch) -> None:
     record = json.loads((config.run.out / "run.json").read_text())
     assert [attempt["from_step"] for attempt in record["attempts"]] == [0, 2]
     assert record["attempts"][0]["machine"]["torch"] == torch.__version__
+
+
+def test_tokens_are_those_that_were_learned_from(make_run: MakeRun) -> None:
+    train(make_run(steps=4))
+    config = make_run(steps=6, batch_rows=2)
+    run = dataclasses.replace(config.run, override="train.steps,train.batch_rows")
+    train(dataclasses.replace(config, run=run))
+    tokens = [line["tokens"] for line in read_metrics(config.run.out) if "loss" in line]
+    assert tokens == [128, 256, 384, 512, 576, 640]
+
+
+def test_a_run_stopped_amid_its_last_validation_is_judged_after_all(
+    make_run: MakeRun, monkeypatch
+) -> None:
+    config = make_run(steps=3)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        patch.setattr(trainer.Trainer, "_validation_batches", interrupt)
+        train(config)
+    result = train(config)
+    assert result is not None and result.nats == last_validation(config)["val_loss"]
+    assert train(config) is None
+
+
+def interrupt(self) -> None:
+    raise InterruptError
+
+
+def last_validation(config: RunConfig) -> dict:
+    return [line for line in read_metrics(config.run.out) if "val_loss" in line][-1]
+
+
+def test_one_window_of_validation_has_no_error(make_run: MakeRun, capsys) -> None:
+    config = make_run(steps=1, eval_tokens=1)
+    train(config)
+    assert last_validation(config)["val_error"] is None
+    assert "+-" not in capsys.readouterr().out
+    assert write_report(config.run.out, config.run.out / "r.html").is_file()
+
+
+def test_a_reader_of_the_output_that_leaves_is_a_stop(make_run: MakeRun) -> None:
+    config = make_run(steps=100_000)
+    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    while b"step      2/" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert checkpoint.steps(config.run.out)

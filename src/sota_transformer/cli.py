@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """Do `work`; what goes wrong becomes one line and an exit code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that it does not have ends no run
+        sys.stdout.reconfigure(errors="replace")
     try:
         return work()
     except SotaError as error:
@@ -126,16 +129,17 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     names = ", ".join(PRESETS)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         raise SotaError(f"name a preset first: sota {verb} PRESET [OPTIONS], one of {names}")
+    own = ["--hours H (what fits into them)"] if verb == "plan" else []
     if arguments[0] in ("-h", "--help"):
         print(f"usage: sota {verb} PRESET [OPTIONS]\n\nPRESET is one of {names};")
         print(f"`sota {verb} PRESET --help` shows every option with that preset's values;")
-        print(f"--recipe {'|'.join(RECIPES)} is read first and sets them.")
+        print("; ".join([*own, f"--recipe {'|'.join(RECIPES)} is read first and sets them."]))
         raise SystemExit(0)
     name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
         raise SotaError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are {names}")
     recipe, rest = _recipe(rest)
-    short = ", ".join(["--recipe NAME", *SHORT, "--override FIELD=VALUE"])
+    short = ", ".join([*own, "--recipe NAME", *SHORT, "--override FIELD=VALUE"])
     config = parse(
         RunConfig,
         f"{verb} {name}",
@@ -187,7 +191,7 @@ def train_and_show(config: RunConfig) -> int:
     from sota_transformer.training.start import train
 
     train(config, admit)
-    folder = config.run.out
+    folder = shlex.quote(str(config.run.out))
     print(f"the run is in {folder}: checkpoints, metrics.jsonl, samples.txt, config.json, run.json")
     print(f'try it:  sota generate {folder} --prompt "def main("')
     print(f"judge it:  sota evaluate {folder}")
@@ -282,6 +286,8 @@ def _plan(arguments: list[str]) -> int:
     except argparse.ArgumentError as error:
         raise SotaError(f"plan: {error}; give a number, such as --hours 8") from None
     config = resolve(rest, "plan")
+    if not 0 <= options.hours < 1e6:
+        raise SotaError(f"plan: --hours {options.hours} must be a number of hours")
     from sota_transformer.plan import run_plan
 
     return run_plan(config, rest[0], options.hours)

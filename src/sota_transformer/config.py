@@ -8,6 +8,7 @@ section has a problem. The options of the other verbs are in `options.py`.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -197,6 +198,8 @@ class Run:
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
         found = at_least(self, "run", 0, "seed", "threads")
+        if self.seed >= 2**63:
+            found.append(f"run.seed {self.seed} must be below 2**63")
         step = self.resume.removeprefix("step:")
         if self.resume not in ("auto", "latest", "never") and not step.isdecimal():
             found.append(f"run.resume {self.resume!r} must be auto, latest, never or step:N")
@@ -215,6 +218,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         found = [line for section in _SECTIONS for line in getattr(self, section).problems()]
+        found += [
+            f"{section}.{name} must be finite"
+            for section in _SECTIONS
+            for name, value in vars(getattr(self, section)).items()
+            if value in (math.inf, -math.inf)
+        ]
         if found:
             raise ValueError("; ".join(found))
 

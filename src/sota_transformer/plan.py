@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sota_transformer.config import RunConfig
+from sota_transformer.errors import NO_INPUT, SotaError
 from sota_transformer.presets import PRESETS, Recipe
 from sota_transformer.schedules import describe
 
@@ -145,11 +146,15 @@ def memory_estimate(config: RunConfig) -> str:
 
 
 def training_tokens(data: Path) -> int:
-    """Tokens of the training split of a prepared folder; 0 without one."""
-    path = data / "manifest.json"
-    if not path.is_file():
+    """Tokens of the training split of a prepared folder; 0 where none is given."""
+    if data == Path():
         return 0
-    return int(json.loads(path.read_text())["splits"]["train"]["tokens"])
+    try:
+        return int(json.loads((data / "manifest.json").read_text())["splits"]["train"]["tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SotaError(
+            f"{data} is not prepared data; `sota prepare` makes it", NO_INPUT
+        ) from error
 
 
 def _span(seconds: float) -> str:

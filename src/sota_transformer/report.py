@@ -14,7 +14,7 @@ from sota_transformer.data.page import document, table
 from sota_transformer.durable import write_file
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.schedules import describe
-from sota_transformer.training.runlog import clock, read_config, read_metrics
+from sota_transformer.training.runlog import clock, judgement, read_config, read_metrics
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart, and of its margins, in pixels
 _MOST_POINTS = 600
@@ -70,39 +70,32 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
     losses = _column(metrics, "loss")
     if judged := _judged(metrics):
         last = judged[-1]
-        rows.append((f"validation loss, step {last['step']:,}", _validation(last)))
+        rows.append((f"validation loss, step {last['step']:,}", judgement(last)))
     if losses:
         rows.append(("training loss, last logged", f"{losses[-1][1]:.4f} nats"))
     if rates := [value for _, value in _column(metrics, "tokens_per_second")]:
         rows.append(("speed, median", f"{statistics.median(rates):,.0f} tokens/s"))
-        tokens = config.train.batch_rows * config.model.seq_len
-        seconds = sum(tokens * every / rate for every, rate in _intervals(metrics))
+        seconds = sum(tokens / rate for tokens, rate in _intervals(metrics))
         rows.append(("time in training steps", clock(seconds)))
     if memory := _column(metrics, "memory"):
         rows.append(("memory at the peak", f"{max(value for _, value in memory) / 1e9:.2f} GB"))
     yield table(("what", "figure"), rows)
 
 
-def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[int, float]]:
-    """(steps since the line before, tokens/s) of each logged step."""
-    before = 0
-    for step, rate in _column(metrics, "tokens_per_second"):
-        if rate > 0:
-            yield int(step) - before, rate
-        before = int(step)
+def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
+    """(tokens since the line before, tokens/s) of each logged step."""
+    before = 0.0
+    rates = dict(_column(metrics, "tokens_per_second"))
+    for step, tokens in _column(metrics, "tokens"):
+        if rates.get(step, 0.0) > 0:
+            yield max(0.0, tokens - before), rates[step]
+        before = tokens
 
 
 def _judged(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of validations."""
-    names = ("val_loss", "val_error", "val_perplexity", "val_bits_per_byte")
+    names = ("val_loss", "val_perplexity", "val_bits_per_byte")
     return [m for m in metrics if all(isinstance(m.get(name), int | float) for name in names)]
-
-
-def _validation(line: dict[str, Any]) -> str:
-    return (
-        f"{line['val_loss']:.4f} +- {line['val_error']:.4f} nats, perplexity "
-        f"{line['val_perplexity']:.2f}, {line['val_bits_per_byte']:.4f} bits/byte"
-    )
 
 
 def _charts(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
@@ -163,7 +156,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _validations(metrics: list[dict[str, Any]]) -> Iterator[str]:
-    rows = [(f"{line['step']:,}", _validation(line)) for line in _judged(metrics)]
+    rows = [(f"{line['step']:,}", judgement(line)) for line in _judged(metrics)]
     if rows:
         yield "<h2>Validation</h2>" + table(("step", "plain loss"), rows)
 

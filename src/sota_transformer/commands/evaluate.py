@@ -60,10 +60,17 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     else:
         if opened.config is None:
             raise SotaError("an exported model has no validation split; give --text FILE")
-        windows = TokenWindows(opened.config.data.path, "val", context)
+        path = opened.config.data.path
+        if not path.is_dir():
+            raise SotaError(
+                f"{path}, the run's data, is not here; go to the folder from which the run was "
+                "started, or judge it on --text FILE",
+                NO_INPUT,
+            )
+        windows = TokenWindows(path, "val", context)
         count = windows.tokens if not options.tokens else min(windows.tokens, options.tokens + 1)
         read, files = iter([windows.read(0, count)]), []
-        name = f"validation split of {opened.config.data.path}"
+        name = f"validation split of {path}"
     left = options.tokens or sys.maxsize
     masked = opened.config is not None and opened.config.data.document_mask
     sums = []

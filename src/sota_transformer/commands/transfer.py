@@ -1,6 +1,7 @@
 """`sota export` and `sota import`: a run becomes a model of other programs, and the other way."""
 
 import dataclasses
+import glob
 import shlex
 import shutil
 from pathlib import Path
@@ -39,7 +40,8 @@ def run_export(options: Export) -> int:
     if shutil.disk_usage(_existing(out)).free < 1.2 * size:
         raise SotaError(f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk", IO_FAILED)
     durable.make_folder(out.parent)
-    durable.sweep(out.parent)
+    for left in out.parent.glob(f".tmp-{glob.escape(out.name)}-????????"):  # by a killed export
+        durable.remove(left)
     with durable.commit_folder(out, {"format": options.format, "dtype": options.dtype}) as writer:
         if options.format == "gguf":
             proofs = _gguf(writer, opened, options.dtype)
@@ -51,7 +53,8 @@ def run_export(options: Export) -> int:
             f"read back by {found.reader}: logits differ by at most {found.difference:.3g} "
             f"(their spread is {found.spread:.3g})"
         )
-    print(f"{out}: {options.format}, {options.dtype}, step {opened.step}")
+    step = "" if opened.step is None else f", step {opened.step}"
+    print(f"{out}: {options.format}, {options.dtype}{step}")
     return 0
 
 
@@ -104,10 +107,9 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
     ]
     if opened.config is not None:
         train, seen = opened.config.train, opened.step or 0
-        tokens = seen * train.batch_rows * c.seq_len
         lines.append(
-            f"Trained for {seen:,} of {train.steps:,} steps, {tokens:,} tokens, seed "
-            f"{opened.config.run.seed}, on the data `{opened.config.data.path.name}`."
+            f"Trained for {seen:,} of {train.steps:,} steps of {train.batch_rows} x {c.seq_len} "
+            f"tokens, seed {opened.config.run.seed}, on the data `{opened.config.data.path.name}`."
         )
     if figures := _figures(folder, opened.step):
         lines.append(figures)

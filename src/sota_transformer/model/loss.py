@@ -71,13 +71,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass made.
+        """Scale what the forward pass made. RuntimeError if that was done before.
 
         A parameter's goes into its `.grad` from here, as Megatron's does: from autograd it would
         be copied, 154 MB of it, to add the sparse gradient of the looked-up rows.
         """
-        hidden_gradient, head_gradient = ctx.gradients
-        del ctx.gradients
+        if ctx.gradients is None:
+            raise RuntimeError("the head's loss has one backward pass: its gradients are used up")
+        (hidden_gradient, head_gradient), ctx.gradients = ctx.gradients, None
         scale = gradients[0]
         hidden_gradient.mul_(scale.to(hidden_gradient.dtype))
         head_gradient.mul_(scale)

@@ -46,7 +46,10 @@ class State:
 
 
 def save(run_folder: Path, state: State) -> Path:
-    """Commit `state`; when this returns, it survives a power cut. SotaError 70, 74 or OSError."""
+    """Commit `state`; when this returns, it survives a power cut and is the newest that verifies.
+
+    SotaError 70, 74 or OSError.
+    """
     folder = run_folder / "checkpoints"
     durable.make_folder(folder)
     for name, tensor in (state.model | state.optim).items():
@@ -70,6 +73,9 @@ def save(run_folder: Path, state: State) -> Path:
             with writer.create(f"{name}.safetensors") as file:
                 write_safetensors(file.write, tensors)
         writer.write("trainer.json", durable.canonical_json(state.trainer | {"step": state.step}))
+    for step in steps(run_folder):
+        if step > state.step and not _problems(run_folder, step):  # left behind by --resume step:N
+            durable.discard(path_of(run_folder, step))
     return final
 
 
@@ -107,12 +113,13 @@ def path_of(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
-def latest(run_folder: Path, warn: Callable[[str], None]) -> int | None:
+def latest(run_folder: Path, warn: Callable[[str], None], until: int | None = None) -> int | None:
     """The newest step that verifies, or None where there are no checkpoints at all.
 
     Every newer one that does not verify is named through `warn`. SotaError 65 if none does.
+    `until`: later ones do not count.
     """
-    found = steps(run_folder)
+    found = [step for step in steps(run_folder) if until is None or step <= until]
     for step in reversed(found):
         problems = _problems(run_folder, step)
         if not problems:

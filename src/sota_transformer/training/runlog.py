@@ -4,7 +4,9 @@ And what of it can be read again without loading torch.
 """
 
 import json
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,8 +20,17 @@ from rich.text import Text
 from sota_transformer import durable
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.training.signals import Stopped
 
 _SAMPLE_LINES = 12
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader of our output, `head` say, is gone: save and leave as on any signal."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()  # nothing is written from here on
+        raise Stopped(signal.SIGPIPE)
 
 
 class RunLog:
@@ -27,7 +38,7 @@ class RunLog:
 
     def __init__(self, folder: Path, total_steps: int, silent: bool = False) -> None:
         self.folder, self.total, self.silent = folder, total_steps, silent
-        self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
+        self.console = _Console(quiet=silent, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._bar = Progress(TextColumn("step"), BarColumn(None), MofNCompleteColumn())
         self._task = self._bar.add_task("steps", total=total_steps)
@@ -81,9 +92,8 @@ class RunLog:
         self._write(values)
         self._last |= values
         self.say(
-            f"step {values['step']:>6}  validation {values['val_loss']:.4f} "
-            f"+- {values['val_error']:.4f} nats, perplexity {values['val_perplexity']:.2f}, "
-            f"{values['val_bits_per_byte']:.4f} bits/byte over {values['val_tokens']:,} tokens"
+            f"step {values['step']:>6}  validation {judgement(values)} over "
+            f"{values['val_tokens']:,} tokens"
         )
 
     def event(self, values: dict[str, Any], text: str) -> None:
@@ -130,6 +140,16 @@ class RunLog:
             rows.add_row("validation", value, "bits/byte", f"{last['val_bits_per_byte']:.4f}")
         sample = Text("\n".join(self._sample.splitlines()[:_SAMPLE_LINES]), style="dim")
         return Panel(Group(self._bar, rows, sample), title=str(self.folder))
+
+
+def judgement(values: dict[str, Any]) -> str:
+    """A validation in words; a single window has no error."""
+    error = values.get("val_error")
+    shown = f" +- {error:.4f}" if isinstance(error, int | float) else ""
+    return (
+        f"{values['val_loss']:.4f}{shown} nats, perplexity "
+        f"{values['val_perplexity']:.2f}, {values['val_bits_per_byte']:.4f} bits/byte"
+    )
 
 
 def clock(seconds: float) -> str:

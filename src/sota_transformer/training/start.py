@@ -19,7 +19,7 @@ from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
 from sota_transformer.training import changes, checkpoint
-from sota_transformer.training.runlog import RunLog
+from sota_transformer.training.runlog import RunLog, read_metrics
 from sota_transformer.training.trainer import Trainer
 
 
@@ -54,7 +54,7 @@ def train(
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(config, runtime, trainer, log)
-        if start >= config.train.steps:
+        if start >= config.train.steps and _judged(folder, start):
             log.say(f"{folder} is complete: {start} of {config.train.steps} steps; nothing to do")
             return None
         if state is not None:
@@ -82,6 +82,11 @@ def train(
             ) from error
 
 
+def _judged(folder: Path, step: int) -> bool:
+    """Whether the run was judged at this step; it may have been stopped amid that."""
+    return any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
+
+
 def check_folders(config: RunConfig) -> Path:
     """The run's folder, made where it is missing. SotaError for what cannot work."""
     if config.data.path == Path():
@@ -94,11 +99,16 @@ def check_folders(config: RunConfig) -> Path:
             f"model.vocab_size {config.model.vocab_size} is less than the {VOCAB} ids of prepared "
             "data; leave it out"
         )
-    if not config.data.path.is_dir():
+    data = config.data.path
+    if data.is_file():
         raise SotaError(
-            f"{config.data.path}: no such folder; make it with `sota prepare INPUT... --out "
-            f"{config.data.path}`",
+            f"{data} is a file, not prepared data; first: sota prepare {data} --out "
+            f"data/{data.stem}, then train with --data data/{data.stem}",
             NO_INPUT,
+        )
+    if not data.is_dir():
+        raise SotaError(
+            f"{data}: no such folder; make it with `sota prepare INPUT... --out {data}`", NO_INPUT
         )
     try:
         durable.make_folder(folder)
@@ -190,7 +200,9 @@ def _record(
         "parameters": config.model.parameter_count,
         "attempts": attempts,
     }
-    ordinary = dataclasses.replace(config.run, exact=False, override="", data_change="refuse")
+    ordinary = dataclasses.replace(
+        config.run, resume="auto", exact=False, override="", data_change="refuse"
+    )
     kept = dataclasses.replace(config, run=ordinary)
     try:
         durable.write_file(path, durable.canonical_json(record))

@@ -64,6 +64,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=halves)
         self.step = 0
         self.updates = 0
+        self.tokens = 0  # learned from: what no update was made of does not count
         self.guard = Guard()
         self.good: set[int] = set()  # the checkpoints that this process has written or loaded
 
@@ -136,18 +137,14 @@ class Trainer:
         drops = max(optim.dropout_start, optim.dropout_end) > 0
         rate = self.runtime.put(np.array(schedules.dropout(self.step, self.config), np.float32))
         keys = self.runtime.put(self._dropout_keys())
-        sums = torch.zeros(3, device=batch.device)
+        sums, head = torch.zeros(3, device=batch.device), self.model.embedding.weight
         for begin in range(0, batch.shape[0], self.micro_rows):
             part = slice(begin, begin + self.micro_rows)
             dropout = Dropout(rate, keys[part]) if drops else None
             mask = None if ids is None else same_document(ids[part])
             hidden = self.model(batch[part, :-1], dropout, mask=mask)
             losses = token_loss(
-                hidden,
-                self.model.embedding.weight,
-                targets[part],
-                optim.label_smoothing,
-                self.runtime.compile,
+                hidden, head, targets[part], optim.label_smoothing, self.runtime.compile
             )
             self.scaler.scale(losses.smoothed / count).backward()
             sums += torch.stack([part.detach().float() for part in losses])
@@ -186,6 +183,7 @@ class Trainer:
             clip(self.model, self.gradient_norm, self.config.optim.clip_norm)
             update(self.optimizers, self._rate(self.step))
             self.updates += 1
+            self.tokens += int(totals[2])
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         self.signals.critical(False)
@@ -212,13 +210,13 @@ class Trainer:
                 "--optim.learning-rate",
                 DIVERGED,
             )
-        found, guard, self.guard = self.step, self.guard, Guard()
-        target = checkpoint.latest(self.config.run.out, self.log.say)
         self.signals.critical(True)
+        found, guard, self.guard = self.step, self.guard, Guard()
+        target = checkpoint.latest(self.config.run.out, self.log.say, until=found)
         if target is None:
             self.model.load_state_dict(self._first_model().state_dict())
             self.optimizers = optimizers(self.model, self.config.optim)
-            self.step = self.updates = 0
+            self.step = self.updates = self.tokens = 0
         else:
             self._restore(checkpoint.load(self.config.run.out, target, verified=True))
         self.guard = guard
@@ -293,7 +291,7 @@ class Trainer:
                 "lr": self._rate(last),
                 "dropout": schedules.dropout(last, self.config),
                 "gradient_norm": self.gradient_norm,
-                "tokens": self.step * tokens,
+                "tokens": self.tokens,
                 "tokens_per_second": done * tokens / seconds,
                 "memory": self.runtime.peak_memory(),
                 "seconds_left": (self.config.train.steps - self.step) * seconds / done,
@@ -364,7 +362,8 @@ class Trainer:
 
     def state(self) -> checkpoint.State:
         """All that a checkpoint holds."""
-        counters = {"updates": self.updates, "rows": self._rows(self.step).start}
+        rows = self._rows(self.step).start
+        counters = {"updates": self.updates, "tokens": self.tokens, "rows": rows}
         return checkpoint.State(
             step=self.step,
             model=self.model.state_dict(),
@@ -389,6 +388,7 @@ class Trainer:
         self.step, self.updates = state.step, int(state.trainer["updates"])
         self.good.add(state.step)
         try:
+            self.tokens = int(state.trainer.get("tokens", self.step * self.step_tokens))
             self.guard.restore(state.trainer["guard"])
             if self.scaler.is_enabled() and state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])

@@ -1,0 +1,119 @@
+"""train_sota.py: what it asks, where it puts prepared data, and how it goes on."""
+
+import importlib.util
+import os
+import pty
+import select
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from sota_transformer.config import RunConfig
+from sota_transformer.errors import INTERRUPTED, LOCKED, SotaError
+
+SCRIPT = Path(__file__).parents[1] / "train_sota.py"
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The script as a module, in an empty folder with two texts of one name."""
+    from tests.preparing import jsonl, texts
+
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        Path(name).mkdir()
+        Path(name, "train.jsonl").write_bytes(jsonl(texts(200, seed=seed)))
+    spec = importlib.util.spec_from_file_location("train_sota", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_texts_of_one_name_do_not_meet(launcher: types.ModuleType) -> None:
+    asked = (
+        "a/train.jsonl",
+        "b/train.jsonl",
+        "a/train.jsonl",
+        str(Path("b/train.jsonl").resolve()),
+    )
+    first, second, again, absolute = (launcher.prepared(text) for text in asked)
+    assert first == again == Path("data/train")
+    assert second == absolute == Path("data/train-2")
+    assert launcher.prepared("data/train-2") == second
+    Path("data/a").mkdir()  # of somebody else's
+    assert launcher.prepared("a") == Path("data/a-2")
+
+
+def test_python_is_the_machines_and_no_folder_of_that_name(launcher: types.ModuleType) -> None:
+    Path("a").rename("python")
+    assert launcher.prepared("python") == Path("data/python")
+    assert not launcher.made_of(Path("data/python"), "python:")
+
+
+def test_a_changed_text_says_the_ways_on(launcher: types.ModuleType) -> None:
+    launcher.prepared("a")
+    Path("a/more.txt").write_text("more\n")
+    with pytest.raises(SotaError, match="--data data/a goes on") as caught:
+        launcher.prepared("a")
+    assert caught.value.code == LOCKED
+    assert launcher.prepared("data/a") == Path("data/a")
+
+
+def test_a_run_goes_on_where_and_on_what_it_is_told(launcher: types.ModuleType, make_run) -> None:
+    config = make_run(resume="step:3")
+    config.run.out.mkdir()
+    (config.run.out / "config.json").write_text(config.to_json())
+    moved = config.run.out.rename("moved")
+    asked = launcher.Options(device="cuda")
+    found: RunConfig = launcher.going_on(moved, asked, Path("elsewhere"))
+    assert (found.run.out, found.run.resume, found.run.device) == (moved, "auto", "cuda")
+    assert found.data.path == Path("elsewhere") and found.train == config.train
+    kept = launcher.going_on(moved, launcher.Options(), None)
+    assert (kept.run.device, kept.data.path) == ("cpu", config.data.path)
+
+
+def test_it_says_what_it_needs_without_a_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "--quick" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_menu_can_be_left_and_knows_home(tmp_path: Path) -> None:
+    assert ask(tmp_path, "\x04") == (INTERRUPTED, "interrupted")
+    code, said = ask(tmp_path, "4\n", "~/none\n")
+    assert code == 66 and f"{tmp_path}/none is not a run" in said
+
+
+def ask(home: Path, *keys: str) -> tuple[int, str]:
+    """The exit code and last line after these keys, one answer at a time."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"HOME": str(home)},
+    )
+    os.close(theirs)
+    left, said = list(keys), b""
+    while True:
+        if left and said.rstrip().endswith(b":"):
+            os.write(ours, left.pop(0).encode())
+        assert select.select([ours], [], [], 60)[0], said
+        try:
+            said += os.read(ours, 1 << 16)
+        except OSError:  # Linux: the other side is closed
+            break
+    os.close(ours)
+    last = said.decode().strip().splitlines()[-1]
+    return process.wait(timeout=60), last.rpartition("sota: ")[2]
