@@ -73,8 +73,9 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what the forward pass made. RuntimeError if that was done before.
 
-        A parameter's goes into its `.grad` from here, as Megatron's does: from autograd it would
-        be copied, 154 MB of it, to add the sparse gradient of the looked-up rows.
+        A parameter's goes into its `.grad` from here, as Megatron's does: autograd would copy it,
+        154 MB, to add the sparse gradient of the looked-up rows. Not where there is one already:
+        micro-batches add up as ranks do, each by itself first.
         """
         if ctx.gradients is None:
             raise RuntimeError("the head's loss has one backward pass: its gradients are used up")
@@ -82,13 +83,9 @@ class _HeadLoss(torch.autograd.Function):
         scale = gradients[0]
         hidden_gradient.mul_(scale.to(hidden_gradient.dtype))
         head_gradient.mul_(scale)
-        if not isinstance(ctx.head, nn.Parameter) or not ctx.needs_input_grad[1]:
-            return hidden_gradient, head_gradient, None, None, None
-        if ctx.head.grad is None:
-            ctx.head.grad = head_gradient
-        else:
-            ctx.head.grad += head_gradient
-        return hidden_gradient, None, None, None, None
+        if isinstance(ctx.head, nn.Parameter) and ctx.head.requires_grad and ctx.head.grad is None:
+            ctx.head.grad, head_gradient = head_gradient, None
+        return hidden_gradient, head_gradient, None, None, None
 
 
 def _in_chunks(
