@@ -125,6 +125,16 @@ def test_damaged_tables_end_in_a_reason(tmp_path: Path, kind: str) -> None:
     assert manifest["rejects"]["damaged table; only its readable start was taken"]["count"] > 20
 
 
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+def test_what_comes_before_damage_is_taken(tmp_path: Path, ending: str) -> None:
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[ending]
+    packed = compress(b'{"text": "the first"}\n') + compress(b"more")[:5]
+    (tmp_path / f"in.jsonl.{ending}").write_bytes(packed)
+    found, refused = read(tmp_path / f"in.jsonl.{ending}", tmp_path)
+    assert found == ["the first"]
+    assert [item.reason.split(";")[0] for item in refused] == ["damaged stream"]
+
+
 def test_lines_and_documents_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LINE_BYTES", 3 << 20)
     monkeypatch.setattr(reading, "DOCUMENT_BYTES", 1 << 20)

@@ -172,19 +172,32 @@ def test_broken_encodings_are_dropped_or_repaired(tmp_path: Path) -> None:
     (folder / "b.md").write_bytes(b"caf\xe9 three")
     (folder / "c.csv").write_bytes(b"id,text\n1,caf\xe9 four\n")
     (folder / "d.html").write_bytes(b"<html><body><p>caf\xe9 five</p></body></html>")
+    (folder / "e.txt").write_bytes("caf six".encode("utf-16") + b"\0")
     run(tmp_path / "dropped", folder, val_fraction=0)
     assert everything(tmp_path / "dropped") == ["good"]
     manifest = run(tmp_path / "replaced", folder, val_fraction=0, bad_text="replace")
     numbers = ("one", "three", "four", "five")
-    taken = [*(f"caf\ufffd {number}" for number in numbers), "lone \ufffd two", "good"]
-    assert everything(tmp_path / "replaced") == sorted(taken)
+    taken = [*(f"caf\ufffd {number}" for number in numbers), "lone \ufffd two", "caf six\ufffd"]
+    assert everything(tmp_path / "replaced") == sorted([*taken, "good"])
     counts = {reason: entry["count"] for reason, entry in manifest["rejects"].items()}
     told = "; taken, with U+FFFD for what is broken"
     assert counts == {
-        f"not valid UTF-8{told}": 3,
+        f"not valid UTF-8{told}": 4,
         f"lone surrogates, not valid Unicode{told}": 2,
     }
     assert all(entry["examples"] for entry in manifest["rejects"].values())
+
+
+def test_a_long_name_does_not_flood_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path.joinpath("in", *["d" * 200] * 5)
+    folder.mkdir(parents=True)
+    (folder / "empty.txt").touch()
+    (folder / "a.txt").write_text("some text")
+    run(tmp_path / "out", tmp_path / "in", val_fraction=0)
+    line = next(line for line in capsys.readouterr().out.split("\n") if "empty file" in line)
+    assert len(line) < 250 and line.endswith("d/empty.txt")
 
 
 @pytest.mark.parametrize("guarded", [False, True])

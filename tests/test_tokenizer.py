@@ -154,6 +154,12 @@ def test_falls_back_where_gigatoken_is_missing_or_wrong(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, missing)
     assert Encoder().kind == "tiktoken"
 
+    def full() -> None:  # gigatoken reads its ranks from a temporary file
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, full)
+    assert Encoder().kind == "tiktoken"
+
 
 def test_decoding_edges() -> None:
     tokenizer = Tokenizer()

@@ -110,9 +110,13 @@ def _decoded(data: bytes, where: str) -> Document:
 
 
 def _without_mark(data: bytes) -> bytes:
-    """Text without a byte order mark; UTF-16 that announces itself becomes UTF-8."""
+    """Text without a byte order mark; UTF-16 that announces itself becomes UTF-8, and as broken."""
     if data.startswith(_UTF16):
-        return data.decode("utf-16", "replace").encode()
+        try:
+            return data.decode("utf-16").encode()
+        except UnicodeDecodeError:
+            text = data.decode("utf-16", "replace")
+            return text.encode().replace(b"\xef\xbf\xbd", b"\xff")
     return data.removeprefix(codecs.BOM_UTF8)
 
 

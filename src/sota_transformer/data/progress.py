@@ -77,16 +77,20 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
     if rejects and not rejects[0][0].endswith(REPAIRED):
         lines.append("not taken:")
     for reason, entry in rejects:
-        example = f"  e.g. {entry['examples'][0]}" if entry["examples"] else ""
-        lines.append(f"  {entry['count']:>9,}  {reason}{printable(example)}")
+        example = f"  e.g. {_short(entry['examples'][0], 200)}" if entry["examples"] else ""
+        lines.append(f"  {entry['count']:>9,}  {reason}{example}")
     lines.append(f"fingerprint {manifest['fingerprint'][:16]}  in {folder}")
     return "\n".join(lines)
 
 
 def _row(name: str, documents: int, text_bytes: int, tokens: int) -> str:
-    name = printable(name)
-    name = name if len(name) <= 40 else f"...{name[-37:]}"
-    return f"{name:<40} {documents:>11,} {text_bytes / 1e6:>11,.2f} {tokens:>13,}"
+    return f"{_short(name, 40):<40} {documents:>11,} {text_bytes / 1e6:>11,.2f} {tokens:>13,}"
+
+
+def _short(text: str, width: int) -> str:
+    """The end of a text that is long."""
+    text = printable(text)
+    return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -82,8 +82,25 @@ def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
         "xz": lzma.LZMAFile,
     }
     with closing(openers[codec](raw)) as stream:
-        while chunk := stream.read(CHUNK):
-            yield chunk
+        yield from _filled(stream) if codec else iter(lambda: stream.read(CHUNK), b"")
+
+
+def _filled(stream: Any) -> Iterator[bytes]:
+    """Chunks of about CHUNK; what comes before damage is not lost with it, as by `read`."""
+    held, size = list[bytes](), 0
+    try:
+        while piece := stream.read1(CHUNK):
+            held.append(piece)
+            size += len(piece)
+            if size >= CHUNK:
+                yield b"".join(held)
+                held, size = [], 0
+    except damage():
+        if held:
+            yield b"".join(held)
+        raise
+    if held:
+        yield b"".join(held)
 
 
 class _Chained(io.RawIOBase):

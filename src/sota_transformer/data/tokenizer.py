@@ -151,7 +151,7 @@ def _choose(kind: str) -> tuple[str, Callable[[Any], NDArray[np.uint32]]]:
     for name in makers if kind == "auto" else (kind,):
         try:
             encode = makers[name]()
-        except ImportError:
+        except (ImportError, OSError):  # not installed, or no room for a temporary file
             continue
         if _knows_its_ids(encode):
             return name, encode
