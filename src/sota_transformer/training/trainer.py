@@ -212,7 +212,7 @@ class Trainer:
             )
         self.signals.critical(True)
         found, guard, self.guard = self.step, self.guard, Guard()
-        target = checkpoint.latest(self.config.run.out, self.log.say, until=found)
+        target = checkpoint.latest(self.config.run.out, self.log.say, until=found - 1)
         if target is None:
             self.model.load_state_dict(self._first_model().state_dict())
             self.optimizers = optimizers(self.model, self.config.optim)
