@@ -38,9 +38,9 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """About 200 units of work for COMMAND."""
+    """About 400 units of work for COMMAND: enough that a busy machine sees them in the making."""
     path = tmp_path / "in.jsonl"
-    path.write_bytes(jsonl(texts(2500)))
+    path.write_bytes(jsonl(texts(5000)))
     return path
 
 
@@ -135,7 +135,6 @@ def test_a_worker_that_is_killed_is_replaced(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "data"
-    source.write_bytes(jsonl(texts(4000)))
     process = start(source, out)
     wait_for_units(tmp_path / ".data.preparing", 1)
     process.send_signal(signal.SIGSTOP)  # so that it cannot be done before the blow falls

@@ -110,7 +110,7 @@ def _decoded(data: bytes, where: str) -> Document:
 
 
 def _without_mark(data: bytes) -> bytes:
-    """Text without a byte order mark; UTF-16 that announces itself becomes UTF-8, and as broken."""
+    """Text without its byte order mark; UTF-16 that has one becomes UTF-8, broken where it was."""
     if data.startswith(_UTF16):
         try:
             return data.decode("utf-16").encode()

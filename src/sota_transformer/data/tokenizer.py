@@ -113,7 +113,7 @@ class Encoder:
         """`kind` is auto, gigatoken or tiktoken; auto takes the first that passes its self-test."""
         self.kind, self._encode = _ready.pop() if kind == "auto" and _ready else _choose(kind)
         self._seen, self._look = 0, _FIRST_LOOK_BYTES
-        self._limit: int | None = None
+        self._limit: int | None = None  # of resident bytes; 0, always over, where unknown
 
     def __call__(self, text: bytes) -> NDArray[np.uint32]:
         """Ids of one document of valid UTF-8, without end-of-text: (n,)."""
