@@ -16,6 +16,7 @@ MARKS, BINS = 1 << _MARK_BITS, 1 << _BIN_BITS
 BANDS = 16
 KEY_BITS = 31  # so that a key and a document's number make one number with a sign
 _PER_MARK = 8  # grams looked at for each: it stays empty though it should not with p = exp(-8)
+_MORE = 4  # times as many, where that leaves too many bins empty
 _EMPTY = np.uint32(0xFFFFFFFF)
 _STEP = 0x9E3779B9
 _MIX = np.uint64(0xD6E8FEB86659FD93)
@@ -53,26 +54,28 @@ def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArra
     """The smallest number of a 5-gram in each bin of each document: (documents, MARKS)."""
     smallest = np.full((len(lengths), MARKS), _EMPTY, np.uint32)
     order = gram_order(tokens, GRAM)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    starts = ends - lengths
-    grams = np.maximum(0, lengths.astype(np.int64) - GRAM)
-    small = np.ones(len(order), bool)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    grams = np.maximum(0, lengths.astype(np.int64) - GRAM)  # none reaches over its document's end
+    ends = starts + grams
     # Only the smallest numbers of a bin matter, so of a long document only its small ones do.
-    for n in np.flatnonzero(grams > _PER_MARK * MARKS).tolist():
-        own = slice(int(starts[n]), int(ends[n]))
-        limit = np.uint32(_PER_MARK * MARKS / grams[n] * 2.0**32)
-        np.less_equal(order[own], limit, out=small[own])
-        if np.count_nonzero(np.bincount(_bins(order[own][small[own]]))) < MARKS - _PER_MARK:
-            small[own] = True  # a text that says the same again and again has fewer than it seems
-    # No gram may reach over its document's end.
-    last = np.maximum(ends[:, None] - np.arange(1, GRAM + 1), starts[:, None])
-    small[last[last < len(small)]] = False
-    chosen = np.flatnonzero(small)
-    counts = np.diff(np.searchsorted(chosen, ends), prepend=0)
-    kept = order[chosen]
-    cell = np.repeat(np.arange(0, smallest.size, MARKS), counts)
-    cell += _bins(kept)
-    np.minimum.at(smallest.reshape(-1), cell, kept)
+    share = np.minimum(1, _PER_MARK * MARKS / np.maximum(1, grams))
+    left = np.flatnonzero(grams)
+    while len(left):
+        small = np.zeros(len(order), bool)
+        limits = (share[left] * _EMPTY).astype(np.uint32)
+        for start, end, limit in zip(
+            starts[left].tolist(), ends[left].tolist(), limits, strict=True
+        ):
+            np.less_equal(order[start:end], limit, out=small[start:end])
+        chosen = np.flatnonzero(small)
+        kept = order[chosen]
+        cell = np.repeat(left * MARKS, np.diff(np.searchsorted(chosen, ends[left]), prepend=0))
+        cell += _bins(kept)
+        np.minimum.at(smallest.reshape(-1), cell, kept)
+        # A text that says the same again and again has fewer than it seems.
+        empty = np.count_nonzero(smallest[left] == _EMPTY, axis=1)
+        left = left[(empty > _PER_MARK) & (share[left] < 1)]
+        share[left] = np.minimum(1, _MORE * share[left])
     return smallest
 
 
