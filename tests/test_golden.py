@@ -13,31 +13,31 @@ from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 
 LOSSES = [
-    10.798766,
-    10.595757,
-    10.432117,
-    10.286314,
-    10.180955,
-    10.089226,
-    10.031492,
-    9.988422,
-    9.945009,
-    9.922705,
+    10.807686,
+    10.603311,
+    10.427666,
+    10.278,
+    10.187653,
+    10.108319,
+    10.037947,
+    9.980913,
+    9.95912,
+    9.937295,
 ]
 
 # NorMuon makes even the smallest singular values of a gradient count, and with them its rounding:
 # another processor's products may move these losses more than those of AdamW.
 FAST_LOSSES = [
-    10.813009,
-    10.453579,
-    9.931844,
-    9.039977,
-    7.759516,
-    6.100239,
-    5.008898,
-    4.708497,
-    4.259106,
-    4.228639,
+    10.81881,
+    10.464946,
+    9.966881,
+    9.10718,
+    7.884161,
+    6.440119,
+    5.076469,
+    4.528621,
+    4.357996,
+    4.187856,
 ]
 
 

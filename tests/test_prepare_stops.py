@@ -14,7 +14,8 @@ import pytest
 
 from sota_transformer.data import units
 from sota_transformer.data.prepare import merge
-from sota_transformer.durable import DirectoryLock
+from sota_transformer.data.shards import TokenWindows
+from sota_transformer.durable import DirectoryLock, canonical_json, seal
 from sota_transformer.errors import IO_FAILED, SotaError
 from sota_transformer.options import Merge
 from tests.preparing import bytes_of, documents, everything, jsonl, refused, run, texts
@@ -342,3 +343,16 @@ def test_a_work_folder_that_cannot_be_deleted_is_named(
     monkeypatch.undo()
     run(tmp_path / "data", tmp_path / "a.jsonl")
     assert not list(tmp_path.glob(".data*"))
+
+
+def test_append_to_what_another_version_hashed_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(300)))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(texts(300, seed=1)))
+    manifest = run(out, tmp_path / "a.jsonl")
+    rule = manifest["split_rule"] | {"hash": "BLAKE2b-128 of the UTF-8 text, key sota-document-1"}
+    (out / "manifest.json").write_bytes(canonical_json(seal(manifest | {"split_rule": rule})))
+    before = bytes_of(out)
+    refused(65, "BLAKE2b-128", out=out, inputs=(tmp_path / "b.jsonl",), append=True)
+    assert bytes_of(out) == before
+    assert len(TokenWindows(out, "train", 16))  # it is still there to train on

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.config import VOCAB
-from sota_transformer.data.encode import EXAMPLES, HASH_BYTES, HASH_KEY
+from sota_transformer.data.encode import EXAMPLES, HASH_RULE
 from sota_transformer.data.shards import FORMAT
 from sota_transformer.data.tokenizer import RANKS_SHA256
 from sota_transformer.durable import MANIFEST, canonical_json, fsync_folder, seal, write_file
@@ -25,7 +25,7 @@ def complete(part: dict[str, Any], threshold: int) -> dict[str, Any]:
         "dtype": "uint16",
         "end_of_text": "after each document",
         "split_rule": {
-            "hash": f"BLAKE2b-{8 * HASH_BYTES} of the UTF-8 text, key {HASH_KEY.decode()}",
+            "hash": HASH_RULE,
             "val_below": threshold,
         },
     }

@@ -5,7 +5,6 @@ the key of its input and a checksum, and is made anew whenever either does not f
 fsync: what a power cut leaves of it is noticed.
 """
 
-import hashlib
 import json
 import mmap
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from sota_transformer.data.documents import Document, documents
@@ -28,8 +28,9 @@ from sota_transformer.data.tokenizer import EOT, Encoder
 from sota_transformer.data.units import UNIT_BYTES, Segment, Unit
 
 EXAMPLES = 5
-HASH_KEY = b"sota-document-1"
+HASH_KEY = b"sota_transformer document hash 1"
 HASH_BYTES = 16
+HASH_RULE = f"BLAKE3-{8 * HASH_BYTES} of the UTF-8 text, key {HASH_KEY.decode()}"
 DUPLICATE = "exact duplicate"
 EXCLUDED = "shares text with an excluded file"
 EXCLUDE_GRAM = 13  # tokens in a row, as GPT-3's decontamination counted words
@@ -64,7 +65,7 @@ class Encoded:
     tokens: NDArray[np.uint16]  # (sum of lengths,)
     lengths: NDArray[np.uint32]  # (documents,) tokens with end-of-text
     text_bytes: NDArray[np.uint32]  # (documents,)
-    hashes: NDArray[np.uint64]  # (documents, 2) keyed BLAKE2b
+    hashes: NDArray[np.uint64]  # (documents, 2), see HASH_RULE
     inputs: NDArray[np.uint32]  # (documents,) the input each document came with
     keys: NDArray[np.uint32]  # (documents, bands) of their sketches, or (documents, 0) if not asked
     marks: NDArray[np.uint8]  # (documents, bins) of the same, or (documents, 0)
@@ -114,7 +115,7 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
                 if not repaired:
                     continue
                 document = repaired
-            digest = hashlib.blake2b(document, digest_size=HASH_BYTES, key=HASH_KEY).digest()
+            digest = blake3(document, key=HASH_KEY).digest(HASH_BYTES)
             if digest in hashes:
                 rejects.add(DUPLICATE, segment.name)
                 continue

@@ -36,7 +36,7 @@ from sota_transformer.durable import (
     sha256_file,
     write_file,
 )
-from sota_transformer.errors import IO_FAILED, LOCKED, NO_INPUT, USAGE, SotaError
+from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, NO_INPUT, USAGE, SotaError
 from sota_transformer.options import Merge, Prepare
 
 if TYPE_CHECKING:  # numpy loads while the workers start
@@ -124,7 +124,9 @@ def _request(options: Prepare, sources: list[Source]) -> str:
 
 
 def _existing(options: Prepare) -> dict[str, Any] | None:
-    """The manifest of what is in the target, None if nothing is. SotaError 73 or 66 if unusable."""
+    """The manifest of what is in the target, None if nothing is. SotaError 73, 66 or 65 if
+    it cannot be used.
+    """
     out = options.out
     if os.path.lexists(out) and not out.is_dir():
         raise SotaError(f"{out} exists and is no folder; choose another --out", LOCKED)
@@ -136,9 +138,17 @@ def _existing(options: Prepare) -> dict[str, Any] | None:
         raise SotaError(
             f"{out} is not empty and not prepared data; choose another --out or empty it", LOCKED
         )
+    from sota_transformer.data.encode import HASH_RULE
     from sota_transformer.data.shards import load_manifest
 
-    return load_manifest(out)
+    manifest = load_manifest(out)
+    if options.append and (rule := manifest["split_rule"]["hash"]) != HASH_RULE:
+        raise SotaError(
+            f"{out} was prepared by another version, which told documents apart in another way "
+            f"({rule}), so --append would not know them again; prepare all of it in a new folder",
+            BAD_DATA,
+        )
+    return manifest
 
 
 class _Run:
@@ -236,7 +246,7 @@ class _Run:
     def _units(self, pool: Pool) -> Iterator[Unit]:
         """This part's units, numbered over all parts, with keys."""
         options = self.options
-        settings = f"5\0{options.text_field}\0{options.near_dedup > 0}"
+        settings = f"6\0{options.text_field}\0{options.near_dedup > 0}"
         settings += "\0replace" * (options.bad_text == "replace")
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
