@@ -66,4 +66,7 @@ def test_the_budget_is_kept_by_fewer_rows(monkeypatch) -> None:
     monkeypatch.setattr(plan, "step_seconds", lambda _config, _runtime, rows: times[rows])
     fitted = plan.fit_budget(PRESETS["16m"](), seconds=300)
     assert fitted.train.batch_rows == 24
-    assert plan.fit_budget(PRESETS["16m"](), seconds=10).train.batch_rows == 1
+    fitted = plan.fit_budget(PRESETS["16m"](), seconds=10)  # not even a row
+    assert (fitted.train.batch_rows, fitted.model.seq_len) == (1, 512)
+    fitted = plan.fit_budget(PRESETS["16m"](), seconds=46)  # 26 ms beside 20: 2.6 rows
+    assert (fitted.train.batch_rows, fitted.model.seq_len) == (2, 640)

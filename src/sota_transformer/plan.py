@@ -218,7 +218,10 @@ def step_seconds(
 
 
 def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
-    """The run with as many rows a step as let its steps end in `seconds` here; at least one."""
+    """The run with as many rows a step as let its steps end in `seconds` here; at least one.
+
+    Where that is few, a whole row more may be too much: longer rows use what time is left.
+    """
     from sota_transformer.runtime import Runtime
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
@@ -226,6 +229,14 @@ def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
     fast, slow = (step_seconds(config, runtime, rows)[0] for rows in (few, more))
     per_row = max((slow - fast) / (more - few), slow / more / 4)
     fixed = max(0.0, fast - few * per_row)
-    rows = max(1, int((seconds / config.train.steps - fixed) / per_row))
+    fitting = max(1.0, (seconds / config.train.steps - fixed) / per_row)
+    rows = int(fitting)
     rows -= rows % more if rows > more else 0
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_rows=rows))
+    seq_len = config.model.seq_len
+    if rows < more:
+        seq_len = max(seq_len, int(fitting / rows * seq_len) // 64 * 64)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, seq_len=seq_len),
+        train=dataclasses.replace(config.train, batch_rows=rows),
+    )
