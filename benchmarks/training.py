@@ -87,8 +87,10 @@ def trainer(preset: str, rows: int, steps: int, compiled: bool) -> float:
     )
 
     from sota_transformer.presets import PRESETS
+    from sota_transformer.runtime import Runtime
 
-    model = PRESETS[preset]().model
+    config = PRESETS[preset]()
+    model, dtype = config.model, Runtime.detect(config.run, config.model.parameter_count).dtype
     shape = LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
@@ -117,7 +119,8 @@ def trainer(preset: str, rows: int, steps: int, compiled: bool) -> float:
             folder,
             per_device_train_batch_size=rows,
             max_steps=steps + 3,
-            bf16=True,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
             torch_compile=compiled,
             use_cpu=not torch.cuda.is_available(),
             report_to=[],
