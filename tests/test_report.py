@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sota_transformer.cli import main
-from sota_transformer.errors import BAD_DATA, NO_INPUT
+from sota_transformer.errors import BAD_DATA, IO_FAILED, NO_INPUT
 from sota_transformer.presets import PRESETS
 from sota_transformer.report import _ticks, write_report
 
@@ -69,6 +69,14 @@ def test_what_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["report", str(run)]) == NO_INPUT
     said = capsys.readouterr()
     assert "report.html" in said.out and len(said.err.splitlines()) == 3
+
+
+def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsys) -> None:
+    (run / "folder").mkdir()
+    for out in (run / "none" / "a.html", run / "folder"):
+        assert main(["report", str(run), "--out", str(out)]) == IO_FAILED
+        assert capsys.readouterr().err.startswith(f"sota: {out}: ")
+    assert not list(run.glob(".tmp*"))
 
 
 def test_torch_is_not_loaded(run: Path) -> None:
