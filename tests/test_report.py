@@ -49,6 +49,22 @@ def test_the_page_has_the_figures_of_the_folder(run: Path) -> None:
     assert "<td>time in training steps</td><td>1:40</td>" in page
 
 
+def test_the_page_shows_the_branch_that_counts(run: Path) -> None:
+    """The run has gone on from step 40, and lies at step 60 of what it is now."""
+    lines = [{"step": 40, "event": "start"}]
+    lines += [{"step": step, "loss": 0.5 + step} for step in (50, 60)]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(run, run / "report.html").read_text()
+    assert "60 of 200: not complete" in page and "60.5000 nats" in page
+    assert "perplexity" not in page and "skipped" not in page  # at 50 and 100 of the other branch
+    assert "Sample at step 50" in page and "last words" not in page
+    with (run / "samples.txt").open("a") as file:
+        file.write("--- step 50\nwords of now\n\n")
+    page = write_report(run, run / "report.html").read_text()
+    assert "words of now" in page and "earlier words" not in page
+
+
 def test_nothing_is_fetched_and_nothing_of_the_run_is_markup(run: Path) -> None:
     page = write_report(run, run / "report.html").read_text()
     assert not re.search(r"https?:|<script|<b>|src=|@import|url\(", page)
