@@ -29,6 +29,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleTyp
     spec = importlib.util.spec_from_file_location("train_sota", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where help is looked up
     spec.loader.exec_module(module)
     return module
 
@@ -94,6 +95,12 @@ def test_what_a_run_that_goes_on_cannot_use_is_said_or_refused(
         assert launcher.main([*resume, "--out", "elsewhere"]) == 2
         first, second = capsys.readouterr().err.splitlines()
         assert f"begun with --recipe {recipe}, not {other}" in first and "--out" in second
+
+
+def test_a_mistake_names_the_help_of_the_script(launcher: types.ModuleType, capsys) -> None:
+    assert launcher.main(["--minuts", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "(did you mean '--minutes'?); `train_sota.py --help` shows" in said
 
 
 def test_it_says_what_it_needs_without_a_terminal() -> None:
