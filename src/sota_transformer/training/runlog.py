@@ -182,13 +182,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(folder: Path) -> dict[int, str]:
-    """The samples of samples.txt by step; those of later steps than the next one's do not count."""
+    """The samples of samples.txt by step; one replaces those before it of its step or a later."""
     path, found = folder / "samples.txt", dict[int, str]()
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
     _, *parts = re.split(r"^--- step ([0-9]{1,18})\n", text, flags=re.M)
     for step, sample in zip(map(int, parts[::2]), parts[1::2], strict=True):
-        found = {before: text for before, text in found.items() if before < step}
-        found[step] = sample.strip()
+        found = {at: old for at, old in found.items() if at < step} | {step: sample.strip()}
     return found
 
 
