@@ -31,6 +31,7 @@ MENU = """What shall it be?
   3  large          250M parameters, 100,000 steps
   4  resume a run"""
 QUICK_SEQ_LEN = 256  # half the preset's: more windows, so finer steps, on a small machine
+QUICK_MINUTES = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class Options:
     """Folder of the run; runs/NAME by default."""
     recipe: Literal["seed", "fast"] | None = None
     """How it learns: as the project's origin did, or, as the quick test does, faster."""
-    minutes: float = 5.0
-    """Time budget of --quick."""
+    minutes: float | None = None
+    """Time budget of --quick, five by default; a run that goes on keeps its own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
@@ -67,10 +68,12 @@ def run(options: Options) -> int:
     asked = [bool(x) for x in (options.quick, options.full, options.large, options.resume)]
     if sum(asked) > 1:
         raise cli.SotaError("give one of --quick, --full, --large and --resume RUN")
-    if not 0 < options.minutes < 1e6:
+    if options.minutes is not None and not 0 < options.minutes < 1e6:
         raise cli.SotaError(f"--minutes {options.minutes} must be above 0 and finite")
     if not any(asked):
         options = ask(options)
+    if options.resume and options.out not in (None, options.resume):
+        raise cli.SotaError(f"--resume {options.resume} goes on in that folder; leave --out out")
     if options.resume is None:
         return cli.train_and_show(configure(options, prepared(options.data)))
     given = options.data != Options.data  # the run's own data may have moved
@@ -154,14 +157,26 @@ def configure(options: Options, data: Path) -> config.RunConfig:
             print(line)
         return resolved
     model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
-    return plan.fit_budget(dataclasses.replace(resolved, model=model), options.minutes * 60)
+    seconds = (options.minutes or QUICK_MINUTES) * 60
+    return plan.fit_budget(dataclasses.replace(resolved, model=model), seconds)
 
 
 def going_on(folder: Path, options: Options, data: Path | None) -> config.RunConfig:
-    """The run in `folder` as it was begun, on this data and device if they are given."""
+    """The run in `folder` as it was begun, on this data and device if they are given.
+
+    SotaError 2 for another recipe; a budget was used up when the run was fitted to it.
+    """
     from sota_transformer.training.runlog import read_config
 
     kept = read_config(folder)
+    recipe = "fast" if kept.optim.matrix_rate else "seed"
+    if options.recipe not in (None, recipe):
+        raise cli.SotaError(
+            f"{folder} was begun with --recipe {recipe}, not {options.recipe}; leave --recipe out, "
+            "or give another --out to start anew"
+        )
+    if options.minutes is not None:
+        print(f"--minutes is not used: {folder} goes on with the steps and batch it was begun with")
     device = kept.run.device if options.device == "auto" else options.device
     run = dataclasses.replace(kept.run, out=folder, resume="auto", device=device)
     path = dataclasses.replace(kept.data, path=data or kept.data.path)

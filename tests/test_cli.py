@@ -54,10 +54,25 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["trian"], 2, ["did you mean 'train'"]),
         (["train"], 2, ["name a preset", "16m"]),
         (["train", "17m"], 2, ["did you mean '16m'"]),
-        (["train", "tiny", "--stepz", "5"], 2, ["--stepz"]),
-        (["train", "tiny", "--steps", "x"], 2, ["steps", "x"]),
+        (
+            ["train", "tiny", "--stepz", "5"],
+            2,
+            ["understood: --stepz, 5 (did you mean '--steps'?)"],
+        ),
+        (["train", "tiny", "--optim.bta1=5"], 2, ["bta1=5 (did you mean '--optim.beta1'?); `sota"]),
+        (["train", "tiny", "more"], 2, ["not understood: more; `sota train tiny --help`"]),
+        (["train", "tiny", "--steps", "x"], 2, ["steps must be a whole number, not 'x'; `sota"]),
+        (
+            ["train", "tiny", "--override", "optim.eps=x"],
+            2,
+            ["optim.eps must be a number, not 'x'"],
+        ),
+        (["train", "tiny", "--device", "tpu"], 2, ["device must be one of 'auto', 'cpu', 'cuda'"]),
+        (["train", "tiny", "--steps"], 2, ["train tiny: --train.steps needs a value; `sota train"]),
+        (["report"], 2, ["report: missing: PATH Folder of a run; `sota report --help`"]),
+        (["prepare", "x", "--workes", "2"], 2, ["--workes, 2 (did you mean '--workers'?)"]),
         (["train", "tiny", "--recipe", "slow"], 2, ["slow", "seed", "fast"]),
-        (["train", "tiny", "--steps", "0"], 2, ["train.steps 0 must be at least 1"]),
+        (["train", "tiny", "--steps", "0"], 2, ["sota: train.steps 0 must be at least 1\n"]),
         (["train", "tiny"], 2, ["--data"]),
         (["train", "tiny", "--data", "NOWHERE"], 66, ["NOWHERE", "sota prepare"]),
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
@@ -97,6 +112,7 @@ def test_a_mistake_is_one_line_and_a_code(
     got, _, err = run(capsys, *filled)
     assert got == code, err
     assert err.startswith("sota: ") and err.count("\n") == 1, err
+    assert not any(word in err for word in ("Error parsing", "helptext", "RunConfig")), err
     expected = [str(places.get(word, word)) for word in words]
     assert all(word in err for word in expected), err
 

@@ -188,7 +188,8 @@ def test_seen_hashes_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
         known |= {row.tobytes() for row in batch}
 
 
-def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
+def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path, codec: str) -> None:
     random = np.random.default_rng(8)
     question = " ".join(random_text(random, 40))
     items = [" ".join(random_text(random, 200)) for _ in range(100)]
@@ -196,7 +197,7 @@ def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path) -> None:
     partly = f"{items[20]} {' '.join(question.split()[:3])} {items[21]}"
     (tmp_path / "a.jsonl").write_bytes(jsonl([*items, *tainted, partly]))
     records = [{"question": question, "n": 1}, {"question": "hm"}]
-    (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, records)), codec)
     manifest = run(tmp_path / "data", tmp_path / "a.jsonl", exclude=(str(tmp_path / "eval.jsonl"),))
     assert everything(tmp_path / "data") == sorted([*items, partly])
     assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5

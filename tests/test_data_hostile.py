@@ -1,6 +1,7 @@
 """Files made to break a reader: damage at random places, bombs, endless lines, deep nesting."""
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -193,6 +194,48 @@ def test_member_names_lead_nowhere(tmp_path: Path) -> None:
     found, _ = read(tmp_path / "a.zip", tmp_path / "spool")
     assert len(found) == 2
     assert not (tmp_path.parent / "escape.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "html"])
+@pytest.mark.parametrize("unit_bytes", [2000, 1 << 20])
+def test_utf16_gives_the_documents_of_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, unit_bytes: int
+) -> None:
+    """Whatever the size and packing; 1,000 bytes at a time, so that characters are cut in two."""
+    monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(units, "_TEXT_SLACK", 100)
+    monkeypatch.setattr(streams, "CHUNK", 1001)
+    items = [f"{'日本' * 40}\U0001f600 {text}" for text in texts(300)]
+    sheet = io.StringIO()
+    csv.writer(sheet).writerows([["n", "text"], *([1, text] for text in items)])
+    text = {"txt": "\n".join(items), "jsonl": jsonl(items).decode(), "csv": sheet.getvalue()}
+    text["html"] = f"<html><body><p>{'</p><p>'.join(items)}</p></body></html>"
+    (tmp_path / "spool").mkdir()
+    (tmp_path / f"8.{kind}").write_bytes(text[kind].encode())
+    expected, _ = read(tmp_path / f"8.{kind}", tmp_path / "spool")
+    assert sum(map(len, expected)) > 30_000
+    for codec in ("utf-16", "utf-16-be"):
+        data = ("\ufeff" * (codec == "utf-16-be") + text[kind]).encode(codec)
+        (tmp_path / f"16.{kind}").write_bytes(data)
+        (tmp_path / f"16.{kind}.gz").write_bytes(gzip.compress(data))
+        for name in (f"16.{kind}", f"16.{kind}.gz"):
+            assert read(tmp_path / name, tmp_path / "spool") == (expected, []), (name, codec)
+
+
+def test_broken_utf16_is_counted_whatever_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spool").mkdir()
+    lines = [f'{{"text": "{text.strip()}"}}\n'.encode("utf-16-le") for text in texts(50)]
+    lone = '{"text": "cut \ud83d in two, \ufffd was there"}\n'.encode("utf-16-le", "surrogatepass")
+    odd = '{"text": "the last'.encode("utf-16-le") + b"\0"
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF16_LE + b"".join([*lines, lone, odd]))
+    for unit_bytes in (1 << 20, 2000):
+        monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+        found, refused = read(tmp_path / "a.jsonl", tmp_path / "spool")
+        assert found == [text.strip() for text in texts(50)]
+        assert [item.reason for item in refused] == ["not valid UTF-8", "not valid UTF-8"]
+        assert refused[0].repaired.decode() == "cut \ufffd in two, \ufffd was there"
 
 
 def test_csv_cuts_only_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleTyp
     spec = importlib.util.spec_from_file_location("train_sota", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where help is looked up
     spec.loader.exec_module(module)
     return module
 
@@ -63,7 +64,9 @@ def test_a_changed_text_says_the_ways_on(launcher: types.ModuleType) -> None:
     assert launcher.prepared("data/a") == Path("data/a")
 
 
-def test_a_run_goes_on_where_and_on_what_it_is_told(launcher: types.ModuleType, make_run) -> None:
+def test_a_run_goes_on_where_and_on_what_it_is_told(
+    launcher: types.ModuleType, make_run, capsys
+) -> None:
     config = make_run(resume="step:3")
     config.run.out.mkdir()
     (config.run.out / "config.json").write_text(config.to_json())
@@ -73,7 +76,31 @@ def test_a_run_goes_on_where_and_on_what_it_is_told(launcher: types.ModuleType, 
     assert (found.run.out, found.run.resume, found.run.device) == (moved, "auto", "cuda")
     assert found.data.path == Path("elsewhere") and found.train == config.train
     kept = launcher.going_on(moved, launcher.Options(), None)
+    assert "not used" not in capsys.readouterr().out
     assert (kept.run.device, kept.data.path) == ("cpu", config.data.path)
+
+
+def test_what_a_run_that_goes_on_cannot_use_is_said_or_refused(
+    launcher: types.ModuleType, make_run, capsys
+) -> None:
+    for recipe, other in (("seed", "fast"), ("fast", "seed")):
+        config = make_run(recipe, recipe)
+        config.run.out.mkdir()
+        (config.run.out / "config.json").write_text(config.to_json())
+        asked = launcher.Options(recipe=recipe, minutes=9.0)
+        assert launcher.going_on(config.run.out, asked, None).optim == config.optim
+        assert "--minutes is not used" in capsys.readouterr().out
+        resume = ["--resume", str(config.run.out)]
+        assert launcher.main([*resume, "--recipe", other]) == 2
+        assert launcher.main([*resume, "--out", "elsewhere"]) == 2
+        first, second = capsys.readouterr().err.splitlines()
+        assert f"begun with --recipe {recipe}, not {other}" in first and "--out" in second
+
+
+def test_a_mistake_names_the_help_of_the_script(launcher: types.ModuleType, capsys) -> None:
+    assert launcher.main(["--minuts", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "(did you mean '--minutes'?); `train_sota.py --help` shows" in said
 
 
 def test_it_says_what_it_needs_without_a_terminal() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sota_transformer.cli import main
-from sota_transformer.errors import BAD_DATA, NO_INPUT
+from sota_transformer.errors import BAD_DATA, IO_FAILED, NO_INPUT
 from sota_transformer.presets import PRESETS
 from sota_transformer.report import _ticks, write_report
 
@@ -49,6 +49,22 @@ def test_the_page_has_the_figures_of_the_folder(run: Path) -> None:
     assert "<td>time in training steps</td><td>1:40</td>" in page
 
 
+def test_the_page_shows_the_branch_that_counts(run: Path) -> None:
+    """The run has gone on from step 40, and lies at step 60 of what it is now."""
+    lines = [{"step": 40, "event": "start"}]
+    lines += [{"step": step, "loss": 0.5 + step} for step in (50, 60)]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(run, run / "report.html").read_text()
+    assert "60 of 200: not complete" in page and "60.5000 nats" in page
+    assert "perplexity" not in page and "skipped" not in page  # at 50 and 100 of the other branch
+    assert "Sample at step 50" in page and "last words" not in page
+    with (run / "samples.txt").open("a") as file:
+        file.write("--- step 50\nwords of now\n\n")
+    page = write_report(run, run / "report.html").read_text()
+    assert "words of now" in page and "earlier words" not in page
+
+
 def test_nothing_is_fetched_and_nothing_of_the_run_is_markup(run: Path) -> None:
     page = write_report(run, run / "report.html").read_text()
     assert not re.search(r"https?:|<script|<b>|src=|@import|url\(", page)
@@ -69,6 +85,14 @@ def test_what_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["report", str(run)]) == NO_INPUT
     said = capsys.readouterr()
     assert "report.html" in said.out and len(said.err.splitlines()) == 3
+
+
+def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsys) -> None:
+    (run / "folder").mkdir()
+    for out in (run / "none" / "a.html", run / "folder"):
+        assert main(["report", str(run), "--out", str(out)]) == IO_FAILED
+        assert capsys.readouterr().err.startswith(f"sota: {out}: ")
+    assert not list(run.glob(".tmp*"))
 
 
 def test_torch_is_not_loaded(run: Path) -> None:

@@ -348,6 +348,7 @@ def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
         stop_after(patch, 4)
         train(change(resumed("step:2"), save_every_steps=1))
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]  # not 4, nor its validation
     assert checkpoint.steps(folder) == [2, 3]  # 4 was left behind, and may not be gone on from
     assert read_config(folder).run.resume == "auto"
     train(resumed("auto"))
@@ -439,15 +440,17 @@ def test_tokens_are_those_that_were_learned_from(make_run: MakeRun) -> None:
     assert tokens == [128, 256, 384, 512, 576, 640]
 
 
-def test_a_run_stopped_amid_its_last_validation_is_judged_after_all(
-    make_run: MakeRun, monkeypatch
+@pytest.mark.parametrize("amid", ["_validation_batches", "_sample"])
+def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
+    make_run: MakeRun, monkeypatch, amid: str
 ) -> None:
     config = make_run(steps=3)
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        patch.setattr(trainer.Trainer, "_validation_batches", interrupt)
+        patch.setattr(trainer.Trainer, amid, interrupt)
         train(config)
     result = train(config)
     assert result is not None and result.nats == last_validation(config)["val_loss"]
+    assert (config.run.out / "samples.txt").read_text().count("--- step 3\n") == 1
     assert train(config) is None
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -96,8 +97,8 @@ def _usage() -> str:
     return "\n".join([head, "", *lines, "", tail])
 
 
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+def _nearest(word: str, known: Any, alike: float = 0.6) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=alike)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -113,15 +114,54 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
 
     marks = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
     config = marks if "default" not in more else ()
+    program = verb if verb.endswith(".py") else f"sota {verb}"
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
-            return tyro.cli(kind, prog=f"sota {verb}", args=arguments, config=config, **more)
+            return tyro.cli(kind, prog=program, args=arguments, config=config, **more)
     except SystemExit as stop:
         if not stop.code:
             raise
-        kept = "".join(c for c in boxed.getvalue() if not 0x2500 <= ord(c) <= 0x257F)
-        raise SotaError(f"{verb}: {' '.join(kept.split())}") from None
+        kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # a box, or its ASCII form
+        text = _plain(" ".join(kept.split()), _flags(kind, more.get("default")))
+        if not re.match(r"\w+\.\w+ ", text):  # a field that names itself and what is allowed
+            text = f"{verb}: {text}; `{program} --help` shows all options"
+        raise SotaError(text) from None
+
+
+def _flags(kind: type, default: Any) -> list[str]:
+    """Every option of `kind`, of its sections if it has a default, and then the short forms."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if default is not None:
+        names = [f"{name}.{field}" for name in names for field in vars(getattr(default, name))]
+    return [f"--{name.replace('_', '-')}" for name in names] + [*SHORT] * (default is not None)
+
+
+_OURS = (  # what tyro 1.0 says, what we say
+    (r"Error parsing (\S+): invalid literal for int\(\) .*?: (.*) Argument helptext.*",
+     r"\1 must be a whole number, not \2"),
+    (r"Error parsing (\S+): could not convert .* float: (.*) Argument helptext.*",
+     r"\1 must be a number, not \2"),
+    (r"Error parsing (\S+: .*) Argument helptext.*", r"\1"),
+    (r"Error parsing \S+: (.*)", r"\1"),
+    (r"invalid choice ('.*') for argument '(.*?)'\. Expected one of \((.*)\)\.",
+     r"\2 must be one of \3, not \1"),
+    (r"Missing value for argument .*?'([-.\w]+)'.*", r"\1 needs a value"),
+    (r"Missing from .*?: (.*?)\.? \(required\).*", r"missing: \1"),
+    (r"Unrecognized options: (.*?)(?: (?:Perhaps you meant|Arguments similar to).*)?",
+     r"not understood: \1"),
+)  # fmt: skip
+_TITLES = r"(Value error|Invalid choice|Missing argument|Required options|Unrecognized options) "
+
+
+def _plain(text: str, known: list[str]) -> str:
+    """What tyro says in a box, in our words; all else as it is, without title and footer."""
+    text = re.sub(r" For full helptext.*", "", re.sub(_TITLES, "", text, count=1))
+    text = next(
+        (found.expand(ours) for says, ours in _OURS if (found := re.fullmatch(says, text))), text
+    )
+    unknown = re.match(r"not understood: (--[^\s,=]+)", text)
+    return text + _nearest(unknown[1], known, 0.7) if unknown else text
 
 
 def resolve(arguments: list[str], verb: str) -> RunConfig:

@@ -227,18 +227,15 @@ def commit_folder(final: Path, manifest: dict[str, Any]) -> Iterator[FolderWrite
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` with `data`; a crash leaves the old content or the new, never a mixture."""
     temporary = _aside(path, "tmp")
-    file = HashingFile(temporary)
     try:
-        try:
-            file.write(data)
-        except BaseException:
-            file.abandon()
-            raise
-        file.close()
+        FolderWriter(path.parent).write(temporary.name, data)
         temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to report
-            temporary.unlink()
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):  # somebody else's
+            with suppress(OSError):  # the first error is the one to report
+                temporary.unlink()
+        if isinstance(error, OSError):  # by the name that the caller knows
+            error.filename = os.fspath(path)
         raise
     fsync_folder(path.parent)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -14,7 +13,13 @@ from sota_transformer.data.page import document, table
 from sota_transformer.durable import write_file
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.schedules import describe
-from sota_transformer.training.runlog import clock, judgement, read_config, read_metrics
+from sota_transformer.training.runlog import (
+    clock,
+    judgement,
+    read_config,
+    read_metrics,
+    read_samples,
+)
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart, and of its margins, in pixels
 _MOST_POINTS = 600
@@ -36,7 +41,7 @@ def write_report(folder: Path, out: Path) -> Path:
     body += _validations(metrics)
     body += _starts(starts)
     body += _events(metrics)
-    body += _samples(folder)
+    body += _samples(folder, metrics[-1]["step"])
     text = escape(config.to_json())
     body.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
     write_file(out, document(f"Run: {folder}", body).encode())
@@ -192,14 +197,11 @@ def _events(metrics: list[dict[str, Any]]) -> Iterator[str]:
         yield "<h2>What happened</h2>" + table(("step", "event", "reason"), rows)
 
 
-def _samples(folder: Path) -> Iterator[str]:
-    """The last sample, and the ones before it folded away."""
-    path = folder / "samples.txt"
-    text = path.read_text("utf-8", "replace") if path.is_file() else ""
-    samples = [part for part in re.split("^--- step ", text, flags=re.M) if part.strip()]
+def _samples(folder: Path, step: int) -> Iterator[str]:
+    """The last sample up to `step`, and the ones before it folded away."""
+    samples = [(at, text) for at, text in read_samples(folder).items() if at <= step]
     if samples:
-        yield f"<h2>Sample at step {escape(samples[-1].partition(chr(10))[0])}</h2>"
-        yield f"<pre>{escape(samples[-1].partition(chr(10))[2].strip())}</pre>"
+        yield f"<h2>Sample at step {samples[-1][0]:,}</h2><pre>{escape(samples[-1][1])}</pre>"
     if samples[:-1]:
-        earlier = escape("\n\n".join(f"step {part.strip()}" for part in samples[:-1]))
+        earlier = escape("\n\n".join(f"step {at:,}\n{text}" for at, text in samples[:-1]))
         yield f"<details><summary>Earlier samples</summary><pre>{earlier}</pre></details>"

@@ -39,8 +39,8 @@ HAND_MADE = {
         "    temporary = final\n    temporary.mkdir()\n",
     ),
     "write_file: in place": (
-        '    temporary = _aside(path, "tmp")\n    file = H',
-        "    temporary = path\n    path.unlink(missing_ok=True)\n    file = H",
+        '    temporary = _aside(path, "tmp")\n    try:\n        F',
+        "    temporary = path\n    path.unlink(missing_ok=True)\n    try:\n        F",
         "        temporary.replace(path)\n",
         "        pass\n",
     ),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.data.sources import TABLES, Skipped
+from sota_transformer.data.streams import UTF16, utf8
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.units import Segment
 
@@ -23,7 +24,6 @@ LINE_BYTES = 64 << 20
 CUT_BYTES, PIECE_BYTES = 64 << 10, 8 << 10
 _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Document = bytes | Skipped
 
@@ -75,7 +75,7 @@ def _text(segment: Segment) -> Iterator[Document]:
         return
     data = _read(segment)
     if segment.start == 0:
-        data = _without_mark(data)
+        data = without_mark(data)
     if b"\0" in data:
         yield Skipped("NUL bytes, probably not text", segment.name)
     elif segment.kind == "html":
@@ -109,14 +109,10 @@ def _decoded(data: bytes, where: str) -> Document:
         return _repaired("not valid UTF-8", where, checked(data.decode(errors="replace"), where))
 
 
-def _without_mark(data: bytes) -> bytes:
-    """Text without its byte order mark; UTF-16 that has one becomes UTF-8, broken where it was."""
-    if data.startswith(_UTF16):
-        try:
-            return data.decode("utf-16").encode()
-        except UnicodeDecodeError:
-            text = data.decode("utf-16", "replace")
-            return text.encode().replace(b"\xef\xbf\xbd", b"\xff")
+def without_mark(data: bytes) -> bytes:
+    """The start of a text without its byte order mark, in UTF-8; it is all of a text in UTF-16."""
+    if data.startswith(UTF16):
+        data = b"".join(utf8(iter([data])))
     return data.removeprefix(codecs.BOM_UTF8)
 
 
@@ -190,7 +186,7 @@ def _records(segment: Segment, field: str) -> Iterator[Document]:
             yield Skipped(f"line over {LINE_BYTES >> 20} MiB", f"{segment.name}: byte {position}")
             continue
         if position == 0:
-            block = block.removeprefix(codecs.BOM_UTF8)
+            block = without_mark(block)
         view, at, size = memoryview(block), 0, len(block)
         while at < size:
             end = block.find(b"\n", at)
@@ -256,7 +252,7 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
     """Text column of a CSV or TSV file with a header."""
     csv.field_size_limit(DOCUMENT_BYTES)
     data = _read(segment)
-    data = _without_mark(data if segment.start == 0 else segment.header + data)
+    data = without_mark(data if segment.start == 0 else segment.header + data)
     lines = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
     rows = csv.reader(lines, delimiter="\t" if segment.kind == "tsv" else ",")
     row = 0

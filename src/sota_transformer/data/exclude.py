@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sota_transformer.data.documents import documents
+from sota_transformer.data.documents import documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import gram_hashes
 from sota_transformer.data.sources import Skipped, find
@@ -42,7 +42,8 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
         if source.codec or source.kind == "zip" or source.kind == "tar":
             raise SotaError(f"--exclude {source.name}: unpack it first", USAGE)
         if source.kind == "jsonl":
-            for line in Path(source.path).read_text("utf-8", "replace").split("\n"):
+            data = without_mark(Path(source.path).read_bytes())
+            for line in data.decode(errors="replace").split("\n"):
                 if line.strip():
                     yield from _strings(_parsed(line, source.name), text_field)
             continue

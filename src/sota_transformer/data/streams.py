@@ -1,10 +1,11 @@
-"""Compressed files, archives and standard input as bounded chunks of bytes.
+"""Compressed files, archives, UTF-16 and standard input as bounded chunks of bytes.
 
 Damage, bombs and what cannot be read are reported, never passed over in silence. Members of an
 archive are read as streams; nothing is extracted under a name that the archive chose.
 """
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -14,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,7 @@ from sota_transformer.data.sources import ARCHIVES, KNOWN, TABLES, Skipped, Sour
 CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
 _SEAL = b"\0sota: the whole stream was read\0"
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Refused = Callable[[Skipped], None]
 Stream = tuple[str, str, Iterator[bytes]]  # name, kind, chunks
@@ -48,7 +51,7 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
     """The chunks, ended early and with a reason where the stream is damaged or a bomb."""
     total = 0
     try:
-        for chunk in chunks:
+        for chunk in utf8(chunks):
             yield chunk
             total += len(chunk)
             if total > _BOMB_BYTES and total > _BOMB_RATIO * max(1, packed):
@@ -58,6 +61,32 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
     except damage() as error:
         where = f"{name}: {(str(error).splitlines() or [''])[0][:80]}"
         refused(Skipped("damaged stream; only its readable start was taken", where))
+
+
+def utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The chunks of a text; UTF-16 that says so by its byte order mark becomes UTF-8 without one.
+
+    What is broken becomes bytes that are no UTF-8 either, to be found where all such bytes are.
+    """
+    first = next(chunks, b"")
+    while len(first) == 1 and (more := next(chunks, b"")):
+        first += more
+    if not first.startswith(UTF16):
+        yield from chain([first] if first else [], chunks)
+        return
+    decoder = codecs.getincrementaldecoder("utf-16")("sota-escape")
+    for chunk in chain([first], chunks, [b""]):
+        if text := decoder.decode(chunk, final=not chunk):
+            yield text.encode("utf-8", "surrogateescape")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """For what is broken in UTF-16 a character that `surrogateescape` makes one bad byte of."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error("sota-escape", _escape)
 
 
 def damage() -> tuple[type[BaseException], ...]:

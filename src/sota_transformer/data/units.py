@@ -1,19 +1,21 @@
 """Cuts the sources into units of work: a function of the files, never of workers or memory.
 
 A unit is a list of segments of about UNIT_BYTES of text. Small files are put together; large files
-of lines or of plain text are cut at line ends; whatever is packed is unpacked once, here, into
-spool files that are cut at the very same places, so that `x.jsonl` and `x.jsonl.zst` give the same
-documents. Whatever has a format that can be hostile is parsed by the workers, not here.
+of lines or of plain text are cut at line ends; whatever is packed, or large and in UTF-16, is
+unpacked once, here, into spool files that are cut at the very same places, so that `x.jsonl` and
+`x.jsonl.zst` give the same documents. Whatever has a format that can be hostile is parsed by the
+workers, not here.
 """
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from sota_transformer.data.sources import ARCHIVES, TABLES, Source
-from sota_transformer.data.streams import Refused, streams
+from sota_transformer.data.streams import UTF16, Refused, streams
 
 UNIT_BYTES = 4 << 20
 _UNIT_FILES = 500
@@ -74,7 +76,7 @@ def cut(
     marks: list[str] = []
     for source in sources:
         mark = f"{source.name}\0{source.kind}\0{source.codec}\0{source.size}\0{source.modified}"
-        packed = bool(source.codec) or source.kind in ARCHIVES
+        packed = bool(source.codec) or source.kind in ARCHIVES or _recode(source)
         splits = source.size > UNIT_BYTES and source.kind in (*_CUT_KINDS, *TABLES)
         size = sum(segment.stop - segment.start for segment in group)
         full = size + source.size > UNIT_BYTES or len(group) >= _UNIT_FILES
@@ -92,6 +94,15 @@ def cut(
             marks.append(mark)
     if group:
         yield tuple(group), "\n".join(marks)
+
+
+def _recode(source: Source) -> bool:
+    """Whether the file is in UTF-16 and may be of more than one unit in UTF-8."""
+    if source.size <= UNIT_BYTES // 2 or source.kind in TABLES:
+        return False
+    with suppress(OSError), Path(source.path).open("rb", buffering=0) as file:
+        return file.read(2) in UTF16
+    return False  # whoever reads it says why
 
 
 def whole(source: Source) -> Segment:

@@ -4,6 +4,7 @@ And what of it can be read again without loading torch.
 """
 
 import json
+import re
 import signal
 import time
 from contextlib import suppress
@@ -160,7 +161,10 @@ def clock(seconds: float) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl by step; the last of a kind and step counts, a torn one never."""
+    """The lines of metrics.jsonl by step; the last of a kind and step counts, a torn one never.
+
+    Nor does what is behind the step from which a later start went on: the run did not become that.
+    """
     found: dict[tuple[int, str], dict[str, Any]] = {}
     path = folder / "metrics.jsonl"
     for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
@@ -169,9 +173,22 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
+            if value.get("event") == "start":
+                found = {key: line for key, line in found.items() if key[0] <= value["step"]}
+                continue
             kind = next((name for name in ("loss", "val_loss") if name in value), "event")
             found[value["step"], kind] = value
     return [found[key] for key in sorted(found)]
+
+
+def read_samples(folder: Path) -> dict[int, str]:
+    """The samples of samples.txt by step; one replaces those before it of its step or a later."""
+    path, found = folder / "samples.txt", dict[int, str]()
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    _, *parts = re.split(r"^--- step ([0-9]{1,18})\n", text, flags=re.M)
+    for step, sample in zip(map(int, parts[::2]), parts[1::2], strict=True):
+        found = {at: old for at, old in found.items() if at < step} | {step: sample.strip()}
+    return found
 
 
 def read_config(run_folder: Path) -> RunConfig:

@@ -19,7 +19,7 @@ from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
 from sota_transformer.training import changes, checkpoint
-from sota_transformer.training.runlog import RunLog, read_metrics
+from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
 from sota_transformer.training.trainer import Trainer
 
 
@@ -54,7 +54,7 @@ def train(
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(config, runtime, trainer, log)
-        if start >= config.train.steps and _judged(folder, start):
+        if start >= config.train.steps and _finished(folder, start):
             log.say(f"{folder} is complete: {start} of {config.train.steps} steps; nothing to do")
             return None
         if state is not None:
@@ -68,7 +68,10 @@ def train(
             log.say(f"changed: {line}")
         if differing:
             log.say(f"not bit-exact with before: {'; '.join(differing)}")
-        log.say(f"resuming from step {start}" if start >= 0 else "starting anew")
+        log.event(
+            {"step": max(0, start), "event": "start"},
+            f"resuming from step {start}" if start >= 0 else "starting anew",
+        )
         log.begin_live()
         try:
             return trainer.fit(state)
@@ -82,9 +85,10 @@ def train(
             ) from error
 
 
-def _judged(folder: Path, step: int) -> bool:
-    """Whether the run was judged at this step; it may have been stopped amid that."""
-    return any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
+def _finished(folder: Path, step: int) -> bool:
+    """Whether the run was judged at this step and a sample made; a signal may have come amid it."""
+    judged = any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
+    return judged and step in read_samples(folder)
 
 
 def check_folders(config: RunConfig) -> Path:
