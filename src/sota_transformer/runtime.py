@@ -52,6 +52,8 @@ class Runtime:
         """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
         rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
         device, why_device = _device(run.device)
+        if world > 1 and device.type == "mps":
+            raise SotaError("MPS trains in one process; start it without torchrun")
         if run.threads:
             torch.set_num_threads(run.threads)
         if device.type == "cpu":
@@ -186,9 +188,15 @@ def micro_rows(config: RunConfig, runtime: Runtime) -> int:
     return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
 
 
+def halved(micro_rows: int, rows: int) -> int:
+    """The most rows, of half as many at most, that divide `rows`; 0 where there is but one."""
+    return next((size for size in range(micro_rows // 2, 0, -1) if rows % size == 0), 0)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a device could not hold what was asked; not every backend has a type for it."""
-    words = ("out of memory", "can't allocate memory")
+    # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
+    words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
@@ -225,7 +233,11 @@ def _device(wanted: str) -> tuple[torch.device, str]:
     elif not available.get(wanted, True):
         raise SotaError(f"no {wanted} device here; leave --device out to take what there is")
     if wanted == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", "0"))
+        index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= there:
+            raise SotaError(
+                f"process {index} has no GPU of its own: torchrun's --nproc-per-node {there}"
+            )
         torch.cuda.set_device(index)
         return torch.device("cuda", index), f"device {torch.cuda.get_device_name(index)}"
     return torch.device(wanted), f"device {_device_name(torch.device(wanted))}"

@@ -76,7 +76,10 @@ class NorMuon(torch.optim.Optimizer):
 
     def _update(self, parts: list[tuple[Tensor, ...]], rate: float, weight_decay: float) -> None:
         """Matrices of one shape: (parameter, direction, mean square of each row)."""
-        directions = orthogonal(torch.stack([part[1] for part in parts]).to(self._dtype)).float()
+        directions = torch.stack([part[1] for part in parts])
+        if self._dtype == torch.float16:  # in which a small gradient would lose its digits
+            directions /= directions.norm(dim=(1, 2), keepdim=True) + 1e-30
+        directions = orthogonal(directions.to(self._dtype)).float()
         rows, columns = directions.shape[1:]
         rate = rate * max(1.0, rows / columns) ** 0.5
         for (parameter, _, row_square), direction in zip(parts, directions, strict=True):
