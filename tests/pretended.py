@@ -160,6 +160,7 @@ def pretended(kind: str, capability: tuple[int, int] = (8, 0)) -> Iterator[Prete
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.cuda.max_memory_allocated": lambda *_: 64 << 30,
         "torch.cuda.mem_get_info": lambda *_: (64 << 30, 64 << 30),
+        "torch.mps.set_per_process_memory_fraction": lambda _: None,
         "torch.mps.driver_allocated_memory": lambda *_: 64 << 30,
         "torch.mps.recommended_max_memory": lambda *_: 64 << 30,
     }

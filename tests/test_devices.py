@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -62,6 +63,7 @@ def test_it_refuses_what_a_device_refuses(kind: str) -> None:
                 away.double()
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize(
     ("kind", "dtype", "recipe", "more"),
     [
@@ -212,6 +214,29 @@ def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said:
         monkeypatch.setenv(name, value)
     with pretended(kind), pytest.raises(SotaError, match=said):
         Runtime.detect(Run(device=kind), 1)  # type: ignore[arg-type]
+
+
+def test_a_mac_is_full_before_it_swaps(monkeypatch) -> None:
+    limits: list[float] = []
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
+    with (
+        pretended("mps"),
+        mock.patch.object(torch.mps, "set_per_process_memory_fraction", limits.append),
+    ):
+        Runtime.detect(Run(device="mps"), 1)
+        monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.2")  # whoever sets it knows why
+        Runtime.detect(Run(device="mps"), 1)
+    assert limits == [1.0]
+
+
+def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(doctor, "arithmetic", lambda _: asked.append("asked") or [])
+    with pretended("mps"):
+        for version in ("15.5", "15.5", "26.1"):
+            monkeypatch.setattr("platform.mac_ver", lambda version=version: (version, "", ""))
+            doctor.admit(tmp_path, Runtime.detect(Run(device="mps"), 1))
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,8 @@ def _probe_generation(device: "torch.device", dtype: "torch.dtype") -> float:
     )  # heads of 64: Metal has a kernel for these
     model = Transformer(shape)
     model.init_weights(torch.Generator().manual_seed(1), muon=True)
-    model.blocks[0].attention.out.weight.data.normal_()  # which NorMuon would begin at zero
+    for weight, _ in model.matrices():  # so that attention weighs
+        weight.data.normal_(0.0, 0.1)
     long, short = torch.randint(512, (2, 20)).tolist()
     short = short[:4]
     with torch.no_grad():

@@ -58,6 +58,9 @@ class Runtime:
             torch.set_num_threads(run.threads)
         if device.type == "cpu":
             _keep_freed_memory()
+        if device.type == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
+            # torch's own 1.7 is more than the machine has: a Mac would swap, and never be full.
+            torch.mps.set_per_process_memory_fraction(1.0)
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             with _together():
@@ -247,6 +250,8 @@ def _device_name(device: torch.device) -> str:
     """The name people know the device by."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":  # many of its kernels come with the system
+        return f"mps ({platform.machine()}, macOS {platform.mac_ver()[0]})"
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 
