@@ -75,7 +75,8 @@ def refuse_mixture(func: Any, args: Any, kwargs: Any) -> None:
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     if func in _INDEXING:
         tensors = [x for x in (args[0], *args[2:]) if isinstance(x, Tensor)]
-    strangers = [x for x in tensors if not isinstance(x, Away) and x.ndim]
+    least = 0 if func is aten._fused_adamw_.default else 1  # dimensions of what may not join in
+    strangers = [x for x in tensors if not isinstance(x, Away) and x.ndim >= least]
     if strangers:
         raise RuntimeError(
             f"{func}: Expected all tensors to be on the same device, but found at least two "
