@@ -94,7 +94,6 @@ class Pretended(TorchFunctionMode):
         self.kind = kind
         self.seen: set[Any] = set()  # operations
         self.waits: list[str] = []  # what would have had to wait for the device
-        self.pinned: set[int] = set()
 
     def _ours(self, device: Any) -> bool:
         return device is not None and torch.device(device).type == self.kind
@@ -120,7 +119,7 @@ class Pretended(TorchFunctionMode):
             if self.kind != "cuda":
                 raise AssertionError("pinned where nothing asks for it")
             copy = args[0].clone()
-            self.pinned.add(id(copy))
+            copy.pinned = True  # type: ignore[attr-defined]
             return copy
         if func == _SET_DATA and isinstance(args[0], Away):
             args[0].here = args[1].here
@@ -142,7 +141,7 @@ class Pretended(TorchFunctionMode):
         if not self._ours(device):
             self.waits.append("copy from the device")
             return tensor.detach().here.to(dtype, copy=True)
-        if not (non_blocking and id(tensor) in self.pinned):
+        if not (non_blocking and getattr(tensor, "pinned", False)):
             self.waits.append("copy to the device")
         return Away(tensor.detach().to(dtype, copy=True)).requires_grad_(tensor.requires_grad)
 

@@ -116,6 +116,18 @@ def test_a_run_and_its_resumption_are_the_cpus(
         assert missing_on_mps(device.seen) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "capability", "dtype"),
+    [("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float16"), ("mps", (0, 0), "float32")],
+)
+def test_a_device_is_taken_in_the_type_it_computes(
+    kind: str, capability: tuple[int, int], dtype: str
+) -> None:
+    with pretended(kind, capability):
+        machine = Runtime.detect(Run(), 1)
+    assert (machine.device.type, machine.dtype) == (kind, getattr(torch, dtype))
+
+
 def missing_on_mps(operations: Iterable[Any]) -> list[str]:
     """Those for which torch's own table names no kernel on MPS; attention's go by other names."""
     table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
