@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from sota_transformer import __version__
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import INTERRUPTED, IO_FAILED, USAGE, SotaError
+from sota_transformer.errors import INTERRUPTED, IO_FAILED, TEMPORARY, USAGE, SotaError
 from sota_transformer.options import (
     DataView,
     Doctor,
@@ -70,6 +70,12 @@ def guarded(work: Callable[[], int]) -> int:
         return _complain(f"{where}{error.strerror or error}", IO_FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
+    except RuntimeError as error:
+        from sota_transformer.runtime import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        return _complain("out of memory; end other programs, or try --device cpu", TEMPORARY)
     except BaseException as error:
         if isinstance(code := getattr(error, "code", None), int):  # a signal or --help
             return code

@@ -85,6 +85,7 @@ def arithmetic(runtime: "Runtime") -> list[Check]:
         "attention of permuted q, k, v (pytorch#181133)": _probe_permuted_attention,
         "batched products (pytorch#197636)": _probe_batched,
         "softmax of large logits (pytorch#107294)": _probe_softmax,
+        "generation of uneven rows (pytorch#182285)": _probe_generation,
     }
     found = [_probed(name, probe, runtime) for name, probe in probes.items()]
     found.append(_model_check(dataclasses.replace(runtime, compile=False)))
@@ -167,7 +168,9 @@ def _probe_batched(device: "torch.device", dtype: "torch.dtype") -> float:
     import torch
 
     a, b = torch.randn(96, 65, 130).to(dtype), torch.randn(96, 130, 66).to(dtype)
-    return _error(torch.bmm(a.to(device), b.to(device)), torch.bmm(a.double(), b.double()))
+    there, doubles = a.to(device), a.double()
+    plain = _error(torch.bmm(there, b.to(device)), torch.bmm(doubles, b.double()))
+    return max(plain, _error(there @ there.mT, doubles @ doubles.mT))  # the latter as in NorMuon
 
 
 def _probe_softmax(device: "torch.device", dtype: "torch.dtype") -> float:
@@ -176,6 +179,35 @@ def _probe_softmax(device: "torch.device", dtype: "torch.dtype") -> float:
     logits = torch.randn(16, 50_258) * 40
     result = logits.to(device).log_softmax(-1).exp()
     return _error(result, logits.double().softmax(-1))
+
+
+def _probe_generation(device: "torch.device", dtype: "torch.dtype") -> float:
+    """With cached keys and values, against one pass without on the CPU."""
+    import torch
+
+    from sota_transformer.inference.generate import Rows
+    from sota_transformer.model.transformer import Transformer
+
+    shape = Model(
+        layers=1, d_model=128, heads=2, kv_heads=2, d_ff=64, seq_len=32, vocab_size=512
+    )  # heads of 64: Metal has a kernel for these
+    model = Transformer(shape)
+    model.init_weights(torch.Generator().manual_seed(1), muon=True)
+    for weight, _ in model.matrices():  # so that attention weighs
+        weight.data.normal_(0.0, 0.1)
+    long, short = torch.randint(512, (2, 20)).tolist()
+    short = short[:4]
+    with torch.no_grad():
+        expected = torch.stack(
+            [model.logits(model(torch.tensor([x])))[0, -1] for x in (long, short)]
+        )
+        model.dtype = dtype
+        rows = Rows(model.to(device), 2)
+        rows.start(0, long[:-2])
+        rows.start(1, short[:-1])
+        rows.step([0], long[-2:-1])
+        found = rows.step([0, 1], [long[-1], short[-1]])
+    return _error(found, expected)
 
 
 def _model_check(runtime: "Runtime") -> Check:

@@ -167,11 +167,19 @@ def _span(seconds: float) -> str:
 
 def measure(config: RunConfig) -> Speed:
     """One optimizer step of this run on this machine, its micro-batches timed and multiplied."""
-    from sota_transformer.runtime import Runtime, micro_rows
+    from sota_transformer.runtime import Runtime, halved, micro_rows, out_of_memory
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
-    rows = micro_rows(config, runtime)
-    seconds, update = step_seconds(config, runtime, rows)
+    rows, taken = micro_rows(config, runtime), None
+    while taken is None:
+        try:
+            taken = step_seconds(config, runtime, rows)
+        except RuntimeError as error:  # as in training
+            fewer = halved(rows, config.train.batch_rows)
+            if not (out_of_memory(error) and fewer):
+                raise
+            rows = fewer
+    seconds, update = taken
     rounds = config.train.batch_rows // rows
     tokens = config.train.batch_rows * config.model.seq_len
     total = rounds * (seconds - update) + update

@@ -52,10 +52,15 @@ class Runtime:
         """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
         rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
         device, why_device = _device(run.device)
+        if world > 1 and device.type == "mps":
+            raise SotaError("MPS trains in one process; start it without torchrun")
         if run.threads:
             torch.set_num_threads(run.threads)
         if device.type == "cpu":
             _keep_freed_memory()
+        if device.type == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
+            # torch's own 1.7 is more than the machine has: a Mac would swap, and never be full.
+            torch.mps.set_per_process_memory_fraction(1.0)
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             with _together():
@@ -186,9 +191,15 @@ def micro_rows(config: RunConfig, runtime: Runtime) -> int:
     return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
 
 
+def halved(micro_rows: int, rows: int) -> int:
+    """The most rows, of half as many at most, that divide `rows`; 0 where there is but one."""
+    return next((size for size in range(micro_rows // 2, 0, -1) if rows % size == 0), 0)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a device could not hold what was asked; not every backend has a type for it."""
-    words = ("out of memory", "can't allocate memory")
+    # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
+    words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
@@ -225,7 +236,11 @@ def _device(wanted: str) -> tuple[torch.device, str]:
     elif not available.get(wanted, True):
         raise SotaError(f"no {wanted} device here; leave --device out to take what there is")
     if wanted == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", "0"))
+        index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= there:
+            raise SotaError(
+                f"process {index} has no GPU of its own: torchrun's --nproc-per-node {there}"
+            )
         torch.cuda.set_device(index)
         return torch.device("cuda", index), f"device {torch.cuda.get_device_name(index)}"
     return torch.device(wanted), f"device {_device_name(torch.device(wanted))}"
@@ -235,6 +250,8 @@ def _device_name(device: torch.device) -> str:
     """The name people know the device by."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":  # many of its kernels come with the system
+        return f"mps ({platform.machine()}, macOS {platform.mac_ver()[0]})"
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 

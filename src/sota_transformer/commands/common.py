@@ -49,7 +49,7 @@ def open_to_generate(folder: Path, device: str, step: int | None, dtype: str) ->
 
 def open_model(folder: Path, device: str, step: int | None) -> Opened:
     """The model of a run or of a Hugging Face folder, in float32. SotaError 65 or 66."""
-    run = Run(device=device)  # type: ignore[arg-type]  # tyro has checked it
+    run = Run(device=device, compile="off")  # type: ignore[arg-type]  # tyro has checked it
     if is_model_folder(folder):
         if step is not None:
             raise SotaError(f"{folder} is an exported model and has no steps; leave out --step")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm  # what Tensor.norm calls on MPS is deprecated
 
 # Five odd polynomials a x + b x^3 + c x^5, each the best for where the one before has brought the
 # singular values; a margin of 2% keeps them from leaving on the upper side through rounding.
@@ -29,7 +30,7 @@ _BATCH_ELEMENTS = 1 << 24  # of matrices that are made orthogonal together
 def orthogonal(matrices: Tensor) -> Tensor:
     """(N, rows, columns) -> the nearest orthogonal ones, roughly; singular values go to about 1."""
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = wide / (wide.norm(dim=(1, 2), keepdim=True) * _MARGIN + 1e-6)
+    x = wide / (vector_norm(wide, dim=(1, 2), keepdim=True) * _MARGIN + 1e-6)
     for a, b, c in _POLAR:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
@@ -76,14 +77,17 @@ class NorMuon(torch.optim.Optimizer):
 
     def _update(self, parts: list[tuple[Tensor, ...]], rate: float, weight_decay: float) -> None:
         """Matrices of one shape: (parameter, direction, mean square of each row)."""
-        directions = orthogonal(torch.stack([part[1] for part in parts]).to(self._dtype)).float()
+        directions = torch.stack([part[1] for part in parts])
+        if self._dtype == torch.float16:  # in which a small gradient would lose its digits
+            directions /= vector_norm(directions, dim=(1, 2), keepdim=True) + 1e-30
+        directions = orthogonal(directions.to(self._dtype)).float()
         rows, columns = directions.shape[1:]
         rate = rate * max(1.0, rows / columns) ** 0.5
         for (parameter, _, row_square), direction in zip(parts, directions, strict=True):
-            size = direction.norm()
+            size = vector_norm(direction)
             row_square.lerp_(direction.square().mean(1, keepdim=True), 1 - _ROW_DECAY)
             direction = direction / (row_square.sqrt() + 1e-10)
-            direction *= size / (direction.norm() + 1e-10)
+            direction *= size / (vector_norm(direction) + 1e-10)
             if weight_decay:  # only where the update shrinks the weight too (Chen et al. 2025)
                 shrinks = (direction * parameter > 0) * parameter
                 parameter.add_(shrinks, alpha=-rate * weight_decay)

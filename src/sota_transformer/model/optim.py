@@ -32,7 +32,9 @@ def optimizers(model: Transformer, config: Optim) -> list[torch.optim.Optimizer]
             gains | {"weight_decay": 0.0},
         ]
         return [torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)]
-    muon = NorMuon(model.matrices(), config.weight_decay, model.dtype)
+    # On MPS its products in bfloat16 have given NaN (autoresearch#205).
+    products = torch.float32 if model.embedding.weight.is_mps else model.dtype
+    muon = NorMuon(model.matrices(), config.weight_decay, products)
     muon.param_groups[0]["relative_rate"] = config.matrix_rate / config.learning_rate
     taken = {id(p) for p in muon.param_groups[0]["params"]}
     rest = [p for p in parameters if id(p) not in taken]

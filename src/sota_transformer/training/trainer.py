@@ -36,7 +36,7 @@ from sota_transformer.model.optim import (
     update,
 )
 from sota_transformer.model.transformer import Dropout, Transformer, same_document
-from sota_transformer.runtime import PeerLostError, Runtime, micro_rows, out_of_memory
+from sota_transformer.runtime import PeerLostError, Runtime, halved, micro_rows, out_of_memory
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.runlog import RunLog
@@ -153,14 +153,14 @@ class Trainer:
     def _halve_micro_batch(self, rows: int) -> None:
         """Go on with smaller micro-batches of these rows; the step is the same but for rounding."""
         self.model.zero_grad(set_to_none=True)
-        if self.micro_rows == 1:
+        fewer = halved(self.micro_rows, rows)
+        if not fewer:
             raise SotaError(
                 f"step {self.step}: not even one window of {self.config.model.seq_len} tokens fits "
                 "into the memory; try --train.gradient-checkpointing, or a smaller preset",
                 TEMPORARY,
             )
-        half = self.micro_rows // 2
-        self.micro_rows = next(size for size in range(half, 0, -1) if rows % size == 0)
+        self.micro_rows = fewer
         self.log.event(
             {"step": self.step, "event": "micro-batch", "rows": self.micro_rows},
             f"step {self.step}: out of memory; on with micro-batches of {self.micro_rows} windows",

@@ -1,0 +1,178 @@
+"""A device that is not there: tensors that say `cuda:0` or `mps:0`, computed by the CPU.
+
+What a GPU or a Mac would refuse is refused here too: tensors of two devices in one operation,
+float64 on MPS, NumPy on a device's tensor. All else is computed, so that whole runs can be held
+against the CPU's. It shows nothing of a device's own kernels, memory or speed.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+
+aten = torch.ops.aten
+_CROSSING = (aten.copy_.default, aten._to_copy.default, aten._copy_from.default)
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_INDEXING = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+class Away(Tensor):
+    """A tensor of the device; `here` holds its values."""
+
+    here: Tensor
+    kind = "cuda"  # of the device that is pretended now
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> "Away":
+        if cls.kind == "mps" and here.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        self = Tensor._make_wrapper_subclass(
+            cls, here.size(), strides=here.stride(), storage_offset=here.storage_offset(),
+            dtype=here.dtype, device="cpu",
+        )  # fmt: skip
+        self.here = here
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it says it is; with an index, as there."""
+        return torch.device(self.kind, 0)
+
+    is_cpu = property(lambda self: False)
+    is_cuda = property(lambda self: self.kind == "cuda")
+    is_mps = property(lambda self: self.kind == "mps")
+
+    def __repr__(self) -> str:
+        return f"Away({self.here})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        refuse_mixture(func, args, kwargs)
+        Pretended.now.seen.add(func)
+        if kwargs.get("device") is not None:  # autograd's own, and it knows the CPU only
+            kwargs["device"] = "cpu"
+        inner = tree_map(lambda x: x.here if isinstance(x, Away) else x, (args, kwargs))
+        result = func(*inner[0], **inner[1])
+        if func is aten._local_scalar_dense.default:
+            Pretended.now.waits.append("item")
+        result = tree_map(lambda x: Away(x) if isinstance(x, Tensor) else x, result)
+        return return_and_correct_aliasing(func, args, kwargs, result)
+
+
+def refuse_mixture(func: Any, args: Any, kwargs: Any) -> None:
+    """As a device does: a number on the CPU may join in, and an index, and copies cross over."""
+    if func in _CROSSING:
+        return
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    if func in _INDEXING:
+        tensors = [x for x in (args[0], *args[2:]) if isinstance(x, Tensor)]
+    least = 0 if func is aten._fused_adamw_.default else 1  # dimensions of what may not join in
+    strangers = [x for x in tensors if not isinstance(x, Away) and x.ndim >= least]
+    if strangers:
+        raise RuntimeError(
+            f"{func}: Expected all tensors to be on the same device, but found at least two "
+            f"devices, {Away.kind}:0 and cpu!"
+        )
+
+
+class Pretended(TorchFunctionMode):
+    """Takes what is made on the device, or brought there and back, to and from `Away`."""
+
+    now: "Pretended"
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.seen: set[Any] = set()  # operations
+        self.waits: list[str] = []  # what would have had to wait for the device
+
+    def _ours(self, device: Any) -> bool:
+        return device is not None and torch.device(device).type == self.kind
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.to:
+            return self._to(*args, **kwargs)
+        if func is Tensor.cpu and isinstance(args[0], Away):
+            return self._to(args[0], "cpu")
+        if func is Tensor.tolist and isinstance(args[0], Away):
+            self.waits.append("tolist")
+            return args[0].here.tolist()
+        if func is Tensor.numpy and isinstance(args[0], Away):
+            raise TypeError(f"can't convert {self.kind}:0 device type tensor to numpy")
+        if func is Tensor.backward:  # what checkpoints compute again is computed inside
+            loss, one = args[:1], (torch.ones_like(args[0]),)
+            with self:
+                return _engine_run_backward(
+                    loss, one, False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+        if func is Tensor.pin_memory:
+            if self.kind != "cuda":
+                raise AssertionError("pinned where nothing asks for it")
+            copy = args[0].clone()
+            copy.pinned = True  # type: ignore[attr-defined]
+            return copy
+        if func == _SET_DATA and isinstance(args[0], Away):
+            args[0].here = args[1].here
+        if self._ours(kwargs.get("device")):
+            made = func(*args, **(kwargs | {"device": "cpu"}))
+            return made if isinstance(made, Away) else Away(made)
+        return func(*args, **kwargs)
+
+    def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copy = kwargs.pop("copy", False)
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype)
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        dtype = dtype or tensor.dtype
+        away = isinstance(tensor, Away)
+        if device is None or self._ours(device) == away:
+            same = dtype == tensor.dtype and not copy
+            return tensor if same else aten._to_copy(tensor, dtype=dtype)
+        if not self._ours(device):
+            self.waits.append("copy from the device")
+            return tensor.detach().here.to(dtype, copy=True)
+        if not (non_blocking and getattr(tensor, "pinned", False)):
+            self.waits.append("copy to the device")
+        return Away(tensor.detach().to(dtype, copy=True)).requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def pretended(kind: str, capability: tuple[int, int] = (8, 0)) -> Iterator[Pretended]:
+    """A machine with one device of this kind, and nothing compiled."""
+    answers: dict[str, Any] = {
+        "torch.cuda.is_available": lambda: kind == "cuda",
+        "torch.backends.mps.is_available": lambda: kind == "mps",
+        "torch.cuda.device_count": lambda: int(kind == "cuda"),
+        "torch.cuda.set_device": lambda *_: None,
+        "torch.cuda.synchronize": lambda *_: None,
+        "torch.mps.synchronize": lambda *_: None,
+        "torch.cuda.get_device_name": lambda *_: "pretended",
+        "torch.cuda.get_device_capability": lambda *_: capability,
+        "torch.cuda.max_memory_allocated": lambda *_: 64 << 30,
+        "torch.cuda.mem_get_info": lambda *_: (64 << 30, 64 << 30),
+        "torch.mps.set_per_process_memory_fraction": lambda _: None,
+        "torch.mps.driver_allocated_memory": lambda *_: 64 << 30,
+        "torch.mps.recommended_max_memory": lambda *_: 64 << 30,
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch(name, answer))
+        stack.enter_context(mock.patch.object(Away, "kind", kind))
+        for name in ("__enter__", "__exit__"):  # a wrapper cannot be an inference tensor
+            method = getattr(torch.no_grad, name)
+            stack.enter_context(mock.patch.object(torch.inference_mode, name, method))
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        Pretended.now = stack.enter_context(Pretended(kind))
+        yield Pretended.now

@@ -1,0 +1,282 @@
+"""What a GPU or a Mac would refuse or lose, on a device that is pretended (`pretended.py`)."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchgen
+
+from sota_transformer import doctor, plan, runtime
+from sota_transformer.cli import guarded
+from sota_transformer.commands.common import open_to_generate
+from sota_transformer.config import Model, Run, RunConfig
+from sota_transformer.errors import TEMPORARY, SotaError
+from sota_transformer.inference.benchmarks import score
+from sota_transformer.inference.generate import Rows, generate, make_sampler
+from sota_transformer.model.muon import NorMuon
+from sota_transformer.model.optim import optimizers
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.presets import PRESETS
+from sota_transformer.runtime import Runtime, out_of_memory
+from sota_transformer.training import trainer
+from sota_transformer.training.runlog import read_metrics
+from sota_transformer.training.start import train
+from tests.pretended import Pretended, pretended
+
+MakeRun = Callable[..., RunConfig]
+SHAPE = Model(layers=2, d_model=128, heads=2, kv_heads=1, d_ff=64, seq_len=24, vocab_size=300)
+PACKED = {
+    "windows": "best-fit", "document_mask": True, "gradient_checkpointing": True, "micro_rows": 2,
+}  # fmt: skip
+
+
+def small() -> Transformer:
+    model = Transformer(dataclasses.replace(SHAPE, qk_norm=True))
+    model.init_weights(torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+def figures(config: RunConfig, name: str) -> list[float]:
+    return [line[name] for line in read_metrics(config.run.out) if name in line]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_it_refuses_what_a_device_refuses(kind: str) -> None:
+    with pretended(kind):
+        away, here = torch.ones(2, device=kind), torch.ones(2)
+        assert away.device == torch.device(kind, 0) and not away.is_cpu
+        assert (away * torch.ones(())).device.type == kind and (away + 1).cpu().is_cpu
+        with pytest.raises(RuntimeError, match="two devices"):
+            away + here
+        with pytest.raises(RuntimeError, match="two devices"):
+            here[away.long()]
+        with pytest.raises(TypeError):
+            away.numpy()
+        if kind == "mps":
+            with pytest.raises(TypeError, match="float64"):
+                away.double()
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "recipe", "more"),
+    [
+        ("cuda", "bfloat16", "seed", PACKED),
+        ("cuda", "float16", "fast", {}),
+        ("mps", "float32", "fast", PACKED),
+    ],
+)
+def test_a_run_and_its_resumption_are_the_cpus(
+    make_run: MakeRun, monkeypatch, kind: str, dtype: str, recipe: str, more: dict[str, Any]
+) -> None:
+    """Losses as on the CPU, the same bits after a resume, one wait a step, kernels on MPS."""
+    common = {"recipe": recipe, "steps": 3, "eval_tokens": 64, "dropout_start": 0.1, **more}
+    plain = make_run("cpu", clip_norm=0.01, **common)
+    config = make_run(
+        "away",
+        device=kind,
+        dtype=dtype,
+        clip_norm=0.01,
+        save_every_steps=2,
+        compile="off",
+        **common,
+    )
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:2"))
+    monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 3)
+    train(plain)
+    waits, original = [], trainer.Trainer._train_step
+
+    def step(self: trainer.Trainer) -> None:
+        before = len(Pretended.now.waits)
+        original(self)
+        waits.append(Pretended.now.waits[before:])
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", step)
+    with pretended(kind) as device:
+        first, second = train(config), train(again)
+        monkeypatch.setattr(runtime, "_COMPILE_FROM_PARAMETERS", 0)
+        monkeypatch.setattr(
+            torch, "compile", lambda *_, **__: pytest.fail("only training compiles")
+        )
+        opened = open_to_generate(config.run.out, kind, None, "bfloat16")
+        assert len(list(generate(opened.model, [1, 2], make_sampler(0), 3, stop_ids=()))) == 3
+    assert first == second and len(waits) == 4
+    for name in ("loss", "val_loss"):
+        there = figures(config, name)
+        assert there[: len(figures(plain, name))] == pytest.approx(figures(plain, name), rel=1e-4)
+    copies = 0 if kind == "cuda" else 3 + ("document_mask" in more)  # MPS copies at once
+    assert [sorted(found) for found in waits] == [["copy to the device"] * copies + ["tolist"]] * 4
+    if kind == "mps":
+        assert missing_on_mps(device.seen) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "dtype"),
+    [("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float16"), ("mps", (0, 0), "float32")],
+)
+def test_a_device_is_taken_in_the_type_it_computes(
+    kind: str, capability: tuple[int, int], dtype: str
+) -> None:
+    with pretended(kind, capability):
+        machine = Runtime.detect(Run(), 1)
+    assert (machine.device.type, machine.dtype) == (kind, getattr(torch, dtype))
+
+
+def missing_on_mps(operations: Iterable[Any]) -> list[str]:
+    """Those for which torch's own table names no kernel on MPS; attention's go by other names."""
+    table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    blocks = {b.split("(")[0]: b for b in table.read_text().split("\n- func: ")}
+    found = []
+    for operation in operations:
+        name = str(operation).removeprefix("aten.").removesuffix(".default")
+        block = blocks.get(name, "")
+        if delegate := re.search("structured_delegate: (.*)", block):
+            block += blocks[delegate[1]]
+        if "attention" not in name and not re.search(r"\bMPS\b|Composite", block):
+            found += [name] if "dispatch:" in block or not block else []
+    return found
+
+
+def test_an_operation_without_a_kernel_is_seen() -> None:
+    assert missing_on_mps([torch.ops.aten.geqrf.default, torch.ops.aten.mm.default]) == ["geqrf"]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("cuda", "bfloat16"), ("mps", "float32")])
+def test_the_doctor_and_the_plan_run_there(kind: str, dtype: str) -> None:
+    config = dataclasses.replace(PRESETS["tiny"]("fast"), model=SHAPE)
+    with pretended(kind):
+        run = Run(device=kind, dtype=dtype, compile="off")  # type: ignore[arg-type]
+        machine = Runtime.detect(run, 1)
+        checks = doctor.arithmetic(machine)
+        assert plan.step_seconds(config, machine, rows=2, steps=1) > (0, 0)
+    assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_generation_and_judgement_are_the_cpus(kind: str, monkeypatch) -> None:
+    """Also where booleans are misread for few queries, as by MPS in torch 2.11 (pytorch#182285)."""
+    original = F.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, **options):
+        if q.is_mps and attn_mask is not None and attn_mask.dtype == torch.bool and q.shape[2] <= 8:
+            attn_mask = torch.ones_like(attn_mask)
+        return original(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    pairs = [([5, 6, 7], [8, 9]), ([5, 6, 7], [4]), ([1, 2, 3, 4, 5], [6])]
+
+    def answers(model: Transformer) -> list[Any]:
+        rows = Rows(model, 3)
+        found = [rows.start(row, list(range(3, 5 + row))) for row in range(3)]
+        found += [rows.step([0, 1, 2], [7, 8, 9]), rows.step([2, 0], [1, 2]), rows.step([1], [4])]
+        return [*(x.tolist() for x in found), *([s.nats] for s in score(model, pairs))]
+
+    with torch.no_grad():
+        expected = answers(small())
+        with pretended(kind):
+            found = answers(small().to(kind))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5)
+
+
+def test_the_doctor_sees_rows_that_read_each_others_masks(monkeypatch) -> None:
+    original = F.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, **options):
+        if attn_mask is not None and q.shape[2] <= 8 and q.dtype == torch.bfloat16:
+            attn_mask = attn_mask[:1].expand_as(attn_mask)
+        return original(q, k, v, attn_mask=attn_mask, **options)
+
+    machine = Runtime.detect(Run(device="cpu", dtype="bfloat16", compile="off"), 1)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    assert not doctor._probed("uneven rows", doctor._probe_generation, machine).passed
+
+
+def test_float16_keeps_the_direction_of_a_small_gradient() -> None:
+    """Of one whose numbers are about 1e-6, where float16 steps by 6e-8."""
+    source = torch.Generator().manual_seed(2)
+    gradient = torch.randn(64, 64, generator=source) * torch.logspace(-6, -9, 64)
+    updates = []
+    for dtype in (torch.float32, torch.float16):
+        weight = torch.zeros(64, 64)
+        weight.grad = gradient.clone()
+        muon = NorMuon([(weight, [64])], weight_decay=0.0, dtype=dtype)
+        muon.param_groups[0]["lr"] = 0.1
+        muon.step()
+        updates.append(weight.flatten())
+    assert F.cosine_similarity(*updates, dim=0) > 0.98
+
+
+def test_bfloat16_on_mps_keeps_normuon_in_float32(monkeypatch) -> None:
+    with pretended("mps"):
+        model = small().to("mps")
+        model.dtype = torch.bfloat16
+        assert optimizers(model, PRESETS["tiny"]("fast").optim)[0]._dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "said"), [("mps", "one process"), ("cuda", "--nproc-per-node 1")])
+def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said: str) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pretended(kind), pytest.raises(SotaError, match=said):
+        Runtime.detect(Run(device=kind), 1)  # type: ignore[arg-type]
+
+
+def test_a_mac_is_full_before_it_swaps(monkeypatch) -> None:
+    limits: list[float] = []
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
+    with (
+        pretended("mps"),
+        mock.patch.object(torch.mps, "set_per_process_memory_fraction", limits.append),
+    ):
+        Runtime.detect(Run(device="mps"), 1)
+        monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.2")  # whoever sets it knows why
+        Runtime.detect(Run(device="mps"), 1)
+    assert limits == [1.0]
+
+
+def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(doctor, "arithmetic", lambda _: asked.append("asked") or [])
+    with pretended("mps"):
+        for version in ("15.5", "15.5", "26.1"):
+            monkeypatch.setattr("platform.mac_ver", lambda version=version: (version, "", ""))
+            doctor.admit(tmp_path, Runtime.detect(Run(device="mps"), 1))
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "MPS backend out of memory (MPS allocated: 40.00 GB, other allocations: 8.00 GB)",
+        "Invalid buffer size: 48.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_devices_have_several_words_for_a_full_memory(message: str, capsys) -> None:
+    def work() -> int:
+        raise RuntimeError(message)
+
+    assert out_of_memory(RuntimeError(message))
+    assert guarded(work) == TEMPORARY
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_plan_backs_off_as_training_does(monkeypatch) -> None:
+    """A card that holds two windows: the plan multiplies the time of two by four."""
+
+    def step_seconds(_config: RunConfig, _runtime: Runtime, rows: int) -> tuple[float, float]:
+        if rows > 2:
+            raise torch.OutOfMemoryError("no room")
+        return 1.5, 0.5
+
+    monkeypatch.setattr(plan, "step_seconds", step_seconds)
+    config = PRESETS["tiny"]()
+    assert config.train.batch_rows == 8
+    assert plan.measure(config).seconds == 4 * 1.0 + 0.5
