@@ -109,7 +109,7 @@ def test_a_run_and_its_resumption_are_the_cpus(
     assert first == second and len(waits) == 4
     for name in ("loss", "val_loss"):
         there = figures(config, name)
-        assert there[: len(figures(plain, name))] == pytest.approx(figures(plain, name), rel=1e-4)
+        assert there[: len(figures(plain, name))] == pytest.approx(figures(plain, name), rel=3e-4)
     copies = 0 if kind == "cuda" else 3 + ("document_mask" in more)  # MPS copies at once
     assert [sorted(found) for found in waits] == [["copy to the device"] * copies + ["tolist"]] * 4
     if kind == "mps":
