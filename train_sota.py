@@ -72,6 +72,8 @@ def run(options: Options) -> int:
         raise cli.SotaError(f"--minutes {options.minutes} must be above 0 and finite")
     if not any(asked):
         options = ask(options)
+    if options.minutes is not None and (options.full or options.large):
+        raise cli.SotaError("--minutes is the budget of --quick; leave it out")
     if options.resume and options.out not in (None, options.resume):
         raise cli.SotaError(f"--resume {options.resume} goes on in that folder; leave --out out")
     if options.resume is None:

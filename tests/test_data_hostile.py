@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import lzma
+import sys
 import tarfile
 import time
 import zipfile
@@ -220,6 +221,16 @@ def test_utf16_gives_the_documents_of_utf8(
         (tmp_path / f"16.{kind}.gz").write_bytes(gzip.compress(data))
         for name in (f"16.{kind}", f"16.{kind}.gz"):
             assert read(tmp_path / name, tmp_path / "spool") == (expected, []), (name, codec)
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
+def test_standard_input_may_begin_with_blank_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """And is JSON lines all the same, though the first bytes that are looked at are blank."""
+    data = f"\n \n\n\n{jsonl(texts(5)).decode()}".encode(codec)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert read(Path("-"), tmp_path) == (texts(5), [])
 
 
 def test_broken_utf16_is_counted_whatever_its_size(

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -99,7 +100,12 @@ def test_what_a_run_that_goes_on_cannot_use_is_said_or_refused(
 
 def test_a_mistake_names_the_help_of_the_script(launcher: types.ModuleType, capsys) -> None:
     assert launcher.main(["--minuts", "3"]) == 2
-    said = capsys.readouterr().err
+    assert launcher.main(["--quick", "--minutes", "x"]) == 2
+    assert launcher.main(["--quick", "--recipe", "slow"]) == 2
+    assert launcher.main(["--full", "--minutes", "3"]) == 2
+    said, number, choice, budget = capsys.readouterr().err.splitlines()
+    assert "--minutes must be a number, not 'x'; `" in number and "--quick" in budget
+    assert re.search("--recipe must be one of '[a-z]{4}', '[a-z]{4}', not 'slow'", choice), choice
     assert "(did you mean '--minutes'?); `train_sota.py --help` shows" in said
 
 

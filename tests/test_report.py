@@ -87,6 +87,22 @@ def test_what_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
     assert "report.html" in said.out and len(said.err.splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"step": 1{"0" * 400}, "loss": 3.0}}',
+        f'{{"step": 110, "loss": 1{"0" * 400}}}',
+        f'{{"step": 110, "val_loss": 1{"0" * 400}, "val_perplexity": 1, "val_bits_per_byte": 1}}',
+        "[" * 100_000,
+        '{"step": 110, "event": "\\ud800"}',
+    ],
+)
+def test_a_damaged_line_costs_no_report(run: Path, line: str) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"\n{line}\n")
+    assert main(["report", str(run)]) == 0
+
+
 def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsys) -> None:
     (run / "folder").mkdir()
     for out in (run / "none" / "a.html", run / "folder"):

@@ -129,18 +129,20 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
         if not stop.code:
             raise
         kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # a box, or its ASCII form
-        text = _plain(" ".join(kept.split()), _flags(kind, more.get("default")))
+        own = ["--hours"] if verb.startswith("plan ") else []
+        text = _plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *own])
         if not re.match(r"\w+\.\w+ ", text):  # a field that names itself and what is allowed
             text = f"{verb}: {text}; `{program} --help` shows all options"
         raise SotaError(text) from None
 
 
 def _flags(kind: type, default: Any) -> list[str]:
-    """Every option of `kind`, of its sections if it has a default, and then the short forms."""
+    """Every option of `kind`; if it has a default, of its sections, and what is read before."""
     names = [field.name for field in dataclasses.fields(kind)]
     if default is not None:
         names = [f"{name}.{field}" for name in names for field in vars(getattr(default, name))]
-    return [f"--{name.replace('_', '-')}" for name in names] + [*SHORT] * (default is not None)
+    before = [*SHORT, "--recipe", "--override"] if default is not None else []
+    return [*(f"--{name.replace('_', '-')}" for name in names), *before]
 
 
 _OURS = (  # what tyro 1.0 says, what we say
@@ -148,9 +150,13 @@ _OURS = (  # what tyro 1.0 says, what we say
      r"\1 must be a whole number, not \2"),
     (r"Error parsing (\S+): could not convert .* float: (.*) Argument helptext.*",
      r"\1 must be a number, not \2"),
+    (r"Error parsing (\S+): no type .*\|INT could .* from \[(.*)\]\. Got errors: .*",
+     r"\1 must be a whole number, not \2"),
+    (r"Error parsing (\S+): no type .*\|FLOAT could .* from \[(.*)\]\. Got errors: .*",
+     r"\1 must be a number, not \2"),
     (r"Error parsing (\S+: .*) Argument helptext.*", r"\1"),
     (r"Error parsing \S+: (.*)", r"\1"),
-    (r"invalid choice ('.*') for argument '(.*?)'\. Expected one of \((.*)\)\.",
+    (r"invalid choice ('.*') for argument '(.*?)'\. Expected one of \((.*?)(?:, 'None')?\)\.",
      r"\2 must be one of \3, not \1"),
     (r"Missing value for argument .*?'([-.\w]+)'.*", r"\1 needs a value"),
     (r"Missing from .*?: (.*?)\.? \(required\).*", r"missing: \1"),
@@ -163,6 +169,7 @@ _TITLES = r"(Value error|Invalid choice|Missing argument|Required options|Unreco
 def _plain(text: str, known: list[str]) -> str:
     """What tyro says in a box, in our words; all else as it is, without title and footer."""
     text = re.sub(r" For full helptext.*", "", re.sub(_TITLES, "", text, count=1))
+    text = text.replace("'None', ", "")  # a choice of ours only where nothing is chosen
     text = next(
         (found.expand(ours) for says, ours in _OURS if (found := re.fullmatch(says, text))), text
     )

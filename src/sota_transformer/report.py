@@ -44,7 +44,7 @@ def write_report(folder: Path, out: Path) -> Path:
     body += _samples(folder, metrics[-1]["step"])
     text = escape(config.to_json())
     body.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
-    write_file(out, document(f"Run: {folder}", body).encode())
+    write_file(out, document(f"Run: {folder}", body).encode(errors="replace"))
     return out
 
 

@@ -142,7 +142,7 @@ class _Chained(io.RawIOBase):
         """The next bytes of whatever part is not used up."""
         if data := self._first[: size if size >= 0 else None]:
             self._first = self._first[len(data) :]
-            return data
+            return data + (self._raw.read(size - len(data)) if size > len(data) else b"")
         if data := self._raw.read(size):
             return data
         data, self._last = self._last, b""

@@ -169,8 +169,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
         try:
-            value = json.loads(line)
-        except ValueError:
+            value = json.loads(line, parse_int=_count)
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             if value.get("event") == "start":
@@ -179,6 +179,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             kind = next((name for name in ("loss", "val_loss") if name in value), "event")
             found[value["step"], kind] = value
     return [found[key] for key in sorted(found)]
+
+
+def _count(digits: str) -> int | None:
+    """A whole number; None for one that no run counts to, and perhaps no float can hold."""
+    return int(digits) if len(digits) < 20 else None
 
 
 def read_samples(folder: Path) -> dict[int, str]:
