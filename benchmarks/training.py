@@ -87,10 +87,10 @@ def trainer(preset: str, rows: int, steps: int, compiled: bool) -> float:
     )
 
     from sota_transformer.presets import PRESETS
-    from sota_transformer.runtime import Runtime
+    from sota_transformer.runtime import activations
 
-    config = PRESETS[preset]()
-    model, dtype = config.model, Runtime.detect(config.run, config.model.parameter_count).dtype
+    model = PRESETS[preset]().model
+    dtype, _ = activations("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     shape = LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,

@@ -65,7 +65,7 @@ class Runtime:
             backend = "nccl" if device.type == "cuda" else "gloo"
             with _together():
                 dist.init_process_group(backend, timeout=_SILENCE)
-        dtype, why_dtype = _dtype(run.dtype, device)
+        dtype, why_dtype = activations(run.dtype, device)
         compiled, why_compile = _compile(run.compile, device, parameters)
         return cls(
             device=device,
@@ -255,8 +255,8 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 
-def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Type of the activations and why."""
+def activations(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The type of the activations and why; `auto` is the fastest that the hardware has."""
     if wanted != "auto":
         return getattr(torch, wanted), f"{wanted} as asked"
     if device.type == "cuda":

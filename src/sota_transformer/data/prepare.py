@@ -138,16 +138,19 @@ def _existing(options: Prepare) -> dict[str, Any] | None:
         raise SotaError(
             f"{out} is not empty and not prepared data; choose another --out or empty it", LOCKED
         )
-    from sota_transformer.data.encode import HASH_RULE
     from sota_transformer.data.shards import load_manifest
 
     manifest = load_manifest(out)
-    if options.append and (rule := manifest["split_rule"]["hash"]) != HASH_RULE:
-        raise SotaError(
-            f"{out} was prepared by another version, which told documents apart in another way "
-            f"({rule}), so --append would not know them again; prepare all of it in a new folder",
-            BAD_DATA,
-        )
+    if options.append:
+        from sota_transformer.data.encode import HASH_RULE
+
+        if (rule := manifest["split_rule"]["hash"]) != HASH_RULE:
+            raise SotaError(
+                f"{out} was prepared by another version, which told documents apart in another way "
+                f"({rule}), so --append would not know them again; prepare all of it in a new "
+                "folder",
+                BAD_DATA,
+            )
     return manifest
 
 
