@@ -271,9 +271,6 @@ def _config(arguments: list[str]) -> int:
 
 
 def _prepare(arguments: list[str]) -> int:
-    from sota_transformer.data.forks import warm_up
-
-    warm_up()  # before the slow import of what reads options
     options = parse(Prepare, "prepare", arguments)
     from sota_transformer.data.prepare import prepare
 

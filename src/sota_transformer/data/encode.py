@@ -8,7 +8,6 @@ fsync: what a power cut leaves of it is noticed.
 import json
 import mmap
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,15 +174,16 @@ def _guarded(segment: Segment, tools: Tools) -> Iterator[Document]:
 def store(encoded: Encoded, path: Path, key: str) -> None:
     """Write a unit's result so that `path` is there whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    check, shapes = 0, {}
+    check, shapes = blake3(), {}
     try:
         with open(temporary, "wb", buffering=0) as file:
             for name, dtype in _ARRAYS:
                 array = np.ascontiguousarray(getattr(encoded, name), dtype)
                 data = array.reshape(-1).view(np.uint8).data
                 _write_all(file, data)
-                check, shapes[name] = zlib.crc32(data, check), array.shape
-            head = {"key": key, "check": check, "shapes": shapes}
+                check.update(data)
+                shapes[name] = array.shape
+            head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
             head |= {"counts": encoded.counts, "examples": encoded.examples}
             text = json.dumps(head).encode()
             file.write(text + len(text).to_bytes(8, "little"))
@@ -207,9 +207,8 @@ def load(path: Path, key: str, *, check: bool) -> Encoded | None:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         size = int.from_bytes(data[-8:], "little")
         head = json.loads(data[-8 - size : -8])
-        if head["key"] != key or (
-            check and zlib.crc32(memoryview(data)[: -8 - size]) != head["check"]
-        ):
+        whole = memoryview(data)[: -8 - size]
+        if head["key"] != key or (check and blake3(whole).hexdigest() != head["check"]):
             return None
         arrays, at, place = {}, 0, None
         for name, dtype in _ARRAYS:
