@@ -32,7 +32,7 @@ from sota_transformer.data.alike import (
 from sota_transformer.data.sketch import BANDS, KEY_BITS, MARKS
 from sota_transformer.errors import BAD_DATA, SotaError
 
-_KEPT = 1 << 13  # earlier documents whose 5-grams stay in memory, at most 8 kB each
+_KEPT = 1 << 12  # earlier documents whose 5-grams stay in memory, at most 8 kB each
 _CACHED, _CACHED_TOKENS = 128, 1 << 16  # long ones of which more than a share stay, the longest
 _SEEN_BITS = 24
 _LOW = (1 << 32) - 1
