@@ -1,7 +1,9 @@
 """The plan's arithmetic against numbers worked out by hand, and the verb."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from sota_transformer import plan
@@ -49,8 +51,27 @@ def test_the_verb_refuses_hours_that_are_none(capsys, hours: str) -> None:
 
 
 def test_the_verb_refuses_data_that_is_none(capsys, tmp_path) -> None:
-    assert main(["plan", "tiny", "--data", str(tmp_path)]) == 66
+    assert main(["plan", "tiny", "--data", str(tmp_path / "none")]) == 66
+    assert main(["plan", "tiny", "--data", str(tmp_path)]) == 65
     assert "sota prepare" in capsys.readouterr().err
+
+
+def test_token_files_of_other_projects_count_too(tmp_path) -> None:
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert plan.training_tokens(tmp_path) == 1000
+
+
+def test_other_presets_are_measured_as_the_run_is(monkeypatch) -> None:
+    """On the device, threads and precision that were asked for, not on those of a plain preset."""
+    seen = []
+    monkeypatch.setattr(plan, "measure", lambda config: seen.append(config) or SPEED)
+    config = PRESETS["16m"]()
+    run = dataclasses.replace(config.run, device="cpu", threads=1, dtype="float32")
+    data = dataclasses.replace(config.data, document_mask=True)
+    asked = dataclasses.replace(config, run=run, data=data)
+    list(plan.compare(asked, "16m", SPEED, hours=1.0, there=0))
+    assert len(seen) == 2
+    assert all((other.run, other.data) == (run, data) for other in seen)
 
 
 def test_the_verb_plans(capsys, data) -> None:
