@@ -58,6 +58,7 @@ class BestFit:
         self.text_bytes, self.documents = self._stream.text_bytes, self._stream.documents
         self.fingerprint = f"{self._stream.fingerprint}-best-fit"
         starts, lengths = _pieces(document_ends(self._stream), seq_len + 1)
+        starts, lengths = starts[lengths > 1], lengths[lengths > 1]  # a lone token predicts nothing
         if not len(starts):
             raise SotaError(f"{folder}: the {split} split has no text", BAD_DATA)
         order, offsets = _best_fit(lengths, seq_len + 1)
