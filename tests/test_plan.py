@@ -8,6 +8,7 @@ import pytest
 
 from sota_transformer import plan
 from sota_transformer.cli import main
+from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 
 SPEED = plan.Speed(seconds=2.0, tokens=2048, memory=3_000_000_000)
@@ -41,6 +42,19 @@ def test_a_measured_step_is_faster_than_nothing_and_slower_than_light() -> None:
     assert 0 < speed.seconds < 60
     assert speed.tokens == 8 * 64
     assert math.isfinite(speed.tokens_per_second)
+
+
+@pytest.mark.parametrize(("recipe", "drops"), [("seed", True), ("fast", False)])
+def test_the_measured_step_drops_out_where_the_run_does(monkeypatch, recipe, drops) -> None:
+    seen, forward = [], Transformer.forward
+
+    def watched(self, tokens, dropout=None, **more):
+        seen.append(dropout is not None)
+        return forward(self, tokens, dropout, **more)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    plan.measure(PRESETS["tiny"](recipe))
+    assert set(seen) == {drops}
 
 
 @pytest.mark.parametrize("hours", ["soon", "nan", "-1", "inf"])
