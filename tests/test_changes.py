@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from sota_transformer import cli
+from sota_transformer.commands.transfer import run_export, run_import
 from sota_transformer.config import RunConfig
 from sota_transformer.data.loader import BatchLoader
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
+from sota_transformer.options import Export, Import
 from sota_transformer.training import checkpoint, trainer
+from sota_transformer.training.runlog import read_config
 from sota_transformer.training.start import train
 from tests.test_trainer import InterruptError, final_hash, stop_after
 
@@ -138,6 +141,18 @@ def test_other_data_is_refused_or_admitted_in_two_ways(
     state = checkpoint.load(other.run.out, 12)
     assert state.manifest["data"] == windows.fingerprint
     assert state.trainer["rows"] == rows[11][-1] + 1
+
+
+def test_a_run_imported_without_data_takes_what_it_is_given(
+    begun: RunConfig, tmp_path: Path
+) -> None:
+    run_export(Export(run=begun.run.out, out=tmp_path / "model"))
+    run_import(Import(model=tmp_path / "model", out=tmp_path / "imported", steps=2))
+    config = dataclasses.replace(read_config(tmp_path / "imported"), data=begun.data)
+    config = run_options(config, device="cpu", threads=1, exact=True)
+    train(config)
+    assert checkpoint.load(config.run.out, 2).manifest["data"] is not None
+    assert changed(config) == []
 
 
 def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_json_round_trip(name: str) -> None:
         lambda value: value["train"].update(steps="many"),
         lambda value: value["train"].update(steps=True),
         lambda value: value["train"].update(steps=0),
+        lambda value: value["data"].update(windows="best_fit"),
         lambda value: value.update(extra={}),
         lambda value: value.update(optim=[]),
         lambda value: value["optim"].update(learning_rate=-1.0),

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from sota_transformer.data import near, units
+from sota_transformer.data.encode import EXCLUDE_GRAM
+from sota_transformer.data.exclude import write_excluded
 from sota_transformer.data.grams import GramSet, gram_hashes, gram_order
 from sota_transformer.data.merge import SeenHashes
 from sota_transformer.data.sketch import BANDS, MARKS, sketch
 from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import SotaError
 from tests.preparing import bytes_of, everything, jsonl, run
 
 TOKENIZER = Tokenizer()
@@ -201,6 +204,30 @@ def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path, codec: str
     manifest = run(tmp_path / "data", tmp_path / "a.jsonl", exclude=(str(tmp_path / "eval.jsonl"),))
     assert everything(tmp_path / "data") == sorted([*items, partly])
     assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5
+
+
+def test_no_excluded_text_is_passed_over_in_silence(tmp_path: Path) -> None:
+    random = np.random.default_rng(9)
+    long, latin, fine = (" ".join(random_text(random, 40)) for _ in range(3))
+    (tmp_path / "fine.txt").write_text(fine)
+    (tmp_path / "latin.txt").write_bytes(f"caf\xe9 {latin}".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.jsonl").write_bytes(jsonl([long, f"so: {latin}", f"so: {fine}"]))
+    given = tuple(str(tmp_path / name) for name in ("fine.txt", "latin.txt", "empty.txt"))
+    write_excluded(given, "text", tmp_path / "grams.npy")
+    grams = np.load(tmp_path / "grams.npy")
+    for text in (latin, fine):
+        ids = np.array(TOKENIZER.encode(text)[2:], np.uint16)  # the first follow what is before
+        assert np.isin(gram_hashes(ids, EXCLUDE_GRAM), grams).all()
+    (tmp_path / "bench.json").write_text(json.dumps({"text": long}))
+    (tmp_path / "bench.csv").write_text(f"question,answer\n{long},yes\n")
+    (tmp_path / "data.bin").write_bytes(b"\0" * 100)
+    for name in ("bench.csv", "data.bin"):
+        with pytest.raises(SotaError, match=name) as caught:
+            write_excluded((given[0], str(tmp_path / name)), "text", tmp_path / "grams.npy")
+        assert caught.value.code == 65
+    with pytest.raises(SotaError, match="bench"):
+        write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
 
 
 def test_a_text_is_known_however_often_it_repeats_itself(tmp_path: Path) -> None:

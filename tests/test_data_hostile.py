@@ -258,3 +258,13 @@ def test_csv_cuts_only_between_records(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "spool").mkdir()
     for name in ("a.csv", "b.csv.gz"):
         assert read(tmp_path / name, tmp_path / "spool") == (items, [])
+
+
+def test_csv_with_a_broken_header_gives_no_other_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sota_transformer.data.documents.DOCUMENT_BYTES", 100)
+    (tmp_path / "a.csv").write_text(f"text,{'x' * 200}\nwanted,secret\n")
+    (tmp_path / "spool").mkdir()
+    found, refused = read(tmp_path / "a.csv", tmp_path / "spool")
+    assert found == [] and [item.reason[:13] for item in refused] == ["not a csv row"]

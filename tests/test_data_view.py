@@ -60,7 +60,7 @@ def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[st
     text = page.read_text()
     assert "<svg" in text and "not a JSON line" in text and "13-grams" in text
     assert "http" not in text and "<script" not in text
-    for wrong in ("test:1", "train", "train:x", "train:99999999"):
+    for wrong in ("test:1", "train", "train:x", "train:99999999", "train:0:0"):
         with pytest.raises(SotaError):
             describe(DataView(folder=folder, window=wrong))
 
@@ -130,6 +130,19 @@ def test_other_projects_files_open_as_they_are(folder: Path, tmp_path: Path, kin
     assert describe(DataView(folder=tmp_path / kind, show=0))["val"]["documents"] > 0
 
 
+def test_the_side_of_a_foreign_file_is_a_word_of_its_name(tmp_path: Path) -> None:
+    sides = {
+        "train": ["medieval.bin", "train_retrieval_000001.bin", "values.bin"],
+        "val": ["fineweb_val_000000.bin", "my-Validation.bin", "val2.bin", "valid.bin"],
+    }
+    for name in itertools.chain(*sides.values()):
+        np.arange(9, dtype=np.uint16).tofile(tmp_path / name)
+    found = load_manifest(tmp_path)["splits"]
+    assert {side: sorted(found[side]["shards"]) for side in sides} == {
+        side: sorted(names) for side, names in sides.items()
+    }
+
+
 def test_bad_foreign_files_are_refused(folder: Path, tmp_path: Path) -> None:
     ids = stream(folder, "train")
     for name, data in {
@@ -190,6 +203,14 @@ def test_best_fit_loses_no_pair_and_starts_with_documents(folder: Path, seq_len:
     for i in (-1, len(windows)):
         with pytest.raises(IndexError):
             windows[i]
+
+
+def test_best_fit_has_no_window_without_a_target(tmp_path: Path) -> None:
+    """Other projects' files may hold an end-of-text behind another; a batch of it has no loss."""
+    write_foreign(tmp_path / "x", "nanogpt", {"train": np.array([EOT, 1, 2, 3, EOT, EOT], "<u2")})
+    windows = BestFit(tmp_path / "x", "train", 3)
+    assert [windows[i].tolist() for i in range(len(windows))] == [[1, 2, 3, EOT]]
+    assert windows.padding == 0
 
 
 def test_best_fit_packs_as_the_slow_way() -> None:

@@ -1,11 +1,14 @@
 """The plan's arithmetic against numbers worked out by hand, and the verb."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from sota_transformer import plan
 from sota_transformer.cli import main
+from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 
 SPEED = plan.Speed(seconds=2.0, tokens=2048, memory=3_000_000_000)
@@ -41,6 +44,19 @@ def test_a_measured_step_is_faster_than_nothing_and_slower_than_light() -> None:
     assert math.isfinite(speed.tokens_per_second)
 
 
+@pytest.mark.parametrize(("recipe", "drops"), [("seed", True), ("fast", False)])
+def test_the_measured_step_drops_out_where_the_run_does(monkeypatch, recipe, drops) -> None:
+    seen, forward = [], Transformer.forward
+
+    def watched(self, tokens, dropout=None, **more):
+        seen.append(dropout is not None)
+        return forward(self, tokens, dropout, **more)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    plan.measure(PRESETS["tiny"](recipe))
+    assert set(seen) == {drops}
+
+
 @pytest.mark.parametrize("hours", ["soon", "nan", "-1", "inf"])
 def test_the_verb_refuses_hours_that_are_none(capsys, hours: str) -> None:
     assert main(["plan", "tiny", "--hours", hours]) == 2
@@ -49,8 +65,27 @@ def test_the_verb_refuses_hours_that_are_none(capsys, hours: str) -> None:
 
 
 def test_the_verb_refuses_data_that_is_none(capsys, tmp_path) -> None:
-    assert main(["plan", "tiny", "--data", str(tmp_path)]) == 66
+    assert main(["plan", "tiny", "--data", str(tmp_path / "none")]) == 66
+    assert main(["plan", "tiny", "--data", str(tmp_path)]) == 65
     assert "sota prepare" in capsys.readouterr().err
+
+
+def test_token_files_of_other_projects_count_too(tmp_path) -> None:
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert plan.training_tokens(tmp_path) == 1000
+
+
+def test_other_presets_are_measured_as_the_run_is(monkeypatch) -> None:
+    """On the device, threads and precision that were asked for, not on those of a plain preset."""
+    seen = []
+    monkeypatch.setattr(plan, "measure", lambda config: seen.append(config) or SPEED)
+    config = PRESETS["16m"]()
+    run = dataclasses.replace(config.run, device="cpu", threads=1, dtype="float32")
+    data = dataclasses.replace(config.data, document_mask=True)
+    asked = dataclasses.replace(config, run=run, data=data)
+    list(plan.compare(asked, "16m", SPEED, hours=1.0, there=0))
+    assert len(seen) == 2
+    assert all((other.run, other.data) == (run, data) for other in seen)
 
 
 def test_the_verb_plans(capsys, data) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 GPT2_VOCAB = 50_257
 VOCAB = GPT2_VOCAB + 1  # and <|pad|>
@@ -261,6 +261,9 @@ def _section(kind: type, values: Any) -> Any:
         allowed = accepted.get(fields[name], (str,))
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise ValueError(f"{kind.__name__}.{name} has the wrong type: {value!r}")
+        choices = get_args(fields[name])  # of a Literal
+        if choices and value not in choices:
+            raise ValueError(f"{kind.__name__}.{name} {value!r} must be one of {choices}")
     paths = {name: Path(value) for name, value in values.items() if fields[name] is Path}
     return kind(**values | paths)
 

@@ -210,7 +210,7 @@ class Serve:
     api_key: str = ""
     """Key that requests must carry; also read from SOTA_API_KEY."""
     rows: int = 8
-    """Requests computed together; as many again wait, others are told to come back."""
+    """Continuations computed together; 16 more wait, others are told to come back."""
     step: int | None = None
     """Checkpoint to serve; without it, the newest that verifies."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -5,7 +5,6 @@ published scaling law and says so. Where the law was not fitted there is no numb
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import NO_INPUT, SotaError
 from sota_transformer.presets import PRESETS, Recipe
 from sota_transformer.schedules import describe
 
@@ -105,7 +103,7 @@ def compare(
     choices = []
     recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
     for name in ("16m", "125m", "250m"):
-        other = PRESETS[name](recipe)
+        other = dataclasses.replace(PRESETS[name](recipe), run=config.run, data=config.data)
         rate = (speed if name == preset else measure(other)).tokens_per_second
         tokens = int(rate * hours * 3600)
         steps = tokens // (other.train.batch_rows * other.model.seq_len)
@@ -146,15 +144,12 @@ def memory_estimate(config: RunConfig) -> str:
 
 
 def training_tokens(data: Path) -> int:
-    """Tokens of the training split of a prepared folder; 0 where none is given."""
+    """Tokens of the training split of data that a run could read; 0 where none is given."""
     if data == Path():
         return 0
-    try:
-        return int(json.loads((data / "manifest.json").read_text())["splits"]["train"]["tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SotaError(
-            f"{data} is not prepared data; `sota prepare` makes it", NO_INPUT
-        ) from error
+    from sota_transformer.data.shards import load_manifest
+
+    return load_manifest(data)["splits"]["train"]["tokens"]
 
 
 def _span(seconds: float) -> str:
@@ -204,7 +199,8 @@ def step_seconds(
     both = optimizers(model, config.optim)
     tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)
     keys = torch.arange(rows, dtype=torch.int32, device=device)
-    dropout = Dropout(torch.tensor(0.1, device=device), keys)
+    drops = max(config.optim.dropout_start, config.optim.dropout_end) > 0  # as in training
+    dropout = Dropout(torch.tensor(0.1, device=device), keys) if drops else None
     mask = same_document(torch.zeros_like(tokens[:, 1:])) if config.data.document_mask else None
     taken = []
     for _ in range(steps + 1):

@@ -54,7 +54,7 @@ def _run(model: Model, train: Train, recipe: Recipe) -> RunConfig:
             final_fraction=0.0,
             warmup_steps=10,
             beta1=0.8,
-            beta2=0.998,  # some 300 updates: most tokens are rare, small batches seldom have them
+            beta2=0.998,  # half-life 350 updates: small batches seldom have most of the tokens
             eps=1e-10,
             weight_decay=0.05,
             clip_norm=0.0,

@@ -266,6 +266,8 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             return
         except csv.Error as error:
             yield Skipped(f"not a {segment.kind} row ({error})", where)
+            if row == 1:
+                return  # without the header nobody knows which column is the text
             continue
         if row == 1:
             if field not in cells:

@@ -20,7 +20,7 @@ from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> int:
     """Write the sorted gram hashes of all texts as .npy; how many texts were too short to be found.
 
-    SotaError 66 for a missing file, 65 if no text is long enough.
+    SotaError 66 for a missing file, 65 for one that cannot be read or if no text is long enough.
     """
     tokenizer, found, short = Tokenizer(), [], 0
     for text in _texts(inputs, text_field):
@@ -37,8 +37,14 @@ def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> int:
 
 
 def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
-    """Texts of the excluded files; of records without the text field every string."""
-    for source in find(inputs)[0]:
+    """Texts of the excluded files; of records without the text field every string.
+
+    What cannot be read is an error: left out here in silence, it would be trained on.
+    """
+    sources, skipped = find(inputs)
+    for item in skipped:
+        _refuse(item)
+    for source in sources:
         if source.codec or source.kind == "zip" or source.kind == "tar":
             raise SotaError(f"--exclude {source.name}: unpack it first", USAGE)
         if source.kind == "jsonl":
@@ -48,8 +54,16 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
                     yield from _strings(_parsed(line, source.name), text_field)
             continue
         for document in documents(whole(source), text_field, Tables()):
-            if not isinstance(document, Skipped):
-                yield document.decode()
+            if isinstance(document, Skipped) and not document.repaired:
+                _refuse(document)
+                continue
+            yield (document.repaired if isinstance(document, Skipped) else document).decode()
+
+
+def _refuse(item: Skipped) -> None:
+    """SotaError 65 for what was not taken, unless there is no text in it."""
+    if item.reason != "hidden" and "empty" not in item.reason:
+        raise SotaError(f"--exclude {item.where}: {item.reason}", BAD_DATA)
 
 
 def _parsed(line: str, name: str) -> Any:

@@ -10,6 +10,7 @@ says so. Nothing is converted: the files get a manifest in memory, with their ow
 """
 
 import hashlib
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _LLMC_HEADER = 1024
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
 _MEGATRON_UINT16 = 8
 _BLOCK = 1 << 24
+_VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")  # a word: not "medieval"
 
 
 def foreign_files(folder: Path) -> list[Path]:
@@ -41,7 +43,7 @@ def foreign_manifest(folder: Path) -> dict[str, Any]:
     """
     parts: dict[str, list[Path]] = {"train": [], "val": []}
     for path in foreign_files(folder):
-        parts["val" if "val" in path.name.lower() else "train"].append(path)
+        parts["val" if _VALIDATION.search(path.name.lower()) else "train"].append(path)
     files: dict[str, Any] = {}
     splits: dict[str, Any] = {}
     for split, paths in parts.items():

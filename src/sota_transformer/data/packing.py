@@ -8,7 +8,7 @@ padding, and `padding` says how much of the work that costs.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,19 +45,14 @@ def document_ends(windows: TokenWindows) -> NDArray[np.int64]:
 class BestFit:
     """A split as windows of seq_len + 1 tokens that no document enters in its middle if it fits."""
 
-    def __init__(
-        self,
-        folder: Path,
-        split: Split,
-        seq_len: int,
-        verify: Literal["once", "full", "size"] = "once",
-    ) -> None:
+    def __init__(self, folder: Path, split: Split, seq_len: int) -> None:
         """As `TokenWindows`; SotaError 65 as there."""
-        self._stream = TokenWindows(folder, split, 1, verify)
+        self._stream = TokenWindows(folder, split, 1)
         self.seq_len, self.tokens = seq_len, self._stream.tokens
         self.text_bytes, self.documents = self._stream.text_bytes, self._stream.documents
         self.fingerprint = f"{self._stream.fingerprint}-best-fit"
         starts, lengths = _pieces(document_ends(self._stream), seq_len + 1)
+        starts, lengths = starts[lengths > 1], lengths[lengths > 1]  # a lone token predicts nothing
         if not len(starts):
             raise SotaError(f"{folder}: the {split} split has no text", BAD_DATA)
         order, offsets = _best_fit(lengths, seq_len + 1)

@@ -93,7 +93,7 @@ def _foreign(folder: Path) -> dict[str, Any]:
 class Shard:
     """One `.npy` file of a prepared folder, open for reading; it must be as the manifest says."""
 
-    def __init__(self, folder: Path, name: str, manifest: dict[str, Any], verify: str) -> None:
+    def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
         """Open and check. SotaError 65 for a wrong size, type or hash."""
         self.path, entry = folder / name, manifest["files"][name]
         again = _AGAIN.format(folder=folder)
@@ -106,8 +106,7 @@ class Shard:
         if not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
             text = f"{self.path} has {found.st_size:,} bytes, not {entry['bytes']:,}; {again}"
             raise SotaError(text, BAD_DATA)
-        if verify != "size":
-            _verify_once(self.path, found, entry["sha256"], always=verify == "full")
+        _verify_once(self.path, found, entry["sha256"])
         if "start" in entry:  # raw ids
             self.dtype, self._start = np.dtype("<u2"), int(entry["start"])
             self.items = (found.st_size - self._start) // 2
@@ -150,7 +149,7 @@ class Shard:
         self._file.close()
 
 
-def _verify_once(path: Path, found: os.stat_result, sha256: str, *, always: bool) -> None:
+def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
     """Hash the file unless this very file was hashed before. SotaError 65 on a mismatch."""
     note, mark = path.parent / _VERIFIED, [found.st_size, found.st_mtime_ns, found.st_ino, sha256]
     try:
@@ -158,7 +157,7 @@ def _verify_once(path: Path, found: os.stat_result, sha256: str, *, always: bool
     except (OSError, ValueError):
         known = {}
     known = known if isinstance(known, dict) else {}
-    if known.get(path.name) == mark and not always:
+    if known.get(path.name) == mark:
         return
     if sha256_file(path) != sha256:
         again = _AGAIN.format(folder=path.parent)
@@ -177,13 +176,7 @@ class TokenWindows:
 
     padding = 0.0
 
-    def __init__(
-        self,
-        folder: Path,
-        split: Split,
-        seq_len: int,
-        verify: Literal["once", "full", "size"] = "once",
-    ) -> None:
+    def __init__(self, folder: Path, split: Split, seq_len: int) -> None:
         """Open and check. SotaError 66 without the folder, 65 if damaged or too short."""
         manifest = load_manifest(Path(folder))
         part = manifest["splits"][split]
@@ -198,7 +191,7 @@ class TokenWindows:
                 f"{seq_len + 1:,}; {advice} in `sota prepare`, or shorten --model.seq-len",
                 BAD_DATA,
             )
-        self._shards = [Shard(Path(folder), name, manifest, verify) for name in part["shards"]]
+        self._shards = [Shard(Path(folder), name, manifest) for name in part["shards"]]
         self._starts = [0, *accumulate(shard.items for shard in self._shards)]
         if self._starts[-1] != self.tokens:
             found = f"{self._starts[-1]:,} tokens, the manifest says {self.tokens:,}"

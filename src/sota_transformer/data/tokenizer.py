@@ -163,8 +163,6 @@ class Tokenizer:
 
     eot = EOT
     pad = VOCAB - 1
-    vocab_size = VOCAB
-    hash = RANKS_SHA256
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -172,7 +170,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> NDArray[np.int64]:
-        """Bytes of text that each id stands for: (vocab_size,); 0 for end-of-text and pad."""
+        """Bytes of text that each id stands for: (VOCAB,); 0 for end-of-text and pad."""
         return np.array([len(token) for token in _token_table()] + [0, 0], np.int64)
 
     def encode(self, text: str) -> list[int]:

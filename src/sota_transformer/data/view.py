@@ -82,7 +82,8 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
     stream = _open(folder, split)
     if stream is None:
         return {"documents": 0, "tokens": 0, "text_bytes": 0}
-    lengths = np.diff(document_ends(stream), prepend=0) - 1
+    ends = document_ends(stream)
+    lengths = np.diff(ends, prepend=0) - 1
     edges = 2 ** np.arange(0, 26)
     counts = np.histogram(np.maximum(lengths, 1), edges)[0].tolist()
     filled = [i for i, count in enumerate(counts) if count]
@@ -93,16 +94,15 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
         "bytes_per_token": stream.text_bytes / max(1, stream.tokens - len(lengths)),
         "length_quantiles": np.percentile(lengths, (0, 10, 50, 90, 100)).astype(int).tolist(),
         "length_histogram": [[int(edges[i]), counts[i]] for i in range(filled[0], filled[-1] + 1)],
-        "scripts": _scripts(stream, len(lengths)),
+        "scripts": _scripts(stream, ends),
     }
 
 
-def _scripts(stream: TokenWindows, documents: int) -> dict[str, float]:
+def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
     """Share of letters by script, in documents spread over the split."""
-    ends = document_ends(stream)
     counts = dict.fromkeys((name for name, _, _ in _SCRIPTS), 0)
     other = 0
-    for number in np.unique(np.linspace(0, documents - 1, _SAMPLED).astype(int)).tolist():
+    for number in np.unique(np.linspace(0, len(ends) - 1, _SAMPLED).astype(int)).tolist():
         points = np.frombuffer(_text(stream, ends, number, 2000).encode("utf-32-le"), np.uint32)
         letters = points[points >= 0x41]
         known = 0
@@ -209,6 +209,8 @@ def _print_window(options: DataView) -> None:
     if split not in SPLITS or not all(n.isdecimal() for n in numbers) or len(numbers) not in (1, 2):
         raise SotaError(f"--window {options.window!r} must be train:INDEX or val:INDEX:SEQ_LEN")
     index, seq_len = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 512
+    if not seq_len:
+        raise SotaError(f"--window {options.window}: a window has at least one token", USAGE)
     windows = TokenWindows(options.folder, "train" if split == "train" else "val", seq_len)
     if index >= len(windows):
         raise SotaError(f"--window {options.window}: there are {len(windows):,} windows", USAGE)

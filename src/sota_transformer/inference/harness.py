@@ -26,12 +26,12 @@ class Harness(LM):
         self._model, self._tokenizer = model, tokenizer
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(nats, greedy) of each (context, continuation)."""
+        """(log-likelihood in nats, greedy) of each (context, continuation)."""
         pairs = [encode_pair(self._tokenizer, *request.args) for request in requests]
         return [(-scored.nats, scored.greedy) for scored in score(self._model, pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Nats of each whole text, from end-of-text on, in windows of the context."""
+        """Log-likelihood of each whole text, from end-of-text on, in windows of the context."""
         context, size = self._model.config.seq_len, self._tokenizer.token_bytes
         totals = []
         for request in requests:

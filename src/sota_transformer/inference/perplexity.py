@@ -2,8 +2,7 @@
 
 Every figure is a sum over tokens divided once. Letters of shapes: B rows, T tokens, N sequences.
 Reading order: `sequence_sums` and `sliding_sums` measure, `summarise` divides, `perplexity` does
-both for whole windows. The sums stay apart by sequence, so that ranks may share the work and gather
-before they divide.
+both for whole windows. The sums stay apart by sequence, for the error bar needs them so.
 """
 
 import math

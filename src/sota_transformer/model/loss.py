@@ -1,8 +1,8 @@
 """The vocabulary head and its cross-entropy in one pass, in chunks of tokens.
 
-The logits of a micro-batch are the largest tensor of a small model, so they never exist in
-float32 nor all at once: each chunk is multiplied, turned into losses and in place into gradients,
-which the backward pass only scales. That is three matrix products a token, the fewest possible.
+The logits of a micro-batch are the largest tensor of a small model, so they never exist all at
+once: each chunk is multiplied, turned into losses and in place into gradients, which the backward
+pass only scales. That is three matrix products a token, the fewest possible.
 Losses are sums; the caller divides once by the global token count.
 """
 

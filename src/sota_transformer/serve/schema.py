@@ -3,7 +3,7 @@
 An option that the server does not know is refused rather than passed over in silence.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -184,6 +184,3 @@ def logprobs_of(tokenizer: Tokenizer, drawn: list[Drawn], offset: int) -> Logpro
             best = {shown(tokenizer, token): nats for token, nats in piece.alternatives}
             result.top_logprobs.append(best)
     return result
-
-
-Json = dict[str, Any]

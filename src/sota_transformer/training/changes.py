@@ -78,7 +78,7 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
 def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> list[str]:
     """What --data-change admits, applied to `state`. SotaError 65 for other data without it."""
     old, new = state.manifest.get("data"), trainer.windows.fingerprint
-    if old == new:
+    if old in (new, None):  # None: imported without data, so this is the first
         return []
     files = state.manifest.get("data_files", {})
     names = sorted({name for name, _ in files.items() ^ trainer.validation.files.items()})

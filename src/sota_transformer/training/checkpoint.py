@@ -105,7 +105,7 @@ def steps(run_folder: Path) -> list[int]:
     """Steps of the committed checkpoints, oldest first; by number, never by time."""
     found = (run_folder / "checkpoints").glob("step-*")
     numbers = (path.name.removeprefix("step-") for path in found)
-    return sorted(int(n) for n in numbers if len(n) == 8 and n.isdecimal())
+    return sorted(int(n) for n in numbers if n.isdecimal() and f"{int(n):08d}" == n)
 
 
 def path_of(run_folder: Path, step: int) -> Path:
