@@ -13,6 +13,7 @@ from sota_transformer.data.grams import GramSet, gram_hashes, gram_order
 from sota_transformer.data.merge import SeenHashes
 from sota_transformer.data.sketch import BANDS, MARKS, sketch
 from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import SotaError
 from tests.preparing import bytes_of, everything, jsonl, run
 
 TOKENIZER = Tokenizer()
@@ -201,6 +202,29 @@ def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path, codec: str
     manifest = run(tmp_path / "data", tmp_path / "a.jsonl", exclude=(str(tmp_path / "eval.jsonl"),))
     assert everything(tmp_path / "data") == sorted([*items, partly])
     assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5
+
+
+def test_an_excluded_file_that_changed_counts_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is another preparation then; and what of it is not looked for is said."""
+    random = np.random.default_rng(9)
+    items = [" ".join(random_text(random, 60)) for _ in range(100)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "b.jsonl").write_bytes(jsonl([items[3]]))
+    (held / "c.json").write_bytes(jsonl([items[4]]))
+    (held / "d.csv").write_text(f"question\n{items[5]}\n")
+    asked = {"exclude": (str(held),)}
+    run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
+    assert len(everything(tmp_path / "data")) == 99
+    assert "2 of --exclude not looked for, e.g. held/c.json: .json" in capsys.readouterr().out
+    run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
+    assert "already holds these inputs" in capsys.readouterr().out
+    (held / "b.jsonl").write_bytes(jsonl([items[3], items[6]]))
+    with pytest.raises(SotaError, match="with other options"):
+        run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
 
 
 def test_a_text_is_known_however_often_it_repeats_itself(tmp_path: Path) -> None:

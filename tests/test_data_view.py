@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,17 @@ def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[st
     for wrong in ("test:1", "train", "train:x", "train:99999999"):
         with pytest.raises(SotaError):
             describe(DataView(folder=folder, window=wrong))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_a_page_of_names_that_are_no_text(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl(texts(50)))
+    (folder / os.fsdecode(b"\xfe.bin")).write_bytes(b"no text")
+    run(folder / "data", folder)
+    describe(DataView(folder=folder / "data", html=folder / "page.html"))
+    assert "?.bin" in (folder / "page.html").read_text("utf-8")
 
 
 def test_control_characters_do_not_reach_the_terminal(

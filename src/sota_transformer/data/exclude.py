@@ -10,6 +10,7 @@ import numpy as np
 from sota_transformer.data.documents import documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import gram_hashes
+from sota_transformer.data.progress import printable
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer, utf8
@@ -17,28 +18,38 @@ from sota_transformer.data.units import whole
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 
 
-def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> int:
-    """Write the sorted gram hashes of all texts as .npy; how many texts were too short to be found.
+def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None:
+    """Write the sorted gram hashes of all texts as .npy, and say what will not be found.
 
     SotaError 66 for a missing file, 65 if no text is long enough.
     """
     tokenizer, found, short = Tokenizer(), [], 0
+    unread: list[Skipped] = []
     for text in _texts(inputs, text_field):
+        if isinstance(text, Skipped):
+            unread.append(text)
+            continue
         hashes = gram_hashes(np.array(tokenizer.encode(text), np.uint16), EXCLUDE_GRAM)
         found.append(hashes)
         short += not len(hashes)
+    if unread:
+        example = printable(f"{unread[0].where}: {unread[0].reason}")
+        print(f"note: {len(unread):,} of --exclude not looked for, e.g. {example}")
     grams = np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
     if not len(grams):
         raise SotaError(
             f"--exclude {', '.join(inputs)}: no text there has {EXCLUDE_GRAM} tokens", BAD_DATA
         )
+    if short:
+        print(f"note: {short:,} excluded texts are too short to be found again")
     np.save(path, grams)
-    return short
 
 
-def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
+def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str | Skipped]:
     """Texts of the excluded files; of records without the text field every string."""
-    for source in find(inputs)[0]:
+    sources, skipped = find(inputs)
+    yield from skipped
+    for source in sources:
         if source.codec or source.kind == "zip" or source.kind == "tar":
             raise SotaError(f"--exclude {source.name}: unpack it first", USAGE)
         if source.kind == "jsonl":
@@ -48,8 +59,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
                     yield from _strings(_parsed(line, source.name), text_field)
             continue
         for document in documents(whole(source), text_field, Tables()):
-            if not isinstance(document, Skipped):
-                yield document.decode()
+            yield document if isinstance(document, Skipped) else document.decode()
 
 
 def _parsed(line: str, name: str) -> Any:

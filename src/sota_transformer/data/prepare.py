@@ -55,9 +55,12 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
     if problems := options.problems():
         raise SotaError("; ".join(problems), USAGE)
     warm_up()
+    if options.out.is_symlink() and options.out.is_dir():  # a folder cannot replace a link
+        options = dataclasses.replace(options, out=options.out.resolve())
     sources, skipped = find(options.inputs)
     request = _request(options, sources)
     work = _work(options.out)
+    skipped = [item for item in skipped if not item.where.endswith(f"/{work.name}")]
     old = _existing(options)
     if old and request in old["requests"]:
         print(f"{options.out} already holds these inputs, prepared with these options")
@@ -83,7 +86,7 @@ def merge(options: Merge) -> dict[str, Any]:
 
     SotaError 66 where there are no parts, or not all of them.
     """
-    out = options.out.absolute()
+    out = options.out.resolve()
     work = _work(out)
     if (out / MANIFEST).exists() and not work.exists():
         from sota_transformer.data.shards import load_manifest
@@ -117,7 +120,7 @@ def _request(options: Prepare, sources: list[Source]) -> str:
     settings = (options.val_fraction, options.text_field, options.near_dedup, options.exclude)
     settings += ("replace",) * (options.bad_text == "replace")
     digest = hashlib.sha256(repr(settings).encode())
-    for source in sources:
+    for source in (*sources, *(find(options.exclude)[0] if options.exclude else ())):
         mark = f"\n{source.input}\0{source.name}\0{source.size}\0{source.modified}"
         digest.update(os.fsencode(mark))
     return digest.hexdigest()
@@ -242,8 +245,7 @@ class _Run:
         from sota_transformer.data.exclude import write_excluded
 
         path = self.own / "excluded.npy"
-        if short := write_excluded(self.options.exclude, self.options.text_field, path):
-            print(f"note: {short:,} excluded texts are too short to be found again")
+        write_excluded(self.options.exclude, self.options.text_field, path)
         return path
 
     def _units(self, pool: Pool) -> Iterator[Unit]:
