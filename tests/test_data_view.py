@@ -62,7 +62,7 @@ def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[st
     text = page.read_text()
     assert "<svg" in text and "not a JSON line" in text and "13-grams" in text
     assert "http" not in text and "<script" not in text
-    for wrong in ("test:1", "train", "train:x", "train:99999999"):
+    for wrong in ("test:1", "train", "train:x", "train:99999999", "val:0:0"):
         with pytest.raises(SotaError):
             describe(DataView(folder=folder, window=wrong))
 

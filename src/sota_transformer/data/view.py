@@ -209,6 +209,8 @@ def _print_window(options: DataView) -> None:
     if split not in SPLITS or not all(n.isdecimal() for n in numbers) or len(numbers) not in (1, 2):
         raise SotaError(f"--window {options.window!r} must be train:INDEX or val:INDEX:SEQ_LEN")
     index, seq_len = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 512
+    if not seq_len:
+        raise SotaError(f"--window {options.window}: a window has at least 1 token", USAGE)
     windows = TokenWindows(options.folder, "train" if split == "train" else "val", seq_len)
     if index >= len(windows):
         raise SotaError(f"--window {options.window}: there are {len(windows):,} windows", USAGE)
