@@ -219,6 +219,7 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     for wrong in ({"val_fraction": 1.5}, {"workers": -1}, {"near_dedup": 0.1}, {"part": "3/2"}):
         refused(2, *wrong, out=out, inputs=(good,), **wrong)
     refused(2, "INPUT", out=out, inputs=())
+    refused(2, "standard input", out=out, inputs=("-",), part="1/2")
     refused(2, "too little", out=out, inputs=(good,), memory_mb=10)
     assert not out.exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
