@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import lzma
+import os
 import sys
 import tarfile
 import time
@@ -322,3 +323,24 @@ def test_a_quote_that_is_never_closed_hides_nothing(tmp_path: Path) -> None:
     found, refused = read(tmp_path / "b.csv", tmp_path)
     assert (found, refused[0].reason) == ([], "not valid UTF-8")
     assert refused[0].repaired.decode() == "cut � short"
+
+
+def test_files_that_vanish_or_shrink_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the folder, the cut into units and the worker that reads them."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    folder, refused = tmp_path / "in", list[Skipped]()
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        (folder / name).write_bytes(jsonl(texts(50)))
+    sources = find((str(folder),))[0]
+    (folder / "b.jsonl").unlink()
+    segments = [s for found, _ in units.cut(sources, tmp_path, refused.append, list) for s in found]
+    assert [(item.where, item.reason) for item in refused] == [
+        ("in/b.jsonl", "cannot be read (No such file or directory)")
+    ]
+    assert {segment.name for segment in segments} == {"in/a.jsonl", "in/c.jsonl"}
+    os.truncate(folder / "c.jsonl", 100)
+    with pytest.raises(OSError, match="cut while it was read"):
+        list(documents(segments[-1], "text", Tables()))

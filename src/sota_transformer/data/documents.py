@@ -7,6 +7,7 @@ single book gives both splits something; smaller files, and all code, stay whole
 
 import codecs
 import csv
+import errno
 import io
 import json
 import re
@@ -154,6 +155,8 @@ def _read(segment: Segment) -> bytes:
         data = file.read(size)
         while data and len(data) < size and (more := file.read(size - len(data))):
             data += more
+        if len(data) < size:
+            raise OSError(errno.EIO, "it was cut while it was read")
         return data
 
 
