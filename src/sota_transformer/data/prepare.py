@@ -12,6 +12,7 @@ in any way leaves that folder; the same command then goes on with the units that
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -36,7 +37,15 @@ from sota_transformer.durable import (
     sha256_file,
     write_file,
 )
-from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, NO_INPUT, USAGE, SotaError
+from sota_transformer.errors import (
+    BAD_DATA,
+    IO_FAILED,
+    LOCKED,
+    NO_INPUT,
+    TEMPORARY,
+    USAGE,
+    SotaError,
+)
 from sota_transformer.options import Merge, Prepare
 
 if TYPE_CHECKING:  # numpy loads while the workers start
@@ -78,6 +87,11 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
         run = _Run(options, sources, skipped, request, old, work, encoder)
         make_folder(run.own)
         with DirectoryLock(run.own):
+            if _existing(options) != old:  # whoever held the lock has just added to it
+                raise SotaError(
+                    f"{options.out} was changed by another process; give the same command again",
+                    TEMPORARY,
+                )
             return run.do()
 
 
@@ -346,5 +360,9 @@ class _Run:
         else:
             manifest = joined(self.old, manifest)
             commit_append(shards, out, manifest)
-        remove(self.work)
+        try:
+            remove(self.work)
+        except OSError as error:  # the next process has begun there
+            if error.errno != errno.ENOTEMPTY:
+                raise
         return manifest
