@@ -73,6 +73,8 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["plan", "tiny", "--hour", "3"], 2, ["--hour, 3 (did you mean '--hours'?)"]),
         (["train", "tiny", "--recip=fast"], 2, ["(did you mean '--recipe'?)"]),
         (["report"], 2, ["report: missing: PATH Folder of a run; `sota report --help`"]),
+        (["prepare", "x", "--exclude", "a", "--exclude=b"], 2, ["all its values behind one --ex"]),
+        (["generate", "x", "--prompt", "a", "--prompt", "b"], 2, ["--prompt is given twice"]),
         (["prepare", "x", "--workes", "2"], 2, ["--workes, 2 (did you mean '--workers'?)"]),
         (["train", "tiny", "--recipe", "slow"], 2, ["slow", "seed", "fast"]),
         (["train", "tiny", "--steps", "0"], 2, ["sota: train.steps 0 must be at least 1\n"]),

@@ -230,6 +230,26 @@ def test_no_excluded_text_is_passed_over_in_silence(tmp_path: Path) -> None:
         write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
 
 
+def test_an_excluded_file_that_changed_counts_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is another preparation then."""
+    random = np.random.default_rng(9)
+    items = [" ".join(random_text(random, 60)) for _ in range(100)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "b.jsonl").write_bytes(jsonl([items[3]]))
+    asked = {"exclude": (str(held),)}
+    run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
+    assert len(everything(tmp_path / "data")) == 99
+    run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
+    assert "already holds these inputs" in capsys.readouterr().out
+    (held / "b.jsonl").write_bytes(jsonl([items[3], items[6]]))
+    with pytest.raises(SotaError, match="with other options"):
+        run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
+
+
 def test_a_text_is_known_however_often_it_repeats_itself(tmp_path: Path) -> None:
     random, items = np.random.default_rng(8), []
     for _ in range(12):

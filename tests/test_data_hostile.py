@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import lzma
+import os
 import sys
 import tarfile
 import time
@@ -268,3 +269,88 @@ def test_csv_with_a_broken_header_gives_no_other_column(
     (tmp_path / "spool").mkdir()
     found, refused = read(tmp_path / "a.csv", tmp_path / "spool")
     assert found == [] and [item.reason[:13] for item in refused] == ["not a csv row"]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_a_file_that_holds_nothing_is_counted(tmp_path: Path, ending: str) -> None:
+    """Also a mark of UTF-16 alone, of which nothing is left."""
+    contents = {
+        "a.txt": codecs.BOM_UTF16_LE, "b.txt": codecs.BOM_UTF8, "c.jsonl": b"\n \n",
+        "d.csv": b"text,n\r\n", "e.jsonl": codecs.BOM_UTF16_BE, "f.txt": b"",
+    }  # fmt: skip
+    packers = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    pack = packers.get(ending, zstandard.compress)
+    (tmp_path / "spool").mkdir()
+    for name, data in contents.items():
+        (tmp_path / f"{name}{ending}").write_bytes(pack(data))
+        if ending or data:  # a file of no bytes is counted where files are looked for
+            found, refused = read(tmp_path / f"{name}{ending}", tmp_path / "spool")
+            assert (found, len(refused)) == ([], 1), (name, refused)
+
+
+@pytest.mark.parametrize("folders", [0, 2])
+def test_an_archive_that_holds_nothing_is_counted(tmp_path: Path, folders: int) -> None:
+    with (
+        zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped,
+        tarfile.open(tmp_path / "a.tar.gz", "w:gz") as rolled,
+    ):
+        for name in ("one/", "two/")[:folders]:
+            zipped.writestr(name, b"")
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE
+            rolled.addfile(member)
+    for name in ("a.zip", "a.tar.gz"):
+        found, refused = read(tmp_path / name, tmp_path)
+        assert (found, [item.reason for item in refused]) == ([], ["no document inside"])
+
+
+def test_a_table_of_no_rows_is_counted_and_a_name_means_one_column(tmp_path: Path) -> None:
+    """A parquet file's columns named `text.x` come with `text`; Arrow names may repeat."""
+    items = pa.array(["first", "second"])
+    others = pa.array(["no", "no"])
+    for name, table, expected in (
+        ("none", pa.table({"text": items.slice(0, 0)}), []),
+        ("dots", pa.table({"text.of": others, "text": items}), ["first", "second"]),
+        ("twice", pa.Table.from_arrays([items, others], ["text", "text"]), ["first", "second"]),
+    ):
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        with pa.ipc.new_file(tmp_path / f"{name}.arrow", table.schema) as file:
+            file.write_table(table)
+        for ending in ("parquet", "arrow"):
+            found, refused = read(tmp_path / f"{name}.{ending}", tmp_path)
+            assert found == expected, (name, ending)
+            assert [item.reason for item in refused] == ["no document inside"] * (not expected)
+
+
+def test_a_quote_that_is_never_closed_hides_nothing(tmp_path: Path) -> None:
+    """What it swallows is no document; before it, and where quotes are only odd, all are."""
+    (tmp_path / "a.csv").write_bytes(b'text,n\nwhole,1\nin "it",2\n"odd"x,3\n"open,4\nmore,5\n')
+    found, refused = read(tmp_path / "a.csv", tmp_path)
+    assert found == ["whole", 'in "it"', "oddx"]
+    assert [item.reason[:27] for item in refused] == ["quote that is never closed,"]
+    assert refused[0].where == "a.csv: row 5 from byte 0"
+    (tmp_path / "b.csv").write_bytes(b"n,text\n1,cut \xe2\x82 short")
+    found, refused = read(tmp_path / "b.csv", tmp_path)
+    assert (found, refused[0].reason) == ([], "not valid UTF-8")
+    assert refused[0].repaired.decode() == "cut � short"
+
+
+def test_files_that_vanish_or_shrink_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the folder, the cut into units and the worker that reads them."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    folder, refused = tmp_path / "in", list[Skipped]()
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        (folder / name).write_bytes(jsonl(texts(50)))
+    sources = find((str(folder),))[0]
+    (folder / "b.jsonl").unlink()
+    segments = [s for found, _ in units.cut(sources, tmp_path, refused.append, list) for s in found]
+    assert [(item.where, item.reason) for item in refused] == [
+        ("in/b.jsonl", "cannot be read (No such file or directory)")
+    ]
+    assert {segment.name for segment in segments} == {"in/a.jsonl", "in/c.jsonl"}
+    os.truncate(folder / "c.jsonl", 100)
+    with pytest.raises(OSError, match="cut while it was read"):
+        list(documents(segments[-1], "text", Tables()))

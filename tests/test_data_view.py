@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,17 @@ def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[st
     for wrong in ("test:1", "train", "train:x", "train:99999999", "train:0:0"):
         with pytest.raises(SotaError):
             describe(DataView(folder=folder, window=wrong))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_a_page_of_names_that_are_no_text(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl(texts(50)))
+    (folder / os.fsdecode(b"\xfe.bin")).write_bytes(b"no text")
+    run(folder / "data", folder)
+    describe(DataView(folder=folder / "data", html=folder / "page.html"))
+    assert "?.bin" in (folder / "page.html").read_text("utf-8")
 
 
 def test_control_characters_do_not_reach_the_terminal(
@@ -148,6 +161,7 @@ def test_bad_foreign_files_are_refused(folder: Path, tmp_path: Path) -> None:
     for name, data in {
         "odd": ids.tobytes()[:-1],
         "vocabulary": np.append(ids, 60000).astype(np.uint16).tobytes(),
+        "wide": ids.astype(np.uint32).tobytes(),
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.bin").write_bytes(data)
@@ -158,10 +172,28 @@ def test_bad_foreign_files_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "index" / "train.bin").write_bytes(ids[:-2].tobytes())
     with pytest.raises(SotaError, match="disagree"):
         TokenWindows(tmp_path / "index", "train", 8)
+    for kind, name in (("megatron", "train.idx"), ("datatrove", "000_train.ds.index")):
+        write_foreign(tmp_path / kind, kind, {"train": ids})
+        whole = (tmp_path / kind / name).read_bytes()
+        for data in (whole[:40], whole[:18] + b"\xff" * 8, whole[:3], b""):
+            (tmp_path / kind / name).write_bytes(data)
+            with pytest.raises(SotaError) as caught:
+                TokenWindows(tmp_path / kind, "train", 8)
+            assert caught.value.code == 65 and name in str(caught.value)
     write_foreign(tmp_path / "changed", "nanogpt", {"train": ids})
     before = TokenWindows(tmp_path / "changed", "train", 8).fingerprint
     (tmp_path / "changed" / "train.bin").write_bytes(ids[::-1].tobytes())
     assert TokenWindows(tmp_path / "changed", "train", 8).fingerprint != before
+
+
+def test_a_name_that_only_contains_val_is_training(folder: Path, tmp_path: Path) -> None:
+    ids = stream(folder, "train")
+    for name in ("medieval.bin", "interval_text_document.bin"):
+        (tmp_path / name).write_bytes(ids.tobytes())
+    for name in ("x_val_000001.bin", "Validation.bin", "valid.bin", "val00.bin"):
+        (tmp_path / name).write_bytes(ids[:400].tobytes())
+    assert TokenWindows(tmp_path, "train", 8).tokens == 2 * len(ids)
+    assert TokenWindows(tmp_path, "val", 8).tokens == 4 * 400
 
 
 def test_export_and_back(folder: Path, tmp_path: Path) -> None:

@@ -327,11 +327,34 @@ def test_generate_reads_standard_input_and_stops(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = greedy("The river", 12)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The river\n"))
     options = Generate(
         run=run, file=Path("-"), max_tokens=12, temperature=0, stop=(whole[5:8],), device="cpu"
     )
-    assert printed(run_generate, options) == "The river" + whole[: whole.index(whole[5:8])] + "\n"
+    for data in (b"The river\n", "The river\r\n".encode("utf-16")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        shown = printed(run_generate, options)
+        assert shown == "The river" + whole[: whole.index(whole[5:8])] + "\n"
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_are_read_as_prepare_reads_them(run: Path, tmp_path: Path, codec: str) -> None:
+    """A mark is no text, and UTF-16 that has one is text; anything else is one line."""
+    text, asked = "Caf\u00e9 by the river, \u65e5\u672c.", {"run": run, "device": "cpu"}
+    (tmp_path / "a.txt").write_bytes(text.encode(codec))
+    assert judged(run, text=(tmp_path / "a.txt",))["tokens"] == len(TOKENIZER.encode(text))
+    (tmp_path / "b.txt").write_bytes("One\r\n \u00e9 two\n".encode(codec))
+    (tmp_path / "c.jsonl").write_bytes('{"prompt": "\u00e9"}\n'.encode(codec))
+    for name, prompts in (("b.txt", ["One", " \u00e9 two"]), ("c.jsonl", ["\u00e9"])):
+        lines = printed(run_generate, Generate(file=tmp_path / name, json=True, **asked))  # type: ignore[arg-type]
+        assert [json.loads(line)["prompt"] for line in lines.splitlines()] == prompts
+    (tmp_path / "d.txt").write_bytes("\u00e9 in another".encode("latin-1"))
+    for command, options in (
+        (run_generate, Generate(file=tmp_path / "d.txt", **asked)),  # type: ignore[arg-type]
+        (run_evaluate, Evaluate(text=(tmp_path / "d.txt",), **asked)),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(SotaError, match="neither UTF-8 nor UTF-16") as caught:
+            command(options)  # type: ignore[operator]
+        assert caught.value.code == 65
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -19,10 +20,11 @@ import pytest
 import zstandard
 from pyarrow import ipc, parquet
 
+from sota_transformer.data import prepare as preparing
 from sota_transformer.data import tables, units
 from sota_transformer.data.sources import find
 from sota_transformer.data.tokenizer import EOT
-from tests.preparing import bytes_of, documents, everything, jsonl, run, texts
+from tests.preparing import bytes_of, documents, everything, jsonl, refused, run, texts
 
 
 @pytest.fixture
@@ -182,8 +184,8 @@ def test_broken_encodings_are_dropped_or_repaired(tmp_path: Path) -> None:
     counts = {reason: entry["count"] for reason, entry in manifest["rejects"].items()}
     told = "; taken, with U+FFFD for what is broken"
     assert counts == {
-        f"not valid UTF-8{told}": 4,
-        f"lone surrogates, not valid Unicode{told}": 2,
+        f"not valid UTF-8{told}": 5,
+        f"lone surrogates, not valid Unicode{told}": 1,
     }
     assert all(entry["examples"] for entry in manifest["rejects"].values())
 
@@ -302,3 +304,26 @@ def test_progress_of_a_table_counts_bytes_not_rows(
     sizes = [segment.size for segments, _ in cuts for segment in segments]
     assert len(sizes) > 3
     assert source.size - len(sizes) <= sum(sizes) <= source.size
+
+
+def test_what_another_process_adds_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that add to one folder, the second just before the first takes its turn."""
+    parts = [texts(100, seed=seed) for seed in range(3)]
+    files = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for file, items in zip(files, parts, strict=True):
+        file.write_bytes(jsonl(items))
+    out, make_folder = tmp_path / "data", preparing.make_folder
+    run(out, files[0])
+
+    def late(path: Path) -> None:
+        monkeypatch.undo()
+        run(out, files[1], append=True)
+        make_folder(path)
+
+    monkeypatch.setattr(preparing, "make_folder", late)
+    refused(75, "changed by another process", out=out, inputs=(files[2],), append=True)
+    assert everything(out) == sorted(parts[0] + parts[1])
+    run(out, files[2], append=True)
+    assert everything(out) == sorted(itertools.chain(*parts))

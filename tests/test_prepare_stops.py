@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,7 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     for wrong in ({"val_fraction": 1.5}, {"workers": -1}, {"near_dedup": 0.1}, {"part": "3/2"}):
         refused(2, *wrong, out=out, inputs=(good,), **wrong)
     refused(2, "INPUT", out=out, inputs=())
+    refused(2, "standard input", out=out, inputs=("-",), part="1/2")
     refused(2, "too little", out=out, inputs=(good,), memory_mb=10)
     assert not out.exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
@@ -356,3 +358,27 @@ def test_append_to_what_another_version_hashed_is_refused(tmp_path: Path) -> Non
     refused(65, "BLAKE2b-128", out=out, inputs=(tmp_path / "b.jsonl",), append=True)
     assert bytes_of(out) == before
     assert len(TokenWindows(out, "train", 16))  # it is still there to train on
+
+
+def test_a_link_to_a_folder_is_the_folder(tmp_path: Path) -> None:
+    """Made, added to and merged there, though it may be on another disk than the link."""
+    for i, name in enumerate(("a.jsonl", "b.jsonl")):
+        (tmp_path / name).write_bytes(jsonl(texts(300, seed=i)))
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    out = tmp_path / "data"
+    out.symlink_to(tmp_path / "disk" / "empty")
+    run(out, tmp_path / "a.jsonl", part="1/1")
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    merge(Merge(out=out))
+    run(out, tmp_path / "b.jsonl", append=True)
+    assert out.is_symlink() and len(everything(out)) == 600
+
+
+def test_a_target_inside_its_input_gives_the_same_when_resumed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(300)))
+    run(tmp_path / "data", tmp_path)
+    whole = bytes_of(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data")
+    run(tmp_path / "data", tmp_path, part="1/1")
+    run(tmp_path / "data", tmp_path)
+    assert bytes_of(tmp_path / "data") == whole

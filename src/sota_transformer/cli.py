@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from sota_transformer import __version__
 from sota_transformer.config import RunConfig
@@ -121,6 +121,11 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
     marks = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
     config = marks if "default" not in more else ()
     program = verb if verb.endswith(".py") else f"sota {verb}"
+    given = [word.partition("=")[0].replace("_", "-") for word in arguments]
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        flag = f"--{field.name.replace('_', '-')}"
+        if get_origin(field.type) is tuple and given.count(flag) > 1:  # tyro takes the last alone
+            raise SotaError(f"{verb}: {flag} is given twice; give all its values behind one {flag}")
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):

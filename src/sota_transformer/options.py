@@ -50,6 +50,8 @@ class Prepare:
         numbers = index.isdecimal() and count.isdecimal()
         if self.part and not (numbers and 1 <= int(index) <= int(count)):
             found.append(f"prepare.part {self.part!r} must be i/N with i from 1 to N")
+        if self.part and "-" in self.inputs:
+            found.append("--part needs files: standard input cannot be read again by each part")
         if self.out == Path():
             found.append("prepare needs --out FOLDER")
         if not 0 <= self.val_fraction < 1:

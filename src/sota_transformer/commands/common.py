@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from sota_transformer.config import Run, RunConfig
-from sota_transformer.errors import SotaError
+from sota_transformer.data.documents import without_mark
+from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.inference.folder import is_model_folder, read_model
 from sota_transformer.model.decode import lay_for_rows
 from sota_transformer.model.transformer import Transformer
@@ -64,6 +65,17 @@ def open_model(folder: Path, device: str, step: int | None) -> Opened:
 
 def _name(folder: Path) -> str:
     return folder.resolve().name or "model"
+
+
+def decoded(data: bytes, path: Path) -> str:
+    """A file's bytes as the text that `sota prepare` takes them for: UTF-8, or UTF-16 with its
+    mark. SotaError 65 for any other encoding.
+    """
+    try:
+        return without_mark(data).decode()
+    except UnicodeDecodeError as error:
+        text = f"{path} is neither UTF-8 nor UTF-16 with a byte order mark ({error.reason})"
+        raise SotaError(text, BAD_DATA) from error
 
 
 def check(rules: dict[str, bool]) -> None:

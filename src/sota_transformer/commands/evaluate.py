@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sota_transformer.commands.common import Opened, check, open_model
+from sota_transformer.commands.common import Opened, check, decoded, open_model
 from sota_transformer.commands.hub import fetch
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
@@ -55,7 +55,9 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     stride = min(options.stride or context, context)
     if options.text:
         files = _text_files(options.text)
-        read = (np.array([EOT, *tokenizer.encode(_read_text(path))]) for path in files)
+        read = (
+            np.array([EOT, *tokenizer.encode(decoded(path.read_bytes(), path))]) for path in files
+        )
         name = ", ".join(map(str, options.text))
     else:
         if opened.config is None:
@@ -107,13 +109,6 @@ def _text_files(paths: tuple[Path, ...]) -> list[Path]:
     if not found:
         raise SotaError(f"{', '.join(map(str, paths))}: no .txt, .md or .py file inside", NO_INPUT)
     return found
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise SotaError(f"{path} is not UTF-8 text ({error.reason})", BAD_DATA) from error
 
 
 def _benchmarks(
@@ -168,7 +163,7 @@ def _examples(path: Path, limit: int) -> list[dict[str, Any]]:
     if not path.is_file():
         raise SotaError(f"{path}: no such file", NO_INPUT)
     examples = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(decoded(path.read_bytes(), path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -1,11 +1,12 @@
 """`sota generate`: prompts from arguments, a file or standard input, continued in one batch."""
 
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from sota_transformer.commands.common import check, open_to_generate
+from sota_transformer.commands.common import check, decoded, open_to_generate
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.batch import Drawn, Job, run_jobs
@@ -104,14 +105,20 @@ def _show(
 
 def _prompts(path: Path) -> list[str]:
     """Prompts of a file: one a line, or the field `prompt` of each line of .jsonl; - is stdin."""
-    if str(path) == "-":
-        return [sys.stdin.read(_PROMPT_BYTES).removesuffix("\n")]  # `echo` adds one
-    if not path.is_file():
+    if stdin := str(path) == "-":
+        data = sys.stdin.buffer.read(_PROMPT_BYTES + 1)
+    elif path.is_file():
+        with path.open("rb") as file:
+            data = file.read(_PROMPT_BYTES + 1)
+    else:
         raise SotaError(f"{path}: no such file", NO_INPUT)
-    if path.stat().st_size > _PROMPT_BYTES:
+    if len(data) > _PROMPT_BYTES:
         raise SotaError(f"{path} is larger than {_PROMPT_BYTES >> 20} MiB", BAD_DATA)
+    text = io.StringIO(decoded(data, path), None).read()  # every line ends with "\n" alone
+    if stdin:
+        return [text.removesuffix("\n")]  # `echo` adds one
+    lines: list[Any] = [line for line in text.split("\n") if line.strip()]
     try:
-        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
         if path.suffix == ".jsonl":
             lines = [json.loads(line)["prompt"] for line in lines]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -7,15 +7,17 @@ single book gives both splits something; smaller files, and all code, stay whole
 
 import codecs
 import csv
+import errno
 import io
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sota_transformer.data.sources import TABLES, Skipped
-from sota_transformer.data.streams import UTF16, utf8
+from sota_transformer.data.streams import NOTHING, UTF16, utf8
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.units import Segment
 
@@ -23,6 +25,7 @@ DOCUMENT_BYTES = 16 << 20
 LINE_BYTES = 64 << 20
 CUT_BYTES, PIECE_BYTES = 64 << 10, 8 << 10
 _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
+_END = "\0sota: the end of the table\0"  # inside a quote that is open it is part of a cell
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 Document = bytes | Skipped
@@ -38,6 +41,13 @@ _LENIENT = json.JSONDecoder(parse_int=_any_integer)
 
 def documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
     """Documents of a segment in their order; `field` names the text in records and tables."""
+    found = _documents(segment, field, tables)
+    if segment.whole:  # of a piece of a file others may hold them all
+        found = chain([next(found, Skipped(NOTHING, segment.name))], found)
+    return found
+
+
+def _documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
     if segment.kind == "jsonl":
         return _records(segment, field)
     if segment.kind in TABLES:
@@ -145,6 +155,8 @@ def _read(segment: Segment) -> bytes:
         data = file.read(size)
         while data and len(data) < size and (more := file.read(size - len(data))):
             data += more
+        if len(data) < size:
+            raise OSError(errno.EIO, "it was cut while it was read")
         return data
 
 
@@ -254,7 +266,7 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
     data = _read(segment)
     data = without_mark(data if segment.start == 0 else segment.header + data)
     lines = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
-    rows = csv.reader(lines, delimiter="\t" if segment.kind == "tsv" else ",")
+    rows = csv.reader(chain(lines, [_END]), delimiter="\t" if segment.kind == "tsv" else ",")
     row = 0
     column = -1
     while True:
@@ -262,19 +274,22 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         where = f"{segment.name}: row {row} from byte {segment.start}"
         try:
             cells = next(rows)
-        except StopIteration:
-            return
         except csv.Error as error:
             yield Skipped(f"not a {segment.kind} row ({error})", where)
             if row == 1:
                 return  # without the header nobody knows which column is the text
             continue
+        if cells == [_END]:
+            return
+        if cells and cells[-1].endswith(_END):
+            yield Skipped("quote that is never closed, and all behind it", where)
+            return
         if row == 1:
             if field not in cells:
                 yield Skipped(f"no column {field!r}", segment.name)
                 return
             column = cells.index(field)
         elif column < len(cells):
-            yield checked(cells[column], where)
+            yield _decoded(cells[column].encode("utf-8", "surrogateescape"), where)
         elif cells:
             yield Skipped("row without the text column", where)

@@ -17,8 +17,8 @@ from sota_transformer.data.units import whole
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 
 
-def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> int:
-    """Write the sorted gram hashes of all texts as .npy; how many texts were too short to be found.
+def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None:
+    """Write the sorted gram hashes of all texts as .npy, and say how many are too short for that.
 
     SotaError 66 for a missing file, 65 for one that cannot be read or if no text is long enough.
     """
@@ -32,8 +32,9 @@ def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> int:
         raise SotaError(
             f"--exclude {', '.join(inputs)}: no text there has {EXCLUDE_GRAM} tokens", BAD_DATA
         )
+    if short:
+        print(f"note: {short:,} excluded texts are too short to be found again")
     np.save(path, grams)
-    return short
 
 
 def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:

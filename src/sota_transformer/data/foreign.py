@@ -90,6 +90,7 @@ def _measure(path: Path, start: int) -> dict[str, Any]:
         raise SotaError(f"{path}: {size:,} bytes are no whole number of uint16 ids", BAD_DATA)
     lengths, digest = Tokenizer().token_bytes, hashlib.sha256()
     documents = text_bytes = 0
+    wide = size - start > 2
     with path.open("rb") as file:
         digest.update(file.read(start))
         while block := file.read(_BLOCK):
@@ -98,8 +99,11 @@ def _measure(path: Path, start: int) -> dict[str, Any]:
             if int(ids.max()) >= VOCAB:
                 text = f"{path}: id {int(ids.max())} is outside GPT-2's vocabulary of {VOCAB:,}"
                 raise SotaError(text, BAD_DATA)
+            wide = wide and not ids[1::2].any()
             documents += int((ids == EOT).sum())
             text_bytes += int(lengths[ids].sum())
+    if wide:
+        raise SotaError(f"{path}: every other id is 0: ids of 32 bits, not uint16", BAD_DATA)
     tokens = (size - start) // 2
     found = {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
     return found | {"sha256": digest.hexdigest()}
@@ -115,11 +119,12 @@ def _check_index(path: Path, tokens: int) -> None:
         version, kind, sequences = struct.unpack_from("<QBQ", data, len(_MEGATRON_MAGIC))
         if version != 1 or kind != _MEGATRON_UINT16:
             raise SotaError(f"{index}: version {version}, id type {kind}; not uint16", BAD_DATA)
+        if len(data) < 34 + 4 * sequences:
+            raise SotaError(f"{index}: cut off, or damaged", BAD_DATA)
         lengths = np.frombuffer(data, "<i4", sequences, 34)
         if int(lengths.sum()) != tokens:
             raise SotaError(f"{index} and {path.name} disagree on the number of ids", BAD_DATA)
     index = path.with_name(f"{path.name}.index")
-    if path.suffix == ".ds" and index.exists():
-        ends = np.fromfile(index, "<u8")
-        if len(ends) and int(ends[-1]) != tokens:
-            raise SotaError(f"{index} and {path.name} disagree on the number of ids", BAD_DATA)
+    end = tokens.to_bytes(8, "little")  # where the last document ends
+    if path.suffix == ".ds" and index.exists() and index.read_bytes()[-8:] != end:
+        raise SotaError(f"{index} and {path.name} disagree on the number of ids", BAD_DATA)

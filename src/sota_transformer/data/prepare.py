@@ -12,6 +12,7 @@ in any way leaves that folder; the same command then goes on with the units that
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -36,7 +37,15 @@ from sota_transformer.durable import (
     sha256_file,
     write_file,
 )
-from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, NO_INPUT, USAGE, SotaError
+from sota_transformer.errors import (
+    BAD_DATA,
+    IO_FAILED,
+    LOCKED,
+    NO_INPUT,
+    TEMPORARY,
+    USAGE,
+    SotaError,
+)
 from sota_transformer.options import Merge, Prepare
 
 if TYPE_CHECKING:  # numpy loads while the workers start
@@ -55,9 +64,12 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
     if problems := options.problems():
         raise SotaError("; ".join(problems), USAGE)
     warm_up()
+    if options.out.is_symlink() and options.out.is_dir():  # a folder cannot replace a link
+        options = dataclasses.replace(options, out=options.out.resolve())
     sources, skipped = find(options.inputs)
     request = _request(options, sources)
     work = _work(options.out)
+    skipped = [item for item in skipped if not item.where.endswith(f"/{work.name}")]
     old = _existing(options)
     if old and request in old["requests"]:
         print(f"{options.out} already holds these inputs, prepared with these options")
@@ -75,6 +87,11 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
         run = _Run(options, sources, skipped, request, old, work, encoder)
         make_folder(run.own)
         with DirectoryLock(run.own):
+            if _existing(options) != old:  # whoever held the lock has just added to it
+                raise SotaError(
+                    f"{options.out} was changed by another process; give the same command again",
+                    TEMPORARY,
+                )
             return run.do()
 
 
@@ -83,7 +100,7 @@ def merge(options: Merge) -> dict[str, Any]:
 
     SotaError 66 where there are no parts, or not all of them.
     """
-    out = options.out.absolute()
+    out = options.out.resolve()
     work = _work(out)
     if (out / MANIFEST).exists() and not work.exists():
         from sota_transformer.data.shards import load_manifest
@@ -117,7 +134,7 @@ def _request(options: Prepare, sources: list[Source]) -> str:
     settings = (options.val_fraction, options.text_field, options.near_dedup, options.exclude)
     settings += ("replace",) * (options.bad_text == "replace")
     digest = hashlib.sha256(repr(settings).encode())
-    for source in sources:
+    for source in (*sources, *(find(options.exclude)[0] if options.exclude else ())):
         mark = f"\n{source.input}\0{source.name}\0{source.size}\0{source.modified}"
         digest.update(os.fsencode(mark))
     return digest.hexdigest()
@@ -242,14 +259,13 @@ class _Run:
         from sota_transformer.data.exclude import write_excluded
 
         path = self.own / "excluded.npy"
-        if short := write_excluded(self.options.exclude, self.options.text_field, path):
-            print(f"note: {short:,} excluded texts are too short to be found again")
+        write_excluded(self.options.exclude, self.options.text_field, path)
         return path
 
     def _units(self, pool: Pool) -> Iterator[Unit]:
         """This part's units, numbered over all parts, with keys."""
         options = self.options
-        settings = f"8\0{options.text_field}\0{options.near_dedup > 0}"
+        settings = f"9\0{options.text_field}\0{options.near_dedup > 0}"
         settings += "\0replace" * (options.bad_text == "replace")
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
@@ -344,5 +360,9 @@ class _Run:
         else:
             manifest = joined(self.old, manifest)
             commit_append(shards, out, manifest)
-        remove(self.work)
+        try:
+            remove(self.work)
+        except OSError as error:  # the next process has begun there
+            if error.errno != errno.ENOTEMPTY:
+                raise
         return manifest

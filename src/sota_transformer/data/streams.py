@@ -23,6 +23,7 @@ from sota_transformer.data.sources import ARCHIVES, KNOWN, TABLES, Skipped, Sour
 
 CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
+NOTHING = "no document inside"
 _SEAL = b"\0sota: the whole stream was read\0"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -58,6 +59,8 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
                 reason = f"expands over {_BOMB_RATIO} to 1; only its start was taken"
                 refused(Skipped(reason, name))
                 return
+        if not total:
+            refused(Skipped("empty file", name))
     except damage() as error:
         where = f"{name}: {(str(error).splitlines() or [''])[0][:80]}"
         refused(Skipped("damaged stream; only its readable start was taken", where))
@@ -189,8 +192,6 @@ def _standard_input(source: Source, refused: Refused) -> Iterator[Stream]:
 
     if first:
         yield source.name, kind, all_chunks()
-    else:
-        refused(Skipped("empty file", source.name))
 
 
 def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] | None:
@@ -212,6 +213,8 @@ def _zip(source: Source, refused: Refused) -> Iterator[Stream]:
     """Members of a zip archive."""
     try:
         with zipfile.ZipFile(source.path) as archive:
+            if all(info.is_dir() for info in archive.infolist()):
+                refused(Skipped(NOTHING, source.name))
             for info in archive.infolist():
                 if info.is_dir() or not (found := _member(source.name, info.filename, refused)):
                     continue
@@ -244,6 +247,8 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                         name, codec, kind = found
                         packed = min(info.size, source.size)
                         yield name, kind, _guarded(unpacked(member, codec), name, packed, refused)
+                if all(info.isdir() for info in archive.getmembers()):
+                    refused(Skipped(NOTHING, source.name))
     except damage() as error:
         refused(
             Skipped(

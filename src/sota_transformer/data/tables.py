@@ -145,7 +145,7 @@ def _parquet(segment: Segment, field: str, groups: list[int] | None) -> Iterator
         for batch in file.iter_batches(
             _BATCH_ROWS, row_groups=groups, columns=[field], use_threads=False
         ):
-            yield batch.column(0)
+            yield _column(batch, field)
 
 
 def _arrow(segment: Segment, field: str) -> Iterator[Any]:
@@ -171,4 +171,9 @@ def _columns(path: str, field: str) -> Iterator[Any]:
             if field not in batch.schema.names:
                 raise KeyError(field)
             batch.validate(full=True)
-            yield batch.column(field)
+            yield _column(batch, field)
+
+
+def _column(batch: Any, field: str) -> Any:
+    """The first of that name: names may repeat, and parquet's readers give `text.x` for `text`."""
+    return batch.column(batch.schema.names.index(field))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from sota_transformer.data.sources import ARCHIVES, TABLES, Source
+from sota_transformer.data.sources import ARCHIVES, TABLES, Skipped, Source
 from sota_transformer.data.streams import UTF16, Refused, streams
 
 UNIT_BYTES = 4 << 20
@@ -87,7 +87,8 @@ def cut(
             for segments in spool.unpack(source, refused):
                 yield segments, mark
         elif splits:
-            for segment in _tables(source, probe) if source.kind in TABLES else _ranges(source):
+            rows = source.kind in TABLES
+            for segment in _tables(source, probe) if rows else _lines(source, refused):
                 yield (segment,), mark
         else:
             group.append(whole(source))
@@ -117,6 +118,14 @@ def _tables(source: Source, probe: Probe) -> Iterator[Segment]:
     for group, start, stop in pieces:
         piece = replace(whole(source), start=start, stop=stop, whole=False, offset=group)
         yield replace(piece, taken=source.size * (stop - start) // max(1, rows))
+
+
+def _lines(source: Source, refused: Refused) -> Iterator[Segment]:
+    """Ranges of a large plain file; one that is gone by now, or fails, is one more not taken."""
+    try:
+        yield from _ranges(source)
+    except OSError as error:
+        refused(Skipped(f"cannot be read ({error.strerror})", source.name))
 
 
 def _ranges(source: Source) -> Iterator[Segment]:

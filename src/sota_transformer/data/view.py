@@ -55,7 +55,7 @@ def describe(options: DataView) -> dict[str, Any]:
     samples = list(_samples(options.folder, options.show))
     if options.html is not None:
         text = page(options.folder, manifest, figures, samples)
-        write_file(options.html, text.encode())
+        write_file(options.html, text.encode(errors="replace"))  # names may be any bytes
         print(f"wrote {options.html}")
         return figures
     if manifest["inputs"]:
