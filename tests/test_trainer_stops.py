@@ -61,6 +61,22 @@ def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
     assert final_hash(resumed("auto")) == before
 
 
+def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun, monkeypatch) -> None:
+    config = make_run(steps=8, save_every_steps=2, keep_checkpoints=9, sample_every=4)
+    train(config)
+    before = read_metrics(config.run.out)
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:4"))
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 6)
+        train(again)
+    assert checkpoint.steps(config.run.out)[-1] == 8
+    train(config)  # finds step 8 as it was
+    lines = [(m["step"], m.get("loss"), m.get("sample")) for m in before]
+    assert [
+        (m["step"], m.get("loss"), m.get("sample")) for m in read_metrics(config.run.out)
+    ] == lines
+
+
 def wait_for(text: str, process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:

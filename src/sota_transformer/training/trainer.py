@@ -345,7 +345,7 @@ class Trainer:
         self.signals.critical(True)
         if self.runtime.rank == 0:
             checkpoint.save(self.config.run.out, self.state())
-            self.log.say(f"saved step {self.step}")
+            self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}")
             trusted = {*self.good, self.step}
             checkpoint.prune(self.config.run.out, self.config.train.keep_checkpoints, trusted)
         self.good.add(self.step)
@@ -358,7 +358,7 @@ class Trainer:
         self.log.end_live()
         if self.runtime.rank == 0 and self.step not in self.good:
             checkpoint.save(self.config.run.out, self.state())
-        self.log.say(f"saved step {self.step}; {why}")
+        self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}; {why}")
 
     def state(self) -> checkpoint.State:
         """All that a checkpoint holds."""
