@@ -180,7 +180,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         elif event == "start":
             before, here = saved.get(step, (*before, (here, step))), {}
         else:
-            kind = next((n for n in ("loss", "val_loss", "sample") if n in line), "event")
+            kind = next((n for n in ("loss", "val_loss", "sample") if n in line), f"event {event}")
             here[step, kind] = line
     found, least = dict(here), None
     for lines, until in reversed(before):
