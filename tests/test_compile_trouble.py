@@ -15,7 +15,7 @@ from sota_transformer.config import Model, Run, RunConfig
 from sota_transformer.doctor import admit
 from sota_transformer.options import Doctor
 from sota_transformer.presets import PRESETS
-from sota_transformer.runtime import Runtime
+from sota_transformer.runtime import Runtime, in_short
 from sota_transformer.training import trainer
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
@@ -123,6 +123,13 @@ def test_what_is_compiled_wrongly_is_never_used(
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         machine_ = Runtime.detect(config.run, 1)
         assert machine_.compile and admit(config.run.out, machine_).compile
+
+
+def test_a_compilers_words_are_short() -> None:
+    said = "CppCompileError: C++ compile error\n\nCommand:\ng++ -O3 a.cpp\n\nOutput:\nkilled\n"
+    said += "\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this)"
+    assert in_short(TroubleError(said)) == "CppCompileError: C++ compile error killed"
+    assert in_short(TroubleError()) == "TroubleError"
 
 
 def test_a_machine_without_a_good_compiler_is_fit(monkeypatch, capsys, tmp_path) -> None:

@@ -219,6 +219,8 @@ def _model_check(runtime: "Runtime") -> Check:
     """Loss, every gradient and one AdamW update of a small model, against the CPU in float32."""
     import torch
 
+    from sota_transformer.runtime import in_short
+
     name = _COMPILED if runtime.compile else _MODEL
     advice = "use --device cpu or another torch"
     if runtime.compile:
@@ -227,8 +229,7 @@ def _model_check(runtime: "Runtime") -> Check:
     try:
         loss, gradients, finite = _one_step(runtime)
     except Exception as problem:  # a compiler or driver may raise anything
-        detail = " ".join(str(problem).split())[:120]
-        return Check(name=name, passed=False, detail=detail, advice=advice)
+        return Check(name=name, passed=False, detail=in_short(problem), advice=advice)
     plain = {"device": torch.device("cpu"), "dtype": torch.float32, "compile": False}
     expected_loss, expected, _ = _one_step(dataclasses.replace(runtime, **plain))
     loss_error = abs(loss - expected_loss) / expected_loss

@@ -8,6 +8,7 @@ one process is not a special case.
 import ctypes
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -304,8 +305,13 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
 
 def _not_compiled(why: object) -> str:
     """A reason, from what a compiler or a check said."""
-    said = " ".join(str(why).split()) or type(why).__name__
-    return f"not compiled: torch.compile failed here ({said[:200]})"
+    return f"not compiled: torch.compile failed here ({in_short(why)})"
+
+
+def in_short(error: object) -> str:
+    """What a compiler said, without its command line and torch's advice."""
+    words = re.sub(r" Command: .* Output: | Set TORCHDYNAMO_.*", " ", " ".join(str(error).split()))
+    return words.strip()[:200] or type(error).__name__
 
 
 def _cxx_compiler() -> str | None:
