@@ -291,10 +291,10 @@ def _memory(runtime: "Runtime") -> Check:
 def _disk(folder: Path) -> list[Check]:
     """Free space and the speed of a durable write, where runs would live."""
     data = os.urandom(1 << 20)
-    free = shutil.disk_usage(folder).free
     probe = folder / f".sota-doctor-{os.getpid()}"
     started = time.perf_counter()
     try:
+        free = shutil.disk_usage(folder).free
         file = durable.HashingFile(probe)
         for _ in range(_DISK_BYTES >> 20):
             file.write(data)
@@ -304,7 +304,8 @@ def _disk(folder: Path) -> list[Check]:
         detail = f"{folder}: {error.strerror}"
         return [Check(name="disk", passed=False, detail=detail, advice="give another --folder")]
     finally:
-        probe.unlink(missing_ok=True)
+        if probe.exists():
+            probe.unlink()
     return [
         Check(
             name="disk space",

@@ -33,22 +33,28 @@ def plain(text: str, known: list[str]) -> str:
         (found.expand(ours) for says, ours in _OURS if (found := re.fullmatch(says, text))), text
     )
     if unknown := re.match(r"not understood: (--[^\s,=]+)", text):
-        text += _initials(unknown[1], known) or nearest(unknown[1], known, 0.7)
+        text += _in_short(unknown[1], known) or nearest(unknown[1], known, 0.7)
     return text
 
 
-def _initials(flag: str, known: list[str]) -> str:
-    """--optim.lr, --wd or --bs: the option that is called so in short, by its letters in order."""
-    section, _, short = flag.removeprefix("--").rpartition(".")
-    if not 1 < len(short) < 4:
+def _in_short(flag: str, known: list[str]) -> str:
+    """The option that is called so in short, as --optim.lr, --temp, --batch-size or --bs.
+
+    By its initials, its beginning, its first word or a few of its letters, in this order.
+    """
+    section, _, short = flag.removeprefix("--").replace("_", "-").rpartition(".")
+    if len(short) < 2:
         return ""
-    found = list[tuple[bool, bool, str]]()
-    for option in known:
+    letters = ".*".join(map(re.escape, short)) if len(short) < 4 else "$"
+    found = list[tuple[int, bool, int]]()
+    for place, option in enumerate(known):
         inside, _, name = option.removeprefix("--").rpartition(".")
-        if re.match(".*".join(map(re.escape, short)), name):
-            initials = "".join(word[0] for word in name.split("-"))
-            found.append((initials != short, inside != section, option))
-    return f" (did you mean {min(found)[2]!r}?)" if found else ""
+        first, initials = short.split("-")[0], "".join(word[0] for word in name.split("-"))
+        ways = (name == short, initials == short, name.startswith(short))
+        ways += (name.startswith(f"{first}-"), bool(re.match(letters, name)))
+        if any(ways):
+            found.append((ways.index(True), inside != section, place))
+    return f" (did you mean {known[min(found)[-1]]!r}?)" if found else ""
 
 
 def nearest(word: str, known: Any, alike: float = 0.6) -> str:
