@@ -70,7 +70,7 @@ def guarded(work: Callable[[], int]) -> int:
         return _complain(f"{where}{error.strerror or error}", IO_FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         from sota_transformer.runtime import out_of_memory
 
         if not out_of_memory(error):

@@ -208,7 +208,8 @@ def out_of_memory(error: Exception) -> bool:
     """Whether a device could not hold what was asked; not every backend has a type for it."""
     # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 @contextmanager

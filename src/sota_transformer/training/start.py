@@ -78,7 +78,7 @@ def train(
         log.begin_live()
         try:
             return trainer.fit(state)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise SotaError(

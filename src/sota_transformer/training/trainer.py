@@ -214,9 +214,8 @@ class Trainer:
         """To the last checkpoint, on behind the data that did it, at half the rate; or give up."""
         if self.guard.gives_up():
             raise SotaError(
-                f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns "
-                "to a checkpoint; the last one is good. Start anew at a lower "
-                "--optim.learning-rate",
+                f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
+                "what was saved is good. Start anew at a lower --optim.learning-rate",
                 DIVERGED,
             )
         self.signals.critical(True)
