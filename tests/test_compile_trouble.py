@@ -155,3 +155,27 @@ def test_an_error_that_is_not_the_compilers_comes_out(make_run: MakeRun, monkeyp
     monkeypatch.setattr(trainer, "token_loss", broken)
     with pytest.raises(TroubleError, match="a broken device"):
         train(make_run(compile="on"))
+
+
+def test_no_process_compiles_where_the_first_does_not(make_run: MakeRun, monkeypatch) -> None:
+    """The second process, told by the first: begin anew, without compiling."""
+    original = Runtime.sum_
+
+    def told(self: Runtime, tensor: Tensor) -> Tensor:
+        choice = tensor.shape == (2,) and tensor.dtype == torch.int64
+        return torch.tensor([-1, 0]) if choice else original(self, tensor)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Runtime, "sum_", told)
+    monkeypatch.setattr(torch, "compile", compiler("is wrong"))
+    used, optimize = [], Runtime.optimize
+
+    def watched(self: Runtime, model: Any) -> None:
+        used.append(self.compile)
+        optimize(self, model)
+
+    monkeypatch.setattr(Runtime, "optimize", watched)
+    config = make_run(compile="on", steps=1)
+    config.run.out.mkdir()
+    train(config)
+    assert used == [False]
