@@ -13,6 +13,8 @@ from sota_transformer.training import checkpoint
 
 TINY = Model(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, seq_len=32, vocab_size=700)
 FULL = dataclasses.replace(TINY, vocab_size=VOCAB)  # every token of the tokenizer
+WIDE = dataclasses.replace(FULL, d_model=64, d_ff=96, seq_len=64)  # rows fit Q8_0's blocks
+KINDS = {"llama": WIDE, "qwen3": dataclasses.replace(WIDE, qk_norm=True)}
 
 
 def small_model(config: Model = TINY, seed: int = 0, spread: float = 8.0) -> Transformer:

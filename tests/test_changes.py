@@ -17,9 +17,9 @@ from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.options import Export, Import
 from sota_transformer.training import checkpoint, trainer
-from sota_transformer.training.runlog import read_config
+from sota_transformer.training.runlog import read_config, read_metrics
 from sota_transformer.training.start import train
-from tests.test_trainer import InterruptError, final_hash, stop_after
+from tests.training_runs import InterruptError, final_hash, stop_after
 
 MakeRun = Callable[..., RunConfig]
 
@@ -71,6 +71,25 @@ def test_another_model_is_refused_even_if_it_is_asked_for(
     refused(other, BAD_DATA, "model.layers was 2, is 3", "model.d_ff was 64, is 32")
     asked = run_options(other, override="model.layers,model.d_ff")
     refused(asked, BAD_DATA, "model.layers was 2, is 3")
+
+
+def test_before_the_first_checkpoint_all_may_change(make_run: MakeRun, monkeypatch, capsys) -> None:
+    """As after a first start that ran out of memory; with --exact it may not."""
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 2)
+        train(make_run())
+    other = make_run(layers=1, batch_rows=2, steps=2)
+    with pytest.raises(SotaError, match=r"--exact: model\.layers was 2, is 1"):
+        train(run_options(other, exact=True))
+    train(other)
+    assert changed(other) == [
+        "model.layers was 2, is 1", "train.steps was 12, is 2", "train.batch_rows was 4, is 2",
+    ]  # fmt: skip
+    assert "changed: model.layers was 2, is 1" in capsys.readouterr().out
+    lines = [
+        (line["step"], line["tokens"]) for line in read_metrics(other.run.out) if "loss" in line
+    ]
+    assert lines == [(1, 64), (2, 128)]
 
 
 @pytest.mark.parametrize(

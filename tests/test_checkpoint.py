@@ -66,12 +66,6 @@ def test_latest_takes_the_newest_that_verifies_and_names_the_others(tmp_path: Pa
     assert caught.value.code == BAD_DATA
 
 
-def test_steps_are_the_names_that_a_save_gives(tmp_path: Path) -> None:
-    for name in ("00000007", "123456789", "7", "000000008", "x0000009", "00000010.old"):
-        (tmp_path / "checkpoints" / f"step-{name}").mkdir(parents=True)
-    assert checkpoint.steps(tmp_path) == [7, 123_456_789]
-
-
 def test_none_that_verifies_is_an_error(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path, print) is None
     checkpoint.save(tmp_path, state(1))

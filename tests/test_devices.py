@@ -261,12 +261,14 @@ def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatc
     ],
 )
 def test_devices_have_several_words_for_a_full_memory(message: str, capsys) -> None:
-    def work() -> int:
-        raise RuntimeError(message)
+    for error in (RuntimeError(message), MemoryError()):
 
-    assert out_of_memory(RuntimeError(message))
-    assert guarded(work) == TEMPORARY
-    assert "out of memory" in capsys.readouterr().err
+        def work(error: Exception = error) -> int:
+            raise error
+
+        assert out_of_memory(error)
+        assert guarded(work) == TEMPORARY
+        assert "out of memory" in capsys.readouterr().err
 
 
 def test_a_plan_backs_off_as_training_does(monkeypatch) -> None:

@@ -85,6 +85,13 @@ def test_a_verdict_holds_for_its_machine_only(tmp_path: Path, monkeypatch) -> No
         doctor.admit(tmp_path, runtime("bfloat16"))
 
 
+@pytest.mark.parametrize("name", ["none", "file", "file/inside"])
+def test_a_folder_that_is_none_is_a_line_of_the_table(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (found,) = doctor._disk(tmp_path / name)
+    assert not found.passed and name in found.detail and "--folder" in found.advice
+
+
 @pytest.mark.slow
 def test_the_verb_prints_a_table(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(doctor, "_DISK_BYTES", 1 << 20)

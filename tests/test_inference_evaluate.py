@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import random
+import re
 import shutil
 import sys
 import threading
@@ -181,6 +182,28 @@ def test_text_files_context_and_stride(run: Path, tmp_path: Path) -> None:
     assert sliding["tokens"] == count
     assert sliding["sequences"] > whole["sequences"]
     assert judged(run, text=(tmp_path,), tokens=10)["tokens"] == 10
+
+
+def test_what_takes_long_says_how_far_it_is(
+    run: Path, lambada_file: Path, hellaswag_file: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """A line on stderr now and then, up to the whole; nothing where it is done at once."""
+    (tmp_path / "a.txt").write_text("The captain saw the storm. " * 50)
+    asked: list[dict[str, Any]] = [{}, {"text": (tmp_path,)}, {"tokens": 500, "stride": 16}]
+    asked += [{"lambada": lambada_file}, {"hellaswag": hellaswag_file}]
+    for options in asked:
+        monkeypatch.setattr("sota_transformer.data.progress._PLAIN_SECONDS", 60)
+        quiet = judged(run, **options)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr("sota_transformer.data.progress._PLAIN_SECONDS", 0)
+        assert judged(run, **options) == quiet
+        lines = capsys.readouterr().err.splitlines()
+        form = r"evaluate: +([\d.]+)%  ([\d,]+) tokens \([\d,]+/s\)  \d+ s left"
+        found = [re.fullmatch(form, line) for line in lines]
+        shares = [float(match[1]) for match in found if match]
+        assert len(shares) == len(lines) > 1 and shares == sorted(shares) and shares[-1] == 100
+        if "tokens" in quiet:
+            assert f" {quiet['tokens']:,} tokens (" in lines[-1]
 
 
 def test_the_table_names_the_protocol_and_published_figures(run: Path, lambada_file: Path) -> None:

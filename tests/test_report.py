@@ -12,6 +12,7 @@ from sota_transformer.cli import main
 from sota_transformer.errors import BAD_DATA, IO_FAILED, NO_INPUT
 from sota_transformer.presets import PRESETS
 from sota_transformer.report import _ticks, write_report
+from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
 
 LAST = {"val_loss": 3.25, "val_error": 0.01, "val_perplexity": 25.79, "val_bits_per_byte": 1.5}
 
@@ -122,3 +123,35 @@ def test_ticks_are_few_and_within(low: float, high: float) -> None:
     ticks = _ticks(low, high)
     assert 3 <= len(ticks) <= 8
     assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
+    """On from step 40 and killed before a save, so on from the 100 that was there all along."""
+    path = run / "metrics.jsonl"
+    here = [{"step": 40, "event": "saved"}, {"step": 70, "event": "saved"}]
+    here += [{"step": 100, "event": "saved"}, {"step": 100, "sample": "a\n--- step 7\nb"}]
+    left = [{"step": 40, "event": "start"}, {"step": 50, "loss": 99.0}, {"step": 50, **LAST}]
+    after = [{"step": 100, "event": "start"}, {"step": 110, "loss": 4.5}]
+    with path.open("a") as file:
+        file.write("\n" + "".join(json.dumps(line) + "\n" for line in here + left + after))
+    lines = read_metrics(run)
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert losses == {step: 10 - step / 20 for step in range(10, 101, 10)} | {110: 4.5}
+    page = write_report(run, run / "report.html").read_text()
+    assert "step 50: 8.0000" in page and "110 of 200" in page and "Sample at step 100" in page
+    # The branch again, saved this time at 60: then 70 and 100 are gone, 40 is of the first start.
+    saved = [*left, {"step": 60, "event": "saved"}, {"step": 60, "event": "start"}]
+    with path.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in saved))
+    losses = {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
+    assert losses == {10: 9.5, 20: 9.0, 30: 8.5, 40: 8.0, 50: 99.0}
+
+
+def test_a_sample_that_looks_like_a_heading_is_one_sample(tmp_path: Path) -> None:
+    text = "a\n--- step 9\nb\n\n--- step 2\n"
+    (tmp_path / "samples.txt").write_text("--- step 1\nof an older version\n\n")
+    with RunLog(tmp_path, 10, silent=False) as log:
+        log.console.quiet = True
+        log.sample(3, text)
+        log.sample(5, "c")
+    assert read_samples(tmp_path) == {1: "of an older version", 3: text.strip(), 5: "c"}

@@ -3,11 +3,10 @@
 A verb's module is imported when the verb is called, so help answers at once.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import io
+import math
 import re
 import shlex
 import sys
@@ -18,6 +17,7 @@ from typing import Any, TypeVar, get_origin
 from sota_transformer import __version__
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import INTERRUPTED, IO_FAILED, TEMPORARY, USAGE, SotaError
+from sota_transformer.mistakes import nearest, plain
 from sota_transformer.options import (
     DataView,
     Doctor,
@@ -30,7 +30,7 @@ from sota_transformer.options import (
     Report,
     Serve,
 )
-from sota_transformer.presets import PRESETS, RECIPES
+from sota_transformer.presets import PRESETS, RECIPES, Recipe
 
 _Options = TypeVar("_Options")
 
@@ -70,7 +70,7 @@ def guarded(work: Callable[[], int]) -> int:
         return _complain(f"{where}{error.strerror or error}", IO_FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         from sota_transformer.runtime import out_of_memory
 
         if not out_of_memory(error):
@@ -92,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        raise SotaError(f"no command {verb!r}{_nearest(verb, VERBS)}; `sota --help` lists them")
+        raise SotaError(f"no command {verb!r}{nearest(verb, VERBS)}; `sota --help` lists them")
     return VERBS[verb][1](rest)
 
 
@@ -101,11 +101,6 @@ def _usage() -> str:
     head = "Pretrain your own GPT-2-class language model on the one machine you have."
     tail = "`sota COMMAND --help` shows a command's options. Documentation: docs/guide.md"
     return "\n".join([head, "", *lines, "", tail])
-
-
-def _nearest(word: str, known: Any, alike: float = 0.6) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=alike)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _complain(text: str, code: int) -> int:
@@ -135,7 +130,7 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
             raise
         kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # a box, or its ASCII form
         own = ["--hours"] if verb.startswith("plan ") else []
-        text = _plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *own])
+        text = plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *own])
         if not re.match(r"\w+\.\w+ ", text):  # a field that names itself and what is allowed
             text = f"{verb}: {text}; `{program} --help` shows all options"
         raise SotaError(text) from None
@@ -148,38 +143,6 @@ def _flags(kind: type, default: Any) -> list[str]:
         names = [f"{name}.{field}" for name in names for field in vars(getattr(default, name))]
     before = [*SHORT, "--recipe", "--override"] if default is not None else []
     return [*(f"--{name.replace('_', '-')}" for name in names), *before]
-
-
-_OURS = (  # what tyro 1.0 says, what we say
-    (r"Error parsing (\S+): invalid literal for int\(\) .*?: (.*) Argument helptext.*",
-     r"\1 must be a whole number, not \2"),
-    (r"Error parsing (\S+): could not convert .* float: (.*) Argument helptext.*",
-     r"\1 must be a number, not \2"),
-    (r"Error parsing (\S+): no type .*\|INT could .* from \[(.*)\]\. Got errors: .*",
-     r"\1 must be a whole number, not \2"),
-    (r"Error parsing (\S+): no type .*\|FLOAT could .* from \[(.*)\]\. Got errors: .*",
-     r"\1 must be a number, not \2"),
-    (r"Error parsing (\S+: .*) Argument helptext.*", r"\1"),
-    (r"Error parsing \S+: (.*)", r"\1"),
-    (r"invalid choice ('.*') for argument '(.*?)'\. Expected one of \((.*?)(?:, 'None')?\)\.",
-     r"\2 must be one of \3, not \1"),
-    (r"Missing value for argument .*?'([-.\w]+)'.*", r"\1 needs a value"),
-    (r"Missing from .*?: (.*?)\.? \(required\).*", r"missing: \1"),
-    (r"Unrecognized options: (.*?)(?: (?:Perhaps you meant|Arguments similar to).*)?",
-     r"not understood: \1"),
-)  # fmt: skip
-_TITLES = r"(Value error|Invalid choice|Missing argument|Required options|Unrecognized options) "
-
-
-def _plain(text: str, known: list[str]) -> str:
-    """What tyro says in a box, in our words; all else as it is, without title and footer."""
-    text = re.sub(r" For full helptext.*", "", re.sub(_TITLES, "", text, count=1))
-    text = text.replace("'None', ", "")  # a choice of ours only where nothing is chosen
-    text = next(
-        (found.expand(ours) for says, ours in _OURS if (found := re.fullmatch(says, text))), text
-    )
-    unknown = re.match(r"not understood: (--[^\s,=]+)", text)
-    return text + _nearest(unknown[1], known, 0.7) if unknown else text
 
 
 def resolve(arguments: list[str], verb: str) -> RunConfig:
@@ -195,7 +158,7 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         raise SystemExit(0)
     name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
-        raise SotaError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are {names}")
+        raise SotaError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {names}")
     recipe, rest = _recipe(rest)
     short = ", ".join([*own, "--recipe NAME", *SHORT, "--override FIELD=VALUE"])
     config = parse(
@@ -212,15 +175,28 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     return config
 
 
-def _recipe(arguments: list[str]) -> tuple[str, list[str]]:
+def _recipe(arguments: list[str]) -> tuple[Recipe, list[str]]:
     """The recipe, and the arguments without it."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    own.add_argument("--recipe", choices=RECIPES, default=RECIPES[0])
-    try:
-        found, rest = own.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise SotaError(f"{error}") from None
-    return found.recipe, rest
+    kinds = " or ".join(RECIPES)
+    given, rest = _taken("--recipe", kinds, arguments)
+    for recipe in RECIPES:
+        if given in (None, recipe):
+            return recipe, rest
+    raise SotaError(f"--recipe must be {kinds}, not {given!r}")
+
+
+def _taken(flag: str, what: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option that is read before all others, and the arguments without it."""
+    found, rest, words = None, list[str](), iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != flag:
+            rest.append(word)
+            continue
+        found = value if equals else next(words, "")
+        if not found or found.startswith("--"):
+            raise SotaError(f"{flag} needs a value: {what}")
+    return found, rest
 
 
 def _lengthen(arguments: list[str]) -> list[str]:
@@ -335,18 +311,17 @@ def _report(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    own.add_argument("--hours", type=float, default=0.0)
+    given, rest = _taken("--hours", "a number of hours", arguments)
     try:
-        options, rest = own.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise SotaError(f"plan: {error}; give a number, such as --hours 8") from None
+        hours = float(given or 0)
+    except ValueError:
+        hours = math.nan
+    if not 0 <= hours < 1e6:
+        raise SotaError(f"plan: --hours must be a number of hours, not {given!r}")
     config = resolve(rest, "plan")
-    if not 0 <= options.hours < 1e6:
-        raise SotaError(f"plan: --hours {options.hours} must be a number of hours")
     from sota_transformer.plan import run_plan
 
-    return run_plan(config, rest[0], options.hours)
+    return run_plan(config, rest[0], hours)
 
 
 def _data(arguments: list[str]) -> int:

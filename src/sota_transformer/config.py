@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 
 GPT2_VOCAB = 50_257
 VOCAB = GPT2_VOCAB + 1  # and <|pad|>
+STEP_DIGITS = 8  # of a checkpoint's name
+_MOST_THREADS = 1024  # OpenMP ends the process when it cannot start so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +169,8 @@ class Train:
         counts = ("micro_rows", "eval_every", "sample_every", "save_every_steps")
         found = at_least(self, "train", 1, "steps", "batch_rows", "log_every", "eval_tokens")
         found += at_least(self, "train", 2, "keep_checkpoints")
+        if self.steps >= 10**STEP_DIGITS:
+            found.append(f"train.steps {self.steps} must be below {10**STEP_DIGITS:,}")
         return found + at_least(self, "train", 0, *counts, "save_every_minutes")
 
 
@@ -200,8 +204,11 @@ class Run:
         found = at_least(self, "run", 0, "seed", "threads")
         if self.seed >= 2**63:
             found.append(f"run.seed {self.seed} must be below 2**63")
+        if self.threads > _MOST_THREADS:
+            found.append(f"run.threads {self.threads} must be at most {_MOST_THREADS}")
         step = self.resume.removeprefix("step:")
-        if self.resume not in ("auto", "latest", "never") and not step.isdecimal():
+        number = step.isdecimal() and len(step) <= STEP_DIGITS
+        if self.resume not in ("auto", "latest", "never") and not number:
             found.append(f"run.resume {self.resume!r} must be auto, latest, never or step:N")
         return found
 

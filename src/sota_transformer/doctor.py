@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sota_transformer.runtime import Runtime
 
 _VERDICT = "doctor.json"
+_MODEL = "model forward, backward and update"
+_COMPILED = f"{_MODEL}, compiled"
 _DISK_BYTES = 64 << 20
 _SLOW_DISK = 20e6  # bytes/s below which a 125M checkpoint takes over a minute
 
@@ -53,8 +55,11 @@ def run_doctor(options: Doctor) -> int:
         mark = "[green]pass[/]" if line.passed else "[red]FAIL[/]"
         table.add_row(mark, line.name, line.detail, line.advice if not line.passed else "")
     Console().print(table)
-    failed = [line.name for line in checks if not line.passed]
-    print("this machine is fit to train on" if not failed else f"not fit: {', '.join(failed)}")
+    failed = [line.name for line in failures(checks)]
+    fit = "this machine is fit to train on"
+    if any(not line.passed for line in checks):
+        fit += ", without torch.compile"
+    print(fit if not failed else f"not fit: {', '.join(failed)}")
     return DIVERGED if failed else 0
 
 
@@ -214,14 +219,17 @@ def _model_check(runtime: "Runtime") -> Check:
     """Loss, every gradient and one AdamW update of a small model, against the CPU in float32."""
     import torch
 
-    name = f"model forward, backward and update{', compiled' if runtime.compile else ''}"
-    advice = "--run.compile off" if runtime.compile else "use --device cpu or another torch"
+    from sota_transformer.runtime import in_short
+
+    name = _COMPILED if runtime.compile else _MODEL
+    advice = "use --device cpu or another torch"
+    if runtime.compile:
+        advice = "nothing: training does without torch.compile, which is slower and as right"
     loss_limit, limit = (1e-4, 2e-3) if runtime.dtype == torch.float32 else (1e-2, 6e-2)
     try:
         loss, gradients, finite = _one_step(runtime)
     except Exception as problem:  # a compiler or driver may raise anything
-        detail = " ".join(str(problem).split())[:120]
-        return Check(name=name, passed=False, detail=detail, advice=advice)
+        return Check(name=name, passed=False, detail=in_short(problem), advice=advice)
     plain = {"device": torch.device("cpu"), "dtype": torch.float32, "compile": False}
     expected_loss, expected, _ = _one_step(dataclasses.replace(runtime, **plain))
     loss_error = abs(loss - expected_loss) / expected_loss
@@ -283,10 +291,10 @@ def _memory(runtime: "Runtime") -> Check:
 def _disk(folder: Path) -> list[Check]:
     """Free space and the speed of a durable write, where runs would live."""
     data = os.urandom(1 << 20)
-    free = shutil.disk_usage(folder).free
     probe = folder / f".sota-doctor-{os.getpid()}"
     started = time.perf_counter()
     try:
+        free = shutil.disk_usage(folder).free
         file = durable.HashingFile(probe)
         for _ in range(_DISK_BYTES >> 20):
             file.write(data)
@@ -296,7 +304,8 @@ def _disk(folder: Path) -> list[Check]:
         detail = f"{folder}: {error.strerror}"
         return [Check(name="disk", passed=False, detail=detail, advice="give another --folder")]
     finally:
-        probe.unlink(missing_ok=True)
+        if probe.exists():
+            probe.unlink()
     return [
         Check(
             name="disk space",
@@ -313,31 +322,38 @@ def _disk(folder: Path) -> list[Check]:
     ]
 
 
-def admit(folder: Path, runtime: "Runtime") -> None:
-    """Let a run begin only on a device whose arithmetic is right. SotaError 70 names what failed.
+def admit(folder: Path, runtime: "Runtime") -> "Runtime":
+    """The runtime to train with, on a device whose arithmetic is right; else SotaError 70.
 
-    The verdict is kept in the run's folder and asked again when device, precision or torch change.
+    It does not compile where only what is compiled is wrong. The verdict is kept in the run's
+    folder and asked again unless all was good on the same device, precision and torch.
     """
     machine = {k: v for k, v in runtime.describe().items() if k not in ("threads", "world")}
     path = folder / _VERDICT
     try:
         known = json.loads(path.read_text())
-        if known["machine"] == machine and known["passed"]:
-            return
+        if known["machine"] == machine and all(line["passed"] for line in known["checks"]):
+            return runtime
     except (OSError, ValueError, KeyError, TypeError):
         pass
     checks = arithmetic(runtime)
-    failed = [line for line in checks if not line.passed]
     verdict = {
         "machine": machine,
-        "passed": not failed,
+        "passed": not failures(checks),
         "checks": [dataclasses.asdict(line) for line in checks],
     }
     durable.write_file(path, durable.canonical_json(verdict))
-    if failed:
+    if failed := failures(checks):
         names = "; ".join(f"{line.name}: {line.detail}" for line in failed)
         raise SotaError(
             f"{runtime.device} computes wrongly ({names}); {failed[0].advice}. `sota doctor` shows "
             "the whole table",
             DIVERGED,
         )
+    wrong = next((line for line in checks if not line.passed), None)
+    return runtime.without_compiling(wrong.detail) if wrong else runtime
+
+
+def failures(checks: list[Check]) -> list[Check]:
+    """What makes a machine unfit; it can do without torch.compile."""
+    return [line for line in checks if not line.passed and line.name != _COMPILED]

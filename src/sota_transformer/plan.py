@@ -6,6 +6,7 @@ published scaling law and says so. Where the law was not fitted there is no numb
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,6 +186,21 @@ def step_seconds(
     config: RunConfig, runtime: "Runtime", rows: int, steps: int = 3
 ) -> tuple[float, float]:
     """Seconds of a step of `rows` windows, and of its update alone: medians of `steps`."""
+    from sota_transformer.runtime import out_of_memory
+
+    try:
+        return _step_seconds(config, runtime, rows, steps)
+    except Exception as error:  # as in training
+        if not runtime.compile or out_of_memory(error):
+            raise
+        plain = runtime.without_compiling(error)
+        print(f"sota: {plain.reasons[-1]}", file=sys.stderr)
+        return _step_seconds(config, plain, rows, steps)
+
+
+def _step_seconds(
+    config: RunConfig, runtime: "Runtime", rows: int, steps: int
+) -> tuple[float, float]:
     import torch
 
     from sota_transformer.model.loss import token_loss

@@ -8,12 +8,13 @@ one process is not a special case.
 import ctypes
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,16 @@ class Runtime:
         )
 
     def optimize(self, model: Any) -> None:
-        """Compile both halves of each block: two compilations serve all, and names stay.
+        """Compile both halves of each block, or undo it: two compilations serve all, names stay.
 
         Compiled as one, the backward pass would compute the stream between them three times. On a
         CPU the backward pass computes anew whatever is no matrix product and no reduction: norms,
         the gate, weights in bfloat16. That costs no time and halves what a block keeps.
         """
+        for block in model.blocks:
+            block.attention.compiled_on_cpu = self.compile and self.device.type == "cpu"
+            for half in ("mix", "feed"):
+                vars(block).pop(half, None)  # what was compiled stands before the method
         if not self.compile:
             return
         if self.device.type == "cpu":
@@ -91,9 +96,12 @@ class Runtime:
 
             partitioner.aggressive_recomputation = True
         for block in model.blocks:
-            block.attention.compiled_on_cpu = self.device.type == "cpu"
             block.mix = torch.compile(block.mix, dynamic=False)
             block.feed = torch.compile(block.feed, dynamic=False)
+
+    def without_compiling(self, why: object) -> "Runtime":
+        """The same in eager mode, which is slower and as right, and why."""
+        return replace(self, compile=False, reasons=(*self.reasons[:2], _not_compiled(why)))
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -196,11 +204,12 @@ def halved(micro_rows: int, rows: int) -> int:
     return next((size for size in range(micro_rows // 2, 0, -1) if rows % size == 0), 0)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether a device could not hold what was asked; not every backend has a type for it."""
     # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 @contextmanager
@@ -291,9 +300,19 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
         probe = torch.compile(lambda x: x.sin() + 1)
         probe(torch.ones(64, device=device))
     except Exception as error:  # any failure of a compiler we do not own means: do without
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return False, f"not compiled: torch.compile failed here ({line[:120]})"
+        return False, _not_compiled(error)
     return True, "compiled"
+
+
+def _not_compiled(why: object) -> str:
+    """A reason, from what a compiler or a check said."""
+    return f"not compiled: torch.compile failed here ({in_short(why)})"
+
+
+def in_short(error: object) -> str:
+    """What a compiler said, without its command line and torch's advice."""
+    words = re.sub(r" Command: .* Output: | Set TORCHDYNAMO_.*", " ", " ".join(str(error).split()))
+    return words.strip()[:200] or type(error).__name__
 
 
 def _cxx_compiler() -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sota_transformer.commands.common import Opened, check, decoded, open_model
 from sota_transformer.commands.hub import fetch
+from sota_transformer.data.progress import Meter
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import BAD_DATA, NO_INPUT, USAGE, SotaError
@@ -56,7 +57,7 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     if options.text:
         files = _text_files(options.text)
         read = (
-            np.array([EOT, *tokenizer.encode(decoded(path.read_bytes(), path))]) for path in files
+            np.array([EOT, *tokenizer.encode(decoded(p.read_bytes(), p))], np.uint16) for p in files
         )
         name = ", ".join(map(str, options.text))
     else:
@@ -73,19 +74,19 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
         count = windows.tokens if not options.tokens else min(windows.tokens, options.tokens + 1)
         read, files = iter([windows.read(0, count)]), []
         name = f"validation split of {path}"
-    left = options.tokens or sys.maxsize
-    masked = opened.config is not None and opened.config.data.document_mask
-    sums = []
+    texts, left = [], options.tokens or sys.maxsize
     for tokens in read:
-        part = tokens[: left + 1]
-        sums.append(
-            sliding_sums(
-                opened.model, part, tokenizer.token_bytes, context, stride, document_mask=masked
-            )
-        )
-        left -= len(part) - 1
+        texts.append(tokens[: left + 1])
+        left -= len(texts[-1]) - 1
         if left <= 0:
             break
+    masked = opened.config is not None and opened.config.data.document_mask
+    with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
+        size, model = tokenizer.token_bytes, opened.model
+        sums = [
+            sliding_sums(model, each, size, context, stride, document_mask=masked, meter=meter)
+            for each in texts
+        ]
     try:
         figures = summarise(np.concatenate(sums))
     except ValueError as error:

@@ -86,6 +86,14 @@ class BatchLoader:
             ids[of_epoch] = permute(rows[of_epoch] % size, size, self._seed, epoch)
         return ids
 
+    def dropout_keys(self, step: int) -> NDArray[np.int32]:
+        """(B,), a hash of the run's seed, the step and each row's global number."""
+        words = self.row_numbers(step).astype(np.uint64)
+        for value in (step, self._seed):
+            words = (words + np.uint64(value + 1)) * np.uint64(_GOLDEN)
+            words ^= words >> np.uint64(29)
+        return (words >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
     def batch(self, step: int) -> NDArray[np.int64]:
         """This rank's windows at `step`: (B, T + 1). Errors of the read come out here."""
         if self._ahead is not None and self._ahead[0] == step:

@@ -1,8 +1,9 @@
-"""What `sota prepare` shows while it works and when it is done."""
+"""What a long command shows while it works, and `sota prepare` when it is done."""
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 from sota_transformer.data.sources import REPAIRED
 
@@ -10,49 +11,83 @@ _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.1
 
 
-class Progress:
+class Meter:
     """A bar on a terminal, a plain line every few seconds elsewhere; both on stderr."""
+
+    def __init__(
+        self, verb: str, total: int | None, text: Callable[[float], str] | None = None
+    ) -> None:
+        """`total` of what there is to do, None where unknown; `text` of seconds says what is done.
+
+        Without a text, tokens are counted.
+        """
+        self._started = self._shown = time.monotonic()
+        self._verb, self._total, self._done = verb, total, 0
+        self._text = text or self._tokens
+        self._bar: Any = _bar() if sys.stderr.isatty() else None
+        self._task = self._bar.add_task("", total=total, text="") if self._bar else None
+        if self._bar:
+            self._bar.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, size: int) -> None:
+        """So much more is done."""
+        self._done += size
+        now = time.monotonic()
+        if now - self._shown >= (_LIVE_SECONDS if self._bar else _PLAIN_SECONDS):
+            self._shown = now
+            self._show(now - self._started)
+
+    def _show(self, seconds: float) -> None:
+        text = self._text(seconds)
+        if self._total and self._done:
+            share = min(1.0, self._done / self._total)
+            text = f"{share:5.1%}  {text}  {seconds / share - seconds:,.0f} s left"
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, text=text)
+        else:
+            print(f"{self._verb}: {text}", file=sys.stderr, flush=True)
+
+    def _tokens(self, seconds: float) -> str:
+        return f"{self._done:,} tokens ({self._done / seconds:,.0f}/s)"
+
+    def close(self) -> float:
+        """Clear the bar; seconds since the start."""
+        if self._bar:
+            self._bar.stop()
+        return max(1e-9, time.monotonic() - self._started)
+
+
+class Progress:
+    """What a preparation has done so far."""
 
     def __init__(self, total_bytes: int | None) -> None:
         """`total_bytes` of input to read, None where packed files make it unknown."""
-        self.started = self._shown = time.monotonic()
         self.documents = self.text_bytes = self.tokens = 0
-        self._read, self._total = 0, total_bytes
-        self._bar: Any = _bar() if sys.stderr.isatty() else None
-        self._task = self._bar.add_task("", total=total_bytes, text="") if self._bar else None
-        if self._bar:
-            self._bar.start()
+        self._meter = Meter("prepare", total_bytes, self._text)
 
     def add(self, documents: int, text_bytes: int, tokens: int, read_bytes: int) -> None:
         """One more unit is encoded; `read_bytes` is its share of the input."""
         self.documents += documents
         self.text_bytes += text_bytes
         self.tokens += tokens
-        self._read += read_bytes
-        now = time.monotonic()
-        if now - self._shown >= (_LIVE_SECONDS if self._bar else _PLAIN_SECONDS):
-            self._shown = now
-            self._show(now - self.started)
+        self._meter.add(read_bytes)
 
-    def _show(self, seconds: float) -> None:
-        text = (
+    def _text(self, seconds: float) -> str:
+        return (
             f"{self.documents:,} documents ({self.documents / seconds:,.0f}/s)  "
             f"{self.text_bytes / 1e6:,.0f} MB ({self.text_bytes / seconds / 1e6:,.0f} MB/s)  "
             f"{self.tokens / 1e6:,.1f} M tokens"
         )
-        if self._total and self._read:
-            share = min(1.0, self._read / self._total)
-            text = f"{share:5.1%}  {text}  {seconds / share - seconds:,.0f} s left"
-        if self._bar:
-            self._bar.update(self._task, completed=self._read, text=text)
-        else:
-            print(f"prepare: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> float:
         """Clear the bar; seconds since the start."""
-        if self._bar:
-            self._bar.stop()
-        return max(1e-9, time.monotonic() - self.started)
+        return self._meter.close()
 
 
 def _bar() -> Any:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sota_transformer.data.progress import Meter
 from sota_transformer.inference.generate import EOT
 from sota_transformer.model.transformer import Cache, Transformer
 
@@ -78,17 +79,25 @@ def score(model: Transformer, pairs: Sequence[Pair]) -> list[Scored]:
     Where both together exceed the model's context, the oldest tokens are not seen.
     """
     results: list[Scored | None] = [None] * len(pairs)
-    for members in _batches(_shared(model.config.seq_len, pairs)):
-        places = [place for _, group in members for place, _ in group]
-        lines = [line for _, group in members for _, line in group]
-        hidden, targets = _continue(model, members, lines)
-        for place, scored in zip(places, _read(model, hidden, targets, lines), strict=True):
-            results[place] = scored
+    groups = _shared(model.config.seq_len, pairs)
+    with Meter("evaluate", sum(map(_tokens, groups))) as meter:
+        for members in _batches(groups):
+            places = [place for _, group in members for place, _ in group]
+            lines = [line for _, group in members for _, line in group]
+            hidden, targets = _continue(model, members, lines)
+            for place, scored in zip(places, _read(model, hidden, targets, lines), strict=True):
+                results[place] = scored
+            meter.add(sum(map(_tokens, members)))
     return [result for result in results if result is not None]
 
 
 _Group = tuple[list[int], list[tuple[int, list[int]]]]
 """A beginning, and for each pair its place and [last token of the context, *continuation]."""
+
+
+def _tokens(group: _Group) -> int:
+    """What a model reads of it."""
+    return len(group[0]) + sum(len(line) for _, line in group[1])
 
 
 def _shared(seq_len: int, pairs: Sequence[Pair]) -> list[_Group]:

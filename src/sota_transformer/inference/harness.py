@@ -8,6 +8,7 @@ import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 
+from sota_transformer.data.progress import Meter
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Job, run_jobs
 from sota_transformer.inference.benchmarks import encode_pair, score
@@ -33,12 +34,13 @@ class Harness(LM):
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Log-likelihood of each whole text, from end-of-text on, in windows of the context."""
         context, size = self._model.config.seq_len, self._tokenizer.token_bytes
-        totals = []
-        for request in requests:
-            tokens = np.array([EOT, *self._tokenizer.encode(request.args[0])])
-            sums = sliding_sums(self._model, tokens, size, context, context)
-            totals.append(-float(sums[:, 0].sum()))
-        return totals
+        texts = [np.array([EOT, *self._tokenizer.encode(r.args[0])], np.uint16) for r in requests]
+        with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
+            sums = [
+                sliding_sums(self._model, tokens, size, context, context, meter=meter)
+                for tokens in texts
+            ]
+        return [-float(each[:, 0].sum()) for each in sums]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The likeliest text of each request, up to its stop strings; sampling is not offered."""
@@ -57,8 +59,10 @@ class Harness(LM):
                 )
             )
         texts = [""] * len(jobs)
-        for number, drawn in run_jobs(self._model, self._tokenizer, jobs, _ROWS):
-            texts[number] += drawn.text
+        with Meter("evaluate", None) as meter:  # most texts end before their length
+            for number, drawn in run_jobs(self._model, self._tokenizer, jobs, _ROWS):
+                texts[number] += drawn.text
+                meter.add(1)
         return texts
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sota_transformer.data.packing import document_ids
+from sota_transformer.data.progress import Meter
 from sota_transformer.model.loss import IGNORED, targets_of, token_loss
 from sota_transformer.model.transformer import Transformer, same_document
 
@@ -72,13 +73,15 @@ def sliding_sums(
     stride: int,
     rows: int = BATCH_ROWS,
     document_mask: bool = False,
+    meter: Meter | None = None,
 ) -> Array:
     """(N, 3) as above for one text (n,) of any length; every token but the first counts once.
 
     Windows of `context` tokens start every `stride` tokens, and each predicts what the one before
-    did not: a token of a later window sees at least context - stride tokens.
+    did not: a token of a later window sees at least context - stride tokens. `meter` is told of
+    each.
     """
-    return _sums(model, _sliding(tokens, context, stride), token_bytes, rows, document_mask)
+    return _sums(model, _sliding(tokens, context, stride), token_bytes, rows, document_mask, meter)
 
 
 def _sliding(tokens: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:
@@ -98,6 +101,7 @@ def _sums(
     token_bytes: Array,
     rows: int,
     document_mask: bool,
+    meter: Meter | None = None,
 ) -> Array:
     """(N, 3) of windows, each with the number of its first targets that do not count."""
     head = model.embedding.weight.detach()  # a parameter would make the loss keep gradients
@@ -120,6 +124,8 @@ def _sums(
         kept = targets.numpy() != IGNORED
         sizes = np.where(kept, token_bytes[ids[:, 1:].numpy()], 0).sum(1)
         result.append(np.stack([torch.stack(nats).cpu().double().numpy(), kept.sum(1), sizes], 1))
+        if meter is not None:
+            meter.add(int(kept.sum()))
     return np.concatenate(result) if result else np.zeros((0, 3))
 
 

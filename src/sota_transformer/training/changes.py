@@ -5,6 +5,8 @@ other data, by content                   error 65, unless --data-change says how
 seed, batch, schedule, steps, window     error 2, unless --override names the field
 micro-batch, ranks, threads, versions    said; error 2 with --exact
 how often to log, judge, save; paths     free
+
+Before the first checkpoint all of it is free, and said.
 """
 
 import dataclasses
@@ -57,6 +59,8 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
         if name not in _FREE.get(section, ())
         and (old := getattr(getattr(before, section), name)) != value
     }
+    if not checkpoint.steps(folder):  # there is nothing yet that has to fit
+        return list(changed.values())
     fixed = [name for name in changed if name.startswith("model.") and name != _WEIGHTLESS]
     if fixed:
         raise SotaError(

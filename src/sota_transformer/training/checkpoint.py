@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sota_transformer import durable
-from sota_transformer.config import RunConfig
+from sota_transformer.config import STEP_DIGITS, RunConfig
 from sota_transformer.errors import BAD_DATA, DIVERGED, IO_FAILED, NO_INPUT, SotaError
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.training.runlog import read_config
@@ -64,7 +64,7 @@ def save(run_folder: Path, state: State) -> Path:
             "are free; make room and run the same command again",
             IO_FAILED,
         )
-    final = folder / f"step-{state.step:08d}"
+    final = path_of(run_folder, state.step)
     if os.path.lexists(final):  # rejected when the run went on from an older one
         durable.discard(final)
     manifest = {"format": FORMAT, "step": state.step} | state.manifest
@@ -105,12 +105,12 @@ def steps(run_folder: Path) -> list[int]:
     """Steps of the committed checkpoints, oldest first; by number, never by time."""
     found = (run_folder / "checkpoints").glob("step-*")
     numbers = (path.name.removeprefix("step-") for path in found)
-    return sorted(int(n) for n in numbers if n.isdecimal() and f"{int(n):08d}" == n)
+    return sorted(int(n) for n in numbers if len(n) == STEP_DIGITS and n.isdecimal())
 
 
 def path_of(run_folder: Path, step: int) -> Path:
     """Folder of one checkpoint."""
-    return run_folder / "checkpoints" / f"step-{step:08d}"
+    return run_folder / "checkpoints" / f"step-{step:0{STEP_DIGITS}d}"
 
 
 def latest(run_folder: Path, warn: Callable[[str], None], until: int | None = None) -> int | None:

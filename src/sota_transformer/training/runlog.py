@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -103,12 +104,13 @@ class RunLog:
         self.say(text)
 
     def sample(self, step: int, text: str) -> None:
-        """A generated sample, appended to samples.txt."""
+        """A generated sample, appended to samples.txt for people and to metrics.jsonl for us."""
         self._sample = text
         if not self.silent:
             path = self.folder / "samples.txt"
             with durable.naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{text}\n\n")
+            self._write({"step": step, "sample": text})
         if self._live is None:
             shown = "\n".join(text.splitlines()[:_SAMPLE_LINES])
             self.say(f"--- sample at step {step}\n{shown}\n---")
@@ -163,9 +165,36 @@ def clock(seconds: float) -> str:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl by step; the last of a kind and step counts, a torn one never.
 
-    Nor does what is behind the step from which a later start went on: the run did not become that.
+    Nor does what the run did not become: a start goes on from what was saved at its step, so what
+    lies behind that step, or was never saved, is of a branch that was left.
     """
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    here: _Lines = {}
+    before: tuple[tuple[_Lines, int], ...] = ()  # earlier starts, each up to a step
+    saved: dict[int, tuple[tuple[_Lines, int], ...]] = {}  # the same for each checkpoint
+    for line in _lines(folder):
+        step, event = line["step"], line.get("event")
+        if event == "saved":
+            while saved and next(reversed(saved)) >= step:  # deleted by saving
+                saved.popitem()
+            saved[step] = (*before, (here, step))
+        elif event == "start":
+            before, here = saved.get(step, (*before, (here, step))), {}
+        else:
+            kind = next((n for n in ("loss", "val_loss", "sample") if n in line), f"event {event}")
+            here[step, kind] = line
+    found, least = dict(here), None
+    for lines, until in reversed(before):
+        least = until if least is None else min(least, until)
+        found = {key: line for key, line in lines.items() if key[0] <= least} | found
+    return [found[key] for key in sorted(found)]
+
+
+_Lines = dict[tuple[int, str], dict[str, Any]]
+"""Lines by step and kind."""
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every line of metrics.jsonl that is whole and has a step."""
     path = folder / "metrics.jsonl"
     for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
         try:
@@ -173,12 +202,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
-            if value.get("event") == "start":
-                found = {key: line for key, line in found.items() if key[0] <= value["step"]}
-                continue
-            kind = next((name for name in ("loss", "val_loss") if name in value), "event")
-            found[value["step"], kind] = value
-    return [found[key] for key in sorted(found)]
+            yield value
 
 
 def _count(digits: str) -> int | None:
@@ -187,13 +211,21 @@ def _count(digits: str) -> int | None:
 
 
 def read_samples(folder: Path) -> dict[int, str]:
-    """The samples of samples.txt by step; one replaces those before it of its step or a later."""
-    path, found = folder / "samples.txt", dict[int, str]()
+    """The samples by step; runs from before they stood in metrics.jsonl have samples.txt alone.
+
+    There one replaces those before it of its step or a later, and none may hold a line like the
+    one above each.
+    """
+    lines = [line for line in read_metrics(folder) if isinstance(line.get("sample"), str)]
+    new = {line["step"]: line["sample"].strip() for line in lines}
+    path, old = folder / "samples.txt", dict[int, str]()
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    if new:
+        text = re.split(rf"^--- step {min(new)}\n", text, maxsplit=1, flags=re.M)[0]
     _, *parts = re.split(r"^--- step ([0-9]{1,18})\n", text, flags=re.M)
     for step, sample in zip(map(int, parts[::2]), parts[1::2], strict=True):
-        found = {at: old for at, old in found.items() if at < step} | {step: sample.strip()}
-    return found
+        old = {at: earlier for at, earlier in old.items() if at < step} | {step: sample.strip()}
+    return {at: sample for at, sample in old.items() if not new or at < min(new)} | new
 
 
 def read_config(run_folder: Path) -> RunConfig:

@@ -24,12 +24,12 @@ from sota_transformer.training.trainer import Trainer
 
 
 def train(
-    config: RunConfig, admit: Callable[[Path, Runtime], None] | None = None
+    config: RunConfig, admit: Callable[[Path, Runtime], Runtime] | None = None
 ) -> Perplexity | None:
     """Train, or go on training, the run that `config` describes; None if it was complete already.
 
-    `admit` is asked once, with the folder locked, before anything is computed. Raises SotaError for
-    what a user can mend, Stopped on a signal.
+    `admit` is asked once, with the folder locked, before anything is computed, and may say not to
+    compile. Raises SotaError for what a user can mend, Stopped on a signal.
     """
     folder = check_folders(config)
     changed: list[str] = []
@@ -45,11 +45,14 @@ def train(
         start = -1
         if runtime.rank == 0:
             if admit is not None:
-                admit(folder, runtime)
+                runtime = admit(folder, runtime)
             step = _resume_step(config, log.say)
             start = -1 if step is None else step
-        mine = torch.tensor(start if runtime.rank == 0 else 0, device=runtime.device)
-        start = int(runtime.sum_(mine))  # what the first rank has chosen
+        mine = (start, int(runtime.compile)) if runtime.rank == 0 else (0, 0)
+        chosen = runtime.sum_(torch.tensor(mine, device=runtime.device))
+        start, compiled = map(int, chosen.tolist())  # by the first rank
+        if runtime.compile and not compiled:
+            runtime = runtime.without_compiling("in the first process")
         verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
@@ -75,7 +78,7 @@ def train(
         log.begin_live()
         try:
             return trainer.fit(state)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise SotaError(

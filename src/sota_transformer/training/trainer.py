@@ -60,10 +60,9 @@ class Trainer:
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
         self.model.to(runtime.device)
         self.optimizers = optimizers(self.model, config.optim)
-        halves = runtime.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=halves)
-        self.step = 0
-        self.updates = 0
+        half = runtime.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
+        self.step = self.updates = 0
         self.tokens = 0  # learned from: what no update was made of does not count
         self.guard = Guard()
         self.good: set[int] = set()  # the checkpoints that this process has written or loaded
@@ -122,10 +121,14 @@ class Trainer:
             try:
                 sums = self._gradients(batch, targets, ids, count)
                 break
-            except RuntimeError as error:
-                if not out_of_memory(error):
+            except Exception as error:  # a compiler that is not ours may raise anything
+                self.model.zero_grad(set_to_none=True)
+                if out_of_memory(error):
+                    self._halve_micro_batch(len(batch))
+                elif self.runtime.compile:
+                    self._stop_compiling(error)
+                else:
                     raise
-                self._halve_micro_batch(len(batch))
         self.runtime.sum_gradients(self.model.parameters())
         self._update(sums)
 
@@ -136,7 +139,7 @@ class Trainer:
         optim = self.config.optim
         drops = max(optim.dropout_start, optim.dropout_end) > 0
         rate = self.runtime.put(np.array(schedules.dropout(self.step, self.config), np.float32))
-        keys = self.runtime.put(self._dropout_keys())
+        keys = self.runtime.put(self.loader.dropout_keys(self.step))
         sums, head = torch.zeros(3, device=batch.device), self.model.embedding.weight
         for begin in range(0, batch.shape[0], self.micro_rows):
             part = slice(begin, begin + self.micro_rows)
@@ -152,7 +155,6 @@ class Trainer:
 
     def _halve_micro_batch(self, rows: int) -> None:
         """Go on with smaller micro-batches of these rows; the step is the same but for rounding."""
-        self.model.zero_grad(set_to_none=True)
         fewer = halved(self.micro_rows, rows)
         if not fewer:
             raise SotaError(
@@ -161,9 +163,16 @@ class Trainer:
                 TEMPORARY,
             )
         self.micro_rows = fewer
+        text = f"step {self.step}: out of memory; on with micro-batches of {fewer} windows"
+        self.log.event({"step": self.step, "event": "micro-batch", "rows": fewer}, text)
+
+    def _stop_compiling(self, error: Exception) -> None:
+        """Make this step again, and all that follow, as they are written."""
+        self.runtime = self.runtime.without_compiling(error)
+        self.runtime.optimize(self.model)
         self.log.event(
-            {"step": self.step, "event": "micro-batch", "rows": self.micro_rows},
-            f"step {self.step}: out of memory; on with micro-batches of {self.micro_rows} windows",
+            {"step": self.step, "event": "not compiled", "reason": self.runtime.reasons[-1]},
+            f"step {self.step}: {self.runtime.reasons[-1]}; on without it",
         )
 
     def _update(self, sums: Tensor) -> None:
@@ -205,9 +214,8 @@ class Trainer:
         """To the last checkpoint, on behind the data that did it, at half the rate; or give up."""
         if self.guard.gives_up():
             raise SotaError(
-                f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns "
-                "to a checkpoint; the last one is good. Start anew at a lower "
-                "--optim.learning-rate",
+                f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
+                "what was saved is good. Start anew at a lower --optim.learning-rate",
                 DIVERGED,
             )
         self.signals.critical(True)
@@ -249,14 +257,6 @@ class Trainer:
         """Global rows of a step, behind those that a return left out."""
         rows = schedules.rows(step, self.config)
         return range(rows.start + self.guard.shift, rows.stop + self.guard.shift)
-
-    def _dropout_keys(self) -> np.ndarray:
-        """(B,) int32, a hash of the run's seed, the step and each row's global number."""
-        words = self.loader.row_numbers(self.step).astype(np.uint64)
-        for value in (self.step, self.config.run.seed):
-            words = (words + np.uint64(value + 1)) * np.uint64(0x9E3779B97F4A7C15)
-            words ^= words >> np.uint64(29)
-        return (words >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -345,7 +345,7 @@ class Trainer:
         self.signals.critical(True)
         if self.runtime.rank == 0:
             checkpoint.save(self.config.run.out, self.state())
-            self.log.say(f"saved step {self.step}")
+            self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}")
             trusted = {*self.good, self.step}
             checkpoint.prune(self.config.run.out, self.config.train.keep_checkpoints, trusted)
         self.good.add(self.step)
@@ -358,7 +358,7 @@ class Trainer:
         self.log.end_live()
         if self.runtime.rank == 0 and self.step not in self.good:
             checkpoint.save(self.config.run.out, self.state())
-        self.log.say(f"saved step {self.step}; {why}")
+        self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}; {why}")
 
     def state(self) -> checkpoint.State:
         """All that a checkpoint holds."""
@@ -379,8 +379,7 @@ class Trainer:
 
     def numerics(self) -> dict[str, Any]:
         """All that can change a bit of the result and is not the run's configuration or data."""
-        ours = {"micro_rows": self.micro_rows, "sota": __version__}
-        return self.runtime.describe() | ours
+        return self.runtime.describe() | {"micro_rows": self.micro_rows, "sota": __version__}
 
     def _restore(self, state: checkpoint.State) -> None:
         """Go on from `state`. SotaError 65 if it is another model's."""

@@ -1,0 +1,182 @@
+"""Trouble with torch.compile costs speed and never a run, nor a right result; on every device."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sota_transformer import doctor, plan
+from sota_transformer.config import Model, Run, RunConfig
+from sota_transformer.doctor import admit
+from sota_transformer.options import Doctor
+from sota_transformer.presets import PRESETS
+from sota_transformer.runtime import Runtime, in_short
+from sota_transformer.training import trainer
+from sota_transformer.training.runlog import read_metrics
+from sota_transformer.training.start import train
+from tests.pretended import pretended
+
+MakeRun = Callable[..., RunConfig]
+KINDS = ["cpu", "cuda", "mps"]
+SHAPE = Model(layers=2, d_model=64, heads=2, kv_heads=2, d_ff=64, seq_len=24, vocab_size=300)
+
+
+class TroubleError(Exception):
+    """Not a RuntimeError: Triton has such."""
+
+
+class Backward(torch.autograd.Function):
+    """A backward pass that is compiled when it is first wanted, and cannot be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise TroubleError("out of resource: shared memory,\n Required: 1")
+
+
+def compiler(fault: str) -> Callable[..., Any]:
+    """torch.compile, with something wrong where it compiles the model."""
+
+    def compile_(function: Any, **_: Any) -> Any:
+        if function.__name__ not in ("mix", "feed"):
+            return function
+
+        def compiled(*args: Any) -> Any:
+            if fault == "raises":
+                raise TroubleError("backend='inductor' raised:\nno Triton")
+            y = function(*args)
+            return Backward.apply(y) if fault == "raises later" else y * 1.05
+
+        return compiled
+
+    return compile_
+
+
+@contextlib.contextmanager
+def machine(kind: str):
+    with pretended(kind) if kind != "cpu" else contextlib.nullcontext():
+        yield
+
+
+def figures(config: RunConfig) -> list[float]:
+    names = ("loss", "val_loss")
+    return [line[n] for line in read_metrics(config.run.out) for n in names if n in line]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["raises", "raises later"])
+def test_what_cannot_be_compiled_is_trained_without(
+    make_run: MakeRun, monkeypatch, capsys, kind: str, fault: str
+) -> None:
+    monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(torch, "compile", compiler(fault))
+    common = {"device": kind, "steps": 3, "batch_rows": 4, "micro_rows": 2}
+    with machine(kind):
+        plain = make_run("plain", compile="off", **common)
+        train(plain)
+        capsys.readouterr()
+        config = make_run("on", compile="on", **common)
+        train(config)
+        said = [x for x in capsys.readouterr().out.splitlines() if "torch.compile failed" in x]
+        event = next(m for m in read_metrics(config.run.out) if m.get("event") == "not compiled")
+        assert figures(config) == figures(plain)
+        assert len(said) == 1 and event["step"] == 0 and event["reason"] in said[0]
+        assert ("no Triton" if fault == "raises" else "resource: shared memory, Req") in said[0]
+        manifest = config.run.out / "checkpoints/step-00000003/manifest.json"
+        assert json.loads(manifest.read_text())["numerics"]["compile"] is False
+        tiny = dataclasses.replace(PRESETS["tiny"]("fast"), model=SHAPE)
+        run = Run(device=kind, compile="on", dtype="float32")  # type: ignore[arg-type]
+        taken = plan.step_seconds(tiny, Runtime.detect(run, 1), rows=2, steps=1)
+    assert taken > (0, 0) and capsys.readouterr().err.count("torch.compile failed") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["raises", "is wrong"])
+def test_what_is_compiled_wrongly_is_never_used(
+    make_run: MakeRun, monkeypatch, capsys, kind: str, fault: str
+) -> None:
+    """The doctor finds it, and training does without, at this start and at the next."""
+    monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(torch, "compile", compiler(fault))
+    with machine(kind):
+        plain = make_run("plain", compile="off", device=kind, steps=2)
+        train(plain, admit)
+        config = make_run("on", compile="on", device=kind, steps=2)
+        capsys.readouterr()
+        train(config, admit)
+        said = [x for x in capsys.readouterr().out.splitlines() if "not compiled" in x]
+        assert len(said) == 1 and said[0].startswith("machine: ")
+        assert ("loss off by" if fault == "is wrong" else "no Triton") in said[0]
+        assert figures(config) == figures(plain)
+        verdict = json.loads((config.run.out / "doctor.json").read_text())
+        wrong = [line["name"] for line in verdict["checks"] if not line["passed"]]
+        assert verdict["passed"] and wrong == [doctor._COMPILED]
+        # Mended, the same run is asked again and compiles.
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        machine_ = Runtime.detect(config.run, 1)
+        assert machine_.compile and admit(config.run.out, machine_).compile
+
+
+def test_a_compilers_words_are_short() -> None:
+    said = "CppCompileError: C++ compile error\n\nCommand:\ng++ -O3 a.cpp\n\nOutput:\nkilled\n"
+    said += "\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this)"
+    assert in_short(TroubleError(said)) == "CppCompileError: C++ compile error killed"
+    assert in_short(TroubleError()) == "TroubleError"
+
+
+def test_a_machine_without_a_good_compiler_is_fit(monkeypatch, capsys, tmp_path) -> None:
+    checks = [
+        doctor.Check(name="torch", passed=True, detail="x"),
+        doctor.Check(name=doctor._COMPILED, passed=False, detail="loss off", advice="nothing"),
+    ]
+    monkeypatch.setattr(doctor, "check", lambda _: checks)
+    assert doctor.run_doctor(Doctor(folder=tmp_path)) == 0
+    assert "fit to train on, without torch.compile" in capsys.readouterr().out
+    checks.append(doctor.Check(name="attention", passed=False, detail="wrong"))
+    assert doctor.run_doctor(Doctor(folder=tmp_path)) == 70
+    assert "not fit: attention" in capsys.readouterr().out
+
+
+def test_an_error_that_is_not_the_compilers_comes_out(make_run: MakeRun, monkeypatch) -> None:
+    """It comes again without compiling, and is raised as it is."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise TroubleError("a broken device")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(trainer, "token_loss", broken)
+    with pytest.raises(TroubleError, match="a broken device"):
+        train(make_run(compile="on"))
+
+
+def test_no_process_compiles_where_the_first_does_not(make_run: MakeRun, monkeypatch) -> None:
+    """The second process, told by the first: begin anew, without compiling."""
+    original = Runtime.sum_
+
+    def told(self: Runtime, tensor: Tensor) -> Tensor:
+        choice = tensor.shape == (2,) and tensor.dtype == torch.int64
+        return torch.tensor([-1, 0]) if choice else original(self, tensor)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Runtime, "sum_", told)
+    monkeypatch.setattr(torch, "compile", compiler("is wrong"))
+    used: list[bool] = []
+
+    def watched(self: Runtime, _: Any) -> None:
+        used.append(self.compile)
+        raise TroubleError
+
+    monkeypatch.setattr(Runtime, "optimize", watched)
+    config = make_run(compile="on", steps=1)
+    config.run.out.mkdir()
+    with pytest.raises(TroubleError):
+        train(config)
+    assert used == [False]

@@ -1,0 +1,184 @@
+"""How a run ends and goes on: complete, stopped, killed, refused, resumed from a chosen step."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from sota_transformer.config import RunConfig
+from sota_transformer.errors import LOCKED, SotaError
+from sota_transformer.training import checkpoint, trainer
+from sota_transformer.training.runlog import read_config, read_metrics
+from sota_transformer.training.signals import Stopped
+from sota_transformer.training.start import train
+from tests.training_runs import (
+    InterruptError,
+    MakeRun,
+    change,
+    command,
+    final_hash,
+    last_validation,
+    losses,
+    stop_after,
+)
+
+
+def test_a_complete_run_says_so(make_run: MakeRun, capsys) -> None:
+    config = make_run(steps=3)
+    train(config)
+    before = final_hash(config)
+    assert train(config) is None
+    assert "complete" in capsys.readouterr().out
+    assert final_hash(config) == before
+
+
+def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
+    def resumed(word: str) -> RunConfig:
+        config = make_run(steps=4, save_every_steps=2, keep_checkpoints=3)
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=word))
+
+    with pytest.raises(SotaError, match="no checkpoint"):
+        train(resumed("latest"))
+    train(resumed("auto"))
+    with pytest.raises(SotaError, match="never"):
+        train(resumed("never"))
+    with pytest.raises(SotaError, match="no checkpoint of step 3"):
+        train(resumed("step:3"))
+    before = final_hash(resumed("auto"))
+    folder = resumed("auto").run.out
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 4)
+        train(change(resumed("step:2"), save_every_steps=1))
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]  # not 4, nor its validation
+    assert checkpoint.steps(folder) == [2, 3]  # 4 was left behind, and may not be gone on from
+    assert read_config(folder).run.resume == "auto"
+    train(resumed("auto"))
+    assert final_hash(resumed("auto")) == before
+
+
+def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun, monkeypatch) -> None:
+    config = make_run(steps=8, save_every_steps=2, keep_checkpoints=9, sample_every=4)
+    train(config)
+    before = read_metrics(config.run.out)
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:4"))
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 6)
+        train(again)
+    assert checkpoint.steps(config.run.out)[-1] == 8
+    train(config)  # finds step 8 as it was
+    lines = [(m["step"], m.get("loss"), m.get("sample")) for m in before]
+    assert [
+        (m["step"], m.get("loss"), m.get("sample")) for m in read_metrics(config.run.out)
+    ] == lines
+
+
+def wait_for(text: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never said; {process.stderr and process.stderr.read()}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(make_run: MakeRun, number: int, code: int) -> None:
+    config = make_run(steps=50)
+    reference = make_run("reference", steps=50)
+    train(reference)
+    process = subprocess.Popen(
+        command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for("step     10/50", process)
+    process.send_signal(number)
+    sent = time.monotonic()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert time.monotonic() - sent < 10
+    assert f"stopped by {signal.Signals(number).name}" in output
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step" in done.stdout
+    assert final_hash(config) == final_hash(reference)
+
+
+def test_kill_nine_and_the_same_command_end_in_the_same_bytes(make_run: MakeRun) -> None:
+    config = make_run(steps=35, save_every_steps=5)
+    reference = make_run("reference", steps=35, save_every_steps=5)
+    train(reference)
+    for marker in ("saved step 5", "saved step 20"):
+        process = subprocess.Popen(
+            command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(marker, process)
+        process.kill()
+        process.communicate()
+    subprocess.run(command(config), capture_output=True, timeout=120, check=True)
+    assert final_hash(config) == final_hash(reference)
+    assert losses(config) == losses(reference)
+
+
+def test_a_second_process_is_refused(make_run: MakeRun) -> None:
+    config = make_run(steps=100_000)
+    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for("step      5/", process)
+        started = time.monotonic()
+        with pytest.raises(SotaError, match=str(process.pid)) as caught:
+            train(config)
+        assert caught.value.code == LOCKED
+        assert time.monotonic() - started < 2
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_stopped_is_no_exception_that_a_library_could_swallow() -> None:
+    assert not issubclass(Stopped, Exception)
+    assert Stopped(signal.SIGTERM).code == 143
+
+
+def test_run_json_records_each_start(make_run: MakeRun, monkeypatch) -> None:
+    config = make_run(steps=6, save_every_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 3)
+        train(config)
+    train(config)
+    record = json.loads((config.run.out / "run.json").read_text())
+    assert [attempt["from_step"] for attempt in record["attempts"]] == [0, 2]
+    assert record["attempts"][0]["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("amid", ["_validation_batches", "_sample"])
+def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
+    make_run: MakeRun, monkeypatch, amid: str
+) -> None:
+    config = make_run(steps=3)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        patch.setattr(trainer.Trainer, amid, interrupt)
+        train(config)
+    result = train(config)
+    assert result is not None and result.nats == last_validation(config)["val_loss"]
+    assert (config.run.out / "samples.txt").read_text().count("--- step 3\n") == 1
+    assert train(config) is None
+
+
+def interrupt(self) -> None:
+    raise InterruptError
+
+
+def test_a_reader_of_the_output_that_leaves_is_a_stop(make_run: MakeRun) -> None:
+    config = make_run(steps=100_000)
+    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    while b"step      2/" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert checkpoint.steps(config.run.out)
