@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,7 @@ from sota_transformer.runtime import Runtime, out_of_memory
 from sota_transformer.training import trainer
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
-from tests.pretended import Pretended, pretended
+from tests.pretended import Away, Pretended, pretended
 
 MakeRun = Callable[..., RunConfig]
 SHAPE = Model(layers=2, d_model=128, heads=2, kv_heads=1, d_ff=64, seq_len=24, vocab_size=300)
@@ -157,6 +158,27 @@ def test_the_doctor_and_the_plan_run_there(kind: str, dtype: str) -> None:
         checks = doctor.arithmetic(machine)
         assert plan.step_seconds(config, machine, rows=2, steps=1) > (0, 0)
     assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "recipe"), [("_fused_adamw_", "seed"), ("lerp_", "fast"), ("add_", "fast")]
+)
+def test_the_doctor_sees_an_update_that_is_not_made(monkeypatch, kernel: str, recipe: Any) -> None:
+    """As on MPS, where operations on strided tensors wrote to a copy of them."""
+    made = Away.__torch_dispatch__
+
+    def lost(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] == kernel:
+            return args[0]
+        return made(func, types, args, kwargs)
+
+    for fault in (False, True):
+        with pretended("mps"), monkeypatch.context() as patch:
+            if fault:
+                patch.setattr(Away, "__torch_dispatch__", classmethod(lost))
+            machine = Runtime.detect(Run(device="mps"), 1)
+            probe = partial(doctor._probe_update, recipe)
+            assert doctor._probed("updates", probe, machine).passed != fault
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

@@ -25,6 +25,7 @@ ORDER = [
     "doctor",
     "plan",
     "commands",
+    "mistakes",
     "cli",
     "__main__",
 ]

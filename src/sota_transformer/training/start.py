@@ -48,11 +48,7 @@ def train(
                 runtime = admit(folder, runtime)
             step = _resume_step(config, log.say)
             start = -1 if step is None else step
-        mine = (start, int(runtime.compile)) if runtime.rank == 0 else (0, 0)
-        chosen = runtime.sum_(torch.tensor(mine, device=runtime.device))
-        start, compiled = map(int, chosen.tolist())  # by the first rank
-        if runtime.compile and not compiled:
-            runtime = runtime.without_compiling("in the first process")
+        runtime, start = _as_the_first(runtime, start)
         verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
@@ -86,6 +82,16 @@ def train(
                 "--train.micro-rows, --train.gradient-checkpointing or a smaller preset may fit",
                 TEMPORARY,
             ) from error
+
+
+def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
+    """Whether to compile and from which step on, as the first rank has chosen."""
+    mine = (start, int(runtime.compile)) if runtime.rank == 0 else (0, 0)
+    chosen = runtime.sum_(torch.tensor(mine, device=runtime.device))
+    start, compiled = map(int, chosen.tolist())
+    if runtime.compile and not compiled:
+        runtime = runtime.without_compiling("in the first process")
+    return runtime, start
 
 
 def _finished(folder: Path, step: int) -> bool:
