@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from sota_transformer import cli
+from sota_transformer.commands.evaluate import run_evaluate
 from sota_transformer.commands.transfer import run_export, run_import
-from sota_transformer.config import RunConfig
+from sota_transformer.config import Data, RunConfig
 from sota_transformer.data.loader import BatchLoader
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
-from sota_transformer.options import Export, Import
+from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.runlog import read_config, read_metrics
 from sota_transformer.training.start import train
@@ -160,6 +161,18 @@ def test_other_data_is_refused_or_admitted_in_two_ways(
     state = checkpoint.load(other.run.out, 12)
     assert state.manifest["data"] == windows.fingerprint
     assert state.trainer["rows"] == rows[11][-1] + 1
+
+
+def test_who_judges_on_other_data_than_the_runs_is_told(
+    begun: RunConfig, other_data: Path, tmp_path: Path, capsys
+) -> None:
+    shutil.copytree(begun.data.path, tmp_path / "data")
+    train(dataclasses.replace(begun, data=Data(path=tmp_path / "data")))
+    for told in (False, True):
+        run_evaluate(Evaluate(run=begun.run.out, tokens=40, device="cpu"))
+        assert ("is not what" in capsys.readouterr().err) == told
+        shutil.rmtree(tmp_path / "data")
+        shutil.copytree(other_data, tmp_path / "data")
 
 
 def test_a_run_imported_without_data_takes_what_it_is_given(

@@ -1,6 +1,7 @@
 """The trainer's laws: resumed equals undisturbed, any micro-batch, any ranks, no bad update."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from sota_transformer.report import write_report
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
+from sota_transformer.training.signals import Stopped
 from sota_transformer.training.start import train
 from tests.training_runs import (
     InterruptError,
@@ -238,10 +240,14 @@ def test_bad_steps_are_not_applied_and_end_the_run(make_run: MakeRun, monkeypatc
         assert all(torch.equal(weights[name], state.model[name]) for name in weights)
 
 
+@pytest.mark.parametrize("stopped", [False, True])
 def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
-    make_run: MakeRun, monkeypatch
+    make_run: MakeRun, monkeypatch, stopped: bool
 ) -> None:
-    """Windows 40 to 79 in training order are poison; the run ends all the same, and says how."""
+    """Windows 40 to 79 in training order are poison; the run ends all the same, and says how.
+
+    Also where it was stopped when it had seen enough of them and was about to go back.
+    """
     config = make_run(steps=40, batch_rows=4, save_every_steps=5)
     original = trainer.Trainer._update
 
@@ -249,7 +255,14 @@ def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
         rows = self.loader.row_numbers(self.step)
         original(self, sums * float("nan") if 40 <= rows[0] < 80 else sums)
 
+    def stop(self) -> None:
+        raise Stopped(signal.SIGTERM)
+
     monkeypatch.setattr(trainer.Trainer, "_update", update)
+    if stopped:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(trainer.Trainer, "_go_back", stop)
+            train(config)
     result = train(config)
     assert result is not None and result.nats < 10.5
     events = [line for line in read_metrics(config.run.out) if line.get("event") == "returned"]

@@ -153,7 +153,7 @@ def test_run_json_records_each_start(make_run: MakeRun, monkeypatch) -> None:
     assert record["attempts"][0]["machine"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("amid", ["_validation_batches", "_sample"])
+@pytest.mark.parametrize("amid", ["_validation_windows", "_sample"])
 def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
     make_run: MakeRun, monkeypatch, amid: str
 ) -> None:

@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from sota_transformer.commands.common import Opened, check, decoded, open_model
+from sota_transformer.commands.common import Opened, check, decoded, open_model, warn
 from sota_transformer.commands.hub import fetch
 from sota_transformer.data.progress import Meter
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.durable import MANIFEST, read_manifest
 from sota_transformer.errors import BAD_DATA, NO_INPUT, USAGE, SotaError
 from sota_transformer.inference import benchmarks
 from sota_transformer.inference.generate import EOT
 from sota_transformer.inference.perplexity import sliding_sums, summarise
 from sota_transformer.inference.references import REFERENCES
 from sota_transformer.options import Evaluate
+from sota_transformer.training import checkpoint
 
 
 def run_evaluate(options: Evaluate) -> int:
@@ -71,6 +73,7 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
                 NO_INPUT,
             )
         windows = TokenWindows(path, "val", context)
+        _compare(options.run, opened, windows.fingerprint)
         count = windows.tokens if not options.tokens else min(windows.tokens, options.tokens + 1)
         read, files = iter([windows.read(0, count)]), []
         name = f"validation split of {path}"
@@ -94,6 +97,16 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     return {"text": name, "files": len(files), "context": context, "stride": stride} | (
         figures._asdict()
     )
+
+
+def _compare(run: Path, opened: Opened, fingerprint: str) -> None:
+    """Say so where the data is no longer what the model was trained on."""
+    assert opened.config is not None and opened.step is not None
+    manifest = read_manifest(checkpoint.path_of(run, opened.step) / MANIFEST)
+    trained = str(manifest.get("data") or fingerprint)
+    if not trained.startswith(fingerprint):  # behind it may stand how it was cut
+        text = f"{opened.config.data.path} is not what the run was trained on"
+        warn(f"{text}: what is judged here may have been")
 
 
 def _text_files(paths: tuple[Path, ...]) -> list[Path]:

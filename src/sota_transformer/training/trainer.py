@@ -90,6 +90,8 @@ class Trainer:
         train = self.config.train
         self._saved_at = time.monotonic()
         self._begin_interval()
+        if self.guard.bad_in_a_row >= PATIENCE:  # stopped amid the last of them
+            self._go_back()
         while self.step < train.steps:
             self._train_step()
             if self.step == self._interval[1]:
@@ -182,6 +184,7 @@ class Trainer:
                 self.scaler.unscale_(optimizer)
         norm = gradient_norm(self.model)
         totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
+        totals[2] = max(1.0, totals[2])  # others' files may have windows of nothing but padding
         self.totals, self.gradient_norm = totals[:3], totals[3] / self.runtime.world
         self.signals.critical(True)
         if self.scaler.is_enabled() and self._overflowed():
@@ -305,7 +308,7 @@ class Trainer:
         with self.runtime.uncompiled():
             result = perplexity(
                 self.model,
-                self._validation_batches(),
+                self._validation_windows(),
                 self.tokenizer.token_bytes,
                 document_mask=self.config.data.document_mask,
             )
@@ -321,14 +324,12 @@ class Trainer:
         )
         return result
 
-    def _validation_batches(self) -> Iterator[np.ndarray]:
-        """(B, T+1) arrays, spread evenly over the split."""
+    def _validation_windows(self) -> Iterator[np.ndarray]:
+        """(T+1,) arrays, spread evenly over the split."""
         seq_len = self.config.model.seq_len
         wanted = max(1, min(len(self.validation), self.config.train.eval_tokens // seq_len))
-        chosen = np.linspace(0, len(self.validation) - 1, wanted).astype(int)
-        for begin in range(0, wanted, self.micro_rows):
-            rows = [self.validation[int(i)] for i in chosen[begin : begin + self.micro_rows]]
-            yield np.stack(rows).astype(np.int64)
+        for index in np.linspace(0, len(self.validation) - 1, wanted).astype(int).tolist():
+            yield self.validation[index].astype(np.int64)
 
     def _sample(self) -> None:
         """A continuation of the first words of the validation text; the same seed every time."""
