@@ -299,6 +299,12 @@ def test_merge_puts_parts_together(
     monkeypatch.chdir(source.parent)
     run(out, source.name, part="2/3")
     monkeypatch.chdir(tmp_path)
+    begun = json.loads((tmp_path / ".data.preparing" / "asked.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", lambda _: begun | {"folder": str(tmp_path / "gone")})
+        with pytest.raises(SotaError, match=r"gone, where the parts .* is gone") as caught:
+            merge(Merge(out=Path("data"), workers=1))
+        assert caught.value.code == 66
     merged = merge(Merge(out=Path("data"), workers=1))
     assert merge(Merge(out=out))["fingerprint"] == merged["fingerprint"]
     run(tmp_path / "whole", source)

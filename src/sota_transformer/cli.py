@@ -222,9 +222,12 @@ def _train(arguments: list[str]) -> int:
 def train_and_show(config: RunConfig) -> int:
     """Train, or go on, and say what came of it: the last sample and where everything lies."""
     from sota_transformer.doctor import admit
+    from sota_transformer.runtime import is_first_rank
     from sota_transformer.training.start import train
 
     train(config, admit)
+    if not is_first_rank():  # the first one is still judging what it trained
+        return 0
     folder = shlex.quote(str(config.run.out))
     print(f"the run is in {folder}: checkpoints, metrics.jsonl, samples.txt, config.json, run.json")
     print(f'try it:  sota generate {folder} --prompt "def main("')

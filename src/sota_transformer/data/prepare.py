@@ -116,6 +116,8 @@ def merge(options: Merge) -> dict[str, Any]:
             raise SotaError(f"not done yet in {work}: --part {names}", NO_INPUT)
         how: dict[str, Any] = asked["options"]
         how |= {name: tuple(how[name]) for name in ("inputs", "exclude")}
+        if not Path(asked["folder"]).is_dir():
+            raise SotaError(f"{asked['folder']}, where the parts were begun, is gone", NO_INPUT)
         whole = Prepare(out=out, workers=options.workers, memory_mb=options.memory_mb, **how)
     except (OSError, ValueError, KeyError, TypeError) as error:
         text = f"no parts of {out} in {work}; `sota prepare INPUT --out {out} --part 1/2` makes one"

@@ -97,6 +97,7 @@ class Shard:
         """Open and check. SotaError 65 for a wrong size, type or hash."""
         self.path, entry = folder / name, manifest["files"][name]
         again = _AGAIN.format(folder=folder)
+        again = "it must be a plain file" if "start" in entry else again  # another program's
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._file = os.fdopen(os.open(self.path, flags), "rb", buffering=0)
