@@ -8,8 +8,10 @@ import pytest
 
 from sota_transformer import plan
 from sota_transformer.cli import main
+from sota_transformer.errors import TEMPORARY
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
+from sota_transformer.runtime import Runtime
 
 SPEED = plan.Speed(seconds=2.0, tokens=2048, memory=3_000_000_000)
 
@@ -55,6 +57,17 @@ def test_the_measured_step_drops_out_where_the_run_does(monkeypatch, recipe, dro
     monkeypatch.setattr(Transformer, "forward", watched)
     plan.measure(PRESETS["tiny"](recipe))
     assert set(seen) == {drops}
+
+
+def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Runtime, "available_memory", lambda self: 1_000_000_000)
+    monkeypatch.setattr(plan, "step_seconds", lambda config, *more: (2.0, 1.0))
+    assert main(["plan", "125m", "--device", "cpu"]) == TEMPORARY
+    assert "take 2.0 GB, free are 1.0; a smaller preset" in capsys.readouterr().err
+    assert main(["plan", "16m", "--device", "cpu", "--hours", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "take 4.1 GB" in next(line for line in lines if " 250m: " in line)
+    assert "best: sota train 16m" in lines[-1]
 
 
 @pytest.mark.parametrize("hours", ["soon", "nan", "-1", "inf"])

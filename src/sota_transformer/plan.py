@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sota_transformer.config import RunConfig
+from sota_transformer.errors import TEMPORARY, SotaError
 from sota_transformer.presets import PRESETS, Recipe
 from sota_transformer.schedules import describe
 
@@ -105,7 +106,11 @@ def compare(
     recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
     for name in ("16m", "125m", "250m"):
         other = dataclasses.replace(PRESETS[name](recipe), run=config.run, data=config.data)
-        rate = (speed if name == preset else measure(other)).tokens_per_second
+        try:
+            rate = (speed if name == preset else measure(other)).tokens_per_second
+        except SotaError as error:
+            yield f"  {name:>5}: {error}"
+            continue
         tokens = int(rate * hours * 3600)
         steps = tokens // (other.train.batch_rows * other.model.seq_len)
         ratio = tokens / other.model.parameter_count
@@ -119,6 +124,8 @@ def compare(
             f"{other.model.seq_len}, {ratio:.1f} tokens a parameter"
             + (f", about {loss:.2f} nats" if known else ", too few tokens to predict")
         )
+    if not choices:
+        return
     _, _, name, steps = min(choices)
     words = f"{name} --recipe {recipe}" if recipe != "seed" else name
     yield f"  best: sota train {words} --steps {max(1, steps)}"
@@ -162,10 +169,21 @@ def _span(seconds: float) -> str:
 
 
 def measure(config: RunConfig) -> Speed:
-    """One optimizer step of this run on this machine, its micro-batches timed and multiplied."""
+    """One optimizer step of this run on this machine, its micro-batches timed and multiplied.
+
+    SotaError 75 where it does not fit.
+    """
     from sota_transformer.runtime import Runtime, halved, micro_rows, out_of_memory
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
+    # A system that lends memory it does not have would end this process.
+    needed = state_bytes(config) + 4 * config.model.parameter_count
+    if needed > (free := runtime.available_memory()):
+        raise SotaError(
+            f"weights, gradients and moments take {needed / 1e9:.1f} GB, free are "
+            f"{free / 1e9:.1f}; a smaller preset may fit",
+            TEMPORARY,
+        )
     rows, taken = micro_rows(config, runtime), None
     while taken is None:
         try:
