@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
 
-from sota_transformer import plan
+from sota_transformer import plan, runtime
 from sota_transformer.cli import main
+from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
@@ -68,6 +70,26 @@ def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert "take 4.1 GB" in next(line for line in lines if " 250m: " in line)
     assert "best: sota train 16m" in lines[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cgroups are Linux's")
+@pytest.mark.parametrize("where", ["", "jobs/one"])
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, where) -> None:
+    group = tmp_path / where
+    group.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cgroup").write_text(f"1:cpu:/old\n0::/{where}\n")
+    monkeypatch.setattr(runtime, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(runtime, "_CGROUPS", tmp_path)
+    machine = Runtime.detect(Run(device="cpu", compile="off"), 1)
+    free = machine.available_memory()
+    assert free > 100_000_000
+    (group / "memory.current").write_text("5000000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 2000000\n")
+    for limit, expected in (("9000000", 6_000_000), ("1000000", 0)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        assert machine.available_memory() == expected
+    (group / "memory.max").write_text("max\n")
+    assert machine.available_memory() > 100_000_000
 
 
 @pytest.mark.parametrize("hours", ["soon", "nan", "-1", "inf"])

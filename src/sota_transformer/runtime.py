@@ -29,6 +29,7 @@ from sota_transformer.errors import TEMPORARY, SotaError
 
 _MICRO_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}  # tokens that keep each device busy
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _SILENCE = timedelta(minutes=10)  # longer than the first process alone checks, samples or saves
 
 
@@ -160,7 +161,7 @@ class Runtime:
             fields = dict(
                 line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()
             )
-            return int(fields["MemAvailable"].split()[0]) * 1024
+            return min(int(fields["MemAvailable"].split()[0]) * 1024, _left_by_limit())
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def close(self) -> None:
@@ -225,6 +226,18 @@ def _together() -> Iterator[None]:
             f"tells why, and the same command goes on ({' '.join(str(error).split())[:120]})",
             TEMPORARY,
         ) from error
+
+
+def _left_by_limit() -> int:
+    """Bytes that the limit of a container, or of a service, still leaves; many without one."""
+    try:
+        group = re.search("^0::/(.*)$", _CGROUP.read_text(), re.M)
+        folder = _CGROUPS / (group[1] if group else "")
+        limit, used = (int((folder / f"memory.{n}").read_text()) for n in ("max", "current"))
+        cached = re.search("^inactive_file ([0-9]+)$", (folder / "memory.stat").read_text(), re.M)
+        return max(0, limit - used + (int(cached[1]) if cached else 0))
+    except (OSError, ValueError):  # no such system, or the limit is the word "max"
+        return sys.maxsize
 
 
 def _rank() -> int:
