@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sota_transformer.__main__ import main as started
 from sota_transformer.cli import VERBS, guarded, main
+from sota_transformer.data import forks
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -28,6 +30,16 @@ def test_every_verb_has_help(capsys, verb: str) -> None:
     code, out, err = run(capsys, verb, "--help")
     assert code == 0, err
     assert "usage" in out.lower()
+
+
+def test_ctrl_c_is_one_line_from_the_first_moment(capsys, monkeypatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forks, "warm_up", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sota", "prepare", "x", "--out", "y"])
+    assert started() == 130
+    assert capsys.readouterr().err == "sota: interrupted\n"
 
 
 def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:

@@ -77,7 +77,7 @@ def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun, m
     ] == lines
 
 
-def test_a_start_stopped_before_its_first_step_hides_nothing(make_run: MakeRun, monkeypatch) -> None:
+def test_a_start_stopped_at_once_hides_nothing(make_run: MakeRun, monkeypatch) -> None:
     """It goes on from step 4, saves nothing, and so leaves step 8 and its lines as they are."""
     config = make_run(steps=8, save_every_steps=2, keep_checkpoints=9)
     train(config)
