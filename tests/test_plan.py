@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+import os
+import platform
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sota_transformer import plan
 from sota_transformer.cli import main
@@ -68,6 +72,23 @@ def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert "take 4.1 GB" in next(line for line in lines if " 250m: " in line)
     assert "best: sota train 16m" in lines[-1]
+
+
+def test_what_one_measurement_has_left_is_free_for_the_next(monkeypatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    runtime = Runtime.detect(dataclasses.replace(PRESETS["tiny"]().run, device="cpu"), 1)
+    names = {"mem_get_info": (10, 80), "memory_reserved": 30, "memory_allocated": 5}
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert dataclasses.replace(runtime, device=torch.device("cuda")).available_memory() == 35
+    if platform.libc_ver()[0] == "glibc":
+        used = [torch.ones(1 << 20) for _ in range(64)]  # 4 MB each
+        before = resident()
+        del used
+        runtime.available_memory()
+        assert resident() < before - 200e6
 
 
 @pytest.mark.parametrize("hours", ["soon", "nan", "-1", "inf"])

@@ -151,12 +151,18 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def available_memory(self) -> int:
-        """Bytes that a new run could take: of the device, or of the machine."""
+        """Bytes that a new run could take: of the device, or of the machine.
+
+        What this process keeps of memory that it does not use any more is among them.
+        """
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0]
+            kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            return torch.cuda.mem_get_info()[0] + kept
         if self.device.type == "mps":
             return torch.mps.recommended_max_memory()
         if sys.platform == "linux":
+            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+                trim(0)
             fields = dict(
                 line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()
             )
