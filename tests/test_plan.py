@@ -64,14 +64,25 @@ def test_the_measured_step_drops_out_where_the_run_does(monkeypatch, recipe, dro
 
 
 def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
+    common = ("--device", "cpu", "--run.compile", "off")  # even to try it takes seconds
     monkeypatch.setattr(Runtime, "available_memory", lambda self: 1_000_000_000)
     monkeypatch.setattr(plan, "step_seconds", lambda config, *more: (2.0, 1.0))
-    assert main(["plan", "125m", "--device", "cpu"]) == TEMPORARY
+    assert main(["plan", "125m", *common]) == TEMPORARY
     assert "take 2.0 GB, free are 1.0; a smaller preset" in capsys.readouterr().err
-    assert main(["plan", "16m", "--device", "cpu", "--hours", "1"]) == 0
+    assert main(["plan", "16m", *common, "--hours", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "take 4.1 GB" in next(line for line in lines if " 250m: " in line)
     assert "best: sota train 16m" in lines[-1]
+
+    def full(config, *more):
+        if config.model == PRESETS["250m"]().model:
+            raise RuntimeError("out of memory")
+        return 2.0, 1.0
+
+    monkeypatch.setattr(Runtime, "available_memory", lambda self: 1 << 40)
+    monkeypatch.setattr(plan, "step_seconds", full)
+    assert main(["plan", "16m", *common, "--hours", "1"]) == 0
+    assert "250m: not even one window" in capsys.readouterr().out
 
 
 def test_what_one_measurement_has_left_is_free_for_the_next(monkeypatch) -> None:
