@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sota_transformer.__main__ import main as started
 from sota_transformer.cli import VERBS, guarded, main
+from sota_transformer.data import forks
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -28,6 +30,29 @@ def test_every_verb_has_help(capsys, verb: str) -> None:
     code, out, err = run(capsys, verb, "--help")
     assert code == 0, err
     assert "usage" in out.lower()
+
+
+def test_ctrl_c_is_one_line_from_the_first_moment(capsys, monkeypatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forks, "warm_up", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sota", "prepare", "x", "--out", "y"])
+    assert started() == 130
+    assert capsys.readouterr().err == "sota: interrupted\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_is_closed_is_an_empty_one(tmp_path: Path, closed: str) -> None:
+    """As some services start what they run; there is no text, and that is all."""
+    command = f'"$0" -m sota_transformer prepare - --out "$1" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, tmp_path / "out"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 65
+    expected = "" if closed == "2>&-" else "sota: no usable text in the inputs: 1 x empty file\n"
+    assert done.stderr == expected
 
 
 def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:

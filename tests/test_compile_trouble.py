@@ -15,7 +15,7 @@ from sota_transformer.config import Model, Run, RunConfig
 from sota_transformer.doctor import admit
 from sota_transformer.options import Doctor
 from sota_transformer.presets import PRESETS
-from sota_transformer.runtime import Runtime, in_short
+from sota_transformer.runtime import Runtime, in_short, out_of_memory
 from sota_transformer.training import trainer
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
@@ -130,6 +130,12 @@ def test_a_compilers_words_are_short() -> None:
     said += "\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this)"
     assert in_short(TroubleError(said)) == "CppCompileError: C++ compile error killed"
     assert in_short(TroubleError()) == "TroubleError"
+
+
+def test_a_compiler_without_memory_is_trouble_of_the_compiler() -> None:
+    """Smaller micro-batches, down to none, would not help it."""
+    said = "CppCompileError: C++ compile error\n\nOutput:\ncc1plus: out of memory allocating 9"
+    assert not out_of_memory(RuntimeError(said))
 
 
 def test_a_machine_without_a_good_compiler_is_fit(monkeypatch, capsys, tmp_path) -> None:

@@ -212,8 +212,10 @@ def test_no_excluded_text_is_passed_over_in_silence(tmp_path: Path) -> None:
     (tmp_path / "fine.txt").write_text(fine)
     (tmp_path / "latin.txt").write_bytes(f"caf\xe9 {latin}".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.csv").write_text("text\n")
     (tmp_path / "a.jsonl").write_bytes(jsonl([long, f"so: {latin}", f"so: {fine}"]))
-    given = tuple(str(tmp_path / name) for name in ("fine.txt", "latin.txt", "empty.txt"))
+    names = ("fine.txt", "latin.txt", "empty.txt", "empty.csv")
+    given = tuple(str(tmp_path / name) for name in names)
     write_excluded(given, "text", tmp_path / "grams.npy")
     grams = np.load(tmp_path / "grams.npy")
     for text in (latin, fine):

@@ -335,11 +335,13 @@ def test_a_quote_that_is_never_closed_hides_nothing(tmp_path: Path) -> None:
     assert refused[0].repaired.decode() == "cut � short"
 
 
+@pytest.mark.parametrize("at_once", [8 << 20, 10])
 def test_files_that_vanish_or_shrink_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """Between the look at the folder, the cut into units and the worker that reads them."""
     monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    monkeypatch.setattr("sota_transformer.data.documents._AT_ONCE", at_once)
     folder, refused = tmp_path / "in", list[Skipped]()
     folder.mkdir()
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):

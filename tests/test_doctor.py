@@ -85,7 +85,7 @@ def test_a_verdict_holds_for_its_machine_only(tmp_path: Path, monkeypatch) -> No
         doctor.admit(tmp_path, runtime("bfloat16"))
 
 
-@pytest.mark.parametrize("name", ["none", "file", "file/inside"])
+@pytest.mark.parametrize("name", ["none", "file", "file/inside", "long" * 99])
 def test_a_folder_that_is_none_is_a_line_of_the_table(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
     (found,) = doctor._disk(tmp_path / name)

@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+import os
+import platform
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sota_transformer import plan, runtime
 from sota_transformer.cli import main
@@ -62,14 +66,42 @@ def test_the_measured_step_drops_out_where_the_run_does(monkeypatch, recipe, dro
 
 
 def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
+    common = ("--device", "cpu", "--run.compile", "off")  # even to try it takes seconds
     monkeypatch.setattr(Runtime, "available_memory", lambda self: 1_000_000_000)
     monkeypatch.setattr(plan, "step_seconds", lambda config, *more: (2.0, 1.0))
-    assert main(["plan", "125m", "--device", "cpu"]) == TEMPORARY
+    assert main(["plan", "125m", *common]) == TEMPORARY
     assert "take 2.0 GB, free are 1.0; a smaller preset" in capsys.readouterr().err
-    assert main(["plan", "16m", "--device", "cpu", "--hours", "1"]) == 0
+    assert main(["plan", "16m", *common, "--hours", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "take 4.1 GB" in next(line for line in lines if " 250m: " in line)
     assert "best: sota train 16m" in lines[-1]
+
+    def full(config, *more):
+        if config.model == PRESETS["250m"]().model:
+            raise RuntimeError("out of memory")
+        return 2.0, 1.0
+
+    monkeypatch.setattr(Runtime, "available_memory", lambda self: 1 << 40)
+    monkeypatch.setattr(plan, "step_seconds", full)
+    assert main(["plan", "16m", *common, "--hours", "1"]) == 0
+    assert "250m: not even one window" in capsys.readouterr().out
+
+
+def test_what_one_measurement_has_left_is_free_for_the_next(monkeypatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    machine = Runtime.detect(dataclasses.replace(PRESETS["tiny"]().run, device="cpu"), 1)
+    names = {"mem_get_info": (10, 80), "memory_reserved": 30, "memory_allocated": 5}
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert dataclasses.replace(machine, device=torch.device("cuda")).available_memory() == 35
+    if platform.libc_ver()[0] == "glibc":
+        used = [torch.ones(1 << 20) for _ in range(64)]  # 4 MB each
+        before = resident()
+        del used
+        machine.available_memory()
+        assert resident() < before - 200e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="cgroups are Linux's")

@@ -77,6 +77,24 @@ def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun, m
     ] == lines
 
 
+def test_a_start_stopped_at_once_hides_nothing(make_run: MakeRun, monkeypatch) -> None:
+    """It goes on from step 4, saves nothing, and so leaves step 8 and its lines as they are."""
+    config = make_run(steps=8, save_every_steps=2, keep_checkpoints=9)
+    train(config)
+    before = [m["step"] for m in read_metrics(config.run.out) if "loss" in m]
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:4"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(trainer.Trainer, "_train_step", stop)
+        train(again)
+    train(config)
+    assert checkpoint.steps(config.run.out)[-1] == 8
+    assert [m["step"] for m in read_metrics(config.run.out) if "loss" in m] == before
+
+
+def stop(self) -> None:
+    raise Stopped(signal.SIGTERM)
+
+
 def wait_for(text: str, process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import re
 import shlex
 import sys
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """Do `work`; what goes wrong becomes one line and an exit code, never a traceback."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that it does not have ends no run
         sys.stdout.reconfigure(errors="replace")
     try:

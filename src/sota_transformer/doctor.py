@@ -6,6 +6,7 @@ has shipped. Reading order: the probes, the check of the whole model, memory and
 and `admit`, which training calls before it trusts a device.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -334,7 +335,7 @@ def _disk(folder: Path) -> list[Check]:
         detail = f"{folder}: {error.strerror}"
         return [Check(name="disk", passed=False, detail=detail, advice="give another --folder")]
     finally:
-        if probe.exists():
+        with contextlib.suppress(OSError):
             probe.unlink()
     return [
         Check(

@@ -188,11 +188,13 @@ def measure(config: RunConfig) -> Speed:
     while taken is None:
         try:
             taken = step_seconds(config, runtime, rows)
-        except RuntimeError as error:  # as in training
-            fewer = halved(rows, config.train.batch_rows)
-            if not (out_of_memory(error) and fewer):
+        except (RuntimeError, MemoryError) as error:  # as in training
+            if not out_of_memory(error):
                 raise
-            rows = fewer
+            rows = halved(rows, config.train.batch_rows)
+            if not rows:
+                text = f"not even one window of {config.model.seq_len} tokens fits into the memory"
+                raise SotaError(text, TEMPORARY) from error
     seconds, update = taken
     rounds = config.train.batch_rows // rows
     tokens = config.train.batch_rows * config.model.seq_len

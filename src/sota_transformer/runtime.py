@@ -152,12 +152,18 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def available_memory(self) -> int:
-        """Bytes that a new run could take: of the device, or of the machine."""
+        """Bytes that a new run could take: of the device, or of the machine.
+
+        What this process keeps of memory that it does not use any more is among them.
+        """
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0]
+            kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            return torch.cuda.mem_get_info()[0] + kept
         if self.device.type == "mps":
             return torch.mps.recommended_max_memory()
         if sys.platform == "linux":
+            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+                trim(0)
             fields = dict(
                 line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()
             )
@@ -209,8 +215,10 @@ def out_of_memory(error: Exception) -> bool:
     """Whether a device could not hold what was asked; not every backend has a type for it."""
     # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or any(word in str(error) for word in words)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)  # a compiler that ran out of it would do so again for fewer rows
+    return any(word in said for word in words) and "C++ compile error" not in said
 
 
 @contextmanager

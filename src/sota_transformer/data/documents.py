@@ -156,8 +156,13 @@ def _read(segment: Segment) -> bytes:
         while data and len(data) < size and (more := file.read(size - len(data))):
             data += more
         if len(data) < size:
-            raise OSError(errno.EIO, "it was cut while it was read")
+            raise _cut()
         return data
+
+
+def _cut() -> OSError:
+    """A file that is shorter by now than when its segments were chosen."""
+    return OSError(errno.EIO, "it was cut while it was read")
 
 
 def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
@@ -184,6 +189,8 @@ def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
                 held.append(chunk[end:])
                 if sum(map(len, held)) > LINE_BYTES:
                     held, skipping = [], True
+        if left:
+            raise _cut()
         if skipping:
             yield position, None
         elif held:

@@ -11,6 +11,7 @@ from sota_transformer.data.documents import documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import gram_hashes
 from sota_transformer.data.sources import Skipped, find
+from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer, utf8
 from sota_transformer.data.units import whole
@@ -63,7 +64,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
 
 def _refuse(item: Skipped) -> None:
     """SotaError 65 for what was not taken, unless there is no text in it."""
-    if item.reason != "hidden" and "empty" not in item.reason:
+    if item.reason not in ("hidden", NOTHING) and "empty" not in item.reason:
         raise SotaError(f"--exclude {item.where}: {item.reason}", BAD_DATA)
 
 

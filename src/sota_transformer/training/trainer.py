@@ -172,10 +172,9 @@ class Trainer:
         """Make this step again, and all that follow, as they are written."""
         self.runtime = self.runtime.without_compiling(error)
         self.runtime.optimize(self.model)
-        self.log.event(
-            {"step": self.step, "event": "not compiled", "reason": self.runtime.reasons[-1]},
-            f"step {self.step}: {self.runtime.reasons[-1]}; on without it",
-        )
+        why = self.runtime.reasons[-1]
+        text = f"step {self.step}: {why}; on without it"
+        self.log.event({"step": self.step, "event": "not compiled", "reason": why}, text)
 
     def _update(self, sums: Tensor) -> None:
         """Clip and update, unless the loss or a gradient is not finite on any rank."""
@@ -200,10 +199,8 @@ class Trainer:
         self.step += 1
         self.signals.critical(False)
         if problem is not None:
-            self.log.event(
-                {"step": self.step, "event": "skipped", "reason": problem},
-                f"step {self.step}: {problem}; the update was not made",
-            )
+            text = f"step {self.step}: {problem}; the update was not made"
+            self.log.event({"step": self.step, "event": "skipped", "reason": problem}, text)
             if self.guard.bad_in_a_row >= PATIENCE:
                 self._go_back()
 
@@ -230,6 +227,7 @@ class Trainer:
             self.step = self.updates = self.tokens = 0
         else:
             self._restore(checkpoint.load(self.config.run.out, target, verified=True))
+        self.good = {step for step in self.good if step <= self.step}  # others come anew
         self.guard = guard
         guard.go_back((found - self.step) * self.config.train.batch_rows)
         self.signals.critical(False)
@@ -283,8 +281,7 @@ class Trainer:
 
     def _log(self) -> None:
         self.runtime.synchronize()
-        seconds = time.monotonic() - self._interval[0]
-        done = self.step - self._interval[1]
+        seconds, done = time.monotonic() - self._interval[0], self.step - self._interval[1]
         totals, tokens, last = self.totals, self.step_tokens, self.step - 1
         self.log.step(
             {
@@ -357,7 +354,10 @@ class Trainer:
         """Save what there is and say so; neither a signal nor a lost peer comes amid an update."""
         self.signals.critical(True)  # torchrun sends a signal when it sees that a peer is gone
         self.log.end_live()
-        if self.runtime.rank == 0 and self.step not in self.good:
+        if self.step in self.good:  # not an event: it would say that later ones are gone
+            self.log.say(f"saved step {self.step}; {why}")
+            return
+        if self.runtime.rank == 0:
             checkpoint.save(self.config.run.out, self.state())
         self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}; {why}")
 
