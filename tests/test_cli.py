@@ -232,3 +232,16 @@ def test_a_letter_that_the_terminal_lacks_ends_nothing(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii", write_through=True))
     assert guarded(lambda: print("d\u00e9j\u00e0 vu") or 0) == 0
     assert raw.getvalue() == b"d?j? vu\n"
+
+
+@pytest.mark.parametrize("line", ["{", '{"text": "y"}', '{"prompt": 3}', "[]", '"x"'])
+def test_generate_names_the_line_that_is_no_prompt(capsys, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "x"}}\n\n{line}\n')
+    code, _, err = run(capsys, "generate", tmp_path, "--file", path)
+    assert (code, err) == (65, f"sota: {path}, line 3: not an object with a string `prompt`\n")
+
+
+def test_generate_says_where_a_temperature_ends(capsys, tmp_path: Path) -> None:
+    code, _, err = run(capsys, "generate", tmp_path, "--temperature", "1e30")
+    assert (code, "in [0, 1e6)" in err) == (2, True)

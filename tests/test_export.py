@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sota_transformer import durable
 from sota_transformer.cli import resolve
 from sota_transformer.commands.common import open_model
+from sota_transformer.commands.evaluate import run_evaluate
 from sota_transformer.commands.transfer import run_export, run_import
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
@@ -24,7 +25,7 @@ from sota_transformer.inference import export, layout
 from sota_transformer.inference.folder import read_model
 from sota_transformer.inference.generate import EOT, generate, make_sampler
 from sota_transformer.model.transformer import Transformer
-from sota_transformer.options import Export, Import
+from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.training.start import train
 from tests.inference_models import KINDS, WIDE, small_model, write_run
 
@@ -178,6 +179,8 @@ def test_an_export_can_be_used_and_imported(
         assert torch.equal(opened.model.state_dict()[name], tensor), name
     with pytest.raises(SotaError):
         run_import(Import(model=exported, out=tmp_path / "run"))
+    with pytest.raises(SotaError, match="an imported model has no validation split; give --text"):
+        run_evaluate(Evaluate(run=tmp_path / "run", device="cpu"))
 
 
 def test_an_imported_run_trains_on(

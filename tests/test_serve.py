@@ -175,6 +175,13 @@ def test_bad_bodies(server: Server, content: bytes, status: int) -> None:
     assert answer.status_code == status, answer.text
 
 
+def test_what_is_wrong_is_said_without_names_of_types(server: Server) -> None:
+    assert "[" not in (text := server.ask(prompt=3, stop="").text) and "constrained" not in text
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt":', headers=headers)
+    assert answer.json()["error"]["message"] == "body: not JSON, at character 10"
+
+
 def test_large_bodies_without_a_length_are_refused(server: Server) -> None:
     def blocks() -> Iterator[bytes]:
         for _ in range(40):
@@ -264,6 +271,20 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     while server.busy() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert server.busy() == 0
+
+
+def test_a_signal_ends_with_an_answer_what_is_under_way(tmp_path: Path) -> None:
+    long = small_model(dataclasses.replace(FULL, seq_len=8192))
+    server = Server(write_run(tmp_path / "long", long))
+    body = {"prompt": "a", "max_tokens": 8000, "temperature": 0}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        whole, stream = (pool.submit(server.ask, **body, stream=each) for each in (False, True))
+        while server.busy() < 2:
+            time.sleep(0.05)
+        assert server.stop() in (143, -15)
+    assert (whole.result().status_code, "is stopping" in whole.result().text) == (503, True)
+    assert "is stopping" in stream.result().text
+    assert stream.result().text.endswith("data: [DONE]\n\n")
 
 
 def test_fifty_clients_at_once_get_200_or_503(server: Server) -> None:

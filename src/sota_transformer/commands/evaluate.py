@@ -63,8 +63,9 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
         )
         name = ", ".join(map(str, options.text))
     else:
-        if opened.config is None:
-            raise SotaError("an exported model has no validation split; give --text FILE")
+        if opened.config is None or opened.config.data.path == Path():  # `sota import` alone
+            kind = "exported" if opened.config is None else "imported"
+            raise SotaError(f"an {kind} model has no validation split; give --text FILE")
         path = opened.config.data.path
         if not path.is_dir():
             raise SotaError(

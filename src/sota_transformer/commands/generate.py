@@ -22,11 +22,11 @@ def run_generate(options: Generate) -> int:
     check(
         {
             "--max-tokens must be at least 1": options.max_tokens >= 1,
-            "--temperature must be a finite number, 0 or more": 0 <= options.temperature < 1e6,
+            "--temperature must be in [0, 1e6)": 0 <= options.temperature < 1e6,
             "--top-k and --seed must be 0 or more": options.top_k >= 0 and options.seed >= 0,
             "--top-p must be in (0, 1]": 0 < options.top_p <= 1,
             "--min-p must be in [0, 1]": 0 <= options.min_p <= 1,
-            "--repetition-penalty must be above 0": 0 < options.repetition_penalty < 1e6,
+            "--repetition-penalty must be in (0, 1e6)": 0 < options.repetition_penalty < 1e6,
             "--logprobs must be from -1 to 100": -1 <= options.logprobs <= 100,
             "--logprobs needs --json": options.logprobs < 0 or options.json,
             "give --prompt or --file, not both": not (options.prompt and options.file),
@@ -117,14 +117,20 @@ def _prompts(path: Path) -> list[str]:
     text = io.StringIO(decoded(data, path), None).read()  # every line ends with "\n" alone
     if stdin:
         return [text.removesuffix("\n")]  # `echo` adds one
-    lines: list[Any] = [line for line in text.split("\n") if line.strip()]
+    lines = {n: line for n, line in enumerate(text.split("\n"), 1) if line.strip()}
+    if not lines:
+        raise SotaError(f"{path}: needs at least one prompt", BAD_DATA)
+    if path.suffix == ".jsonl":
+        return [_field(path, number, line) for number, line in lines.items()]
+    return list(lines.values())
+
+
+def _field(path: Path, number: int, line: str) -> str:
+    """The prompt in one line of .jsonl. SotaError 65 that names the line."""
     try:
-        if path.suffix == ".jsonl":
-            lines = [json.loads(line)["prompt"] for line in lines]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SotaError(
-            f"{path}: not prompts ({type(error).__name__}: {error})", BAD_DATA
-        ) from error
-    if not lines or not all(isinstance(line, str) for line in lines):
-        raise SotaError(f"{path}: needs at least one prompt, each a string", BAD_DATA)
-    return lines
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise SotaError(f"{path}, line {number}: not an object with a string `prompt`", BAD_DATA)
+    return prompt

@@ -30,7 +30,7 @@ SECONDS = 60.0  # of one request
 _LOOK_SECONDS = 0.5  # between two looks whether the client is still there
 
 Event = tuple[int, Drawn | None]
-"""The number of a continuation and its next token; None when the engine failed."""
+"""The number of a continuation and its next token; None when the engine failed or stops."""
 
 
 @dataclass
@@ -131,7 +131,9 @@ class Completions:
                 while left:
                     number, drawn = await going.queue.get()
                     if drawn is None:
-                        raise _RequestError(503, "the model failed on a request; try again")
+                        stopping = self._engine.stopping
+                        text = "the server is stopping" if stopping else "the model failed"
+                        raise _RequestError(503, f"{text}; try again")
                     left -= drawn.reason is not None
                     going.drawn += 1
                     yield number, drawn

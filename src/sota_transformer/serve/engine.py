@@ -14,7 +14,7 @@ from sota_transformer.inference.generate import Decoder
 from sota_transformer.model.transformer import Transformer
 
 Deliver = Callable[[Drawn | None], Any]
-"""Called in the engine's thread with each token; None means that the engine failed."""
+"""Called in the engine's thread with each token; None: the engine failed, or is stopping."""
 
 
 class Engine:
@@ -29,7 +29,7 @@ class Engine:
         self._deliver: dict[int, Deliver] = {}
         self._keys = count()
         self._wake = threading.Condition()
-        self._stopping = False
+        self.stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -41,7 +41,7 @@ class Engine:
     def submit(self, jobs: list[tuple[Job, Deliver]]) -> list[int] | None:
         """Keys of the jobs, or None when there is no room for all of them."""
         with self._wake:
-            if len(self._deliver) + len(jobs) > self._limit or self._stopping:
+            if len(self._deliver) + len(jobs) > self._limit or self.stopping:
                 return None
             keys = [next(self._keys) for _ in jobs]
             for key, (job, deliver) in zip(keys, jobs, strict=True):
@@ -58,11 +58,15 @@ class Engine:
                     self._dropped.add(key)
             self._wake.notify()
 
-    def close(self) -> None:
-        """Stop after the token that is being computed."""
+    def stop(self) -> None:
+        """Stop after the token that is being computed, and tell everyone; does not wait for it."""
         with self._wake:
-            self._stopping = True
+            self.stopping = True
             self._wake.notify()
+
+    def close(self) -> None:
+        """Stop, and wait for it."""
+        self.stop()
         self._thread.join(timeout=30)
 
     def _loop(self) -> None:
@@ -79,13 +83,14 @@ class Engine:
                         self._deliver.pop(key, None)
                 if deliver is not None:
                     deliver(result)
+        self._fail()
 
     def _take(self) -> bool:
         """Wait for work and bring the batch up to date; False when it is time to stop."""
         with self._wake:
-            while not (self._deliver or self._dropped or self._stopping):
+            while not (self._deliver or self._dropped or self.stopping):
                 self._wake.wait()
-            if self._stopping:
+            if self.stopping:
                 return False
             for key in self._dropped:
                 self._batch.drop(key)

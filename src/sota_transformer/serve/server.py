@@ -8,6 +8,7 @@ Every number of a request has a limit, no route takes a path, and a client that 
 place. `Engine` computes, `Guard` and `Protocol` keep the door, `completions` answers.
 """
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -34,6 +35,7 @@ from sota_transformer.serve.schema import Answer, Completion, Curve, Error, Heal
 
 WAITING = 16  # continuations that stand in line
 CONNECTIONS = 512
+GRACE_SECONDS = 3.0  # for requests under way when a signal comes; then they are told
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": Error, "description": "the key is missing or wrong"},
     403: {"model": Error, "description": "a request from another site"},
@@ -114,11 +116,30 @@ def _explain(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        lines = [
-            f"{'.'.join(str(part) for part in found['loc'][1:]) or 'body'}: {found['msg']}"
-            for found in error.errors()[:5]
-        ]
+        lines = list(dict.fromkeys(map(_in_words, error.errors())))[:5]
         return JSONResponse(error_body(422, "; ".join(lines)[:1000]), 422)
+
+
+def _in_words(found: Any) -> str:
+    """One fault of a request: the field and what is wrong, without pydantic's names of types."""
+    field, *inside = found["loc"][1:] or ("body",)
+    if found["type"] == "json_invalid":
+        return f"body: not JSON, at character {field}"
+    kept = [str(part) for part in inside if not re.search(r"[-\[]", str(part))]
+    return f"{'.'.join([str(field), *kept])}: {found['msg']}"
+
+
+class _Server(uvicorn.Server):
+    """One that tells the requests under way that it stops; uvicorn alone cuts them off."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let them finish for a while, then end them with an answer."""
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._engine.stop)
+        await super().shutdown(sockets)
 
 
 def content_policy() -> str:
@@ -170,7 +191,7 @@ def serve(
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=10,
         server_header=False,
         access_log=False,
         log_level="warning",
@@ -178,4 +199,4 @@ def serve(
     )
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {name} on http://{shown}:{listener.getsockname()[1]}", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config, engine).run(sockets=[listener])
