@@ -87,6 +87,16 @@ def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
     assert "250m: not even one window" in capsys.readouterr().out
 
 
+def test_what_a_step_of_takes_too_long_is_not_measured(monkeypatch) -> None:
+    measured = []
+    monkeypatch.setattr(plan, "measure", lambda config: measured.append(config) or SPEED)
+    config = PRESETS["16m"]()
+    lines = list(plan.compare(config, "16m", SPEED, hours=0.01, there=0))
+    seconds = 2.0 * 123_552_000 / config.model.parameter_count * 64 * 512 / SPEED.tokens
+    assert f"125m: a step takes some {seconds / 60:.1f} minutes" in lines[1]
+    assert not measured and "sota train 16m" in lines[-1]
+
+
 def test_what_one_measurement_has_left_is_free_for_the_next(monkeypatch) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

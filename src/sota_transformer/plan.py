@@ -106,13 +106,18 @@ def compare(
     recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
     for name in ("16m", "125m", "250m"):
         other = dataclasses.replace(PRESETS[name](recipe), run=config.run, data=config.data)
+        per_step = other.train.batch_rows * other.model.seq_len
+        work = other.model.parameter_count / config.model.parameter_count * per_step / speed.tokens
+        if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
+            yield f"  {name:>5}: a step takes some {_span(speed.seconds * work)}"
+            continue
         try:
             rate = (speed if name == preset else measure(other)).tokens_per_second
         except SotaError as error:
             yield f"  {name:>5}: {error}"
             continue
         tokens = int(rate * hours * 3600)
-        steps = tokens // (other.train.batch_rows * other.model.seq_len)
+        steps = tokens // per_step
         ratio = tokens / other.model.parameter_count
         # Under the law's range the smaller model wins: it at least sees a token a parameter sooner.
         useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
