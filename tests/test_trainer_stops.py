@@ -91,6 +91,28 @@ def test_a_start_stopped_at_once_hides_nothing(make_run: MakeRun, monkeypatch) -
     assert [m["step"] for m in read_metrics(config.run.out) if "loss" in m] == before
 
 
+def test_bad_steps_do_not_lead_back_to_a_branch_that_was_left(
+    make_run: MakeRun, monkeypatch
+) -> None:
+    """From step 4 on anew, it meets ten bad ones and goes back there, not to the old step 8."""
+    config = make_run(steps=20, batch_rows=4, save_every_steps=4, keep_checkpoints=9)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 12)
+        train(config)
+    assert checkpoint.steps(config.run.out)[-1] >= 8  # the twelfth is not saved
+    original = trainer.Trainer._update
+
+    def update(self, sums):
+        bad = 20 <= self.loader.row_numbers(self.step)[0] < 60
+        original(self, sums * float("nan") if bad else sums)
+
+    monkeypatch.setattr(trainer.Trainer, "_update", update)
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:4"))
+    train(change(again, save_every_steps=0))
+    (event,) = (m for m in read_metrics(config.run.out) if m.get("event") == "returned")
+    assert (event["step"], event["from"]) == (4, 15)
+
+
 def stop(self) -> None:
     raise Stopped(signal.SIGTERM)
 

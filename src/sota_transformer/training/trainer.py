@@ -220,15 +220,15 @@ class Trainer:
             )
         self.signals.critical(True)
         found, guard, self.guard = self.step, self.guard, Guard()
-        target = checkpoint.latest(self.config.run.out, self.log.say, until=found - 1)
+        until = max((step for step in self.good if step < found), default=found - 1)  # not others'
+        target = checkpoint.latest(self.config.run.out, self.log.say, until)
         if target is None:
             self.model.load_state_dict(self._first_model().state_dict())
             self.optimizers = optimizers(self.model, self.config.optim)
             self.step = self.updates = self.tokens = 0
         else:
             self._restore(checkpoint.load(self.config.run.out, target, verified=True))
-        self.good = {step for step in self.good if step <= self.step}  # others come anew
-        self.guard = guard
+        self.guard, self.good = guard, {step for step in self.good if step <= self.step}
         guard.go_back((found - self.step) * self.config.train.batch_rows)
         self.signals.critical(False)
         self.log.event(
