@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -60,8 +60,11 @@ def compiler(fault: str) -> Callable[..., Any]:
     return compile_
 
 
-@contextlib.contextmanager
-def machine(kind: str):
+@pytest.fixture
+def faulty(kind: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device of this kind, where torch.compile has this fault."""
+    monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(torch, "compile", compiler(fault))
     with pretended(kind) if kind != "cpu" else contextlib.nullcontext():
         yield
 
@@ -71,58 +74,54 @@ def figures(config: RunConfig) -> list[float]:
     return [line[n] for line in read_metrics(config.run.out) for n in names if n in line]
 
 
+@pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fault", ["raises", "raises later"])
 def test_what_cannot_be_compiled_is_trained_without(
-    make_run: MakeRun, monkeypatch, capsys, kind: str, fault: str
+    make_run: MakeRun, capsys, kind: str, fault: str
 ) -> None:
-    monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 2)
-    monkeypatch.setattr(torch, "compile", compiler(fault))
     common = {"device": kind, "steps": 3, "batch_rows": 4, "micro_rows": 2}
-    with machine(kind):
-        plain = make_run("plain", compile="off", **common)
-        train(plain)
-        capsys.readouterr()
-        config = make_run("on", compile="on", **common)
-        train(config)
-        said = [x for x in capsys.readouterr().out.splitlines() if "torch.compile failed" in x]
-        event = next(m for m in read_metrics(config.run.out) if m.get("event") == "not compiled")
-        assert figures(config) == figures(plain)
-        assert len(said) == 1 and event["step"] == 0 and event["reason"] in said[0]
-        assert ("no Triton" if fault == "raises" else "resource: shared memory, Req") in said[0]
-        manifest = config.run.out / "checkpoints/step-00000003/manifest.json"
-        assert json.loads(manifest.read_text())["numerics"]["compile"] is False
-        tiny = dataclasses.replace(PRESETS["tiny"]("fast"), model=SHAPE)
-        run = Run(device=kind, compile="on", dtype="float32")  # type: ignore[arg-type]
-        taken = plan.step_seconds(tiny, Runtime.detect(run, 1), rows=2, steps=1)
+    plain = make_run("plain", compile="off", **common)
+    train(plain)
+    capsys.readouterr()
+    config = make_run("on", compile="on", **common)
+    train(config)
+    said = [x for x in capsys.readouterr().out.splitlines() if "torch.compile failed" in x]
+    event = next(m for m in read_metrics(config.run.out) if m.get("event") == "not compiled")
+    assert figures(config) == figures(plain)
+    assert len(said) == 1 and event["step"] == 0 and event["reason"] in said[0]
+    assert ("no Triton" if fault == "raises" else "resource: shared memory, Req") in said[0]
+    manifest = config.run.out / "checkpoints/step-00000003/manifest.json"
+    assert json.loads(manifest.read_text())["numerics"]["compile"] is False
+    tiny = dataclasses.replace(PRESETS["tiny"]("fast"), model=SHAPE)
+    run = Run(device=kind, compile="on", dtype="float32")  # type: ignore[arg-type]
+    taken = plan.step_seconds(tiny, Runtime.detect(run, 1), rows=2, steps=1)
     assert taken > (0, 0) and capsys.readouterr().err.count("torch.compile failed") == 1
 
 
+@pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
 def test_what_is_compiled_wrongly_is_never_used(
     make_run: MakeRun, monkeypatch, capsys, kind: str, fault: str
 ) -> None:
     """The doctor finds it, and training does without, at this start and at the next."""
-    monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 2)
-    monkeypatch.setattr(torch, "compile", compiler(fault))
-    with machine(kind):
-        plain = make_run("plain", compile="off", device=kind, steps=2)
-        train(plain, admit)
-        config = make_run("on", compile="on", device=kind, steps=2)
-        capsys.readouterr()
-        train(config, admit)
-        said = [x for x in capsys.readouterr().out.splitlines() if "not compiled" in x]
-        assert len(said) == 1 and said[0].startswith("machine: ")
-        assert ("loss off by" if fault == "is wrong" else "no Triton") in said[0]
-        assert figures(config) == figures(plain)
-        verdict = json.loads((config.run.out / "doctor.json").read_text())
-        wrong = [line["name"] for line in verdict["checks"] if not line["passed"]]
-        assert verdict["passed"] and wrong == [doctor._COMPILED]
-        # Mended, the same run is asked again and compiles.
-        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-        machine_ = Runtime.detect(config.run, 1)
-        assert machine_.compile and admit(config.run.out, machine_).compile
+    plain = make_run("plain", compile="off", device=kind, steps=2)
+    train(plain, admit)
+    config = make_run("on", compile="on", device=kind, steps=2)
+    capsys.readouterr()
+    train(config, admit)
+    said = [x for x in capsys.readouterr().out.splitlines() if "not compiled" in x]
+    assert len(said) == 1 and said[0].startswith("machine: ")
+    assert ("loss off by" if fault == "is wrong" else "no Triton") in said[0]
+    assert figures(config) == figures(plain)
+    verdict = json.loads((config.run.out / "doctor.json").read_text())
+    wrong = [line["name"] for line in verdict["checks"] if not line["passed"]]
+    assert verdict["passed"] and wrong == [doctor._COMPILED]
+    # Mended, the same run is asked again and compiles.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    machine = Runtime.detect(config.run, 1)
+    assert machine.compile and admit(config.run.out, machine).compile
 
 
 def test_a_compilers_words_are_short() -> None:

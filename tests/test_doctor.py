@@ -46,6 +46,35 @@ def broken_linear(x, weight, bias=None, original=F.linear):
     return y
 
 
+@pytest.mark.parametrize("what", ["gradients", "updates"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_tensor_of_no_number_is_caught(monkeypatch, what: str, place: int) -> None:
+    """Python's max passes over NaN unless it comes first."""
+    machine = runtime()
+    name = {"gradients": "_one_step", "updates": "_updated"}[what]
+    original = getattr(doctor, name)
+
+    def broken(*given):
+        found = original(*given)
+        if machine in given or machine.dtype in given:
+            (found if what == "updates" else found[1])[place].fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(doctor, name, broken)
+    lines = failed(doctor.arithmetic(machine))
+    expected = ["model forward and backward"]
+    if what == "updates":
+        expected = ["updates of AdamW", "updates of NorMuon and AdamW"]
+    assert lines == expected
+
+
+@pytest.mark.parametrize("errors", [(0.0, torch.nan), (torch.nan, 0.0)])
+def test_one_product_of_no_number_is_caught(monkeypatch, errors) -> None:
+    left = list(errors)
+    monkeypatch.setattr(doctor, "_error", lambda *_: left.pop(0))
+    assert not doctor._probed("batched", doctor._probe_batched, runtime()).passed
+
+
 @pytest.mark.parametrize(
     ("name", "fault", "caught"),
     [

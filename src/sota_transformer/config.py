@@ -117,6 +117,11 @@ class Optim:
     dropout_end: float = 0.0
     """Dropout rate at the last step; linear between."""
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether any step has dropout."""
+        return max(self.dropout_start, self.dropout_end) > 0
+
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
         shares = ("beta1", "beta2", "label_smoothing", "dropout_start", "dropout_end")

@@ -106,14 +106,15 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
     """One probe; its error must be what the precision explains."""
     import torch
 
+    from sota_transformer.runtime import in_short
+
     limit = {torch.float32: 1e-4, torch.float16: 1e-2}.get(runtime.dtype, 4e-2)
     advice = f"do not train on {runtime.device}; use --device cpu, or another version of torch"
     try:
         torch.manual_seed(0)
         error = probe(runtime.device, runtime.dtype)
     except (RuntimeError, NotImplementedError) as problem:
-        detail = " ".join(str(problem).split())[:120]
-        return Check(name=name, passed=False, detail=detail, advice=advice)
+        return Check(name=name, passed=False, detail=in_short(problem), advice=advice)
     passed = error <= limit  # False for NaN
     detail = f"error {error:.1e}, limit {limit:.0e}"
     return Check(name=name, passed=passed, detail=detail, advice=advice)
@@ -123,6 +124,14 @@ def _error(result: "Tensor", expected: "Tensor") -> float:
     """Largest difference as a share of the expected values' largest."""
     difference = (result.detach().cpu().double() - expected.double()).abs().max()
     return float(difference / expected.abs().max().clamp(min=1e-30))
+
+
+def _farthest(results: list["Tensor"], expected: list["Tensor"]) -> float:
+    """The largest distance of two tensors as a share of the expected one's norm; NaN if any is."""
+    import torch
+
+    pairs = zip(results, expected, strict=True)
+    return float(torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs]).max())
 
 
 def _probe_head(device: "torch.device", dtype: "torch.dtype") -> float:
@@ -180,7 +189,8 @@ def _probe_batched(device: "torch.device", dtype: "torch.dtype") -> float:
     a, b = torch.randn(96, 65, 130).to(dtype), torch.randn(96, 130, 66).to(dtype)
     there, doubles = a.to(device), a.double()
     plain = _error(torch.bmm(there, b.to(device)), torch.bmm(doubles, b.double()))
-    return max(plain, _error(there @ there.mT, doubles @ doubles.mT))  # the latter as in NorMuon
+    square = _error(there @ there.mT, doubles @ doubles.mT)  # as in NorMuon
+    return float(torch.tensor([plain, square]).max())  # NaN if one is
 
 
 def _probe_softmax(device: "torch.device", dtype: "torch.dtype") -> float:
@@ -224,10 +234,9 @@ def _probe_update(recipe: Recipe, device: "torch.device", dtype: "torch.dtype") 
     """What two updates change in every weight, against the CPU with products in float32."""
     import torch
 
-    changes = _updated(recipe, device, dtype)
     expected = _updated(recipe, torch.device("cpu"), torch.float32)
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(changes, expected, strict=True)]
-    return max(errors) / 4  # NorMuon's five iterations add roundings up
+    # NorMuon's five iterations add roundings up.
+    return _farthest(_updated(recipe, device, dtype), expected) / 4
 
 
 def _updated(recipe: Recipe, device: "torch.device", dtype: "torch.dtype") -> list["Tensor"]:
@@ -268,10 +277,7 @@ def _model_check(runtime: "Runtime") -> Check:
     plain = {"device": torch.device("cpu"), "dtype": torch.float32, "compile": False}
     expected_loss, expected = _one_step(dataclasses.replace(runtime, **plain))
     loss_error = abs(loss - expected_loss) / expected_loss
-    gradient_error = max(
-        float((a - b).norm() / b.norm().clamp(min=1e-30))
-        for a, b in zip(gradients, expected, strict=True)
-    )
+    gradient_error = _farthest(gradients, expected)
     return Check(
         name=name,
         passed=loss_error <= loss_limit and gradient_error <= limit,

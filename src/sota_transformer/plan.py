@@ -240,8 +240,7 @@ def _step_seconds(
     both = optimizers(model, config.optim)
     tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)
     keys = torch.arange(rows, dtype=torch.int32, device=device)
-    drops = max(config.optim.dropout_start, config.optim.dropout_end) > 0  # as in training
-    dropout = Dropout(torch.tensor(0.1, device=device), keys) if drops else None
+    dropout = Dropout(torch.tensor(0.1, device=device), keys) if config.optim.drops_out else None
     mask = same_document(torch.zeros_like(tokens[:, 1:])) if config.data.document_mask else None
     taken = []
     for _ in range(steps + 1):

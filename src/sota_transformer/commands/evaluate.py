@@ -74,7 +74,7 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
                 NO_INPUT,
             )
         windows = TokenWindows(path, "val", context)
-        _compare(options.run, opened, windows.fingerprint)
+        _warn_of_other_data(options.run, opened, windows.fingerprint)
         count = windows.tokens if not options.tokens else min(windows.tokens, options.tokens + 1)
         read, files = iter([windows.read(0, count)]), []
         name = f"validation split of {path}"
@@ -100,7 +100,7 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     )
 
 
-def _compare(run: Path, opened: Opened, fingerprint: str) -> None:
+def _warn_of_other_data(run: Path, opened: Opened, fingerprint: str) -> None:
     """Say so where the data is no longer what the model was trained on."""
     assert opened.config is not None and opened.step is not None
     manifest = read_manifest(checkpoint.path_of(run, opened.step) / MANIFEST)

@@ -162,6 +162,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+_Lines = dict[tuple[int, str], dict[str, Any]]
+"""Lines by step and kind."""
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl by step; the last of a kind and step counts, a torn one never.
 
@@ -187,10 +191,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         least = until if least is None else min(least, until)
         found = {key: line for key, line in lines.items() if key[0] <= least} | found
     return [found[key] for key in sorted(found)]
-
-
-_Lines = dict[tuple[int, str], dict[str, Any]]
-"""Lines by step and kind."""
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:

@@ -139,13 +139,12 @@ class Trainer:
     ) -> Tensor:
         """Gradients of the step, over its micro-batches; (3,) sums of their losses."""
         optim = self.config.optim
-        drops = max(optim.dropout_start, optim.dropout_end) > 0
         rate = self.runtime.put(np.array(schedules.dropout(self.step, self.config), np.float32))
         keys = self.runtime.put(self.loader.dropout_keys(self.step))
         sums, head = torch.zeros(3, device=batch.device), self.model.embedding.weight
         for begin in range(0, batch.shape[0], self.micro_rows):
             part = slice(begin, begin + self.micro_rows)
-            dropout = Dropout(rate, keys[part]) if drops else None
+            dropout = Dropout(rate, keys[part]) if optim.drops_out else None
             mask = None if ids is None else same_document(ids[part])
             hidden = self.model(batch[part, :-1], dropout, mask=mask)
             losses = token_loss(
