@@ -33,7 +33,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = wide / (vector_norm(wide, dim=(1, 2), keepdim=True) * _MARGIN + 1e-6)
     for a, b, c in _POLAR:
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
@@ -52,22 +52,27 @@ class NorMuon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """One update from the gradients that are there."""
         group = self.param_groups[0]
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "momentum": torch.zeros_like(parameter),
+                    "row_square": parameter.new_zeros(len(parameter), 1),
+                }
+        states, gradients = [self.state[p] for p in parameters], [p.grad for p in parameters]
+        low, high = _MOMENTUM
+        decay = low + (high - low) * min(1.0, float(states[0]["step"]) / _MOMENTUM_STEPS)
+        momenta = [state["momentum"] for state in states]
+        torch._foreach_lerp_(momenta, gradients, 1 - decay)
+        ahead = torch._foreach_lerp(gradients, momenta, decay)  # Nesterov
         pieces: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["momentum"] = torch.zeros_like(parameter)
-                state["row_square"] = parameter.new_zeros(len(parameter), 1)
-            low, high = _MOMENTUM
-            decay = low + (high - low) * min(1.0, float(state["step"]) / _MOMENTUM_STEPS)
+        for parameter, state, direction in zip(parameters, states, ahead, strict=True):
             state["step"] += 1
-            state["momentum"].lerp_(parameter.grad, 1 - decay)
-            ahead = parameter.grad.lerp(state["momentum"], decay)  # Nesterov
             rows = self._rows[parameter]
-            parts = (x.split(rows) for x in (parameter, ahead, state["row_square"]))
+            parts = (x.split(rows) for x in (parameter, direction, state["row_square"]))
             for part in zip(*parts, strict=True):
                 pieces[part[0].shape].append(part)
         for shape, alike in pieces.items():
@@ -76,19 +81,21 @@ class NorMuon(torch.optim.Optimizer):
                 self._update(alike[begin : begin + size], group["lr"], group["weight_decay"])
 
     def _update(self, parts: list[tuple[Tensor, ...]], rate: float, weight_decay: float) -> None:
-        """Matrices of one shape: (parameter, direction, mean square of each row)."""
-        directions = torch.stack([part[1] for part in parts])
+        """Matrices of one shape, all at once: (parameter, direction, mean square of each row)."""
+        parameters, ahead, row_squares = map(list, zip(*parts, strict=True))
+        directions = torch.stack(ahead)  # (N, rows, columns)
         if self._dtype == torch.float16:  # in which a small gradient would lose its digits
             directions /= vector_norm(directions, dim=(1, 2), keepdim=True) + 1e-30
         directions = orthogonal(directions.to(self._dtype)).float()
+        size = vector_norm(directions, dim=(1, 2), keepdim=True)
+        torch._foreach_lerp_(
+            row_squares, directions.square().mean(2, keepdim=True).unbind(), 1 - _ROW_DECAY
+        )
+        directions /= torch.stack(row_squares).sqrt() + 1e-10
+        directions *= size / (vector_norm(directions, dim=(1, 2), keepdim=True) + 1e-10)
+        if weight_decay:  # only where the update shrinks the weight too (Chen et al. 2025)
+            weights = torch.stack(parameters)
+            directions.add_(weights * (directions * weights > 0), alpha=weight_decay)
         rows, columns = directions.shape[1:]
         rate = rate * max(1.0, rows / columns) ** 0.5
-        for (parameter, _, row_square), direction in zip(parts, directions, strict=True):
-            size = vector_norm(direction)
-            row_square.lerp_(direction.square().mean(1, keepdim=True), 1 - _ROW_DECAY)
-            direction = direction / (row_square.sqrt() + 1e-10)
-            direction *= size / (vector_norm(direction) + 1e-10)
-            if weight_decay:  # only where the update shrinks the weight too (Chen et al. 2025)
-                shrinks = (direction * parameter > 0) * parameter
-                parameter.add_(shrinks, alpha=-rate * weight_decay)
-            parameter.add_(direction, alpha=-rate)
+        torch._foreach_add_(parameters, directions.unbind(), alpha=-rate)
