@@ -16,7 +16,7 @@ from sota_transformer.doctor import admit
 from sota_transformer.options import Doctor
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, in_short, out_of_memory
-from sota_transformer.training import trainer
+from sota_transformer.training import judge, trainer
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 from tests.pretended import pretended
@@ -63,7 +63,7 @@ def compiler(fault: str) -> Callable[..., Any]:
 @pytest.fixture
 def faulty(kind: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device of this kind, where torch.compile has this fault."""
-    monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(judge, "_SAMPLE_TOKENS", 2)
     monkeypatch.setattr(torch, "compile", compiler(fault))
     with pretended(kind) if kind != "cpu" else contextlib.nullcontext():
         yield

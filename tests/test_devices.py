@@ -25,7 +25,7 @@ from sota_transformer.model.optim import optimizers
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, out_of_memory
-from sota_transformer.training import trainer
+from sota_transformer.training import judge, trainer
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 from tests.pretended import Away, Pretended, pretended
@@ -89,7 +89,7 @@ def test_a_run_and_its_resumption_are_the_cpus(
         **common,
     )
     again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:2"))
-    monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 3)
+    monkeypatch.setattr(judge, "_SAMPLE_TOKENS", 3)
     train(plain)
     waits, original = [], trainer.Trainer._train_step
 

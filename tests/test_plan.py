@@ -40,7 +40,7 @@ def test_a_run_in_words() -> None:
     seconds = 100_000 * 64 * 512 / 1024
     assert f"{seconds / 86_400:.1f} days" in text
     assert "3.28 times" in text
-    assert f"{3 * 12 * 123_552_000 / 1e9:.2f} GB for 3 checkpoints" in text
+    assert f"{4 * 12 * 123_552_000 / 1e9:.2f} GB for 4 checkpoints" in text
     assert f"{100_000 * 64 * 512 / 123_552_000:.1f} tokens a parameter" in text
 
 

@@ -12,7 +12,7 @@ from sota_transformer.config import RunConfig
 from sota_transformer.errors import DIVERGED, TEMPORARY, SotaError
 from sota_transformer.presets import RECIPES
 from sota_transformer.report import write_report
-from sota_transformer.training import checkpoint, trainer
+from sota_transformer.training import checkpoint, judge, trainer
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.signals import Stopped
@@ -140,10 +140,10 @@ def test_float16_that_no_scale_helps_ends_the_run(make_run: MakeRun, monkeypatch
 
 
 def test_memory_that_is_full_elsewhere_is_one_line(make_run: MakeRun, monkeypatch) -> None:
-    def full(self):
+    def full(*_):
         raise RuntimeError("MPS backend out of memory")
 
-    monkeypatch.setattr(trainer.Trainer, "_validate", full)
+    monkeypatch.setattr(judge.Judge, "validate", full)
     with pytest.raises(SotaError, match="out of memory on cpu") as caught:
         train(make_run("full"))
     assert caught.value.code == TEMPORARY

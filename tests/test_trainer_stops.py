@@ -12,7 +12,7 @@ import torch
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import LOCKED, SotaError
-from sota_transformer.training import checkpoint, trainer
+from sota_transformer.training import checkpoint, judge, trainer
 from sota_transformer.training.runlog import read_config, read_metrics
 from sota_transformer.training.signals import Stopped
 from sota_transformer.training.start import train
@@ -193,13 +193,13 @@ def test_run_json_records_each_start(make_run: MakeRun, monkeypatch) -> None:
     assert record["attempts"][0]["machine"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("amid", ["_validation_windows", "_sample"])
+@pytest.mark.parametrize("amid", ["_validation_windows", "sample"])
 def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
     make_run: MakeRun, monkeypatch, amid: str
 ) -> None:
     config = make_run(steps=3)
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        patch.setattr(trainer.Trainer, amid, interrupt)
+        patch.setattr(judge.Judge, amid, interrupt)
         train(config)
     result = train(config)
     assert result is not None and result.nats == last_validation(config)["val_loss"]
@@ -207,7 +207,7 @@ def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
     assert train(config) is None
 
 
-def interrupt(self) -> None:
+def interrupt(*_) -> None:
     raise InterruptError
 
 

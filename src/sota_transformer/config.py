@@ -167,7 +167,7 @@ class Train:
     save_every_steps: int = 0
     """Steps between two checkpoints, beside the clock; 0 turns it off."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; the one of the lowest validation loss stays, too."""
 
     def problems(self) -> list[str]:
         """All that is wrong with this section."""

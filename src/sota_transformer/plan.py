@@ -75,7 +75,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
         yield f"data: {there:,} training tokens, read {epochs:.2f} times" + (
             "; past four times it over-fits: more text or fewer steps" if epochs > 4 else ""
         )
-    keep = config.train.keep_checkpoints + 1
+    keep = config.train.keep_checkpoints + 2  # the best, and one that is being written
     yield f"disk: {keep * state_bytes(config) / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
     yield expected(parameters, total, there)

@@ -85,7 +85,7 @@ def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> lis
     if old in (new, None):  # None: imported without data, so this is the first
         return []
     files = state.manifest.get("data_files", {})
-    names = sorted({name for name, _ in files.items() ^ trainer.validation.files.items()})
+    names = sorted({name for name, _ in files.items() ^ trainer.judge.windows.files.items()})
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     change = f"data fingerprint was {str(old)[:12]}, is {new[:12]}"
     change += f" (other content in {', '.join(names[:3])}{more})" if names else ""
@@ -96,6 +96,7 @@ def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> lis
             "place) or restart-epoch (from the beginning of an epoch)",
             BAD_DATA,
         )
+    state.trainer.pop("best", None)  # of another validation text
     if config.run.data_change == "restart-epoch":
         rows = int(state.trainer.get("rows", state.step * config.train.batch_rows))
         state.trainer["rows"] = rows + -rows % len(trainer.windows)

@@ -168,18 +168,21 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise SotaError(f"{path}: {error}", BAD_DATA) from error
 
 
-def prune(run_folder: Path, keep: int, trusted: Container[int] = ()) -> None:
-    """Delete what is older than the newest `keep` good checkpoints, but never of the last two.
+def prune(
+    run_folder: Path, keep: int, trusted: Container[int] = (), best: int | None = None
+) -> None:
+    """Delete what is older than the newest `keep` good checkpoints, but never of the last two, nor
+    the `best`.
 
     One that does not verify does not count; `trusted` steps are not read again, because this
     process has just written or loaded them.
     """
     left = max(2, keep)
     for step in reversed(steps(run_folder)):
-        if not left:
+        if left:
+            left -= step in trusted or not _problems(run_folder, step)
+        elif step != best:
             durable.discard(path_of(run_folder, step))
-        elif step in trusted or not _problems(run_folder, step):
-            left -= 1
 
 
 def load_model(

@@ -155,7 +155,7 @@ def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog)
     rounds = config.train.batch_rows // (trainer.micro_rows * runtime.world)
     log.say(
         f"data: {config.data.path}, {there:,} training tokens, {total / there:.2f} epochs; "
-        f"{trainer.validation.tokens:,} validation tokens"
+        f"{trainer.judge.windows.tokens:,} validation tokens"
     )
     log.say(_windows(config, trainer))
     log.say(

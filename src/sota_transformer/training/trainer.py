@@ -9,7 +9,7 @@ same bytes as one that was not.
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,10 +22,8 @@ from sota_transformer.config import RunConfig
 from sota_transformer.data.loader import BatchLoader
 from sota_transformer.data.packing import BestFit, document_ids
 from sota_transformer.data.shards import TokenWindows
-from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import BAD_DATA, DIVERGED, TEMPORARY, SotaError
-from sota_transformer.inference.generate import generate, make_sampler
-from sota_transformer.inference.perplexity import Perplexity, perplexity
+from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.model.loss import IGNORED, targets_of, token_loss
 from sota_transformer.model.optim import (
     clip,
@@ -39,10 +37,9 @@ from sota_transformer.model.transformer import Dropout, Transformer, same_docume
 from sota_transformer.runtime import PeerLostError, Runtime, halved, micro_rows, out_of_memory
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
+from sota_transformer.training.judge import Judge
 from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.signals import Signals, Stopped
-
-_SAMPLE_TOKENS = 100
 
 
 class Trainer:
@@ -50,11 +47,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig, runtime: Runtime, log: RunLog) -> None:
         self.config, self.runtime, self.log = config, runtime, log
-        self.tokenizer = Tokenizer()
         seq_len = config.model.seq_len
         cut = BestFit if config.data.windows == "best-fit" else TokenWindows
         self.windows = cut(config.data.path, "train", seq_len)
-        self.validation = TokenWindows(config.data.path, "val", seq_len)
+        self.judge = Judge(config, log)
         self.micro_rows = micro_rows(config, runtime)
         self.model = self._first_model()
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
@@ -99,15 +95,17 @@ class Trainer:
             if self._due(train.log_every) or self.step == train.steps:
                 self._log()
             if self._due(train.eval_every) and self.step < train.steps:
-                self._pause(self._validate)
+                self._pause(lambda: self._judged(self.judge.validate))
             if self._due(train.sample_every) and self.step < train.steps:
-                self._pause(self._sample)
+                self._pause(lambda: self._judged(self.judge.sample))
             if self._save_due():
                 self._pause(self._save)
         if self.step not in self.good:
             self._save()
-        result = self._validate()
-        self._sample()
+        result = self._judged(self.judge.validate)
+        self._judged(self.judge.sample)
+        if self.judge.best_step != self.step:
+            self.log.say(self.judge.advice())
         return result
 
     def _train_step(self) -> None:
@@ -219,9 +217,9 @@ class Trainer:
             )
         self.signals.critical(True)
         found, guard, self.guard = self.step, self.guard, Guard()
-        until = max((step for step in self.good if step < found), default=found - 1)  # not others'
-        target = checkpoint.latest(self.config.run.out, self.log.say, until)
+        target = self._last_good()
         if target is None:
+            self.judge.best = None
             self.model.load_state_dict(self._first_model().state_dict())
             self.optimizers = optimizers(self.model, self.config.optim)
             self.step = self.updates = self.tokens = 0
@@ -236,6 +234,18 @@ class Trainer:
             f"data, at {guard.rate:g} of the learning rate",
         )
         self._begin_interval()
+
+    def _last_good(self) -> int | None:
+        """The checkpoint to go back to, as the first rank finds it: their clocks may have had the
+        others save at another step.
+        """
+        target: int | None = 0
+        if self.runtime.rank == 0:
+            until = max((step for step in self.good if step < self.step), default=self.step - 1)
+            target = checkpoint.latest(self.config.run.out, self.log.say, until)  # not others'
+        chosen = torch.tensor(-1 if target is None else target, device=self.runtime.device)
+        step = int(self.runtime.sum_(chosen))
+        return step if step >= 0 else None
 
     @property
     def step_tokens(self) -> int:
@@ -265,7 +275,8 @@ class Trainer:
         train = self.config.train
         elapsed = (time.monotonic() - self._saved_at) / 60
         by_clock = bool(train.save_every_minutes) and elapsed >= train.save_every_minutes
-        return self.step < train.steps and (by_clock or self._due(train.save_every_steps))
+        due = by_clock or self._due(train.save_every_steps) or self.judge.best_step == self.step
+        return self.step < train.steps and due
 
     def _begin_interval(self) -> None:
         self.runtime.synchronize()
@@ -298,53 +309,19 @@ class Trainer:
         )
         self._begin_interval()
 
-    def _validate(self) -> Perplexity:
-        """Plain loss, without dropout, over the same validation windows every time."""
+    def _judged(self, by: Callable[[Transformer, int], Any]) -> Any:
+        """What is said of the model as it is now."""
         self.model.eval()
         with self.runtime.uncompiled():
-            result = perplexity(
-                self.model,
-                self._validation_windows(),
-                self.tokenizer.token_bytes,
-                document_mask=self.config.data.document_mask,
-            )
-        self.log.validation(
-            {
-                "step": self.step,
-                "val_loss": result.nats,
-                "val_error": result.error,
-                "val_perplexity": result.perplexity,
-                "val_bits_per_byte": result.bits_per_byte,
-                "val_tokens": result.tokens,
-            }
-        )
-        return result
-
-    def _validation_windows(self) -> Iterator[np.ndarray]:
-        """(T+1,) arrays, spread evenly over the split."""
-        seq_len = self.config.model.seq_len
-        wanted = max(1, min(len(self.validation), self.config.train.eval_tokens // seq_len))
-        for index in np.linspace(0, len(self.validation) - 1, wanted).astype(int).tolist():
-            yield self.validation[index].astype(np.int64)
-
-    def _sample(self) -> None:
-        """A continuation of the first words of the validation text; the same seed every time."""
-        if self.runtime.rank:
-            return
-        self.model.eval()
-        prompt = [int(token) for token in self.validation[0][:16]]
-        sampler = make_sampler(temperature=0.8, top_p=0.95, seed=self.config.run.seed)
-        with self.runtime.uncompiled():
-            tokens = list(generate(self.model, prompt, sampler, _SAMPLE_TOKENS))
-        self.log.sample(self.step, self.tokenizer.decode(prompt + tokens))
+            return by(self.model, self.step)
 
     def _save(self) -> None:
         self.signals.critical(True)
         if self.runtime.rank == 0:
             checkpoint.save(self.config.run.out, self.state())
             self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}")
-            trusted = {*self.good, self.step}
-            checkpoint.prune(self.config.run.out, self.config.train.keep_checkpoints, trusted)
+            keep, trusted = self.config.train.keep_checkpoints, {*self.good, self.step}
+            checkpoint.prune(self.config.run.out, keep, trusted, self.judge.best_step)
         self.good.add(self.step)
         self._saved_at = time.monotonic()
         self.signals.critical(False)
@@ -362,16 +339,21 @@ class Trainer:
 
     def state(self) -> checkpoint.State:
         """All that a checkpoint holds."""
-        rows = self._rows(self.step).start
-        counters = {"updates": self.updates, "tokens": self.tokens, "rows": rows}
         return checkpoint.State(
             step=self.step,
             model=self.model.state_dict(),
             optim=state_tensors(self.model, self.optimizers),
-            trainer=counters | {"guard": self.guard.state(), "scaler": self.scaler.state_dict()},
+            trainer={
+                "updates": self.updates,
+                "tokens": self.tokens,
+                "rows": self._rows(self.step).start,
+                "guard": self.guard.state(),
+                "scaler": self.scaler.state_dict(),
+                "best": self.judge.best,
+            },
             manifest={
                 "data": self.windows.fingerprint,
-                "data_files": self.validation.files,
+                "data_files": self.judge.windows.files,
                 "numerics": self.numerics(),
                 "model": dataclasses.asdict(self.config.model),
             },
@@ -389,6 +371,7 @@ class Trainer:
         try:
             self.tokens = int(state.trainer.get("tokens", self.step * self.step_tokens))
             self.guard.restore(state.trainer["guard"])
+            self.judge.best = state.trainer.get("best")
             if self.scaler.is_enabled() and state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])
             if "rows" in state.trainer:  # not the step, so that the batch may change

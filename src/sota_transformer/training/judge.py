@@ -1,0 +1,80 @@
+"""How a run is judged on its way: validation, over the same windows every time, and samples."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sota_transformer.config import RunConfig
+from sota_transformer.data.shards import TokenWindows
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.inference.generate import generate, make_sampler
+from sota_transformer.inference.perplexity import Perplexity, perplexity
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.training.runlog import RunLog
+
+_SAMPLE_TOKENS = 100
+
+
+class Judge:
+    """Judges a model in evaluation mode, tells the log, and knows the best there was."""
+
+    def __init__(self, config: RunConfig, log: RunLog) -> None:
+        self.config, self.log = config, log
+        self.tokenizer = Tokenizer()
+        self.windows = TokenWindows(config.data.path, "val", config.model.seq_len)
+        self.best: dict[str, Any] | None = None  # step, nats and tokens of the lowest loss
+
+    def validate(self, model: Transformer, step: int) -> Perplexity:
+        """Plain loss of the model after `step` steps, without dropout."""
+        result = perplexity(
+            model,
+            self._validation_windows(),
+            self.tokenizer.token_bytes,
+            document_mask=self.config.data.document_mask,
+        )
+        self.log.validation(
+            {
+                "step": step,
+                "val_loss": result.nats,
+                "val_error": result.error,
+                "val_perplexity": result.perplexity,
+                "val_bits_per_byte": result.bits_per_byte,
+                "val_tokens": result.tokens,
+            }
+        )
+        best = self.best
+        # Losses over other windows do not compare.
+        if best is None or best["tokens"] != result.tokens or result.nats < best["nats"]:
+            self.best = {"step": step, "nats": result.nats, "tokens": result.tokens}
+        return result
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint had the lowest loss."""
+        return self.best["step"] if self.best else None
+
+    def advice(self) -> str:
+        """What to say where that is not the last step."""
+        assert self.best is not None
+        step, nats = self.best["step"], self.best["nats"]
+        return (
+            f"validation was lowest at step {step}, {nats:.4f} nats; its checkpoint is kept: "
+            f"`--step {step}` of evaluate, generate, export and serve takes it"
+        )
+
+    def _validation_windows(self) -> Iterator[np.ndarray]:
+        """(T+1,) arrays, spread evenly over the split."""
+        windows = self.windows
+        wanted = max(1, min(len(windows), self.config.train.eval_tokens // windows.seq_len))
+        for index in np.linspace(0, len(windows) - 1, wanted).astype(int).tolist():
+            yield windows[index].astype(np.int64)
+
+    def sample(self, model: Transformer, step: int) -> None:
+        """A continuation of the first words of the validation text; the same seed every time."""
+        if self.log.silent:
+            return
+        prompt = [int(token) for token in self.windows[0][:16]]
+        sampler = make_sampler(temperature=0.8, top_p=0.95, seed=self.config.run.seed)
+        tokens = list(generate(model, prompt, sampler, _SAMPLE_TOKENS))
+        self.log.sample(step, self.tokenizer.decode(prompt + tokens))

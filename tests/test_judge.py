@@ -1,0 +1,76 @@
+"""The best checkpoint of a run outlives those that over-fitted, and the user hears of it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sota_transformer.inference.perplexity import Perplexity
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.runtime import Runtime
+from sota_transformer.training import checkpoint, judge
+from sota_transformer.training.runlog import RunLog
+from sota_transformer.training.start import train
+from sota_transformer.training.trainer import Trainer
+from tests.training_runs import InterruptError, MakeRun, stop_after
+
+LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
+
+
+@pytest.fixture
+def scripted(monkeypatch) -> None:
+    """Validations as of a run that over-fits from step 4 on."""
+    original = judge.Judge.validate
+
+    def validate(self, model, step):
+        found = Perplexity(LOSSES[step], 0.1, 1.0, 1.0, 512, 16)
+        monkeypatch.setattr(judge, "perplexity", lambda *_, **__: found)
+        return original(self, model, step)
+
+    monkeypatch.setattr(judge.Judge, "validate", validate)
+
+
+def best_of(config, step: int) -> dict:
+    path = checkpoint.path_of(config.run.out, step) / "trainer.json"
+    return json.loads(path.read_bytes())["best"]
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(
+    make_run: MakeRun, monkeypatch, capsys
+) -> None:
+    config = make_run(eval_every=2, save_every_steps=3)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 11)
+        train(config)
+    assert checkpoint.steps(config.run.out) == [4, 6, 9]  # 2 was the best until 4 was
+    train(config)
+    assert checkpoint.steps(config.run.out) == [4, 9, 12]
+    assert best_of(config, 12) == {"step": 4, "nats": 3.0, "tokens": 512}
+    assert "validation was lowest at step 4, 3.0000 nats" in capsys.readouterr().out
+
+
+def test_losses_over_other_windows_do_not_compare(make_run: MakeRun, tmp_path) -> None:
+    config = make_run()
+    judging = judge.Judge(config, RunLog(tmp_path, 1, silent=True))
+    model = Transformer(config.model).eval()
+    for tokens, kept in ((512, True), (256, False)):
+        judging.best = before = {"step": 1, "nats": 0.0, "tokens": tokens}
+        assert judging.validate(model, 2).tokens == 512
+        assert (judging.best == before) == kept
+
+
+def test_the_first_rank_says_which_checkpoint_to_go_back_to(make_run: MakeRun, monkeypatch) -> None:
+    """The others' clocks may have had them save elsewhere, and all must have the same weights."""
+    config = make_run(steps=4, save_every_steps=1, keep_checkpoints=9)
+    train(config)
+    runtime = Runtime.detect(config.run, 1)
+    first = Trainer(config, runtime, RunLog(config.run.out, 4, silent=True))
+    first.step, first.good = 4, {2}
+    other = Trainer(config, dataclasses.replace(runtime, rank=1), first.log)
+    other.step, other.good = 4, {3}
+    asked: list[int] = []
+    monkeypatch.setattr(Runtime, "sum_", lambda _, tensor: asked.append(int(tensor)) or tensor)
+    first._last_good()
+    other._last_good()
+    assert asked == [2, 0]  # which add up to the first one's
