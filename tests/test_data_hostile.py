@@ -261,6 +261,30 @@ def test_csv_cuts_only_between_records(tmp_path: Path, monkeypatch: pytest.Monke
         assert read(tmp_path / name, tmp_path / "spool") == (items, [])
 
 
+@pytest.mark.parametrize(("kind", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, separator: str
+) -> None:
+    """Quotes and line ends in all orders; what is cut is also unpacked in the smallest pieces."""
+    random, marks = np.random.default_rng(5), ['"', '""', '"\n"', f'"{separator}"', separator]
+    marks += ["\n", "\r\n", "\r", "a", "bc", "\n", separator]
+    (tmp_path / "spool").mkdir()
+    for mark in ("", "\ufeff"):
+        soup = "".join(random.choice(marks, 40_000).tolist())
+        data = f'{mark}"text",n\n{soup}'.replace(",", separator).encode()
+        (tmp_path / f"a.{kind}").write_bytes(data)
+        (tmp_path / f"a.{kind}.gz").write_bytes(gzip.compress(data))
+        monkeypatch.setattr(units, "UNIT_BYTES", 1 << 20)
+        expected, refused = read(tmp_path / f"a.{kind}", tmp_path / "spool")
+        assert len(expected) > 2000
+        monkeypatch.setattr(units, "UNIT_BYTES", 300)
+        monkeypatch.setattr(streams, "CHUNK", 17)
+        for name in (f"a.{kind}", f"a.{kind}.gz"):
+            found, others = read(tmp_path / name, tmp_path / "spool")
+            assert found == expected, name
+            assert [item.reason for item in others] == [item.reason for item in refused]
+
+
 def test_csv_with_a_broken_header_gives_no_other_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
