@@ -198,6 +198,19 @@ def test_member_names_lead_nowhere(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "escape.txt").exists()
 
 
+def test_a_broken_member_name_costs_no_text(tmp_path: Path) -> None:
+    """Names that claim to be UTF-8; one of them is not, and belongs to what is no text."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in ("a.txt", "\u00e9\u00e9\u00e9.txt", "\u00e8.txt", "\u00e9\u00e9\u00e9.bin"):
+            archive.writestr(name, f"{len(name)} and more")
+    data = packed.getvalue().replace("\u00e9".encode() * 3, b"b\xe9d\xff/x")
+    (tmp_path / "a.zip").write_bytes(data)
+    found, refused = read(tmp_path / "a.zip", tmp_path)
+    assert found == ["5 and more", "7 and more", "5 and more"]
+    assert [item.where for item in refused] == ["a.zip!b\\xe9d\\xff/x.bin"]
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "html"])
 @pytest.mark.parametrize("unit_bytes", [2000, 1 << 20])
 def test_utf16_gives_the_documents_of_utf8(
