@@ -61,6 +61,8 @@ def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
     assert '"steps": 1000' in out and '"learning_rate": 0.0006' in out
     assert "123,552,000 parameters" in out
     assert "50 steps of warm-up (5% of the run; 4000 in long runs)" in out
+    code, out, _ = run(capsys, "config", "tiny", "--steps", "1")
+    assert "run: 1 step x" in out
 
 
 def test_a_recipe_sets_what_is_not_given(capsys) -> None:
@@ -195,7 +197,13 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     options = ["--steps", 6, "--train.batch-rows", 4, "--train.eval-tokens", 512, "--threads", 1]
     code, printed, err = run(capsys, "train", "tiny", "--data", data, "--out", out, *options)
     assert code == 0, err
-    for said in ("3,317,184 parameters", "saved step 6", "validation", "--- sample at step 6"):
+    for said in (
+        "3,317,184 parameters",
+        "; 1 thread; 1 process; ",
+        "saved step 6",
+        "validation",
+        "--- sample at step 6",
+    ):
         assert said in printed
     for name in ("config.json", "run.json", "metrics.jsonl", "samples.txt", "doctor.json"):
         assert (out / name).is_file()

@@ -18,6 +18,7 @@ from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.durable import write_file
 from sota_transformer.errors import NO_INPUT, USAGE, SotaError
 from sota_transformer.options import DataView
+from sota_transformer.words import counted
 
 _BLOCK = 1 << 20
 _SAMPLED = 200  # documents read for the languages
@@ -140,8 +141,9 @@ def _lines(split: str, figures: dict[str, Any]) -> str:
     shortest, low, middle, high, longest = figures["length_quantiles"]
     scripts = ", ".join(f"{name} {share:.1%}" for name, share in figures["scripts"].items())
     lines = [
-        f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, "
-        f"{figures['bytes_per_token']:.2f} bytes per token; letters: {scripts}",
+        f"{split}: {counted(figures['documents'], 'document')}, "
+        f"{counted(figures['tokens'], 'token')}, {figures['bytes_per_token']:.2f} bytes per token; "
+        f"letters: {scripts}",
         f"  tokens per document: {shortest:,} .. {low:,} (10%) .. {middle:,} (half) .. "
         f"{high:,} (90%) .. {longest:,}",
     ]
@@ -213,7 +215,9 @@ def _print_window(options: DataView) -> None:
         raise SotaError(f"--window {options.window}: a window has at least one token", USAGE)
     windows = TokenWindows(options.folder, "train" if split == "train" else "val", seq_len)
     if index >= len(windows):
-        raise SotaError(f"--window {options.window}: there are {len(windows):,} windows", USAGE)
+        raise SotaError(
+            f"--window {options.window}: the split has {counted(len(windows), 'window')}", USAGE
+        )
     pieces = np.split(windows[index], np.flatnonzero(windows[index] == EOT) + 1)
     decode = Tokenizer().decode
     print("\n--- end of text ---\n".join(printable(decode(piece), lines=True) for piece in pieces))

@@ -21,6 +21,7 @@ from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
 from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
 from sota_transformer.training.trainer import Trainer
+from sota_transformer.words import counted
 
 
 def train(
@@ -54,7 +55,8 @@ def train(
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(config, runtime, trainer, log)
         if start >= config.train.steps and _finished(folder, start):
-            log.say(f"{folder} is complete: {start} of {config.train.steps} steps; nothing to do")
+            steps = counted(config.train.steps, "step")
+            log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
         if state is not None:
             changed += changes.of_data(config, state, trainer)
@@ -159,8 +161,8 @@ def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog)
     )
     log.say(_windows(config, trainer))
     log.say(
-        f"machine: {'; '.join(runtime.reasons)}; {runtime.threads} threads; {runtime.world} "
-        f"process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
+        f"machine: {'; '.join(runtime.reasons)}; {counted(runtime.threads, 'thread')}; "
+        f"{runtime.world} process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
         f"{config.model.seq_len}, accumulated {rounds}x"
     )
     if total > 4 * there:
