@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.packing import document_ends
-from sota_transformer.data.page import page
+from sota_transformer.data.page import page, save
 from sota_transformer.data.progress import printable, summary
 from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.durable import write_file
-from sota_transformer.errors import NO_INPUT, USAGE, SotaError
+from sota_transformer.errors import BAD_DATA, LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
 from sota_transformer.words import counted
 
@@ -41,6 +40,8 @@ def describe(options: DataView) -> dict[str, Any]:
 
     SotaError 66 without the folder, 65 if it is damaged, 2 for a window that is not there.
     """
+    if options.show < 0:
+        raise SotaError(f"--show {options.show} must be 0 or more", USAGE)
     if options.window:
         _print_window(options)
         return {}
@@ -55,8 +56,7 @@ def describe(options: DataView) -> dict[str, Any]:
         figures["leakage"] = leakage(options.folder)
     samples = list(_samples(options.folder, options.show))
     if options.html is not None:
-        text = page(options.folder, manifest, figures, samples)
-        write_file(options.html, text.encode(errors="replace"))  # names may be any bytes
+        save(options.html, page(options.folder, manifest, figures, samples))
         print(f"wrote {options.html}")
         return figures
     if manifest["inputs"]:
@@ -202,7 +202,10 @@ def _hashes(folder: Path, shards: list[str]) -> NDArray[np.uint64] | None:
     names = [folder / name.replace(".npy", ".hashes.npy") for name in shards]
     if not all(path.suffix == ".npy" and path.exists() for path in names):
         return None
-    return np.concatenate([np.load(path, allow_pickle=False) for path in names])
+    try:
+        return np.concatenate([np.load(path, allow_pickle=False) for path in names])
+    except (ValueError, EOFError) as error:
+        raise SotaError(f"{folder}: damaged hashes of documents ({error})", BAD_DATA) from error
 
 
 def _print_window(options: DataView) -> None:
@@ -226,7 +229,7 @@ def _print_window(options: DataView) -> None:
 def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write nanoGPT's `train.bin` and `val.bin` into an existing or new folder."""
     if not out.parent.is_dir():
-        raise SotaError(f"--export-bin {out}: no folder {out.parent}", NO_INPUT)
+        raise SotaError(f"--export-bin {out}: no folder {out.parent}", LOCKED)
     out.mkdir(exist_ok=True)
     for split in SPLITS:
         if (stream := _open(folder, split)) is None:

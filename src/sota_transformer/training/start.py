@@ -122,8 +122,10 @@ def check_folders(config: RunConfig) -> Path:
             NO_INPUT,
         )
     if not data.is_dir():
+        here = ";" if data.is_absolute() else f" in {Path.cwd()}; go to where it is, or"
         raise SotaError(
-            f"{data}: no such folder; make it with `sota prepare INPUT... --out {data}`", NO_INPUT
+            f"{data}: no such folder{here} make it with `sota prepare INPUT... --out {data}`",
+            NO_INPUT,
         )
     try:
         durable.make_folder(folder)
