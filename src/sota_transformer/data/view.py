@@ -13,9 +13,9 @@ from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.packing import document_ends
 from sota_transformer.data.page import page, save
 from sota_transformer.data.progress import printable, summary
-from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_manifest
+from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.errors import BAD_DATA, LOCKED, USAGE, SotaError
+from sota_transformer.errors import LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
 from sota_transformer.words import counted
 
@@ -202,10 +202,7 @@ def _hashes(folder: Path, shards: list[str]) -> NDArray[np.uint64] | None:
     names = [folder / name.replace(".npy", ".hashes.npy") for name in shards]
     if not all(path.suffix == ".npy" and path.exists() for path in names):
         return None
-    try:
-        return np.concatenate([np.load(path, allow_pickle=False) for path in names])
-    except (ValueError, EOFError) as error:
-        raise SotaError(f"{folder}: damaged hashes of documents ({error})", BAD_DATA) from error
+    return np.concatenate([load_array(path) for path in names])
 
 
 def _print_window(options: DataView) -> None:
