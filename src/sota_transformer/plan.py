@@ -77,7 +77,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
             "; past four times it over-fits: more text or fewer steps" if epochs > 4 else ""
         )
     keep = config.train.keep_checkpoints + 1
-    yield f"disk: {keep * state_bytes(config) / 1e9:.2f} GB for {counted(keep, 'checkpoint')}"
+    yield f"disk: {keep * state_bytes(config) / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
     yield expected(parameters, total, there)
 
