@@ -61,6 +61,8 @@ def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
     assert '"steps": 1000' in out and '"learning_rate": 0.0006' in out
     assert "123,552,000 parameters" in out
     assert "50 steps of warm-up (5% of the run; 4000 in long runs)" in out
+    code, out, _ = run(capsys, "config", "tiny", "--steps", "1")
+    assert "run: 1 step x" in out
 
 
 def test_a_recipe_sets_what_is_not_given(capsys) -> None:
@@ -120,6 +122,11 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--steps", "0"], 2, ["sota: train.steps 0 must be at least 1\n"]),
         (["train", "tiny"], 2, ["--data"]),
         (["train", "tiny", "--data", "NOWHERE"], 66, ["NOWHERE", "sota prepare"]),
+        (
+            ["train", "tiny", "--data", "a/b"],
+            66,
+            ["a/b: no such folder in ", "; go to where it is"],
+        ),
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
         (["train", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
         (["train", "tiny", "--seed", str(2**64 - 1)], 2, ["run.seed", "below 2**63"]),
@@ -138,6 +145,19 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["generate", "EMPTY"], 66, ["not a run"]),
         (["evaluate", "NOWHERE"], 66, ["not a run"]),
         (["export", "EMPTY", "--out", "OUT"], 66, ["not a run"]),
+        (["generate", "DATA/manifest.json"], 66, ["manifest.json is a file, not a run; give a f"]),
+        (["report", "DATA/manifest.json"], 66, ["manifest.json is a file, not a run; give a f"]),
+        (["data", "DATA", "--show", "-1"], 2, ["--show -1 must be 0 or more"]),
+        (
+            ["data", "DATA", "--html", "NOWHERE/x"],
+            73,
+            ["cannot be made (", "; name a file in a folder"],
+        ),
+        (
+            ["data", "DATA", "--html", "EMPTY"],
+            73,
+            ["cannot be made (", "; name a file in a folder"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -195,7 +215,13 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     options = ["--steps", 6, "--train.batch-rows", 4, "--train.eval-tokens", 512, "--threads", 1]
     code, printed, err = run(capsys, "train", "tiny", "--data", data, "--out", out, *options)
     assert code == 0, err
-    for said in ("3,317,184 parameters", "saved step 6", "validation", "--- sample at step 6"):
+    for said in (
+        "3,317,184 parameters",
+        "; 1 thread; 1 process; ",
+        "saved step 6",
+        "validation",
+        "--- sample at step 6",
+    ):
         assert said in printed
     for name in ("config.json", "run.json", "metrics.jsonl", "samples.txt", "doctor.json"):
         assert (out / name).is_file()
@@ -240,6 +266,15 @@ def test_generate_names_the_line_that_is_no_prompt(capsys, tmp_path: Path, line:
     path.write_text(f'{{"prompt": "x"}}\n\n{line}\n')
     code, _, err = run(capsys, "generate", tmp_path, "--file", path)
     assert (code, err) == (65, f"sota: {path}, line 3: not an object with a string `prompt`\n")
+
+
+def test_what_nobody_foresaw_is_not_shown_as_a_mistake(capsys) -> None:
+    assert guarded(lambda: int("x")) == 70
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and "invalid literal" in err
+    assert err.endswith(
+        "\nsota: ValueError, which sota did not foresee; please report it with the lines above\n"
+    )
 
 
 def test_generate_says_where_a_temperature_ends(capsys, tmp_path: Path) -> None:

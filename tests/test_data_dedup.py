@@ -206,7 +206,9 @@ def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path, codec: str
     assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5
 
 
-def test_no_excluded_text_is_passed_over_in_silence(tmp_path: Path) -> None:
+def test_no_excluded_text_is_passed_over_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     random = np.random.default_rng(9)
     long, latin, fine = (" ".join(random_text(random, 40)) for _ in range(3))
     (tmp_path / "fine.txt").write_text(fine)
@@ -228,7 +230,17 @@ def test_no_excluded_text_is_passed_over_in_silence(tmp_path: Path) -> None:
         with pytest.raises(SotaError, match=name) as caught:
             write_excluded((given[0], str(tmp_path / name)), "text", tmp_path / "grams.npy")
         assert caught.value.code == 65
-    with pytest.raises(SotaError, match="bench"):
+    with pytest.raises(SotaError, match=r"bench\.csv: no column"):
+        write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
+    (tmp_path / "bench.csv").unlink()
+    (tmp_path / "zero.txt").write_bytes(b"\0" * 100)
+    capsys.readouterr()
+    write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
+    said = capsys.readouterr().out
+    assert "--exclude passes over 4 files; the first is" in said
+    assert "/bench.json: .json file is not a text format\n" in said
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SotaError, match=r"gone\.txt: link that"):
         write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
 
 

@@ -198,6 +198,19 @@ def test_member_names_lead_nowhere(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "escape.txt").exists()
 
 
+def test_a_broken_member_name_costs_no_text(tmp_path: Path) -> None:
+    """Names that claim to be UTF-8; one of them is not, and belongs to what is no text."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in ("a.txt", "\u00e9\u00e9\u00e9.txt", "\u00e8.txt", "\u00e9\u00e9\u00e9.bin"):
+            archive.writestr(name, f"{len(name)} and more")
+    data = packed.getvalue().replace("\u00e9".encode() * 3, b"b\xe9d\xff/x")
+    (tmp_path / "a.zip").write_bytes(data)
+    found, refused = read(tmp_path / "a.zip", tmp_path)
+    assert found == ["5 and more", "7 and more", "5 and more"]
+    assert [item.where for item in refused] == ["a.zip!b\\xe9d\\xff/x.bin"]
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "html"])
 @pytest.mark.parametrize("unit_bytes", [2000, 1 << 20])
 def test_utf16_gives_the_documents_of_utf8(
@@ -259,6 +272,30 @@ def test_csv_cuts_only_between_records(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "spool").mkdir()
     for name in ("a.csv", "b.csv.gz"):
         assert read(tmp_path / name, tmp_path / "spool") == (items, [])
+
+
+@pytest.mark.parametrize(("kind", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, separator: str
+) -> None:
+    """Quotes and line ends in all orders; what is cut is also unpacked in the smallest pieces."""
+    random, marks = np.random.default_rng(5), ['"', '""', '"\n"', f'"{separator}"', separator]
+    marks += ["\n", "\r\n", "\r", "a", "bc", "\n", separator]
+    (tmp_path / "spool").mkdir()
+    for mark in ("", "\ufeff"):
+        soup = "".join(random.choice(marks, 40_000).tolist())
+        data = f'{mark}"text",n\n{soup}'.replace(",", separator).encode()
+        (tmp_path / f"a.{kind}").write_bytes(data)
+        (tmp_path / f"a.{kind}.gz").write_bytes(gzip.compress(data))
+        monkeypatch.setattr(units, "UNIT_BYTES", 1 << 20)
+        expected, refused = read(tmp_path / f"a.{kind}", tmp_path / "spool")
+        assert len(expected) > 2000
+        monkeypatch.setattr(units, "UNIT_BYTES", 300)
+        monkeypatch.setattr(streams, "CHUNK", 17)
+        for name in (f"a.{kind}", f"a.{kind}.gz"):
+            found, others = read(tmp_path / name, tmp_path / "spool")
+            assert found == expected, name
+            assert [item.reason for item in others] == [item.reason for item in refused]
 
 
 def test_csv_with_a_broken_header_gives_no_other_column(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sota_transformer.cli import main
-from sota_transformer.errors import BAD_DATA, IO_FAILED, NO_INPUT
+from sota_transformer.errors import BAD_DATA, LOCKED, NO_INPUT
 from sota_transformer.presets import PRESETS
 from sota_transformer.report import _ticks, write_report
 from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
@@ -107,7 +107,7 @@ def test_a_damaged_line_costs_no_report(run: Path, line: str) -> None:
 def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsys) -> None:
     (run / "folder").mkdir()
     for out in (run / "none" / "a.html", run / "folder"):
-        assert main(["report", str(run), "--out", str(out)]) == IO_FAILED
+        assert main(["report", str(run), "--out", str(out)]) == LOCKED
         assert capsys.readouterr().err.startswith(f"sota: {out}: ")
     assert not list(run.glob(".tmp*"))
 

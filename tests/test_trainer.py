@@ -80,7 +80,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(
     assert final_hash(large) == final_hash(small)
     events = [line for line in read_metrics(large.run.out) if line.get("event") == "micro-batch"]
     assert events[-1]["rows"] == 2
-    assert "micro-batches of 2 windows" in capsys.readouterr().out
+    assert "a micro-batch of 2" in capsys.readouterr().out
 
 
 def test_not_one_window_fits(make_run: MakeRun, monkeypatch) -> None:

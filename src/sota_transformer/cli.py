@@ -11,13 +11,14 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from sota_transformer import __version__
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import INTERRUPTED, IO_FAILED, TEMPORARY, USAGE, SotaError
+from sota_transformer.errors import INTERRUPTED, IO_FAILED, TEMPORARY, UNFORESEEN, SotaError
 from sota_transformer.mistakes import nearest, plain
 from sota_transformer.options import (
     DataView,
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Do `work`; what goes wrong becomes one line and an exit code, never a traceback."""
+    """Do `work`; what goes wrong becomes one line and a code, behind a traceback if unforeseen."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
@@ -64,8 +65,6 @@ def guarded(work: Callable[[], int]) -> int:
         return work()
     except SotaError as error:
         return _complain(str(error), error.code)
-    except ValueError as error:
-        return _complain(str(error), USAGE)
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stdout = None
         return 0
@@ -74,12 +73,18 @@ def guarded(work: Callable[[], int]) -> int:
         return _complain(f"{where}{error.strerror or error}", IO_FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
-    except (RuntimeError, MemoryError) as error:
-        from sota_transformer.runtime import out_of_memory
+    except Exception as error:
+        if isinstance(error, RuntimeError | MemoryError):
+            from sota_transformer.runtime import out_of_memory
 
-        if not out_of_memory(error):
-            raise
-        return _complain("out of memory; end other programs, or try --device cpu", TEMPORARY)
+            if out_of_memory(error):
+                hint = "end other programs, or try --device cpu"
+                return _complain(f"out of memory; {hint}", TEMPORARY)
+        traceback.print_exc()
+        kind = type(error).__name__
+        return _complain(
+            f"{kind}, which sota did not foresee; please report it with the lines above", UNFORESEEN
+        )
     except BaseException as error:
         if isinstance(code := getattr(error, "code", None), int):  # a signal or --help
             return code

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sota_transformer.errors import OptionError
+
 GPT2_VOCAB = 50_257
 VOCAB = GPT2_VOCAB + 1  # and <|pad|>
 STEP_DIGITS = 8  # of a checkpoint's name
@@ -237,7 +239,7 @@ class RunConfig:
             if value in (math.inf, -math.inf)
         ]
         if found:
-            raise ValueError("; ".join(found))
+            raise OptionError("; ".join(found))
 
     def to_json(self) -> str:
         """All fields, resolved, as indented JSON."""

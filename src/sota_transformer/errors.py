@@ -7,6 +7,7 @@ USAGE = 2  # a flag or a configuration that cannot work
 BAD_DATA = 65  # something that was read is damaged, malformed or does not fit
 NO_INPUT = 66  # something that should be read is not there
 DIVERGED = 70  # the numbers went bad and stayed bad
+UNFORESEEN = 70  # a fault of this program or below it, with a traceback
 LOCKED = 73  # another process holds the folder, or it cannot be created
 IO_FAILED = 74  # the disk is full or failed
 TEMPORARY = 75  # may work when tried again
@@ -20,3 +21,7 @@ class SotaError(Exception):
     def __init__(self, message: str, code: int = USAGE) -> None:
         super().__init__(message)
         self.code = code
+
+
+class OptionError(SotaError, ValueError):
+    """An option that cannot work; to whoever makes a configuration of it a wrong value."""

@@ -17,6 +17,7 @@ from sota_transformer.config import RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
 from sota_transformer.presets import PRESETS, Recipe
 from sota_transformer.schedules import describe
+from sota_transformer.words import counted
 
 if TYPE_CHECKING:
     from sota_transformer.runtime import Runtime
@@ -53,7 +54,7 @@ def run_plan(config: RunConfig, preset: str, hours: float) -> int:
     for line in (*estimates(config, speed, there), memory_estimate(config)):
         print(line)
     if hours:
-        print(f"for {hours:g} hours here:")
+        print(f"in {hours:g} h here:")
         for line in compare(config, preset, speed, hours, there):
             print(line)
     return 0
@@ -69,7 +70,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
         f"speed: {speed.tokens_per_second:,.0f} tokens/s here, measured over {speed.tokens:,} "
         f"tokens; {speed.memory / 1e9:.2f} GB of memory at the peak"
     )
-    yield f"time: {_span(seconds)} for {steps:,} steps, validation and samples not counted"
+    yield f"time: {_span(seconds)} for {counted(steps, 'step')}, validation and samples not counted"
     if there:
         epochs = total / there
         yield f"data: {there:,} training tokens, read {epochs:.2f} times" + (
@@ -125,8 +126,8 @@ def compare(
         loss = law(other.model.parameter_count, useful) if known else math.inf
         choices.append((loss, other.model.parameter_count, name, steps))
         yield (
-            f"  {name:>5}: {rate:,.0f} tokens/s, {steps:,} steps of {other.train.batch_rows} x "
-            f"{other.model.seq_len}, {ratio:.1f} tokens a parameter"
+            f"  {name:>5}: {rate:,.0f} tokens/s, {counted(steps, 'step')} of "
+            f"{other.train.batch_rows} x {other.model.seq_len}, {ratio:.1f} tokens a parameter"
             + (f", about {loss:.2f} nats" if known else ", too few tokens to predict")
         )
     if not choices:
@@ -170,7 +171,7 @@ def _span(seconds: float) -> str:
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return counted(round(seconds), "second")
 
 
 def measure(config: RunConfig) -> Speed:

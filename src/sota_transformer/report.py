@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.config import RunConfig
-from sota_transformer.data.page import document, table
-from sota_transformer.durable import write_file
+from sota_transformer.data.page import document, save, table
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.schedules import describe
 from sota_transformer.training.runlog import (
@@ -29,7 +28,7 @@ Points = list[tuple[float, float]]
 
 
 def write_report(folder: Path, out: Path) -> Path:
-    """Write the page of a run. SotaError 65 or 66 if the folder is none."""
+    """Write the page of a run. SotaError 65 or 66 if the folder is none, 73 if `out` cannot be."""
     config, starts = read_config(folder), _json(folder / "run.json")
     metrics = read_metrics(folder)
     if not metrics:
@@ -44,7 +43,7 @@ def write_report(folder: Path, out: Path) -> Path:
     body += _samples(folder, metrics[-1]["step"])
     text = escape(config.to_json())
     body.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
-    write_file(out, document(f"Run: {folder}", body).encode(errors="replace"))
+    save(out, document(f"Run: {folder}", body))
     return out
 
 

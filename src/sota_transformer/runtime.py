@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
+from sota_transformer.words import counted
 
 _MICRO_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}  # tokens that keep each device busy
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
@@ -200,7 +201,9 @@ def micro_rows(config: RunConfig, runtime: Runtime) -> int:
     wanted = config.train.micro_rows
     if wanted:
         if mine % wanted:
-            raise SotaError(f"train.micro_rows {wanted} must divide the {mine} rows of a process")
+            raise SotaError(
+                f"train.micro_rows {wanted} must divide the {counted(mine, 'row')} of a process"
+            )
         return wanted
     most = max(1, _MICRO_TOKENS[runtime.device.type] // config.model.seq_len)
     return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)

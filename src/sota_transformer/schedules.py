@@ -6,6 +6,7 @@
 import math
 
 from sota_transformer.config import RunConfig
+from sota_transformer.words import counted
 
 _WARMUP_SHARE = 0.05  # the origin's 4,000 steps are 4% of its 100,000; short runs keep about that
 
@@ -55,10 +56,10 @@ def describe(config: RunConfig) -> list[str]:
     muon = f", NorMuon {optim.matrix_rate:g} on the blocks' matrices" if optim.matrix_rate else ""
     return [
         f"model: {config.model.parameter_count:,} parameters, context {config.model.seq_len}",
-        f"run: {config.train.steps:,} steps x {tokens:,} tokens = {total:,} tokens, "
+        f"run: {counted(config.train.steps, 'step')} x {tokens:,} tokens = {total:,} tokens, "
         f"{total / config.model.parameter_count:.1f} per parameter",
-        f"schedule: peak {optim.learning_rate:g}{muon}, {warmup} steps of warm-up{shortened}, "
-        f"{decay} to {optim.final_fraction:.0%}; dropout {optim.dropout_start:g} -> "
-        f"{optim.dropout_end:g}; label smoothing {optim.label_smoothing:g} "
-        "(reported losses are without it)",
+        f"schedule: peak {optim.learning_rate:g}{muon}, {counted(warmup, 'step')} of "
+        f"warm-up{shortened}, {decay} to {optim.final_fraction:.0%}; "
+        f"dropout {optim.dropout_start:g} -> {optim.dropout_end:g}; "
+        f"label smoothing {optim.label_smoothing:g} (reported losses are without it)",
     ]

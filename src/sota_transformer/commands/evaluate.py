@@ -20,6 +20,7 @@ from sota_transformer.inference.perplexity import sliding_sums, summarise
 from sota_transformer.inference.references import REFERENCES
 from sota_transformer.options import Evaluate
 from sota_transformer.training import checkpoint
+from sota_transformer.words import counted
 
 
 def run_evaluate(options: Evaluate) -> int:
@@ -223,8 +224,8 @@ def _print_table(result: dict[str, Any]) -> None:
         if result["error"] is not None:
             error, unit = f" +- {result['error']:.4f}", f"{unit} (error over windows)"
         print(
-            f"{result['text']}: {result['tokens']:,} tokens in "
-            f"{_count(result['sequences'], 'window')}, "
+            f"{result['text']}: {counted(result['tokens'], 'token')} in "
+            f"{counted(result['sequences'], 'window')}, "
             f"context {result['context']}, stride {result['stride']}\n"
             f"  loss            {result['nats']:.4f}{error} {unit}\n"
             f"  perplexity      {result['perplexity']:.3f}\n"
@@ -235,7 +236,7 @@ def _print_table(result: dict[str, Any]) -> None:
         error = "" if row["error"] is None else f" +- {row['error']:.4f}"
         print(
             f"  {row['name']:<28} {row['value']:>12.4f}{error:<13} "
-            f"{_count(row['examples'], 'example')}, {row['protocol']}"
+            f"{counted(row['examples'], 'example')}, {row['protocol']}"
         )
         names.append(row["name"])
     for task, values in result.get("lm_eval", {}).items():
@@ -246,7 +247,3 @@ def _print_table(result: dict[str, Any]) -> None:
         print("published, same protocol and full test set:")
         for r in shown:
             print(f"  {r.name:<28} {r.value:>12.4f} {r.model}{f' ({r.note})' if r.note else ''}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -24,6 +24,7 @@ from sota_transformer.presets import PRESETS
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
+from sota_transformer.words import counted
 
 
 def run_export(options: Export) -> int:
@@ -108,8 +109,9 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
     if opened.config is not None:
         train, seen = opened.config.train, opened.step or 0
         lines.append(
-            f"Trained for {seen:,} of {train.steps:,} steps of {train.batch_rows} x {c.seq_len} "
-            f"tokens, seed {opened.config.run.seed}, on the data `{opened.config.data.path.name}`."
+            f"Trained for {seen:,} of {counted(train.steps, 'step')} of {train.batch_rows} x "
+            f"{c.seq_len} tokens, seed {opened.config.run.seed}, on the data "
+            f"`{opened.config.data.path.name}`."
         )
     if figures := _figures(folder, opened.step):
         lines.append(figures)

@@ -24,6 +24,7 @@ from sota_transformer.data.units import Segment
 DOCUMENT_BYTES = 16 << 20
 LINE_BYTES = 64 << 20
 CUT_BYTES, PIECE_BYTES = 64 << 10, 8 << 10
+BINARY = "NUL bytes, probably not text"
 _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
 _END = "\0sota: the end of the table\0"  # inside a quote that is open it is part of a cell
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
@@ -69,7 +70,7 @@ def checked(text: str, where: str) -> Document:
     if len(data) > DOCUMENT_BYTES:
         return Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", where)
     if b"\0" in data:
-        return Skipped("NUL bytes, probably not text", where)
+        return Skipped(BINARY, where)
     return data
 
 
@@ -87,7 +88,7 @@ def _text(segment: Segment) -> Iterator[Document]:
     if segment.start == 0:
         data = without_mark(data)
     if b"\0" in data:
-        yield Skipped("NUL bytes, probably not text", segment.name)
+        yield Skipped(BINARY, segment.name)
     elif segment.kind == "html":
         yield _html(data, segment.name)
     elif segment.kind == "code" or (segment.whole and len(data) <= CUT_BYTES):

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from sota_transformer.data.documents import documents, without_mark
+from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import gram_hashes
+from sota_transformer.data.progress import printable
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer, utf8
 from sota_transformer.data.units import whole
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
+from sota_transformer.words import counted
 
 
 def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None:
@@ -34,18 +36,21 @@ def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None
             f"--exclude {', '.join(inputs)}: no text there has {EXCLUDE_GRAM} tokens", BAD_DATA
         )
     if short:
-        print(f"note: {short:,} excluded texts are too short to be found again")
+        print(f"note: {counted(short, 'excluded text')} too short to be found again")
     np.save(path, grams)
 
 
 def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     """Texts of the excluded files; of records without the text field every string.
 
-    What cannot be read is an error: left out here in silence, it would be trained on.
+    What cannot be read is an error: left out here in silence, it would be trained on. What only
+    lies in a folder and is no text is said to be left out.
     """
     sources, skipped = find(inputs)
+    passed = [item for item in skipped if item.reason.endswith("is not a text format")]
     for item in skipped:
-        _refuse(item)
+        if item not in passed:
+            _refuse(item)
     for source in sources:
         if source.codec or source.kind == "zip" or source.kind == "tar":
             raise SotaError(f"--exclude {source.name}: unpack it first", USAGE)
@@ -57,9 +62,15 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             continue
         for document in documents(whole(source), text_field, Tables()):
             if isinstance(document, Skipped) and not document.repaired:
-                _refuse(document)
+                if document.reason == BINARY and Path(inputs[source.input]).is_dir():
+                    passed.append(document)
+                else:
+                    _refuse(document)
                 continue
             yield (document.repaired if isinstance(document, Skipped) else document).decode()
+    if passed:
+        first = f"the first is {printable(passed[0].where)}: {passed[0].reason}"
+        print(f"note: --exclude passes over {counted(len(passed), 'file')}; {first}")
 
 
 def _refuse(item: Skipped) -> None:

@@ -22,12 +22,13 @@ from sota_transformer.options import Prepare
 
 _FEW_TOKENS = 4096
 _PARENT_MB, _WORKER_MB = 110, 130  # measured by benchmarks/prepare.py, rounded up
-_CREATE = {
+CREATE = {  # what says that a place, not a disk, is wrong
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
     errno.ENOENT,
     errno.ENOTDIR,
+    errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -56,7 +57,7 @@ def plain_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or out
-        create, free = error.errno in _CREATE, ""
+        create, free = error.errno in CREATE, ""
         with suppress(OSError):
             free = f"; {shutil.disk_usage(out.parent).free / 1e6:,.0f} MB are free there"
         what = "cannot be written" if create else "writing failed"

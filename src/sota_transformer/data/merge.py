@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
 from sota_transformer.data.near import Place, Similar
-from sota_transformer.data.shards import SPLITS
+from sota_transformer.data.shards import SPLITS, load_array
 from sota_transformer.data.sketch import sketch
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.durable import fsync, sha256_file
@@ -195,11 +195,11 @@ class Merger:
         for split in SPLITS:
             for name in manifest["splits"][split]["shards"]:
                 stem = name.removesuffix(".npy")
-                self._seen.new(np.load(folder / f"{stem}.hashes.npy", allow_pickle=False))
+                self._seen.new(load_array(folder / f"{stem}.hashes.npy"))
                 if self._similar is None:
                     continue
-                tokens = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-                ends = np.load(folder / f"{stem}.ends.npy", allow_pickle=False).astype(np.int64)
+                tokens = load_array(folder / name, "r")
+                ends = load_array(folder / f"{stem}.ends.npy").astype(np.int64)
                 for at in range(0, len(ends), _KNOWN_DOCUMENTS):
                     start = int(ends[at - 1]) if at else 0
                     part = ends[at : at + _KNOWN_DOCUMENTS]

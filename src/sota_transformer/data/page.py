@@ -8,6 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from sota_transformer.data.guards import CREATE
+from sota_transformer.durable import write_file
+from sota_transformer.errors import LOCKED, SotaError
+
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -116,3 +120,14 @@ def _short(number: int) -> str:
         if number >= unit:
             return f"{number // unit}{name}"
     return str(number)
+
+
+def save(path: Path, text: str) -> None:
+    """Write a page. SotaError 73 where no file of this name can be."""
+    try:
+        write_file(path, text.encode(errors="replace"))  # names in it may be any bytes
+    except OSError as error:
+        if error.errno not in CREATE:
+            raise
+        text = f"{path}: cannot be made ({error.strerror}); name a file in a folder that is there"
+        raise SotaError(text, LOCKED) from error

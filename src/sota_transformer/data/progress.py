@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from sota_transformer.data.sources import REPAIRED
+from sota_transformer.words import counted
 
 _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.1
@@ -80,7 +81,7 @@ class Progress:
 
     def _text(self, seconds: float) -> str:
         return (
-            f"{self.documents:,} documents ({self.documents / seconds:,.0f}/s)  "
+            f"{counted(self.documents, 'document')} ({self.documents / seconds:,.0f}/s)  "
             f"{self.text_bytes / 1e6:,.0f} MB ({self.text_bytes / seconds / 1e6:,.0f} MB/s)  "
             f"{self.tokens / 1e6:,.1f} M tokens"
         )

@@ -33,6 +33,7 @@ from sota_transformer.durable import (
     write_file,
 )
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.words import counted
 
 FORMAT = "sota-shards-1"
 SPLITS = ("train", "val")
@@ -150,6 +151,14 @@ class Shard:
         self._file.close()
 
 
+def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """What a file beside the tokens holds. SotaError 65 if it is damaged."""
+    try:
+        return np.load(path, mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise SotaError(f"{path}: not a .npy file ({error})", BAD_DATA) from error
+
+
 def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
     """Hash the file unless this very file was hashed before. SotaError 65 on a mismatch."""
     note, mark = path.parent / _VERIFIED, [found.st_size, found.st_mtime_ns, found.st_ino, sha256]
@@ -188,8 +197,9 @@ class TokenWindows:
         if self.tokens < seq_len + 1:
             advice = "add text" if split == "train" else "add text or raise --val-fraction"
             raise SotaError(
-                f"{folder}: the {split} split has {self.tokens:,} tokens and a window needs "
-                f"{seq_len + 1:,}; {advice} in `sota prepare`, or shorten --model.seq-len",
+                f"{folder}: the {split} split has {counted(self.tokens, 'token')} and a "
+                f"window needs {seq_len + 1:,}; {advice} in `sota prepare`, or shorten "
+                "--model.seq-len",
                 BAD_DATA,
             )
         self._shards = [Shard(Path(folder), name, manifest) for name in part["shards"]]

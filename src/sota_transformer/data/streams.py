@@ -9,12 +9,13 @@ import codecs
 import gzip
 import io
 import lzma
+import struct
 import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -209,10 +210,40 @@ def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] |
     return None
 
 
+class _BareNames(io.FileIO):
+    """A zip archive whose names do not claim to be UTF-8."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes, where they are the directory or a member's header without the claim."""
+        data, at = bytearray(super().read(size) or b""), 0
+        while data.startswith(b"PK\1\2", at) and len(data) >= at + 46:
+            data[at + 9] &= ~8
+            at += 46 + sum(struct.unpack_from("<3H", data, at + 28))
+        if size == 30 and data.startswith(b"PK\3\4"):
+            data[7] &= ~8
+        return bytes(data)
+
+
+@contextmanager
+def _unzipped(path: str) -> Iterator[zipfile.ZipFile]:
+    """A zip archive; a name that claims to be UTF-8 and is not has escapes, and costs no text."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except UnicodeDecodeError:
+        with _BareNames(path) as raw, zipfile.ZipFile(raw, metadata_encoding="latin-1") as archive:
+            for info in archive.infolist():
+                name = info.filename.encode("latin-1")
+                info.filename = name.decode(errors="backslashreplace")
+            yield archive
+        return
+    with archive:
+        yield archive
+
+
 def _zip(source: Source, refused: Refused) -> Iterator[Stream]:
     """Members of a zip archive."""
     try:
-        with zipfile.ZipFile(source.path) as archive:
+        with _unzipped(source.path) as archive:
             if all(info.is_dir() for info in archive.infolist()):
                 refused(Skipped(NOTHING, source.name))
             for info in archive.infolist():

@@ -7,7 +7,9 @@ unpacked once, here, into spool files that are cut at the very same places, so t
 workers, not here.
 """
 
+import codecs
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ _UNIT_FILES = 500
 _CUT_KINDS = ("jsonl", "text", "csv", "tsv")  # the others stay in one piece
 _TEXT_SLACK = 64 << 10  # how far a cut of plain text looks for a line end
 _HEADER_BYTES = 64 << 10
+_INSIDE_QUOTES = re.compile(rb'[^"]*+(?:""[^"]*+)*+')
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,11 @@ def _ranges(source: Source) -> Iterator[Segment]:
     start, cutter = 0, _Cutter(source.kind)
     piece = replace(whole(source), whole=False)
     with Path(source.path).open("rb", buffering=0) as file:
-        if cutter.quoted:
-            piece = replace(piece, header=_first_line(file.read(_HEADER_BYTES)))
+        if cutter.rows:
+            piece = replace(piece, header=_first_line(file.read(_HEADER_BYTES), source.kind))
         while start + UNIT_BYTES < source.size:
             cutter.reset(start)
-            file.seek(start if cutter.quoted else max(start, cutter.target - 1))
+            file.seek(start if cutter.rows else max(start, cutter.target - 1))
             position, end = file.tell(), None
             while end is None and (chunk := file.read(64 << 10)):
                 end = cutter.find(chunk, position)
@@ -150,12 +153,50 @@ def _ranges(source: Source) -> Iterator[Segment]:
         yield replace(piece, start=start, offset=start, whole=start == 0)
 
 
-def _first_line(data: bytes) -> bytes:
-    """The first record of a table of text."""
-    end = 0
-    while (end := data.find(b"\n", end) + 1) and data.count(b'"', 0, end) % 2:
-        pass
-    return data[:end] if end else data
+def _first_line(data: bytes, kind: str) -> bytes:
+    """The first row of a table of text."""
+    return data[: _Rows(kind).end(data, 0, 0) + 1] or data
+
+
+class _Rows:
+    """Finds where rows of a table of text end, as the reader of the standard library does.
+
+    A quote opens a cell at the cell's start alone; inside, two are a letter and one closes it.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._starts = b"\t\r\n" if kind == "tsv" else b",\r\n"
+        self.reset()
+
+    def reset(self) -> None:
+        """A row begins."""
+        self._inside, self._opens = False, True
+
+    def end(self, chunk: bytes, at: int, position: int) -> int:
+        """Index of the first line feed of `chunk` at or behind `at` that ends a row, or -1.
+
+        `chunk` is what follows on the last one, and `position` where in the file it begins.
+        """
+        marked = position == 0 and chunk.startswith(codecs.BOM_UTF8)
+        start = place = len(codecs.BOM_UTF8) if marked else 0
+        while True:
+            if self._inside:
+                found = _INSIDE_QUOTES.match(chunk, place)
+                place = found.end() if found else place
+                if place == len(chunk):
+                    return -1
+                place += 1
+                self._inside, self._opens = False, True  # if the next chunk begins with the other
+            quote = chunk.find(b'"', place)
+            stop = len(chunk) if quote < 0 else quote
+            if stop > at and (line := chunk.find(b"\n", max(place, at), stop)) >= 0:
+                return line
+            if quote < 0:
+                if place < len(chunk):
+                    self._opens = chunk[-1] in self._starts
+                return -1
+            self._inside = self._opens if quote == start else chunk[quote - 1] in self._starts
+            self._opens, place = False, quote + 1
 
 
 class _Cutter:
@@ -166,7 +207,7 @@ class _Cutter:
     """
 
     def __init__(self, kind: str) -> None:
-        self.quoted = kind in ("csv", "tsv")
+        self.rows = _Rows(kind) if kind in ("csv", "tsv") else None
         self._cuts = kind in _CUT_KINDS
         self._slack = _TEXT_SLACK if kind == "text" else None
         self.reset(0)
@@ -174,23 +215,15 @@ class _Cutter:
     def reset(self, start: int) -> None:
         """Look for the end of the unit that starts at `start`."""
         self.target = (start // UNIT_BYTES + 1) * UNIT_BYTES
-        self._inside = 0
+        if self.rows:
+            self.rows.reset()
 
     def find(self, chunk: bytes, position: int) -> int | None:
         """Absolute end of the unit if it lies in `chunk`, whose first byte is at `position`."""
         if not self._cuts:
             return None
         at = min(len(chunk), max(0, self.target - 1 - position))
-        if self.quoted:
-            self._inside ^= chunk.count(b'"', 0, at) & 1
-        line = chunk.find(b"\n", at)
-        while self.quoted and line >= 0:
-            self._inside ^= chunk.count(b'"', at, line) & 1
-            if not self._inside:
-                break
-            at, line = line, chunk.find(b"\n", line + 1)
-        if self.quoted and line < 0:
-            self._inside ^= chunk.count(b'"', at) & 1
+        line = self.rows.end(chunk, at, position) if self.rows else chunk.find(b"\n", at)
         if self._slack is not None and (line < 0 or position + line >= self.target + self._slack):
             return self._hard(chunk, position, self._slack)
         return position + line + 1 if line >= 0 else None
@@ -231,8 +264,8 @@ class _Spool:
         base = replace(base, whole=False, spooled=True)
         cutter, start, position = _Cutter(base.kind), 0, 0
         for chunk in chunks:
-            if cutter.quoted and not position:
-                base = replace(base, header=_first_line(chunk[:_HEADER_BYTES]))
+            if cutter.rows and not position:
+                base = replace(base, header=_first_line(chunk[:_HEADER_BYTES], base.kind))
             while (end := cutter.find(chunk, position)) is not None:
                 self._write(chunk[: end - position])
                 self._segment(base, start, end)

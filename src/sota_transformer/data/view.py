@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.packing import document_ends
-from sota_transformer.data.page import page
+from sota_transformer.data.page import page, save
 from sota_transformer.data.progress import printable, summary
-from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_manifest
+from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.durable import write_file
-from sota_transformer.errors import NO_INPUT, USAGE, SotaError
+from sota_transformer.errors import LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
+from sota_transformer.words import counted
 
 _BLOCK = 1 << 20
 _SAMPLED = 200  # documents read for the languages
@@ -40,6 +40,8 @@ def describe(options: DataView) -> dict[str, Any]:
 
     SotaError 66 without the folder, 65 if it is damaged, 2 for a window that is not there.
     """
+    if options.show < 0:
+        raise SotaError(f"--show {options.show} must be 0 or more", USAGE)
     if options.window:
         _print_window(options)
         return {}
@@ -54,8 +56,7 @@ def describe(options: DataView) -> dict[str, Any]:
         figures["leakage"] = leakage(options.folder)
     samples = list(_samples(options.folder, options.show))
     if options.html is not None:
-        text = page(options.folder, manifest, figures, samples)
-        write_file(options.html, text.encode(errors="replace"))  # names may be any bytes
+        save(options.html, page(options.folder, manifest, figures, samples))
         print(f"wrote {options.html}")
         return figures
     if manifest["inputs"]:
@@ -140,8 +141,9 @@ def _lines(split: str, figures: dict[str, Any]) -> str:
     shortest, low, middle, high, longest = figures["length_quantiles"]
     scripts = ", ".join(f"{name} {share:.1%}" for name, share in figures["scripts"].items())
     lines = [
-        f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, "
-        f"{figures['bytes_per_token']:.2f} bytes per token; letters: {scripts}",
+        f"{split}: {counted(figures['documents'], 'document')}, "
+        f"{counted(figures['tokens'], 'token')}, {figures['bytes_per_token']:.2f} bytes per token; "
+        f"letters: {scripts}",
         f"  tokens per document: {shortest:,} .. {low:,} (10%) .. {middle:,} (half) .. "
         f"{high:,} (90%) .. {longest:,}",
     ]
@@ -200,7 +202,7 @@ def _hashes(folder: Path, shards: list[str]) -> NDArray[np.uint64] | None:
     names = [folder / name.replace(".npy", ".hashes.npy") for name in shards]
     if not all(path.suffix == ".npy" and path.exists() for path in names):
         return None
-    return np.concatenate([np.load(path, allow_pickle=False) for path in names])
+    return np.concatenate([load_array(path) for path in names])
 
 
 def _print_window(options: DataView) -> None:
@@ -213,7 +215,9 @@ def _print_window(options: DataView) -> None:
         raise SotaError(f"--window {options.window}: a window has at least one token", USAGE)
     windows = TokenWindows(options.folder, "train" if split == "train" else "val", seq_len)
     if index >= len(windows):
-        raise SotaError(f"--window {options.window}: there are {len(windows):,} windows", USAGE)
+        raise SotaError(
+            f"--window {options.window}: the split has {counted(len(windows), 'window')}", USAGE
+        )
     pieces = np.split(windows[index], np.flatnonzero(windows[index] == EOT) + 1)
     decode = Tokenizer().decode
     print("\n--- end of text ---\n".join(printable(decode(piece), lines=True) for piece in pieces))
@@ -222,7 +226,7 @@ def _print_window(options: DataView) -> None:
 def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write nanoGPT's `train.bin` and `val.bin` into an existing or new folder."""
     if not out.parent.is_dir():
-        raise SotaError(f"--export-bin {out}: no folder {out.parent}", NO_INPUT)
+        raise SotaError(f"--export-bin {out}: no folder {out.parent}", LOCKED)
     out.mkdir(exist_ok=True)
     for split in SPLITS:
         if (stream := _open(folder, split)) is None:

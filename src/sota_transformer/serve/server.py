@@ -176,7 +176,7 @@ def serve(
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise SotaError(
             f"cannot listen on {host}:{port} ({error}); choose another --port", TEMPORARY
         ) from error

@@ -126,7 +126,7 @@ def latest(run_folder: Path, warn: Callable[[str], None], until: int | None = No
             return step
         warn(f"step {step} rejected: {problems[0]}")
     if found:
-        raise SotaError(f"{run_folder}: none of its {len(found)} checkpoints verifies", BAD_DATA)
+        raise SotaError(f"{run_folder}: no checkpoint verifies (of {len(found)})", BAD_DATA)
     return None
 
 

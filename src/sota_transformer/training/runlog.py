@@ -233,10 +233,11 @@ def read_config(run_folder: Path) -> RunConfig:
     path = run_folder / "config.json"
     try:
         return RunConfig.from_json(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "is a file, not a run" if run_folder.is_file() else "is not a run (no config.json)"
         raise SotaError(
-            f"{run_folder} is not a run (no config.json); give a folder made by `sota train`",
-            NO_INPUT,
+            f"{run_folder} {what}; give a folder made by `sota train`", NO_INPUT
         ) from error
     except (ValueError, TypeError, RecursionError, OSError) as error:
-        raise SotaError(f"{path}: {error}", BAD_DATA) from error
+        why = getattr(error, "strerror", None) or error
+        raise SotaError(f"{path}: {why}", BAD_DATA) from error

@@ -21,6 +21,7 @@ from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
 from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
 from sota_transformer.training.trainer import Trainer
+from sota_transformer.words import counted
 
 
 def train(
@@ -54,7 +55,8 @@ def train(
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(config, runtime, trainer, log)
         if start >= config.train.steps and _finished(folder, start):
-            log.say(f"{folder} is complete: {start} of {config.train.steps} steps; nothing to do")
+            steps = counted(config.train.steps, "step")
+            log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
         if state is not None:
             changed += changes.of_data(config, state, trainer)
@@ -120,8 +122,10 @@ def check_folders(config: RunConfig) -> Path:
             NO_INPUT,
         )
     if not data.is_dir():
+        here = ";" if data.is_absolute() else f" in {Path.cwd()}; go to where it is, or"
         raise SotaError(
-            f"{data}: no such folder; make it with `sota prepare INPUT... --out {data}`", NO_INPUT
+            f"{data}: no such folder{here} make it with `sota prepare INPUT... --out {data}`",
+            NO_INPUT,
         )
     try:
         durable.make_folder(folder)
@@ -159,8 +163,8 @@ def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog)
     )
     log.say(_windows(config, trainer))
     log.say(
-        f"machine: {'; '.join(runtime.reasons)}; {runtime.threads} threads; {runtime.world} "
-        f"process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
+        f"machine: {'; '.join(runtime.reasons)}; {counted(runtime.threads, 'thread')}; "
+        f"{runtime.world} process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
         f"{config.model.seq_len}, accumulated {rounds}x"
     )
     if total > 4 * there:

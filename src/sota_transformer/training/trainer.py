@@ -162,7 +162,7 @@ class Trainer:
                 TEMPORARY,
             )
         self.micro_rows = fewer
-        text = f"step {self.step}: out of memory; on with micro-batches of {fewer} windows"
+        text = f"step {self.step}: out of memory; on with a micro-batch of {fewer}"
         self.log.event({"step": self.step, "event": "micro-batch", "rows": fewer}, text)
 
     def _stop_compiling(self, error: Exception) -> None:
