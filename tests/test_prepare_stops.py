@@ -331,8 +331,11 @@ def test_append_keeps_what_is_there(tmp_path: Path) -> None:
     run(tmp_path / "both", tmp_path / "c.jsonl")
     assert documents(tmp_path / "both", "val") == documents(out, "val")
     assert json.loads((out / "manifest.json").read_text())["inputs"][1]["documents"] == 200
-    os.truncate(next(out.glob("*.hashes.npy")), 100)
-    refused(65, "hashes.npy: not a .npy file", out=out, inputs=(tmp_path / "c.jsonl",), append=True)
+    damaged = next(out.glob("*.hashes.npy"))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    refused(65, "hashes.npy: sha256 mism", out=out, inputs=(tmp_path / "c.jsonl",), append=True)
 
 
 def test_a_work_folder_that_cannot_be_deleted_is_named(

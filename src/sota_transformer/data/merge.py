@@ -195,11 +195,11 @@ class Merger:
         for split in SPLITS:
             for name in manifest["splits"][split]["shards"]:
                 stem = name.removesuffix(".npy")
-                self._seen.new(load_array(folder / f"{stem}.hashes.npy"))
+                self._seen.new(load_array(folder, f"{stem}.hashes.npy", manifest))
                 if self._similar is None:
                     continue
-                tokens = load_array(folder / name, "r")
-                ends = load_array(folder / f"{stem}.ends.npy").astype(np.int64)
+                tokens = load_array(folder, name, manifest, "r")
+                ends = load_array(folder, f"{stem}.ends.npy", manifest).astype(np.int64)
                 for at in range(0, len(ends), _KNOWN_DOCUMENTS):
                     start = int(ends[at - 1]) if at else 0
                     part = ends[at : at + _KNOWN_DOCUMENTS]

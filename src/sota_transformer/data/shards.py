@@ -151,12 +151,13 @@ class Shard:
         self._file.close()
 
 
-def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
-    """What a file beside the tokens holds. SotaError 65 if it is damaged."""
-    try:
-        return np.load(path, mmap_mode, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise SotaError(f"{path}: not a .npy file ({error})", BAD_DATA) from error
+def load_array(
+    folder: Path, name: str, manifest: dict[str, Any], mmap_mode: Literal["r"] | None = None
+) -> NDArray[Any]:
+    """What a file of prepared data holds. SotaError 65 if it is damaged, OSError if it is gone."""
+    path = folder / name
+    _verify_once(path, path.stat(), manifest["files"][name]["sha256"])
+    return np.load(path, mmap_mode, allow_pickle=False)
 
 
 def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:

@@ -188,7 +188,7 @@ def _print_split(options: DataView) -> None:
         return
     ends = document_ends(stream)
     manifest = load_manifest(options.folder)
-    hashes = _hashes(options.folder, manifest["splits"][split]["shards"])
+    hashes = _hashes(options.folder, split, manifest)
     for number, end in enumerate(ends.tolist()):
         length = end - (int(ends[number - 1]) if number else 0)
         row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
@@ -197,12 +197,12 @@ def _print_split(options: DataView) -> None:
         print(json.dumps(row, ensure_ascii=False))
 
 
-def _hashes(folder: Path, shards: list[str]) -> NDArray[np.uint64] | None:
+def _hashes(folder: Path, split: Split, manifest: dict[str, Any]) -> NDArray[np.uint64] | None:
     """The documents' hashes of one side: (documents, 2); None for another project's files."""
-    names = [folder / name.replace(".npy", ".hashes.npy") for name in shards]
-    if not all(path.suffix == ".npy" and path.exists() for path in names):
+    names = [s.replace(".npy", ".hashes.npy") for s in manifest["splits"][split]["shards"]]
+    if not all(name in manifest["files"] and name.endswith(".npy") for name in names):
         return None
-    return np.concatenate([load_array(path) for path in names])
+    return np.concatenate([load_array(folder, name, manifest) for name in names])
 
 
 def _print_window(options: DataView) -> None:
