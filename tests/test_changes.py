@@ -98,6 +98,7 @@ def test_before_the_first_checkpoint_all_may_change(make_run: MakeRun, monkeypat
     [
         ("run.seed", 5),
         ("model.seq_len", 16),
+        ("data.windows", "best-fit"),
         ("train.batch_rows", 8),
         ("optim.learning_rate", 5e-4),
         ("optim.warmup_steps", 7),
@@ -161,6 +162,16 @@ def test_other_data_is_refused_or_admitted_in_two_ways(
     state = checkpoint.load(other.run.out, 12)
     assert state.manifest["data"] == windows.fingerprint
     assert state.trainer["rows"] == rows[11][-1] + 1
+
+
+def test_a_loss_on_other_data_is_no_leap(begun: RunConfig, other_data: Path) -> None:
+    """Against losses on the data before, each step would be skipped, and the rate halved."""
+    state = checkpoint.load(begun.run.out, 6)
+    state.trainer["guard"]["losses"] = [1.0] * 64
+    checkpoint.save(begun.run.out, state)
+    other = dataclasses.replace(begun, data=Data(path=other_data))
+    train(run_options(other, data_change="continue"))
+    assert checkpoint.load(begun.run.out, 12).trainer["updates"] == 12
 
 
 def test_who_judges_on_other_data_than_the_runs_is_told(
