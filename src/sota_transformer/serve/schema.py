@@ -36,8 +36,16 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+_BOTH = {"properties": {"echo": {"const": True}, "logprobs": {"type": "integer"}}}
+
+
 class Completion(_Strict):
     """A request: continue a prompt, or up to four."""
+
+    # Those of the prompt would have to come too: lm-eval would read others in their place.
+    model_config = ConfigDict(
+        json_schema_extra={"not": {**_BOTH, "required": ["echo", "logprobs"]}}
+    )
 
     prompt: (
         _TEXT
@@ -73,7 +81,7 @@ class Completion(_Strict):
     stream_options: StreamOptions | None = None
     """What a stream carries beside text."""
     echo: bool = False
-    """Begin the text with the prompt."""
+    """Begin the text with the prompt; not together with `logprobs`."""
     user: Annotated[str, StringConstraints(max_length=200)] | None = None
     """Ignored."""
 
