@@ -121,6 +121,16 @@ def test_what_decides_the_result_needs_an_override(
     refused(begun, USAGE, f"{field} was {value}")
 
 
+def test_what_goes_back_to_its_last_step_leaves_no_later_one(
+    begun: RunConfig, make_run: MakeRun
+) -> None:
+    """The later one would be what `sota generate` and the next start take."""
+    other = make_run(save_every_steps=3, steps=3)
+    train(run_options(other, override="train.steps", resume="step:3"))
+    assert checkpoint.steps(begun.run.out) == [3]
+    assert train(other) is None
+
+
 def test_the_command_line_overrides_a_field_and_its_value() -> None:
     override = ["--override", "steps=50", "--override=optim.learning-rate=0.01"]
     config = cli.resolve(["tiny", "--steps", "9", *override, "--exact"], "train")

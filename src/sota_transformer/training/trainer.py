@@ -104,7 +104,8 @@ class Trainer:
                 self._pause(self._sample)
             if self._save_due():
                 self._pause(self._save)
-        if self.step not in self.good:
+        left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
+        if self.step not in self.good or left:
             self._save()
         result = self._validate()
         self._sample()
