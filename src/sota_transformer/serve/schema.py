@@ -36,15 +36,17 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-_BOTH = {"properties": {"echo": {"const": True}, "logprobs": {"type": "integer"}}}
-
-
 class Completion(_Strict):
     """A request: continue a prompt, or up to four."""
 
     # Those of the prompt would have to come too: lm-eval would read others in their place.
     model_config = ConfigDict(
-        json_schema_extra={"not": {**_BOTH, "required": ["echo", "logprobs"]}}
+        json_schema_extra={
+            "not": {
+                "properties": {"echo": {"const": True}, "logprobs": {"type": "integer"}},
+                "required": ["echo", "logprobs"],
+            }
+        }
     )
 
     prompt: (
