@@ -136,6 +136,11 @@ def test_the_command_line_overrides_a_field_and_its_value() -> None:
     config = cli.resolve(["tiny", "--steps", "9", *override, "--exact"], "train")
     assert config.train.steps == 50 and config.optim.learning_rate == 0.01
     assert config.run.override == "train.steps,optim.learning_rate" and config.run.exact
+    for value in (True, False):
+        override = ["--override", f"data.document_mask={value}"]
+        config = cli.resolve(["tiny", *override], "train")
+        assert config.data.document_mask == value
+        assert config.run.override == "data.document_mask"
     with pytest.raises(SotaError, match="FIELD=VALUE"):
         cli.resolve(["tiny", "--override", "steps"], "train")
     with pytest.raises(SotaError, match="stepz"):
