@@ -98,6 +98,7 @@ def test_before_the_first_checkpoint_all_may_change(make_run: MakeRun, monkeypat
     [
         ("run.seed", 5),
         ("model.seq_len", 16),
+        ("data.windows", "best-fit"),
         ("train.batch_rows", 8),
         ("optim.learning_rate", 5e-4),
         ("optim.warmup_steps", 7),
@@ -120,11 +121,26 @@ def test_what_decides_the_result_needs_an_override(
     refused(begun, USAGE, f"{field} was {value}")
 
 
+def test_what_goes_back_to_its_last_step_leaves_no_later_one(
+    begun: RunConfig, make_run: MakeRun
+) -> None:
+    """The later one would be what `sota generate` and the next start take."""
+    other = make_run(save_every_steps=3, steps=3)
+    train(run_options(other, override="train.steps", resume="step:3"))
+    assert checkpoint.steps(begun.run.out) == [3]
+    assert train(other) is None
+
+
 def test_the_command_line_overrides_a_field_and_its_value() -> None:
     override = ["--override", "steps=50", "--override=optim.learning-rate=0.01"]
     config = cli.resolve(["tiny", "--steps", "9", *override, "--exact"], "train")
     assert config.train.steps == 50 and config.optim.learning_rate == 0.01
     assert config.run.override == "train.steps,optim.learning_rate" and config.run.exact
+    for value in (True, False):
+        override = ["--override", f"data.document_mask={value}"]
+        config = cli.resolve(["tiny", *override], "train")
+        assert config.data.document_mask == value
+        assert config.run.override == "data.document_mask"
     with pytest.raises(SotaError, match="FIELD=VALUE"):
         cli.resolve(["tiny", "--override", "steps"], "train")
     with pytest.raises(SotaError, match="stepz"):
@@ -161,6 +177,16 @@ def test_other_data_is_refused_or_admitted_in_two_ways(
     state = checkpoint.load(other.run.out, 12)
     assert state.manifest["data"] == windows.fingerprint
     assert state.trainer["rows"] == rows[11][-1] + 1
+
+
+def test_a_loss_on_other_data_is_no_leap(begun: RunConfig, other_data: Path) -> None:
+    """Against losses on the data before, each step would be skipped, and the rate halved."""
+    state = checkpoint.load(begun.run.out, 6)
+    state.trainer["guard"]["losses"] = [1.0] * 64
+    checkpoint.save(begun.run.out, state)
+    other = dataclasses.replace(begun, data=Data(path=other_data))
+    train(run_options(other, data_change="continue"))
+    assert checkpoint.load(begun.run.out, 12).trainer["updates"] == 12
 
 
 def test_who_judges_on_other_data_than_the_runs_is_told(

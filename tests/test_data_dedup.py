@@ -206,6 +206,27 @@ def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path, codec: str
     assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5
 
 
+def test_what_is_appended_is_checked_as_what_is_there(tmp_path: Path) -> None:
+    """The folder says that it is without the benchmark, and without near-duplicates."""
+    random = np.random.default_rng(5)
+    secret = " ".join(random_text(random, 40))
+    (tmp_path / "eval.txt").write_text(secret)
+    for name in "ab":
+        others = [" ".join(random_text(random, 60)) for _ in range(9)]
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl([*others, f"{name} {secret} of old"]))
+    clean: dict[str, Any] = {"exclude": (str(tmp_path / "eval.txt"),), "near_dedup": 0.8}
+    out, more = tmp_path / "data", tmp_path / "b.jsonl"
+    run(out, tmp_path / "a.jsonl", val_fraction=0.0, **clean)
+    before = bytes_of(out)
+    for name in clean:
+        left = {key: value for key, value in clean.items() if key != name}
+        with pytest.raises(SotaError, match=f"with --{name.replace('_', '-')} .*give that again"):
+            run(out, more, append=True, **left)
+    assert bytes_of(out) == before
+    run(out, more, append=True, **clean)
+    assert len(everything(out)) == 18 and not any(secret in text for text in everything(out))
+
+
 def test_no_excluded_text_is_passed_over_in_silence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

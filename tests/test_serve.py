@@ -88,16 +88,13 @@ def test_the_openai_client_streams_and_asks(server: Server) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     assert [model.id for model in client.models.list()] == ["served"]
-    whole = client.completions.create(
-        model="served", prompt="Once", max_tokens=10, seed=4, logprobs=3, echo=True
-    )
-    pieces = client.completions.create(
-        model="served", prompt="Once", max_tokens=10, seed=4, stream=True,
-        stream_options={"include_usage": True},
-    )  # fmt: skip
-    events = list(pieces)
+    asked: dict[str, Any] = {"model": "served", "prompt": "Once", "max_tokens": 10, "seed": 4}
+    whole = client.completions.create(**asked, logprobs=3)
+    echoed = client.completions.create(**asked, echo=True)
+    usage = {"include_usage": True}
+    events = list(client.completions.create(**asked, stream=True, stream_options=usage))
     text = "".join(choice.text for event in events for choice in event.choices)
-    assert whole.choices[0].text == "Once" + text
+    assert whole.choices[0].text == text and echoed.choices[0].text == "Once" + text
     assert events[-1].usage.completion_tokens == whole.usage.completion_tokens
     logprobs = whole.choices[0].logprobs
     assert all(len(best) == 3 for best in logprobs.top_logprobs)
@@ -138,7 +135,7 @@ BAD: list[dict[str, Any]] = [
     {"seed": -1}, {"seed": 1 << 64}, {"stop": ["x"] * 100_000}, {"stop": ["x"] * 5},
     {"stop": [""]}, {"stop": "x" * 201}, {"prompt": ["a"] * 5}, {"prompt": []},
     {"prompt": [50_257]}, {"prompt": [-1]}, {"prompt": {}}, {"prompt": "word " * 160},
-    {"unknown": 1}, {"stream": "yes"}, {"echo": 1},
+    {"unknown": 1}, {"stream": "yes"}, {"echo": 1}, {"echo": True, "logprobs": 1},
 ]  # fmt: skip
 
 

@@ -219,6 +219,10 @@ def _lengthen(arguments: list[str]) -> list[str]:
                 raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
             flag = SHORT.get(f"--{name}", f"--{name.replace('_', '-')}")
             fields.append(flag.removeprefix("--").replace("-", "_"))
+            if value.lower() in ("true", "false"):  # a switch, which takes no value
+                section, _, name = flag.rpartition(".")
+                flag = flag if value.lower() == "true" else f"{section}.no-{name}"
+                equals = value = ""
         long.append(SHORT.get(flag, flag) + equals + value)
     return [*long, "--run.override", ",".join(fields)] if fields else long
 

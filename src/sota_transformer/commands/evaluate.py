@@ -106,7 +106,7 @@ def _warn_of_other_data(run: Path, opened: Opened, fingerprint: str) -> None:
     assert opened.config is not None and opened.step is not None
     manifest = read_manifest(checkpoint.path_of(run, opened.step) / MANIFEST)
     trained = str(manifest.get("data") or fingerprint)
-    if not trained.startswith(fingerprint):  # behind it may stand how it was cut
+    if not trained.startswith(fingerprint):  # behind it stood once how it was cut
         text = f"{opened.config.data.path} is not what the run was trained on"
         warn(f"{text}: what is judged here may have been")
 

@@ -76,6 +76,9 @@ class Completions:
 
     async def _start(self, wanted: Completion) -> _Going:
         """Hand the jobs to the engine."""
+        if wanted.echo and wanted.logprobs is not None:
+            text = "echo with logprobs means those of the prompt too, which are not computed here"
+            raise _RequestError(422, f"{text}; leave out one of the two")
         prompts = await asyncio.to_thread(self._prompts, wanted)
         seed = wanted.seed if wanted.seed is not None else secrets.randbits(62)
         stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []

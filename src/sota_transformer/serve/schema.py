@@ -39,6 +39,16 @@ class StreamOptions(_Strict):
 class Completion(_Strict):
     """A request: continue a prompt, or up to four."""
 
+    # Those of the prompt would have to come too: lm-eval would read others in their place.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {
+                "properties": {"echo": {"const": True}, "logprobs": {"type": "integer"}},
+                "required": ["echo", "logprobs"],
+            }
+        }
+    )
+
     prompt: (
         _TEXT
         | Annotated[list[_TEXT], Field(min_length=1, max_length=MOST_PROMPTS)]
@@ -73,7 +83,7 @@ class Completion(_Strict):
     stream_options: StreamOptions | None = None
     """What a stream carries beside text."""
     echo: bool = False
-    """Begin the text with the prompt."""
+    """Begin the text with the prompt; not together with `logprobs`."""
     user: Annotated[str, StringConstraints(max_length=200)] | None = None
     """Ignored."""
 

@@ -82,7 +82,7 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
 def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> list[str]:
     """What --data-change admits, applied to `state`. SotaError 65 for other data without it."""
     old, new = state.manifest.get("data"), trainer.windows.fingerprint
-    if old in (new, None):  # None: imported without data, so this is the first
+    if old is None or old.startswith(new):  # imported without data; behind it stood the cut once
         return []
     files = state.manifest.get("data_files", {})
     names = sorted({name for name, _ in files.items() ^ trainer.judge.windows.files.items()})
@@ -96,7 +96,9 @@ def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> lis
             "place) or restart-epoch (from the beginning of an epoch)",
             BAD_DATA,
         )
-    state.trainer.pop("best", None)  # of another validation text
+    # Losses on the old data do not say which ones on the new stand out, or are low.
+    state.trainer.setdefault("guard", {})["losses"] = []
+    state.trainer.pop("best", None)
     if config.run.data_change == "restart-epoch":
         rows = int(state.trainer.get("rows", state.step * config.train.batch_rows))
         state.trainer["rows"] = rows + -rows % len(trainer.windows)

@@ -100,7 +100,8 @@ class Trainer:
                 self._pause(lambda: self._judged(self.judge.sample))
             if self._save_due():
                 self._pause(self._save)
-        if self.step not in self.good:
+        left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
+        if self.step not in self.good or left:
             self._save()
         result = self._judged(self.judge.validate)
         self._judged(self.judge.sample)
