@@ -155,7 +155,10 @@ def load(run_folder: Path, step: int, *, verified: bool = False) -> State:
         raise SotaError(
             f"{folder} has format {manifest.get('format')}; this version reads {FORMAT}", BAD_DATA
         )
-    trainer = json.loads((folder / "trainer.json").read_bytes())
+    try:
+        trainer = dict(json.loads((folder / "trainer.json").read_bytes()))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise SotaError(f"{folder / 'trainer.json'}: {error}", BAD_DATA) from error
     tensors = {name: _tensors(folder / f"{name}.safetensors") for name in ("model", "optim")}
     return State(step=step, trainer=trainer, manifest=manifest, **tensors)
 
