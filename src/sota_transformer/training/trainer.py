@@ -217,8 +217,8 @@ class Trainer:
                 DIVERGED,
             )
         self.signals.critical(True)
+        target = self._last_good()  # a lost peer may end this; until here the guard is to be saved
         found, guard, self.guard = self.step, self.guard, Guard()
-        target = self._last_good()
         if target is None:
             self.judge.best = None
             self.model.load_state_dict(self._first_model().state_dict())
