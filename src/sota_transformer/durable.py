@@ -43,11 +43,6 @@ def _aside(path: Path, kind: str) -> Path:
     return path.parent / f".{kind}-{path.name}-{secrets.token_hex(4)}"
 
 
-def is_utf8(path: Path) -> bool:
-    """Whether the whole path is; safetensors opens no other."""
-    return os.fsencode(path.absolute()).decode(errors="ignore") == str(path.absolute())
-
-
 def fsync(descriptor: int) -> None:
     """Flush to the platter: plain fsync on macOS stops at the drive's cache."""
     if sys.platform == "darwin":

@@ -67,7 +67,7 @@ def _free(out: Path) -> dict[str, bool]:
     return {
         f"{out} exists already; give another --out": not taken,
         f"{out.absolute()} is not UTF-8, as safetensors needs it; give another --out": (
-            durable.is_utf8(out)
+            checkpoint.is_utf8(out)
         ),
     }
 

@@ -101,6 +101,11 @@ def write_safetensors(write: Callable[[Any], None], tensors: dict[str, Tensor]) 
             write(array.reshape(-1).view("uint8"))
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether the whole path is; safetensors opens no other."""
+    return os.fsencode(path.absolute()).decode(errors="ignore") == str(path.absolute())
+
+
 def steps(run_folder: Path) -> list[int]:
     """Steps of the committed checkpoints, oldest first; by number, never by time."""
     found = (run_folder / "checkpoints").glob("step-*")

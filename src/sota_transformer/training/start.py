@@ -129,7 +129,7 @@ def check_folders(config: RunConfig) -> Path:
             f"{data}: no such folder{here} make it with `sota prepare INPUT... --out {data}`",
             NO_INPUT,
         )
-    if not durable.is_utf8(folder):
+    if not checkpoint.is_utf8(folder):
         name = folder.absolute()
         raise SotaError(f"{name} is not UTF-8, as safetensors needs it; give another --out")
     try:
