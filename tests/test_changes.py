@@ -131,6 +131,15 @@ def test_what_goes_back_to_its_last_step_leaves_no_later_one(
     assert train(other) is None
 
 
+def test_nor_does_what_was_judged_there_before(make_run: MakeRun) -> None:
+    judged = {"save_every_steps": 3, "eval_every": 3, "sample_every": 3}
+    config = make_run(steps=6, **judged)
+    train(config)
+    other = make_run(steps=3, **judged)
+    train(run_options(other, override="train.steps", resume="step:3"))
+    assert checkpoint.steps(config.run.out) == [3]
+
+
 def test_the_command_line_overrides_a_field_and_its_value() -> None:
     override = ["--override", "steps=50", "--override=optim.learning-rate=0.01"]
     config = cli.resolve(["tiny", "--steps", "9", *override, "--exact"], "train")

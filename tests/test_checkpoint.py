@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sota_transformer import durable
 from sota_transformer.errors import BAD_DATA, DIVERGED, NO_INPUT, SotaError
 from sota_transformer.training import checkpoint
 from sota_transformer.training.checkpoint import State
@@ -21,6 +22,17 @@ def state(step: int) -> State:
         trainer={"updates": step, "bad_steps": 0, "skipped": 0},
         manifest={"data": "abc"},
     )
+
+
+@pytest.mark.parametrize("content", [b"{", b"1", b"[" * 100_000, b"\xff"])
+def test_counters_that_are_none_are_named(tmp_path: Path, content: bytes) -> None:
+    """Under hashes that fit, as whoever edits a checkpoint may write them."""
+    folder = checkpoint.path_of(tmp_path, 3)
+    with durable.commit_folder(folder, {"format": checkpoint.FORMAT, "step": 3}) as writer:
+        writer.write("trainer.json", content)
+    with pytest.raises(SotaError, match=r"trainer\.json") as caught:
+        checkpoint.load(tmp_path, 3)
+    assert caught.value.code == BAD_DATA
 
 
 def warn_into(lines: list[str]):

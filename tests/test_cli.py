@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from sota_transformer import cli
 from sota_transformer.__main__ import main as started
 from sota_transformer.cli import VERBS, guarded, main
+from sota_transformer.config import Run
 from sota_transformer.data import forks
+from sota_transformer.errors import SotaError
+from sota_transformer.runtime import Runtime
+from sota_transformer.training.start import check_folders
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -130,7 +135,9 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
         (["train", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
         (["train", "tiny", "--seed", str(2**64 - 1)], 2, ["run.seed", "below 2**63"]),
-        (["train", "tiny", "--optim.eps", "inf"], 2, ["optim.eps must be finite"]),
+        (["config", "tiny", "--model.layers", "9" * 4000], 2, ["model.layers must be below 2**63"]),
+        (["data", "DATA", "--window", "val:" + "9" * 5000], 2, ["must be train:INDEX or"]),
+        (["train", "tiny", "--optim.eps", "inf"], 2, ["optim.eps must be below 2**63"]),
         (["train", "tiny", "--data", "DATA", "--out", "DATA/manifest.json"], 73, ["cannot make"]),
         (["train", "tiny", "--data", "DATA", "--model.vocab-size", "999"], 2, ["vocab"]),
         (
@@ -275,6 +282,21 @@ def test_what_nobody_foresaw_is_not_shown_as_a_mistake(capsys) -> None:
     assert err.endswith(
         "\nsota: ValueError, which sota did not foresee; please report it with the lines above\n"
     )
+
+
+def test_no_run_begins_where_its_checkpoints_could_not_be_opened(tmp_path: Path) -> None:
+    config = cli.resolve(["tiny", "--data", str(tmp_path), "--out", "r\udcff"], "train")
+    with pytest.raises(SotaError, match="not UTF-8"):
+        check_folders(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "")]
+)
+def test_what_no_launcher_sets_is_named(monkeypatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SotaError, match=f"{name}={value},"):
+        Runtime.detect(Run(), 1)
 
 
 def test_generate_says_where_a_temperature_ends(capsys, tmp_path: Path) -> None:

@@ -74,3 +74,26 @@ def test_the_first_rank_says_which_checkpoint_to_go_back_to(make_run: MakeRun, m
     first._last_good()
     other._last_good()
     assert asked == [2, 0]  # which add up to the first one's
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_last_step_of_a_run_that_is_continued_may_be_the_best(
+    make_run: MakeRun, monkeypatch
+) -> None:
+    monkeypatch.setitem(LOSSES, 6, 2.0)
+    train(make_run(eval_every=2, steps=6))
+    config = make_run(eval_every=2, save_every_steps=1)
+    train(dataclasses.replace(config, run=dataclasses.replace(config.run, override="train.steps")))
+    assert checkpoint.steps(config.run.out) == [6, 11, 12]
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_best_that_a_branch_deleted_is_not_named(make_run: MakeRun, capsys) -> None:
+    config = make_run(eval_every=2)
+    state = Trainer(config, Runtime.detect(config.run, 1), RunLog(config.run.out, 1, True)).state()
+    state.trainer["best"] = {"step": 4, "nats": 3.0, "tokens": 512}
+    state.step = 7
+    checkpoint.save(config.run.out, state)
+    train(config)
+    assert best_of(config, 12) == {"step": 8, "nats": 4.5, "tokens": 512}
+    assert "validation was lowest at step 8, 4.5000 nats" in capsys.readouterr().out

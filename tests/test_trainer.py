@@ -240,14 +240,15 @@ def test_bad_steps_are_not_applied_and_end_the_run(make_run: MakeRun, monkeypatc
         assert all(torch.equal(weights[name], state.model[name]) for name in weights)
 
 
-@pytest.mark.parametrize(("stopped", "steps"), [(False, 40), (True, 20)])
+@pytest.mark.parametrize(("stopped", "steps"), [(None, 40), ("_go_back", 20), ("_last_good", 20)])
 def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
-    make_run: MakeRun, monkeypatch, stopped: bool, steps: int
+    make_run: MakeRun, monkeypatch, stopped: str | None, steps: int
 ) -> None:
     """Windows 40 to 79 in training order are poison; the run ends all the same, and says how.
 
-    Also where it was stopped when it had seen enough of them and was about to go back; what was
-    saved then, of its last step too, is not what it ends with.
+    Also where it was stopped when it had seen enough of them and was about to go back, or
+    asked the other processes where to; what was saved then, of its last step too, is not what it
+    ends with.
     """
     config = make_run(steps=steps, batch_rows=4, save_every_steps=5)
     original = trainer.Trainer._update
@@ -262,7 +263,7 @@ def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
     monkeypatch.setattr(trainer.Trainer, "_update", update)
     if stopped:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(trainer.Trainer, "_go_back", stop)
+            patch.setattr(trainer.Trainer, stopped, stop)
             train(config)
     result = train(config)
     assert result is not None and result.nats < 10.5

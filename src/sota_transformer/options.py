@@ -3,6 +3,7 @@
 A field's text is its help on the command line.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,7 +48,7 @@ class Prepare:
         if self.near_dedup and not 0.5 <= self.near_dedup <= 1:
             found.append(f"prepare.near_dedup {self.near_dedup} must be 0 or in [0.5, 1]")
         index, _, count = self.part.partition("/")
-        numbers = index.isdecimal() and count.isdecimal()
+        numbers = all(re.fullmatch("[0-9]{1,9}", number) for number in (index, count))
         if self.part and not (numbers and 1 <= int(index) <= int(count)):
             found.append(f"prepare.part {self.part!r} must be i/N with i from 1 to N")
         if self.part and "-" in self.inputs:

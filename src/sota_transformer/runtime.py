@@ -53,7 +53,7 @@ class Runtime:
     @classmethod
     def detect(cls, run: Run, parameters: int) -> "Runtime":
         """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
-        rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world = _rank(), _launched("WORLD_SIZE", 1)
         device, why_device = _device(run.device)
         if world > 1 and device.type == "mps":
             raise SotaError("MPS trains in one process; start it without torchrun")
@@ -66,8 +66,12 @@ class Runtime:
             torch.mps.set_per_process_memory_fraction(1.0)
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
-            with _together():
-                dist.init_process_group(backend, timeout=_SILENCE)
+            try:
+                with _together():
+                    dist.init_process_group(backend, timeout=_SILENCE)
+            except ValueError as error:
+                line = f"WORLD_SIZE is {world}, and the rest of what torchrun sets is missing"
+                raise SotaError(f"{line} ({error}); start it with torchrun, or unset it") from error
         dtype, why_dtype = activations(run.dtype, device)
         compiled, why_compile = _compile(run.compile, device, parameters)
         return cls(
@@ -253,7 +257,15 @@ def _left_by_limit() -> int:
 
 def _rank() -> int:
     """This process's number among those that torchrun started."""
-    return int(os.environ.get("RANK", "0"))
+    return _launched("RANK", 0)
+
+
+def _launched(name: str, least: int) -> int:
+    """A number that torchrun sets, `least` without torchrun. SotaError if it is none."""
+    value = os.environ.get(name, str(least))
+    if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
+        raise SotaError(f"the environment says {name}={value}, as torchrun never does; unset it")
+    return int(value)
 
 
 def is_first_rank() -> bool:
@@ -269,7 +281,7 @@ def _device(wanted: str) -> tuple[torch.device, str]:
     elif not available.get(wanted, True):
         raise SotaError(f"no {wanted} device here; leave --device out to take what there is")
     if wanted == "cuda":
-        index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        index, there = _launched("LOCAL_RANK", 0), torch.cuda.device_count()
         if index >= there:
             raise SotaError(
                 f"process {index} has no GPU of its own: torchrun's --nproc-per-node {there}"

@@ -198,6 +198,8 @@ def _examples(path: Path, limit: int) -> list[dict[str, Any]]:
 def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
     """Figures of EleutherAI's lm-eval."""
     try:
+        from yaml import YAMLError
+
         from sota_transformer.inference.harness import evaluate
     except ImportError as error:
         raise SotaError(
@@ -207,7 +209,7 @@ def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[st
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     try:
         return evaluate(opened.model, tokenizer, tasks, options.limit or None)
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, YAMLError) as error:
         line = " ".join(str(error).split())[:300]
         if isinstance(error, ConnectionError):
             line += "; offline, --lambada and --hellaswag take local files"

@@ -43,7 +43,11 @@ _TABLES = {
 
 def fetch(name: str) -> Path:
     """JSON lines of `lambada` or `hellaswag`, from the cache or the hub. SotaError 65 or 66."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sota_transformer"
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise SotaError(f"{error}; set XDG_CACHE_HOME to a folder", NO_INPUT) from error
+    cache = home / "sota_transformer"
     path = cache / f"{name}.jsonl"
     if path.is_file():
         return path

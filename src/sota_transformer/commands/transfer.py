@@ -64,7 +64,12 @@ def _free(out: Path) -> dict[str, bool]:
     if out == Path():
         return {"name the folder to write: --out FOLDER": False}
     taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
-    return {f"{out} exists already; give another --out": not taken}
+    return {
+        f"{out} exists already; give another --out": not taken,
+        f"{out.absolute()} is not UTF-8, as safetensors needs it; give another --out": (
+            checkpoint.is_utf8(out)
+        ),
+    }
 
 
 def _existing(path: Path) -> Path:

@@ -21,6 +21,7 @@ from sota_transformer.errors import (
 from sota_transformer.options import Prepare
 
 _FEW_TOKENS = 4096
+_MOST_WORKERS = 1024
 _PARENT_MB, _WORKER_MB = 110, 130  # measured by benchmarks/prepare.py, rounded up
 CREATE = {  # what says that a place, not a disk, is wrong
     errno.EACCES,
@@ -40,7 +41,7 @@ def workers(options: Prepare) -> int:
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    wanted = options.workers or cores
+    wanted = min(options.workers or cores, _MOST_WORKERS)
     if not options.memory_mb:
         return wanted
     fits = (options.memory_mb - _PARENT_MB) // _WORKER_MB

@@ -165,7 +165,7 @@ def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
     note, mark = path.parent / _VERIFIED, [found.st_size, found.st_mtime_ns, found.st_ino, sha256]
     try:
         known = json.loads(note.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = {}
     known = known if isinstance(known, dict) else {}
     if known.get(path.name) == mark:

@@ -1,6 +1,7 @@
 """`sota data`: what is in a prepared folder, in words, in text, and as a page."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,10 +208,10 @@ def _hashes(folder: Path, split: Split, manifest: dict[str, Any]) -> NDArray[np.
 
 def _print_window(options: DataView) -> None:
     """One training window as text: `SPLIT:INDEX` or `SPLIT:INDEX:SEQ_LEN`."""
-    split, *numbers = options.window.split(":")
-    if split not in SPLITS or not all(n.isdecimal() for n in numbers) or len(numbers) not in (1, 2):
+    found = re.fullmatch("(train|val):([0-9]{1,18})(?::([0-9]{1,18}))?", options.window)
+    if not found:
         raise SotaError(f"--window {options.window!r} must be train:INDEX or val:INDEX:SEQ_LEN")
-    index, seq_len = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 512
+    split, index, seq_len = found[1], int(found[2]), int(found[3] or 512)
     if not seq_len:
         raise SotaError(f"--window {options.window}: a window has at least one token", USAGE)
     windows = TokenWindows(options.folder, "train" if split == "train" else "val", seq_len)

@@ -82,7 +82,8 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
 def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> list[str]:
     """What --data-change admits, applied to `state`. SotaError 65 for other data without it."""
     old, new = state.manifest.get("data"), trainer.windows.fingerprint
-    if old is None or old.startswith(new):  # imported without data; behind it stood the cut once
+    # None: imported without data. Behind it stood once how it was cut.
+    if old is None or str(old).startswith(new):
         return []
     files = state.manifest.get("data_files", {})
     names = sorted({name for name, _ in files.items() ^ trainer.judge.windows.files.items()})

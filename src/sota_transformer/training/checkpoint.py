@@ -101,6 +101,11 @@ def write_safetensors(write: Callable[[Any], None], tensors: dict[str, Tensor]) 
             write(array.reshape(-1).view("uint8"))
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether the whole path is; safetensors opens no other."""
+    return os.fsencode(path.absolute()).decode(errors="ignore") == str(path.absolute())
+
+
 def steps(run_folder: Path) -> list[int]:
     """Steps of the committed checkpoints, oldest first; by number, never by time."""
     found = (run_folder / "checkpoints").glob("step-*")
@@ -155,7 +160,10 @@ def load(run_folder: Path, step: int, *, verified: bool = False) -> State:
         raise SotaError(
             f"{folder} has format {manifest.get('format')}; this version reads {FORMAT}", BAD_DATA
         )
-    trainer = json.loads((folder / "trainer.json").read_bytes())
+    try:
+        trainer = dict(json.loads((folder / "trainer.json").read_bytes()))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise SotaError(f"{folder / 'trainer.json'}: {error}", BAD_DATA) from error
     tensors = {name: _tensors(folder / f"{name}.safetensors") for name in ("model", "optim")}
     return State(step=step, trainer=trainer, manifest=manifest, **tensors)
 

@@ -97,7 +97,9 @@ def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
 
 
 def _finished(folder: Path, step: int) -> bool:
-    """Whether the run was judged at this step and a sample made; a signal may have come amid it."""
+    """Whether the run ends here, judged and with a sample; a signal may have come amid it."""
+    if checkpoint.latest(folder, lambda _: None) != step:  # by --resume step:N
+        return False
     judged = any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
     return judged and step in read_samples(folder)
 
@@ -127,6 +129,9 @@ def check_folders(config: RunConfig) -> Path:
             f"{data}: no such folder{here} make it with `sota prepare INPUT... --out {data}`",
             NO_INPUT,
         )
+    if not checkpoint.is_utf8(folder):
+        name = folder.absolute()
+        raise SotaError(f"{name} is not UTF-8, as safetensors needs it; give another --out")
     try:
         durable.make_folder(folder)
     except OSError as error:

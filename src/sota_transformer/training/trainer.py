@@ -100,10 +100,10 @@ class Trainer:
                 self._pause(lambda: self._judged(self.judge.sample))
             if self._save_due():
                 self._pause(self._save)
-        left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
-        if self.step not in self.good or left:
-            self._save()
         result = self._judged(self.judge.validate)
+        left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
+        if self.step not in self.good or left or self.judge.best_step == self.step:
+            self._save()
         self._judged(self.judge.sample)
         if self.judge.best_step != self.step:
             self.log.say(self.judge.advice())
@@ -217,8 +217,8 @@ class Trainer:
                 DIVERGED,
             )
         self.signals.critical(True)
+        target = self._last_good()  # a lost peer may end this; until here the guard is to be saved
         found, guard, self.guard = self.step, self.guard, Guard()
-        target = self._last_good()
         if target is None:
             self.judge.best = None
             self.model.load_state_dict(self._first_model().state_dict())
@@ -367,17 +367,20 @@ class Trainer:
     def _restore(self, state: checkpoint.State) -> None:
         """Go on from `state`. SotaError 65 if it is another model's."""
         checkpoint.restore_model(self.model, state)
-        self.step, self.updates = state.step, int(state.trainer["updates"])
+        self.step = state.step
         self.good.add(state.step)
         try:
+            self.updates = int(state.trainer["updates"])
             self.tokens = int(state.trainer.get("tokens", self.step * self.step_tokens))
             self.guard.restore(state.trainer["guard"])
-            self.judge.best = state.trainer.get("best")
+            best = state.trainer.get("best")  # which a branch that was left may have deleted
+            there = best and checkpoint.path_of(self.config.run.out, best["step"]).is_dir()
+            self.judge.best = best if there else None
             if self.scaler.is_enabled() and state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])
             if "rows" in state.trainer:  # not the step, so that the batch may change
                 rows = int(state.trainer["rows"])
                 self.guard.shift = rows - self.step * self.config.train.batch_rows
             load_state_tensors(self.model, self.optimizers, state.optim, self.updates)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise SotaError(f"optimizer state of step {state.step}: {error}", BAD_DATA) from error
