@@ -11,7 +11,8 @@ from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.inference.perplexity import Perplexity, perplexity
 from sota_transformer.model.transformer import Transformer
-from sota_transformer.training.runlog import RunLog
+from sota_transformer.training import checkpoint
+from sota_transformer.training.runlog import RunLog, read_metrics
 
 _SAMPLE_TOKENS = 100
 
@@ -43,11 +44,27 @@ class Judge:
                 "val_tokens": result.tokens,
             }
         )
-        best = self.best
-        # Losses over other windows do not compare.
-        if best is None or best["tokens"] != result.tokens or result.nats < best["nats"]:
-            self.best = {"step": step, "nats": result.nats, "tokens": result.tokens}
+        self._compare(step, result.nats, result.tokens)
         return result
+
+    def _compare(self, step: int, nats: float, tokens: int) -> None:
+        """Losses over other windows do not compare."""
+        best = self.best
+        if best is None or best["tokens"] != tokens or nats < best["nats"]:
+            self.best = {"step": step, "nats": nats, "tokens": tokens}
+
+    def recall(self, state: checkpoint.State) -> None:
+        """The best there was when `state` was saved; nothing where --data-change dropped it.
+
+        A run's last step is saved first and judged then, so that stands in the log alone.
+        """
+        self.best, folder = state.trainer.get("best"), self.config.run.out
+        if self.best and not checkpoint.path_of(folder, self.best["step"]).is_dir():
+            self.best = None  # deleted by a branch that was left
+        for line in read_metrics(folder) if "best" in state.trainer else ():
+            nats, tokens = line.get("val_loss"), line.get("val_tokens")
+            if line["step"] == state.step and isinstance(nats, float) and isinstance(tokens, int):
+                self._compare(state.step, nats, tokens)
 
     @property
     def best_step(self) -> int | None:

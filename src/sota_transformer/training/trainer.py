@@ -100,10 +100,10 @@ class Trainer:
                 self._pause(lambda: self._judged(self.judge.sample))
             if self._save_due():
                 self._pause(self._save)
-        result = self._judged(self.judge.validate)
         left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
-        if self.step not in self.good or left or self.judge.best_step == self.step:
+        if self.step not in self.good or left:
             self._save()
+        result = self._judged(self.judge.validate)
         self._judged(self.judge.sample)
         if self.judge.best_step != self.step:
             self.log.say(self.judge.advice())
@@ -373,9 +373,7 @@ class Trainer:
             self.updates = int(state.trainer["updates"])
             self.tokens = int(state.trainer.get("tokens", self.step * self.step_tokens))
             self.guard.restore(state.trainer["guard"])
-            best = state.trainer.get("best")  # which a branch that was left may have deleted
-            there = best and checkpoint.path_of(self.config.run.out, best["step"]).is_dir()
-            self.judge.best = best if there else None
+            self.judge.recall(state)
             if self.scaler.is_enabled() and state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])
             if "rows" in state.trainer:  # not the step, so that the batch may change
