@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from sota_transformer.errors import TEMPORARY
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
+from sota_transformer.training.start import train
+from tests.training_runs import InterruptError, stop_after
 
-SPEED = plan.Speed(seconds=2.0, tokens=2048, memory=3_000_000_000)
+SPEED = plan.Speed(seconds=32.0, tokens=32_768, memory=3_000_000_000)
 
 
 def test_the_law_at_chinchilla_itself() -> None:
@@ -92,7 +95,7 @@ def test_what_a_step_of_takes_too_long_is_not_measured(monkeypatch) -> None:
     monkeypatch.setattr(plan, "measure", lambda config: measured.append(config) or SPEED)
     config = PRESETS["16m"]()
     lines = list(plan.compare(config, "16m", SPEED, hours=0.01, there=0))
-    seconds = 2.0 * 123_552_000 / config.model.parameter_count * 64 * 512 / SPEED.tokens
+    seconds = 32.0 * 123_552_000 / config.model.parameter_count * 64 * 512 / SPEED.tokens
     assert f"125m: a step takes some {seconds / 60:.1f} minutes" in lines[1]
     assert not measured and "sota train 16m" in lines[-1]
 
@@ -170,6 +173,22 @@ def test_the_verb_plans(capsys, data) -> None:
     printed = capsys.readouterr().out
     for word in ("speed:", "time:", "data:", "disk:", "balance:", "expected loss:", "memory:"):
         assert word in printed
+
+
+def test_padding_is_no_data_read_here_as_in_training(monkeypatch, capsys, make_run) -> None:
+    config = make_run(windows="best-fit", steps=500)
+    monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
+    plan.run_plan(config, "tiny", 0)
+    planned = capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 1)
+        train(config)
+    trained = capsys.readouterr().out
+    (run,) = re.findall("^run: .*", trained, re.M)
+    (epochs,) = re.findall(r"([0-9.]+) epochs", trained)
+    assert float(re.findall("([0-9.]+)% of their targets", trained)[0]) > 1
+    assert run in planned.splitlines()
+    assert f"read {epochs} times" in planned
 
 
 def test_the_budget_is_kept_by_fewer_rows(monkeypatch) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
 from sota_transformer.presets import PRESETS, Recipe
-from sota_transformer.schedules import describe
+from sota_transformer.schedules import describe, step_tokens
 from sota_transformer.words import counted
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Speed:
 
     seconds: float
     tokens: int
+    """Learned from, so without padding."""
     memory: int
 
     @property
@@ -48,7 +49,7 @@ class Speed:
 def run_plan(config: RunConfig, preset: str, hours: float) -> int:
     """Print the plan of one run, and with `hours` the best preset and steps for that time."""
     there = training_tokens(config.data.path)
-    for line in describe(config):
+    for line in describe(config, padding(config)):
         print(line)
     speed = measure(config)
     for line in (*estimates(config, speed, there), memory_estimate(config)):
@@ -63,9 +64,7 @@ def run_plan(config: RunConfig, preset: str, hours: float) -> int:
 def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
     """Time, memory, data and expected loss of a run at this speed; `there` training tokens."""
     steps, parameters = config.train.steps, config.model.parameter_count
-    per_step = config.train.batch_rows * config.model.seq_len
-    total = per_step * steps
-    seconds = total / speed.tokens_per_second
+    total, seconds = speed.tokens * steps, speed.seconds * steps
     yield (
         f"speed: {speed.tokens_per_second:,.0f} tokens/s here, measured over {speed.tokens:,} "
         f"tokens; {speed.memory / 1e9:.2f} GB of memory at the peak"
@@ -113,12 +112,12 @@ def compare(
             yield f"  {name:>5}: a step takes some {_span(speed.seconds * work)}"
             continue
         try:
-            rate = (speed if name == preset else measure(other)).tokens_per_second
+            taken = speed if name == preset else measure(other)
         except SotaError as error:
             yield f"  {name:>5}: {error}"
             continue
-        tokens = int(rate * hours * 3600)
-        steps = tokens // per_step
+        steps = int(hours * 3600 / taken.seconds)
+        tokens = steps * taken.tokens
         ratio = tokens / other.model.parameter_count
         # Under the law's range the smaller model wins: it at least sees a token a parameter sooner.
         useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
@@ -126,7 +125,7 @@ def compare(
         loss = law(other.model.parameter_count, useful) if known else math.inf
         choices.append((loss, other.model.parameter_count, name, steps))
         yield (
-            f"  {name:>5}: {rate:,.0f} tokens/s, {counted(steps, 'step')} of "
+            f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
             f"{other.train.batch_rows} x {other.model.seq_len}, {ratio:.1f} tokens a parameter"
             + (f", about {loss:.2f} nats" if known else ", too few tokens to predict")
         )
@@ -166,6 +165,15 @@ def training_tokens(data: Path) -> int:
     return load_manifest(data)["splits"]["train"]["tokens"]
 
 
+def padding(config: RunConfig) -> float:
+    """Share of the training targets that is padding, once the data is cut as this run cuts it."""
+    if config.data.path == Path() or config.data.windows != "best-fit":
+        return 0.0
+    from sota_transformer.data.packing import BestFit
+
+    return BestFit(config.data.path, "train", config.model.seq_len).padding
+
+
 def _span(seconds: float) -> str:
     """A duration in the unit that people would use."""
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
@@ -203,8 +211,8 @@ def measure(config: RunConfig) -> Speed:
                 raise SotaError(text, TEMPORARY) from error
     seconds, update = taken
     rounds = config.train.batch_rows // rows
-    tokens = config.train.batch_rows * config.model.seq_len
     total = rounds * (seconds - update) + update
+    tokens = step_tokens(config, padding(config))
     return Speed(seconds=total, tokens=tokens, memory=runtime.peak_memory())
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -107,10 +108,12 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
         f"{c.vocab_size:,} |",
     ]
     if opened.config is not None:
-        train, seen = opened.config.train, opened.step or 0
+        seen = opened.step or 0
+        trainer = json.loads((checkpoint.path_of(folder, seen) / "trainer.json").read_bytes())
+        learned = f" on {trainer['tokens']:,} tokens" if "tokens" in trainer else ""
         lines.append(
-            f"Trained for {seen:,} of {counted(train.steps, 'step')} of {train.batch_rows} x "
-            f"{c.seq_len} tokens, seed {opened.config.run.seed}, on the data "
+            f"Trained for {seen:,} of {counted(opened.config.train.steps, 'step')}{learned}, in "
+            f"windows of {c.seq_len}, seed {opened.config.run.seed}, on the data "
             f"`{opened.config.data.path.name}`."
         )
     if figures := _figures(folder, opened.step):

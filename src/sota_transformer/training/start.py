@@ -53,7 +53,7 @@ def train(
         verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
-        announce(config, runtime, trainer, log)
+        announce(config, runtime, trainer, log, state)
         if start >= config.train.steps and _finished(folder, start):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
@@ -151,10 +151,18 @@ def _resume_step(config: RunConfig, say: Any) -> int | None:
     return found
 
 
-def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog) -> None:
-    """Every derived number, before anything takes time."""
-    total, there = trainer.step_tokens * config.train.steps, trainer.windows.tokens
-    for line in schedules.describe(config):
+def announce(
+    config: RunConfig,
+    runtime: Runtime,
+    trainer: Trainer,
+    log: RunLog,
+    state: checkpoint.State | None,
+) -> None:
+    """Every derived number, before anything takes time, of a run that goes on from `state`."""
+    done, learned = (state.step, trainer.learned(state)) if state is not None else (0, 0)
+    total = learned + trainer.step_tokens * max(0, config.train.steps - done)
+    there = trainer.windows.tokens
+    for line in schedules.describe(config, trainer.windows.padding, done, learned):
         log.say(line)
     rounds = config.train.batch_rows // (trainer.micro_rows * runtime.world)
     log.say(
@@ -214,6 +222,7 @@ def _record(
     )
     record = {
         "data": trainer.windows.fingerprint,
+        "padding": trainer.windows.padding,
         "parameters": config.model.parameter_count,
         "attempts": attempts,
     }
