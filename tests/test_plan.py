@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from sota_transformer import plan, runtime
-from sota_transformer.cli import main
+from sota_transformer.cli import main, resolve
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY
 from sota_transformer.model.transformer import Transformer
@@ -166,6 +167,33 @@ def test_other_presets_are_measured_as_the_run_is(monkeypatch) -> None:
     list(plan.compare(asked, "16m", SPEED, hours=1.0, there=0))
     assert len(seen) == 2
     assert all((other.run, other.data) == (run, data) for other in seen)
+
+
+def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data, tmp_path) -> None:
+    """With the data and all that was set, so that it can be pasted; and none where none fits."""
+    folder = tmp_path / "my data"
+    folder.symlink_to(data)
+    monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
+    asked = ["16m", "--recipe", "fast", "--data", str(folder), "--device", "cpu"]
+    asked += ["--run.compile", "off", "--train.batch-rows", "4", "--data.document-mask"]
+    assert main(["plan", *asked, "--hours", "0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(" 16m: 1,024 tokens/s, 180 steps of 4 x 512," in line for line in lines)
+    words = shlex.split(lines[-1].partition("best: ")[2])
+    assert words[:2] == ["sota", "train"]
+    own, best = resolve(asked, "train"), resolve(words[2:], "train")
+    assert best == dataclasses.replace(own, train=dataclasses.replace(own.train, steps=180))
+    assert main(["plan", *asked, "--hours", "0.0001"]) == 0
+    assert "best: none; not one step" in capsys.readouterr().out
+
+
+def test_recomputed_activations_are_measured_so(monkeypatch) -> None:
+    seen, config = [], PRESETS["tiny"]()
+    monkeypatch.setattr(Runtime, "optimize", lambda _, model: seen.append(model))
+    for recomputed in (True, False):
+        train = dataclasses.replace(config.train, gradient_checkpointing=recomputed)
+        plan.measure(dataclasses.replace(config, train=train))
+        assert seen.pop().gradient_checkpointing == recomputed
 
 
 def test_the_verb_plans(capsys, data) -> None:

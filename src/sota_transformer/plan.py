@@ -6,6 +6,7 @@ published scaling law and says so. Where the law was not fitted there is no numb
 
 import dataclasses
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
-from sota_transformer.presets import PRESETS, Recipe
+from sota_transformer.presets import PRESETS, Recipe, command
 from sota_transformer.schedules import describe, step_tokens
 from sota_transformer.words import counted
 
@@ -105,7 +106,9 @@ def compare(
     choices = []
     recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
     for name in ("16m", "125m", "250m"):
-        other = dataclasses.replace(PRESETS[name](recipe), run=config.run, data=config.data)
+        own = PRESETS[name](recipe)
+        other = dataclasses.replace(own, run=config.run, data=config.data)
+        other = config if name == preset else other
         per_step = other.train.batch_rows * other.model.seq_len
         work = other.model.parameter_count / config.model.parameter_count * per_step / speed.tokens
         if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
@@ -123,17 +126,22 @@ def compare(
         useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
         known = useful >= _LEAST_RATIO * other.model.parameter_count
         loss = law(other.model.parameter_count, useful) if known else math.inf
-        choices.append((loss, other.model.parameter_count, name, steps))
+        if steps:
+            choices.append((loss, other.model.parameter_count, name, steps, own, other))
         yield (
             f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
             f"{other.train.batch_rows} x {other.model.seq_len}, {ratio:.1f} tokens a parameter"
             + (f", about {loss:.2f} nats" if known else ", too few tokens to predict")
         )
     if not choices:
+        yield "  best: none; not one step fits into the time"
         return
-    _, _, name, steps = min(choices)
-    words = f"{name} --recipe {recipe}" if recipe != "seed" else name
-    yield f"  best: sota train {words} --steps {max(1, steps)}"
+    _, _, name, steps, own, other = min(choices)
+    usual = dataclasses.replace(other.train, steps=own.train.steps)
+    run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
+    words = command(name, own, dataclasses.replace(other, train=usual, run=run))
+    words[3:3] = ["--recipe", recipe] if recipe != "seed" else []
+    yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
 
 
 def state_bytes(config: RunConfig) -> int:
@@ -245,6 +253,7 @@ def _step_seconds(
     model = Transformer(config.model, runtime.dtype)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device)
+    model.gradient_checkpointing = config.train.gradient_checkpointing
     runtime.optimize(model)
     both = optimizers(model, config.optim)
     tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)

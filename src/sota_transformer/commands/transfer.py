@@ -21,7 +21,7 @@ from sota_transformer.inference.export import (
 )
 from sota_transformer.inference.folder import read_model
 from sota_transformer.options import Export, Import
-from sota_transformer.presets import PRESETS
+from sota_transformer.presets import PRESETS, command
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
@@ -175,30 +175,10 @@ def run_import(options: Import) -> int:
     durable.write_file(out / "config.json", config.to_json().encode())
     print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
     if options.data:
-        print(f"train on:  {_train_command(config)}")
+        print(f"train on:  {shlex.join(_train_command(config))}")
     return 0
 
 
-def _train_command(config: RunConfig) -> str:
+def _train_command(config: RunConfig) -> list[str]:
     """The command whose configuration is `config`, from the preset that is closest to it."""
-    wanted = _flat(config)
-    best: list[str] | None = None
-    for name, make in PRESETS.items():
-        known = _flat(make())
-        flags = [wanted[name] for name in wanted if wanted[name] != known[name]]
-        if best is None or len(flags) < len(best) - 3:
-            best = ["sota", "train", name, *flags]
-    return shlex.join(best or [])
-
-
-def _flat(config: RunConfig) -> dict[str, str]:
-    """Every field, by name, as it is written on the command line."""
-    flags = {}
-    for section, values in dataclasses.asdict(config).items():
-        for name, value in values.items():
-            word = name.replace("_", "-")
-            if isinstance(value, bool):
-                flags[f"{section}.{name}"] = f"--{section}.{'' if value else 'no-'}{word}"
-            else:
-                flags[f"{section}.{name}"] = f"--{section}.{word}={value}"
-    return flags
+    return min((command(name, make(), config) for name, make in PRESETS.items()), key=len)
