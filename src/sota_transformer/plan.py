@@ -291,7 +291,11 @@ def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
     fast, slow = (step_seconds(config, runtime, rows)[0] for rows in (few, more))
     per_row = max((slow - fast) / (more - few), slow / more / 4)
     fixed = max(0.0, fast - few * per_row)
-    fitting = max(1.0, (seconds / config.train.steps - fixed) / per_row)
+    fitting = (seconds / config.train.steps - fixed) / per_row
+    if fitting < 1:
+        whole, steps = config.train.steps * (fixed + per_row), counted(config.train.steps, "step")
+        print(f"{steps} of one window alone take {_span(whole)} here, not {_span(seconds)}")
+        fitting = 1.0
     rows = int(fitting)
     rows -= rows % more if rows > more else 0
     seq_len = config.model.seq_len

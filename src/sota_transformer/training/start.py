@@ -73,7 +73,7 @@ def train(
             {"step": max(0, start), "event": "start"},
             f"resuming from step {start}" if start >= 0 else "starting anew",
         )
-        log.begin_live()
+        log.begin_live(max(0, start))
         try:
             return trainer.fit(state)
         except (RuntimeError, MemoryError) as error:
