@@ -165,12 +165,13 @@ def configure(options: Options, data: Path) -> config.RunConfig:
         return going_on(out, options, data)
     from sota_transformer import plan
     from sota_transformer.data.shards import TokenWindows
-    from sota_transformer.training.start import check_folders
+    from sota_transformer.training.start import check_folders, check_room
 
     if options.quick:
         model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
         resolved = dataclasses.replace(resolved, model=model)
     check_folders(resolved)  # what cannot work is said before minutes go by
+    check_room(resolved)
     for split in ("train", "val"):
         TokenWindows(data, split, resolved.model.seq_len).close()
     print("measuring this machine", flush=True)

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import types
@@ -15,7 +16,7 @@ import pytest
 
 from sota_transformer import plan
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import BAD_DATA, INTERRUPTED, LOCKED, SotaError
+from sota_transformer.errors import BAD_DATA, INTERRUPTED, IO_FAILED, LOCKED, SotaError
 
 SCRIPT = Path(__file__).parents[1] / "train_sota.py"
 
@@ -80,9 +81,13 @@ def test_what_cannot_work_is_said_before_the_machine_is_measured(
     for size in ("--quick", "--full"):
         assert launcher.main([size, "--data", "small.jsonl"]) == BAD_DATA
         assert launcher.main([size, "--data", "a", "--out", "b/train.jsonl"]) == LOCKED
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100_000_000))
+            assert launcher.main([size, "--data", "a"]) == IO_FAILED
         said = capsys.readouterr()
         assert "measuring" not in said.out
-        short, taken = said.err.splitlines()
+        short, taken, full = said.err.splitlines()
+        assert "a checkpoint needs" in full
         assert "split has" in short and "choose another --out" in taken
 
 

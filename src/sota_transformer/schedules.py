@@ -57,10 +57,10 @@ def describe(config: RunConfig, padding: float = 0, done: int = 0, learned: int 
     """
     steps, tokens = config.train.steps, step_tokens(config, padding)
     total = learned + max(0, steps - done) * tokens
-    work = f"{counted(steps, 'step')} x {tokens:,} tokens"
+    work = f"{counted(steps, 'step')} x {tokens:,} tokens ="
     if learned != done * tokens:
-        work = f"{counted(steps, 'step')}, {done:,} with {learned:,} tokens"
-        work += f" and {steps - done:,} x {tokens:,}" * (done < steps)
+        rest = f" {done:,} with {learned:,} tokens and {steps - done:,} x {tokens:,} ="
+        work = f"{counted(steps, 'step')},{rest * (done < steps)}"
     warmup, asked = warmup_steps(config), config.optim.warmup_steps
     shortened = f" (5% of the run; {asked} in long runs)" if warmup < asked else ""
     optim = config.optim
@@ -68,7 +68,7 @@ def describe(config: RunConfig, padding: float = 0, done: int = 0, learned: int 
     muon = f", NorMuon {optim.matrix_rate:g} on the blocks' matrices" if optim.matrix_rate else ""
     return [
         f"model: {config.model.parameter_count:,} parameters, context {config.model.seq_len}",
-        f"run: {work} = {total:,} tokens, {total / config.model.parameter_count:.1f} per parameter",
+        f"run: {work} {total:,} tokens, {total / config.model.parameter_count:.1f} per parameter",
         f"schedule: peak {optim.learning_rate:g}{muon}, {counted(warmup, 'step')} of "
         f"warm-up{shortened}, {decay} to {optim.final_fraction:.0%}; "
         f"dropout {optim.dropout_start:g} -> {optim.dropout_end:g}; "

@@ -17,6 +17,7 @@ from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
+from sota_transformer.plan import state_bytes
 from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
 from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
@@ -39,6 +40,7 @@ def train(
             stack.enter_context(durable.DirectoryLock(folder))
             durable.sweep(folder)
             durable.sweep(folder / "checkpoints")
+            check_room(config)
             changed = changes.of_configuration(folder, config)
         runtime = Runtime.detect(config.run, config.model.parameter_count)
         stack.callback(runtime.close)
@@ -134,6 +136,12 @@ def check_folders(config: RunConfig) -> Path:
             f"cannot make {folder}: {error.strerror}; choose another --out", LOCKED
         ) from error
     return folder
+
+
+def check_room(config: RunConfig) -> None:
+    """SotaError 74 where what is learned could not be saved."""
+    if checkpoint.steps(config.run.out)[-1:] != [config.train.steps]:
+        checkpoint.check_room(config.run.out, state_bytes(config))
 
 
 def _resume_step(config: RunConfig, say: Any) -> int | None:
