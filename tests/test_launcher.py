@@ -1,5 +1,6 @@
 """train_sota.py: what it asks, where it puts prepared data, and how it goes on."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from sota_transformer import plan
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, INTERRUPTED, IO_FAILED, LOCKED, SotaError
+from sota_transformer.training.start import train
 
 SCRIPT = Path(__file__).parents[1] / "train_sota.py"
 
@@ -98,6 +100,17 @@ def test_a_name_that_was_dropped_on_the_terminal_is_a_path(launcher: types.Modul
     assert [launcher.named(answer) for answer in dropped] == ["my 'texts'"] * 3
     assert launcher.named("it's") == "it's" and launcher.named("none's") == "none's"
     assert launcher.named("~/a b") == str(Path.home() / "a b")
+
+
+def test_a_run_that_lies_amid_its_text_is_no_text(launcher: types.ModuleType, make_run) -> None:
+    """`--data .` in the folder of the texts: data/ and runs/ are made beside them."""
+    Path("a").rename("here")
+    os.chdir("here")
+    assert launcher.prepared(".") == Path("data/here")
+    config = make_run(steps=1)
+    train(dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path("runs/x"))))
+    assert Path("runs/x/samples.txt").stat().st_size
+    assert launcher.prepared(".") == Path("data/here")
 
 
 def test_a_run_goes_on_where_and_on_what_it_is_told(
