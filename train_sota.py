@@ -9,8 +9,10 @@ It checks the configuration, prepares the data where that is missing, says what 
 long it will take, trains, evaluates and shows a sample. Started again, it goes on where it was.
 """
 
+import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 from itertools import count
 from pathlib import Path
@@ -98,11 +100,21 @@ def ask(options: Options) -> Options:
     except EOFError:  # Ctrl-D
         raise KeyboardInterrupt from None
     if choice == "4":
-        return dataclasses.replace(options, resume=Path(answer).expanduser())
-    text = str(Path(answer).expanduser()) if answer else options.data
+        return dataclasses.replace(options, resume=Path(named(answer)))
+    text = named(answer) if answer else options.data
     return dataclasses.replace(
         options, data=text, quick=choice == "1", full=choice == "2", large=choice == "3"
     )
+
+
+def named(answer: str) -> str:
+    """The path of an answer; a name that was dropped on the terminal comes as a shell's word."""
+    path = Path(answer).expanduser()
+    with contextlib.suppress(ValueError):  # a lone quote
+        words = shlex.split(answer)
+        if not path.exists() and len(words) == 1:
+            path = Path(words[0]).expanduser()
+    return str(path)
 
 
 def prepared(data: str) -> Path:
@@ -152,15 +164,22 @@ def configure(options: Options, data: Path) -> config.RunConfig:
         print(f"{out} is there: going on with it (remove the folder to start anew)")
         return going_on(out, options, data)
     from sota_transformer import plan
+    from sota_transformer.data.shards import TokenWindows
+    from sota_transformer.training.start import check_folders, check_room
 
+    if options.quick:
+        model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
+        resolved = dataclasses.replace(resolved, model=model)
+    check_folders(resolved)  # what cannot work is said before minutes go by
+    check_room(resolved)
+    for split in ("train", "val"):
+        TokenWindows(data, split, resolved.model.seq_len).close()
     print("measuring this machine", flush=True)
     if not options.quick:
         for line in plan.estimates(resolved, plan.measure(resolved), plan.training_tokens(data)):
             print(line)
         return resolved
-    model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
-    seconds = (options.minutes or QUICK_MINUTES) * 60
-    return plan.fit_budget(dataclasses.replace(resolved, model=model), seconds)
+    return plan.fit_budget(resolved, (options.minutes or QUICK_MINUTES) * 60)
 
 
 def going_on(folder: Path, options: Options, data: Path | None) -> config.RunConfig:

@@ -17,9 +17,12 @@ from sota_transformer.data.loader import BatchLoader
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.options import Evaluate, Export, Import
+from sota_transformer.report import write_report
+from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, trainer
-from sota_transformer.training.runlog import read_config, read_metrics
+from sota_transformer.training.runlog import RunLog, read_config, read_metrics
 from sota_transformer.training.start import train
+from sota_transformer.training.trainer import Trainer
 from tests.training_runs import InterruptError, final_hash, stop_after
 
 MakeRun = Callable[..., RunConfig]
@@ -119,6 +122,37 @@ def test_what_decides_the_result_needs_an_override(
     assert len(rows[6]) == other.train.batch_rows
     assert train(other) is None  # complete: the change is part of the run now
     refused(begun, USAGE, f"{field} was {value}")
+
+
+@pytest.mark.parametrize("windows", ["stream", "best-fit"])
+def test_what_is_said_counts_the_tokens_that_were_and_will_be_learned_from(
+    make_run: MakeRun, tmp_path: Path, capsys, windows: str
+) -> None:
+    """Neither all steps at the batch of now, nor the steps before at it, nor padding."""
+    begun = make_run(steps=6, windows=windows)
+    train(begun)
+    before = capsys.readouterr().out
+    other = make_run(steps=2000, windows=windows, batch_rows=8)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 8)
+        train(run_options(other, override="train.steps,train.batch_rows"))
+    cut = Trainer(other, Runtime.detect(other.run, 1), RunLog(tmp_path, 2000, silent=True))
+    first = checkpoint.load(begun.run.out, 6).trainer["tokens"]
+    now = [line["tokens"] for line in read_metrics(begun.run.out) if "loss" in line][-1]
+    expected, there = first + 1994 * cut.step_tokens, cut.windows.tokens
+    said = capsys.readouterr().out
+    assert (f"run: 6 steps x 128 tokens = {first:,} tokens" in before) == (windows == "stream")
+    assert f"run: 2,000 steps, 6 with {first:,} tokens and 1,994 x {cut.step_tokens:,}" in said
+    assert f" = {expected:,} tokens, " in said
+    assert f"training tokens, {expected / there:.2f} epochs" in said
+    assert f"the data is read {expected / there:.0f} times" in said
+    write_report(begun.run.out, tmp_path / "page.html")
+    expected = now + 1993 * cut.step_tokens
+    page = (tmp_path / "page.html").read_text()
+    assert f"7 with {now:,} tokens and 1,993 x {cut.step_tokens:,} = {expected:,} tokens" in page
+    run_export(Export(run=begun.run.out, out=tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"Trained for 6 of 2,000 steps on {first:,} tokens, in windows of 32" in card
 
 
 def test_what_goes_back_to_its_last_step_leaves_no_later_one(

@@ -1,10 +1,13 @@
 """train_sota.py: what it asks, where it puts prepared data, and how it goes on."""
 
+import dataclasses
 import importlib.util
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import types
@@ -12,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from sota_transformer import plan
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import INTERRUPTED, LOCKED, SotaError
+from sota_transformer.errors import BAD_DATA, INTERRUPTED, IO_FAILED, LOCKED, SotaError
+from sota_transformer.training.start import train
 
 SCRIPT = Path(__file__).parents[1] / "train_sota.py"
 
@@ -63,6 +68,49 @@ def test_a_changed_text_says_the_ways_on(launcher: types.ModuleType) -> None:
         launcher.prepared("a")
     assert caught.value.code == LOCKED
     assert launcher.prepared("data/a") == Path("data/a")
+
+
+def test_what_cannot_work_is_said_before_the_machine_is_measured(
+    launcher: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def measure(*_: object) -> None:
+        pytest.fail("measured")
+
+    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(plan, "fit_budget", measure)
+    lines = [json.dumps({"text": f"Document {i} of a very small set."}) for i in range(60)]
+    Path("small.jsonl").write_text("\n".join(lines))
+    for size in ("--quick", "--full"):
+        assert launcher.main([size, "--data", "small.jsonl"]) == BAD_DATA
+        assert launcher.main([size, "--data", "a", "--out", "b/train.jsonl"]) == LOCKED
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100_000_000))
+            assert launcher.main([size, "--data", "a"]) == IO_FAILED
+        said = capsys.readouterr()
+        assert "measuring" not in said.out
+        short, taken, full = said.err.splitlines()
+        assert "a checkpoint needs" in full
+        assert "split has" in short and "choose another --out" in taken
+
+
+def test_a_name_that_was_dropped_on_the_terminal_is_a_path(launcher: types.ModuleType) -> None:
+    Path("my 'texts'").mkdir()
+    Path("it's").mkdir()
+    dropped = ["my\\ \\'texts\\'", "\"my 'texts'\"", "my 'texts'"]
+    assert [launcher.named(answer) for answer in dropped] == ["my 'texts'"] * 3
+    assert launcher.named("it's") == "it's" and launcher.named("none's") == "none's"
+    assert launcher.named("~/a b") == str(Path.home() / "a b")
+
+
+def test_a_run_that_lies_amid_its_text_is_no_text(launcher: types.ModuleType, make_run) -> None:
+    """`--data .` in the folder of the texts: data/ and runs/ are made beside them."""
+    Path("a").rename("here")
+    os.chdir("here")
+    assert launcher.prepared(".") == Path("data/here")
+    config = make_run(steps=1)
+    train(dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path("runs/x"))))
+    assert Path("runs/x/samples.txt").stat().st_size
+    assert launcher.prepared(".") == Path("data/here")
 
 
 def test_a_run_goes_on_where_and_on_what_it_is_told(

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import os
 import platform
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,14 +14,16 @@ import pytest
 import torch
 
 from sota_transformer import plan, runtime
-from sota_transformer.cli import main
+from sota_transformer.cli import main, resolve
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
+from sota_transformer.training.start import train
+from tests.training_runs import InterruptError, stop_after
 
-SPEED = plan.Speed(seconds=2.0, tokens=2048, memory=3_000_000_000)
+SPEED = plan.Speed(seconds=32.0, tokens=32_768, memory=3_000_000_000)
 
 
 def test_the_law_at_chinchilla_itself() -> None:
@@ -92,7 +96,7 @@ def test_what_a_step_of_takes_too_long_is_not_measured(monkeypatch) -> None:
     monkeypatch.setattr(plan, "measure", lambda config: measured.append(config) or SPEED)
     config = PRESETS["16m"]()
     lines = list(plan.compare(config, "16m", SPEED, hours=0.01, there=0))
-    seconds = 2.0 * 123_552_000 / config.model.parameter_count * 64 * 512 / SPEED.tokens
+    seconds = 32.0 * 123_552_000 / config.model.parameter_count * 64 * 512 / SPEED.tokens
     assert f"125m: a step takes some {seconds / 60:.1f} minutes" in lines[1]
     assert not measured and "sota train 16m" in lines[-1]
 
@@ -165,6 +169,33 @@ def test_other_presets_are_measured_as_the_run_is(monkeypatch) -> None:
     assert all((other.run, other.data) == (run, data) for other in seen)
 
 
+def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data, tmp_path) -> None:
+    """With the data and all that was set, so that it can be pasted; and none where none fits."""
+    folder = tmp_path / "my data"
+    folder.symlink_to(data)
+    monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
+    asked = ["16m", "--recipe", "fast", "--data", str(folder), "--device", "cpu"]
+    asked += ["--run.compile", "off", "--train.batch-rows", "4", "--data.document-mask"]
+    assert main(["plan", *asked, "--hours", "0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(" 16m: 1,024 tokens/s, 180 steps of 4 x 512," in line for line in lines)
+    words = shlex.split(lines[-1].partition("best: ")[2])
+    assert words[:2] == ["sota", "train"]
+    own, best = resolve(asked, "train"), resolve(words[2:], "train")
+    assert best == dataclasses.replace(own, train=dataclasses.replace(own.train, steps=180))
+    assert main(["plan", *asked, "--hours", "0.0001"]) == 0
+    assert "best: none; not one step" in capsys.readouterr().out
+
+
+def test_recomputed_activations_are_measured_so(monkeypatch) -> None:
+    seen, config = [], PRESETS["tiny"]()
+    monkeypatch.setattr(Runtime, "optimize", lambda _, model: seen.append(model))
+    for recomputed in (True, False):
+        train = dataclasses.replace(config.train, gradient_checkpointing=recomputed)
+        plan.measure(dataclasses.replace(config, train=train))
+        assert seen.pop().gradient_checkpointing == recomputed
+
+
 def test_the_verb_plans(capsys, data) -> None:
     assert main(["plan", "tiny", "--data", str(data), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
@@ -172,13 +203,31 @@ def test_the_verb_plans(capsys, data) -> None:
         assert word in printed
 
 
-def test_the_budget_is_kept_by_fewer_rows(monkeypatch) -> None:
+def test_padding_is_no_data_read_here_as_in_training(monkeypatch, capsys, make_run) -> None:
+    config = make_run(windows="best-fit", steps=500)
+    monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
+    plan.run_plan(config, "tiny", 0)
+    planned = capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 1)
+        train(config)
+    trained = capsys.readouterr().out
+    (run,) = re.findall("^run: .*", trained, re.M)
+    (epochs,) = re.findall(r"([0-9.]+) epochs", trained)
+    assert float(re.findall("([0-9.]+)% of their targets", trained)[0]) > 1
+    assert run in planned.splitlines()
+    assert f"read {epochs} times" in planned
+
+
+def test_the_budget_is_kept_by_fewer_rows(monkeypatch, capsys) -> None:
     """A machine of 20 ms a step and 10 ms a row: 300 ms hold 28 rows, 24 in whole micro-batches."""
     times = {4: (0.06, 0.0), 8: (0.10, 0.0)}
     monkeypatch.setattr(plan, "step_seconds", lambda _config, _runtime, rows: times[rows])
     fitted = plan.fit_budget(PRESETS["16m"](), seconds=300)
     assert fitted.train.batch_rows == 24
+    assert not capsys.readouterr().out
     fitted = plan.fit_budget(PRESETS["16m"](), seconds=10)  # not even a row
+    assert "1,000 steps of one window alone take 30 seconds" in capsys.readouterr().out
     assert (fitted.train.batch_rows, fitted.model.seq_len) == (1, 512)
     fitted = plan.fit_budget(PRESETS["16m"](), seconds=46)  # 26 ms beside 20: 2.6 rows
     assert (fitted.train.batch_rows, fitted.model.seq_len) == (2, 640)

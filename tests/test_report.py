@@ -1,5 +1,6 @@
 """`sota report`: the page says what is in the folder, and nothing in the folder can hurt it."""
 
+import io
 import json
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sota_transformer.cli import main
 from sota_transformer.errors import BAD_DATA, LOCKED, NO_INPUT
@@ -145,6 +147,16 @@ def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in saved))
     losses = {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
     assert losses == {10: 9.5, 20: 9.0, 30: 8.5, 40: 8.0, 50: 99.0}
+
+
+def test_the_panel_of_a_run_that_goes_on_begins_where_it_is(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 100) as log:
+        log.console = Console(file=io.StringIO(), force_terminal=True, width=80)
+        log.begin_live(73)
+        log.end_live()
+        assert isinstance(log.console.file, io.StringIO)
+        shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", log.console.file.getvalue())
+    assert "73/100" in shown and " 0/100" not in shown
 
 
 def test_a_sample_that_looks_like_a_heading_is_one_sample(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+import types
 
 import pytest
 import torch
 
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import LOCKED, SotaError
+from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
 from sota_transformer.training import checkpoint, judge, trainer
 from sota_transformer.training.runlog import read_config, read_metrics
 from sota_transformer.training.signals import Stopped
@@ -35,6 +37,27 @@ def test_a_complete_run_says_so(make_run: MakeRun, capsys) -> None:
     assert train(config) is None
     assert "complete" in capsys.readouterr().out
     assert final_hash(config) == before
+
+
+def test_a_disk_that_no_checkpoint_fits_on_is_said_before_the_first_step(
+    make_run: MakeRun, monkeypatch, capsys
+) -> None:
+    """What is learned until the first save would be lost. A complete run saves no more."""
+    config = make_run(steps=3)
+    size = 12 * config.model.parameter_count
+    full = types.SimpleNamespace(free=size)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: full)
+        with pytest.raises(SotaError, match="a checkpoint needs") as caught:
+            train(config)
+        assert caught.value.code == IO_FAILED
+        assert not losses(config)
+    train(config)
+    patched = types.SimpleNamespace(free=int(1.2 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: patched)
+    train(make_run("other", steps=3))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    assert train(config) is None and "complete" in capsys.readouterr().out
 
 
 def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:

@@ -346,9 +346,9 @@ def _disk(folder: Path) -> list[Check]:
     return [
         Check(
             name="disk space",
-            passed=free > 5e9,
+            passed=free > 6e9,
             detail=f"{free / 1e9:.0f} GB free in {folder.resolve()}",
-            advice="make room: three checkpoints of 125m take 4.5 GB",
+            advice="make room: four checkpoints of 125m take 5.9 GB",
         ),
         Check(
             name="disk speed",

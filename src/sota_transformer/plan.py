@@ -6,6 +6,7 @@ published scaling law and says so. Where the law was not fitted there is no numb
 
 import dataclasses
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
-from sota_transformer.presets import PRESETS, Recipe
-from sota_transformer.schedules import describe
+from sota_transformer.presets import PRESETS, Recipe, command
+from sota_transformer.schedules import describe, step_tokens
 from sota_transformer.words import counted
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Speed:
 
     seconds: float
     tokens: int
+    """Learned from, so without padding."""
     memory: int
 
     @property
@@ -48,7 +50,7 @@ class Speed:
 def run_plan(config: RunConfig, preset: str, hours: float) -> int:
     """Print the plan of one run, and with `hours` the best preset and steps for that time."""
     there = training_tokens(config.data.path)
-    for line in describe(config):
+    for line in describe(config, padding(config)):
         print(line)
     speed = measure(config)
     for line in (*estimates(config, speed, there), memory_estimate(config)):
@@ -63,9 +65,7 @@ def run_plan(config: RunConfig, preset: str, hours: float) -> int:
 def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
     """Time, memory, data and expected loss of a run at this speed; `there` training tokens."""
     steps, parameters = config.train.steps, config.model.parameter_count
-    per_step = config.train.batch_rows * config.model.seq_len
-    total = per_step * steps
-    seconds = total / speed.tokens_per_second
+    total, seconds = speed.tokens * steps, speed.seconds * steps
     yield (
         f"speed: {speed.tokens_per_second:,.0f} tokens/s here, measured over {speed.tokens:,} "
         f"tokens; {speed.memory / 1e9:.2f} GB of memory at the peak"
@@ -106,35 +106,42 @@ def compare(
     choices = []
     recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
     for name in ("16m", "125m", "250m"):
-        other = dataclasses.replace(PRESETS[name](recipe), run=config.run, data=config.data)
+        own = PRESETS[name](recipe)
+        other = dataclasses.replace(own, run=config.run, data=config.data)
+        other = config if name == preset else other
         per_step = other.train.batch_rows * other.model.seq_len
         work = other.model.parameter_count / config.model.parameter_count * per_step / speed.tokens
         if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
             yield f"  {name:>5}: a step takes some {_span(speed.seconds * work)}"
             continue
         try:
-            rate = (speed if name == preset else measure(other)).tokens_per_second
+            taken = speed if name == preset else measure(other)
         except SotaError as error:
             yield f"  {name:>5}: {error}"
             continue
-        tokens = int(rate * hours * 3600)
-        steps = tokens // per_step
+        steps = int(hours * 3600 / taken.seconds)
+        tokens = steps * taken.tokens
         ratio = tokens / other.model.parameter_count
         # Under the law's range the smaller model wins: it at least sees a token a parameter sooner.
         useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
         known = useful >= _LEAST_RATIO * other.model.parameter_count
         loss = law(other.model.parameter_count, useful) if known else math.inf
-        choices.append((loss, other.model.parameter_count, name, steps))
+        if steps:
+            choices.append((loss, other.model.parameter_count, name, steps, own, other))
         yield (
-            f"  {name:>5}: {rate:,.0f} tokens/s, {counted(steps, 'step')} of "
+            f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
             f"{other.train.batch_rows} x {other.model.seq_len}, {ratio:.1f} tokens a parameter"
             + (f", about {loss:.2f} nats" if known else ", too few tokens to predict")
         )
     if not choices:
+        yield "  best: none; not one step fits into the time"
         return
-    _, _, name, steps = min(choices)
-    words = f"{name} --recipe {recipe}" if recipe != "seed" else name
-    yield f"  best: sota train {words} --steps {max(1, steps)}"
+    _, _, name, steps, own, other = min(choices)
+    usual = dataclasses.replace(other.train, steps=own.train.steps)
+    run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
+    words = command(name, own, dataclasses.replace(other, train=usual, run=run))
+    words[3:3] = ["--recipe", recipe] if recipe != "seed" else []
+    yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
 
 
 def state_bytes(config: RunConfig) -> int:
@@ -164,6 +171,15 @@ def training_tokens(data: Path) -> int:
     from sota_transformer.data.shards import load_manifest
 
     return load_manifest(data)["splits"]["train"]["tokens"]
+
+
+def padding(config: RunConfig) -> float:
+    """Share of the training targets that is padding, once the data is cut as this run cuts it."""
+    if config.data.path == Path() or config.data.windows != "best-fit":
+        return 0.0
+    from sota_transformer.data.packing import BestFit
+
+    return BestFit(config.data.path, "train", config.model.seq_len).padding
 
 
 def _span(seconds: float) -> str:
@@ -203,8 +219,8 @@ def measure(config: RunConfig) -> Speed:
                 raise SotaError(text, TEMPORARY) from error
     seconds, update = taken
     rounds = config.train.batch_rows // rows
-    tokens = config.train.batch_rows * config.model.seq_len
     total = rounds * (seconds - update) + update
+    tokens = step_tokens(config, padding(config))
     return Speed(seconds=total, tokens=tokens, memory=runtime.peak_memory())
 
 
@@ -237,6 +253,7 @@ def _step_seconds(
     model = Transformer(config.model, runtime.dtype)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device)
+    model.gradient_checkpointing = config.train.gradient_checkpointing
     runtime.optimize(model)
     both = optimizers(model, config.optim)
     tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)
@@ -274,7 +291,11 @@ def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
     fast, slow = (step_seconds(config, runtime, rows)[0] for rows in (few, more))
     per_row = max((slow - fast) / (more - few), slow / more / 4)
     fixed = max(0.0, fast - few * per_row)
-    fitting = max(1.0, (seconds / config.train.steps - fixed) / per_row)
+    fitting = (seconds / config.train.steps - fixed) / per_row
+    if fitting < 1:
+        whole, steps = config.train.steps * (fixed + per_row), counted(config.train.steps, "step")
+        print(f"{steps} of one window alone take {_span(whole)} here, not {_span(seconds)}")
+        fitting = 1.0
     rows = int(fitting)
     rows -= rows % more if rows > more else 0
     seq_len = config.model.seq_len

@@ -70,3 +70,22 @@ PRESETS: dict[str, Callable[..., RunConfig]] = {
     "125m": base,
     "250m": medium,
 }
+
+
+def command(name: str, preset: RunConfig, config: RunConfig) -> list[str]:
+    """The words that train `config` from the preset of this name."""
+    known, wanted = _flat(preset), _flat(config)
+    return ["sota", "train", name, *(wanted[key] for key in wanted if wanted[key] != known[key])]
+
+
+def _flat(config: RunConfig) -> dict[str, str]:
+    """Every field, by name, as it is written on the command line."""
+    flags = {}
+    for section, values in dataclasses.asdict(config).items():
+        for name, value in values.items():
+            word = name.replace("_", "-")
+            if isinstance(value, bool):
+                flags[f"{section}.{name}"] = f"--{section}.{'' if value else 'no-'}{word}"
+            else:
+                flags[f"{section}.{name}"] = f"--{section}.{word}={value}"
+    return flags

@@ -34,7 +34,7 @@ def write_report(folder: Path, out: Path) -> Path:
     if not metrics:
         raise SotaError(f"{folder} has logged nothing yet; there is nothing to report", NO_INPUT)
     body = [f"<h1>{escape(str(folder))}</h1>"]
-    body += [f"<p>{escape(line)}</p>" for line in describe(config)]
+    body += [f"<p>{escape(line)}</p>" for line in _described(config, starts, metrics)]
     body += _summary(config, metrics)
     body += _charts(config, metrics)
     body += _validations(metrics)
@@ -56,6 +56,16 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SotaError(f"{path}: {error}", BAD_DATA) from error
     return value if isinstance(value, dict) else {}
+
+
+def _described(
+    config: RunConfig, starts: dict[str, Any], metrics: list[dict[str, Any]]
+) -> list[str]:
+    """The run in words, as far as it has come."""
+    padding = starts.get("padding")
+    share = padding if isinstance(padding, float) and 0 <= padding < 1 else 0.0
+    done, learned = next(reversed(_column(metrics, "tokens")), (0, 0))
+    return describe(config, share, int(done), int(learned))
 
 
 def _column(metrics: list[dict[str, Any]], name: str) -> Points:

@@ -45,10 +45,22 @@ def rows(step: int, config: RunConfig) -> range:
     return range(step * size, (step + 1) * size)
 
 
-def describe(config: RunConfig) -> list[str]:
-    """The run in words, from its configuration alone."""
-    tokens = config.train.batch_rows * config.model.seq_len
-    total = tokens * config.train.steps
+def step_tokens(config: RunConfig, padding: float) -> int:
+    """Tokens that a step learns from, on the average where this share of its targets is padding."""
+    return round(config.train.batch_rows * config.model.seq_len * (1 - padding))
+
+
+def describe(config: RunConfig, padding: float = 0, done: int = 0, learned: int = 0) -> list[str]:
+    """The run in words, of which `done` steps have learned from so many tokens.
+
+    Those may have been of another batch or window, or without an update.
+    """
+    steps, tokens = config.train.steps, step_tokens(config, padding)
+    total = learned + max(0, steps - done) * tokens
+    work = f"{counted(steps, 'step')} x {tokens:,} tokens ="
+    if learned != done * tokens:
+        rest = f" {done:,} with {learned:,} tokens and {steps - done:,} x {tokens:,} ="
+        work = f"{counted(steps, 'step')},{rest * (done < steps)}"
     warmup, asked = warmup_steps(config), config.optim.warmup_steps
     shortened = f" (5% of the run; {asked} in long runs)" if warmup < asked else ""
     optim = config.optim
@@ -56,8 +68,7 @@ def describe(config: RunConfig) -> list[str]:
     muon = f", NorMuon {optim.matrix_rate:g} on the blocks' matrices" if optim.matrix_rate else ""
     return [
         f"model: {config.model.parameter_count:,} parameters, context {config.model.seq_len}",
-        f"run: {counted(config.train.steps, 'step')} x {tokens:,} tokens = {total:,} tokens, "
-        f"{total / config.model.parameter_count:.1f} per parameter",
+        f"run: {work} {total:,} tokens, {total / config.model.parameter_count:.1f} per parameter",
         f"schedule: peak {optim.learning_rate:g}{muon}, {counted(warmup, 'step')} of "
         f"warm-up{shortened}, {decay} to {optim.final_fraction:.0%}; "
         f"dropout {optim.dropout_start:g} -> {optim.dropout_end:g}; "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from sota_transformer.inference.export import (
 )
 from sota_transformer.inference.folder import read_model
 from sota_transformer.options import Export, Import
-from sota_transformer.presets import PRESETS
+from sota_transformer.presets import PRESETS, command
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
@@ -112,10 +113,12 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
         f"{c.vocab_size:,} |",
     ]
     if opened.config is not None:
-        train, seen = opened.config.train, opened.step or 0
+        seen = opened.step or 0
+        trainer = json.loads((checkpoint.path_of(folder, seen) / "trainer.json").read_bytes())
+        learned = f" on {trainer['tokens']:,} tokens" if "tokens" in trainer else ""
         lines.append(
-            f"Trained for {seen:,} of {counted(train.steps, 'step')} of {train.batch_rows} x "
-            f"{c.seq_len} tokens, seed {opened.config.run.seed}, on the data "
+            f"Trained for {seen:,} of {counted(opened.config.train.steps, 'step')}{learned}, in "
+            f"windows of {c.seq_len}, seed {opened.config.run.seed}, on the data "
             f"`{opened.config.data.path.name}`."
         )
     if figures := _figures(folder, opened.step):
@@ -177,30 +180,10 @@ def run_import(options: Import) -> int:
     durable.write_file(out / "config.json", config.to_json().encode())
     print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
     if options.data:
-        print(f"train on:  {_train_command(config)}")
+        print(f"train on:  {shlex.join(_train_command(config))}")
     return 0
 
 
-def _train_command(config: RunConfig) -> str:
+def _train_command(config: RunConfig) -> list[str]:
     """The command whose configuration is `config`, from the preset that is closest to it."""
-    wanted = _flat(config)
-    best: list[str] | None = None
-    for name, make in PRESETS.items():
-        known = _flat(make())
-        flags = [wanted[name] for name in wanted if wanted[name] != known[name]]
-        if best is None or len(flags) < len(best) - 3:
-            best = ["sota", "train", name, *flags]
-    return shlex.join(best or [])
-
-
-def _flat(config: RunConfig) -> dict[str, str]:
-    """Every field, by name, as it is written on the command line."""
-    flags = {}
-    for section, values in dataclasses.asdict(config).items():
-        for name, value in values.items():
-            word = name.replace("_", "-")
-            if isinstance(value, bool):
-                flags[f"{section}.{name}"] = f"--{section}.{'' if value else 'no-'}{word}"
-            else:
-                flags[f"{section}.{name}"] = f"--{section}.{word}={value}"
-    return flags
+    return min((command(name, make(), config) for name, make in PRESETS.items()), key=len)

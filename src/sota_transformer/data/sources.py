@@ -63,6 +63,8 @@ class Source:
     """Nanoseconds; only to notice that a file changed between two attempts."""
 
 
+_RUN = {"config.json", "run.json", "metrics.jsonl"}  # as `sota train` leaves them
+
 REPAIRED = "; taken, with U+FFFD for what is broken"  # behind the reason, if that was asked for
 
 
@@ -163,6 +165,9 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
         if (key := (status.st_dev, status.st_ino)) in seen:
             continue
         seen.add(key)
+        if folder != root and {entry.name for entry in entries} >= _RUN:
+            yield Skipped("a run, whose samples a model wrote", below)
+            continue
         for entry in entries:
             inside = f"{below}/{entry.name}"
             if entry.name.startswith(".") or entry.name == "__pycache__":

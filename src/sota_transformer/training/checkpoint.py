@@ -56,14 +56,8 @@ def save(run_folder: Path, state: State) -> Path:
         # The extremes need no copy of the tensor, and a NaN is both of them.
         if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             raise SotaError(f"{name} is not finite at step {state.step}: not saved", DIVERGED)
-    needed = sum(t.numel() * t.element_size() for t in (state.model | state.optim).values())
-    free = shutil.disk_usage(folder).free
-    if free < 1.1 * needed:
-        raise SotaError(
-            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB "
-            "are free; make room and run the same command again",
-            IO_FAILED,
-        )
+    tensors = (state.model | state.optim).values()
+    check_room(folder, sum(t.numel() * t.element_size() for t in tensors))
     final = path_of(run_folder, state.step)
     if os.path.lexists(final):  # rejected when the run went on from an older one
         durable.discard(final)
@@ -77,6 +71,17 @@ def save(run_folder: Path, state: State) -> Path:
         if step > state.step and not _problems(run_folder, step):  # left behind by --resume step:N
             durable.discard(path_of(run_folder, step))
     return final
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """SotaError 74 where a checkpoint of so many bytes does not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * needed:
+        raise SotaError(
+            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB "
+            "are free; make room and run the same command again",
+            IO_FAILED,
+        )
 
 
 def write_safetensors(write: Callable[[Any], None], tensors: dict[str, Tensor]) -> None:

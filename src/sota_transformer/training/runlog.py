@@ -61,8 +61,9 @@ class RunLog:
         if not self.silent:
             self._metrics.close()
 
-    def begin_live(self) -> None:
-        """Show the panel, where there is a terminal to show it on."""
+    def begin_live(self, step: int) -> None:
+        """Show the panel, where there is a terminal to show it on, of a run at `step`."""
+        self._last["step"] = step
         if self.console.is_terminal and not self.silent:
             self._live = Live(self._panel(), console=self.console, refresh_per_second=4)
             self._live.start()

@@ -17,6 +17,7 @@ from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
+from sota_transformer.plan import state_bytes
 from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
 from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
@@ -39,6 +40,7 @@ def train(
             stack.enter_context(durable.DirectoryLock(folder))
             durable.sweep(folder)
             durable.sweep(folder / "checkpoints")
+            check_room(config)
             changed = changes.of_configuration(folder, config)
         runtime = Runtime.detect(config.run, config.model.parameter_count)
         stack.callback(runtime.close)
@@ -53,7 +55,7 @@ def train(
         verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
-        announce(config, runtime, trainer, log)
+        announce(config, runtime, trainer, log, state)
         if start >= config.train.steps and _finished(folder, start):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
@@ -73,7 +75,7 @@ def train(
             {"step": max(0, start), "event": "start"},
             f"resuming from step {start}" if start >= 0 else "starting anew",
         )
-        log.begin_live()
+        log.begin_live(max(0, start))
         try:
             return trainer.fit(state)
         except (RuntimeError, MemoryError) as error:
@@ -141,6 +143,12 @@ def check_folders(config: RunConfig) -> Path:
     return folder
 
 
+def check_room(config: RunConfig) -> None:
+    """SotaError 74 where what is learned could not be saved."""
+    if checkpoint.steps(config.run.out)[-1:] != [config.train.steps]:
+        checkpoint.check_room(config.run.out, state_bytes(config))
+
+
 def _resume_step(config: RunConfig, say: Any) -> int | None:
     """The step to go on from, or None to start anew."""
     folder, wanted = config.run.out, config.run.resume
@@ -156,10 +164,18 @@ def _resume_step(config: RunConfig, say: Any) -> int | None:
     return found
 
 
-def announce(config: RunConfig, runtime: Runtime, trainer: Trainer, log: RunLog) -> None:
-    """Every derived number, before anything takes time."""
-    total, there = trainer.step_tokens * config.train.steps, trainer.windows.tokens
-    for line in schedules.describe(config):
+def announce(
+    config: RunConfig,
+    runtime: Runtime,
+    trainer: Trainer,
+    log: RunLog,
+    state: checkpoint.State | None,
+) -> None:
+    """Every derived number, before anything takes time, of a run that goes on from `state`."""
+    done, learned = (state.step, trainer.learned(state)) if state is not None else (0, 0)
+    total = learned + trainer.step_tokens * max(0, config.train.steps - done)
+    there = trainer.windows.tokens
+    for line in schedules.describe(config, trainer.windows.padding, done, learned):
         log.say(line)
     rounds = config.train.batch_rows // (trainer.micro_rows * runtime.world)
     log.say(
@@ -219,6 +235,7 @@ def _record(
     )
     record = {
         "data": trainer.windows.fingerprint,
+        "padding": trainer.windows.padding,
         "parameters": config.model.parameter_count,
         "attempts": attempts,
     }

@@ -251,8 +251,11 @@ class Trainer:
     @property
     def step_tokens(self) -> int:
         """Tokens that a step learns from; with best-fit windows on the average, without padding."""
-        tokens = self.config.train.batch_rows * self.config.model.seq_len
-        return round(tokens * (1 - self.windows.padding))
+        return schedules.step_tokens(self.config, self.windows.padding)
+
+    def learned(self, state: checkpoint.State) -> int:
+        """Tokens that the run of `state` has learned from; an old checkpoint may not say."""
+        return int(state.trainer.get("tokens", state.step * self.step_tokens))
 
     def _first_model(self) -> Transformer:
         """The model before the first step, on the CPU, where every machine draws the same."""
@@ -370,8 +373,7 @@ class Trainer:
         self.step = state.step
         self.good.add(state.step)
         try:
-            self.updates = int(state.trainer["updates"])
-            self.tokens = int(state.trainer.get("tokens", self.step * self.step_tokens))
+            self.updates, self.tokens = int(state.trainer["updates"]), self.learned(state)
             self.guard.restore(state.trainer["guard"])
             self.judge.recall(state)
             if self.scaler.is_enabled() and state.trainer.get("scaler"):
