@@ -243,7 +243,8 @@ def train_and_show(config: RunConfig) -> int:
         return 0
     folder = shlex.quote(str(config.run.out))
     print(f"the run is in {folder}: checkpoints, metrics.jsonl, samples.txt, config.json, run.json")
-    print(f'try it:  sota generate {folder} --prompt "def main("')
+    words = "def main(" if config.data.path.name == "python" else "Once upon a time"
+    print(f'try it:  sota generate {folder} --prompt "{words}"')
     # All validation text may be a quarter of an hour on a CPU.
     print(f"judge it:  sota evaluate {folder} --tokens 250000   (without: all validation text)")
     return 0
