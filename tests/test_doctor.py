@@ -14,7 +14,6 @@ from sota_transformer import doctor
 from sota_transformer.cli import main
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.errors import DIVERGED, SotaError
-from sota_transformer.plan import state_bytes
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
 from sota_transformer.training.start import train
@@ -128,7 +127,7 @@ def test_a_folder_that_is_none_is_a_line_of_the_table(tmp_path: Path, name: str)
 def test_the_room_is_that_of_a_run_of_125m(tmp_path: Path, monkeypatch) -> None:
     """As `sota plan` counts it: two to keep, the best, and one that is being written."""
     monkeypatch.setattr(doctor, "_DISK_BYTES", 1 << 20)
-    needed = 4 * state_bytes(PRESETS["125m"]())
+    needed = 4 * PRESETS["125m"]().state_bytes
     for free, fits in ((needed - 2e8, False), (needed + 2e8, True)):
         room = types.SimpleNamespace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, room=room: room)

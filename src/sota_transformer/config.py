@@ -238,6 +238,16 @@ class RunConfig:
         if found:
             raise OptionError("; ".join(found))
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights and moments in float32, which is what a checkpoint holds.
+
+        AdamW keeps two moments; NorMuon, where it has the blocks' matrices, one.
+        """
+        parameters = self.model.parameter_count
+        in_blocks = parameters - self.model.vocab_size * self.model.d_model
+        return 12 * parameters - (4 * in_blocks if self.optim.matrix_rate else 0)
+
     def to_json(self) -> str:
         """All fields, resolved, as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1, default=str) + "\n"

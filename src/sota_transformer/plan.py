@@ -77,7 +77,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
             "; past four times it over-fits: more text or fewer steps" if epochs > 4 else ""
         )
     keep = config.train.keep_checkpoints + 2  # the best, and one that is being written
-    yield f"disk: {keep * state_bytes(config) / 1e9:.2f} GB for {keep} checkpoints"
+    yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
     yield expected(parameters, total, there)
 
@@ -144,19 +144,9 @@ def compare(
     yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
 
 
-def state_bytes(config: RunConfig) -> int:
-    """Bytes of weights and moments in float32, which is what a checkpoint holds.
-
-    AdamW keeps two moments; NorMuon, where it has the blocks' matrices, one.
-    """
-    parameters = config.model.parameter_count
-    in_blocks = parameters - config.model.vocab_size * config.model.d_model
-    return 12 * parameters - (4 * in_blocks if config.optim.matrix_rate else 0)
-
-
 def memory_estimate(config: RunConfig) -> str:
     """What weights, gradients and moments take; activations come on top."""
-    state = state_bytes(config)
+    state = config.state_bytes
     return (
         f"memory: {(state + 4 * config.model.parameter_count) / 1e9:.2f} GB for weights, gradients "
         "and moments in float32, and the activations of a micro-batch; a checkpoint takes "
@@ -199,7 +189,7 @@ def measure(config: RunConfig) -> Speed:
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
     # A system that lends memory it does not have would end this process.
-    needed = state_bytes(config) + 4 * config.model.parameter_count
+    needed = config.state_bytes + 4 * config.model.parameter_count
     if needed > (free := runtime.available_memory()):
         raise SotaError(
             f"weights, gradients and moments take {needed / 1e9:.1f} GB, free are "

@@ -17,7 +17,6 @@ from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
-from sota_transformer.plan import state_bytes
 from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
 from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
@@ -45,13 +44,12 @@ def train(
         runtime = Runtime.detect(config.run, config.model.parameter_count)
         stack.callback(runtime.close)
         log = RunLog(folder, config.train.steps, silent=runtime.rank != 0)
-        start = -1
+        step = None
         if runtime.rank == 0:
             if admit is not None:
                 runtime = admit(folder, runtime)
             step = _resume_step(config, log.say)
-            start = -1 if step is None else step
-        runtime, start = _as_the_first(runtime, start)
+        runtime, start = _as_the_first(runtime, -1 if step is None else step)
         verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
@@ -146,7 +144,7 @@ def check_folders(config: RunConfig) -> Path:
 def check_room(config: RunConfig) -> None:
     """SotaError 74 where what is learned could not be saved."""
     if checkpoint.steps(config.run.out)[-1:] != [config.train.steps]:
-        checkpoint.check_room(config.run.out, state_bytes(config))
+        checkpoint.check_room(config.run.out, config.state_bytes)
 
 
 def _resume_step(config: RunConfig, say: Any) -> int | None:
