@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -112,6 +113,21 @@ def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsy
         assert main(["report", str(run), "--out", str(out)]) == LOCKED
         assert capsys.readouterr().err.startswith(f"sota: {out}: ")
     assert not list(run.glob(".tmp*"))
+
+
+def test_a_page_goes_into_what_is_no_file_and_not_in_its_place(run: Path, tmp_path: Path) -> None:
+    """Root would have no /dev/null any more."""
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to("page.html")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for path in (link, pipe):
+            write_report(run, path)
+        assert os.read(reader, 15) == (tmp_path / "page.html").read_bytes()[:15] != b""
+    finally:
+        os.close(reader)
+    assert link.is_symlink() and pipe.is_fifo()
 
 
 def test_torch_is_not_loaded(run: Path) -> None:

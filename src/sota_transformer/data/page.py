@@ -124,8 +124,12 @@ def _short(number: int) -> str:
 
 def save(path: Path, text: str) -> None:
     """Write a page. SotaError 73 where no file of this name can be."""
+    data = text.encode(errors="replace")  # names in it may be any bytes
     try:
-        write_file(path, text.encode(errors="replace"))  # names in it may be any bytes
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(data)  # into /dev/null or /dev/stdout, not in place of it
+        else:
+            write_file(path, data)
     except OSError as error:
         if error.errno not in CREATE:
             raise
