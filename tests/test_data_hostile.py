@@ -298,14 +298,16 @@ def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
             assert [item.reason for item in others] == [item.reason for item in refused]
 
 
-def test_csv_with_a_broken_header_gives_no_other_column(
+def test_a_cell_that_is_too_long_is_one_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sota_transformer.data.documents.DOCUMENT_BYTES", 100)
-    (tmp_path / "a.csv").write_text(f"text,{'x' * 200}\nwanted,secret\n")
-    (tmp_path / "spool").mkdir()
-    found, refused = read(tmp_path / "a.csv", tmp_path / "spool")
-    assert found == [] and [item.reason[:13] for item in refused] == ["not a csv row"]
+    """What is behind the limit is no row; another column may be of any length."""
+    monkeypatch.setattr(reading, "DOCUMENT_BYTES", 1 << 17)
+    long = "no, row\n" * (1 << 15)
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "n"], ["a", long], [long, "b"], ["c", "d"]])
+    found, refused = read(tmp_path / "a.csv", tmp_path)
+    assert found == ["a", "c"] and [item.reason for item in refused] == ["document over 0 MiB"]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zst"])
