@@ -63,7 +63,10 @@ class Source:
     """Nanoseconds; only to notice that a file changed between two attempts."""
 
 
-_RUN = {"config.json", "run.json", "metrics.jsonl"}  # as `sota train` leaves them
+_MADE = (  # what `sota train` and `sota export` leave, and others like them
+    ({"config.json", "run.json", "metrics.jsonl"}, "a run, whose samples a model wrote"),
+    ({"tokenizer_config.json", "merges.txt"}, "a model, whose merges are no text"),
+)
 
 REPAIRED = "; taken, with U+FFFD for what is broken"  # behind the reason, if that was asked for
 
@@ -165,8 +168,10 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
         if (key := (status.st_dev, status.st_ino)) in seen:
             continue
         seen.add(key)
-        if folder != root and {entry.name for entry in entries} >= _RUN:
-            yield Skipped("a run, whose samples a model wrote", below)
+        names = {entry.name for entry in entries}
+        made = next((reason for files, reason in _MADE if names >= files), "")
+        if made and folder != root:
+            yield Skipped(made, below)
             continue
         for entry in entries:
             inside = f"{below}/{entry.name}"
