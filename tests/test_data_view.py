@@ -216,6 +216,10 @@ def test_export_and_back(folder: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         ids = np.fromfile(tmp_path / "out" / f"{split}.bin", np.uint16)
         assert np.array_equal(ids, stream(folder, split))
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(9)))
+    run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
+    describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "out"))
+    assert not (tmp_path / "out" / "val.bin").exists()  # that of the export before
 
 
 def test_document_ids() -> None:

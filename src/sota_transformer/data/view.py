@@ -232,6 +232,7 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
     out.mkdir(exist_ok=True)
     for split in SPLITS:
         if (stream := _open(folder, split)) is None:
+            (out / f"{split}.bin").unlink(missing_ok=True)  # of other data, exported here before
             continue
         temporary = out / f".{split}.bin.tmp"
         with temporary.open("wb") as file:
