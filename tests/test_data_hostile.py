@@ -238,13 +238,16 @@ def test_utf16_gives_the_documents_of_utf8(
 
 
 @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
-def test_standard_input_may_begin_with_blank_lines(
+def test_text_whose_name_says_nothing_is_what_it_begins_like(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    """And is JSON lines all the same, though the first bytes that are looked at are blank."""
+    """JSON lines, though the first bytes that are looked at are blank."""
     data = f"\n \n\n\n{jsonl(texts(5)).decode()}".encode(codec)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert read(Path("-"), tmp_path) == (texts(5), [])
+    (tmp_path / "a.json").write_bytes(data)
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(data))
+    for path in (Path("-"), tmp_path / "a.json", tmp_path / "b.json.gz"):
+        assert read(path, tmp_path) == (texts(5), []), path
 
 
 def test_broken_utf16_is_counted_whatever_its_size(
