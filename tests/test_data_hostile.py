@@ -238,13 +238,16 @@ def test_utf16_gives_the_documents_of_utf8(
 
 
 @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
-def test_standard_input_may_begin_with_blank_lines(
+def test_text_whose_name_says_nothing_is_what_it_begins_like(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    """And is JSON lines all the same, though the first bytes that are looked at are blank."""
+    """JSON lines, though the first bytes that are looked at are blank."""
     data = f"\n \n\n\n{jsonl(texts(5)).decode()}".encode(codec)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert read(Path("-"), tmp_path) == (texts(5), [])
+    (tmp_path / "a.json").write_bytes(data)
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(data))
+    for path in (Path("-"), tmp_path / "a.json", tmp_path / "b.json.gz"):
+        assert read(path, tmp_path) == (texts(5), []), path
 
 
 def test_broken_utf16_is_counted_whatever_its_size(
@@ -267,7 +270,7 @@ def test_csv_cuts_only_between_records(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(units, "UNIT_BYTES", 300)
     items = [f'{text}\n"quoted"\r\n\n, and {i}' for i, text in enumerate(texts(200))]
     with (tmp_path / "a.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["n", "text"], *([i, text] for i, text in enumerate(items))])
+        csv.writer(file).writerows([["n" * 100_000, "text"], *enumerate(items)])
     (tmp_path / "b.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
     (tmp_path / "spool").mkdir()
     for name in ("a.csv", "b.csv.gz"):
@@ -298,14 +301,16 @@ def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
             assert [item.reason for item in others] == [item.reason for item in refused]
 
 
-def test_csv_with_a_broken_header_gives_no_other_column(
+def test_a_cell_that_is_too_long_is_one_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sota_transformer.data.documents.DOCUMENT_BYTES", 100)
-    (tmp_path / "a.csv").write_text(f"text,{'x' * 200}\nwanted,secret\n")
-    (tmp_path / "spool").mkdir()
-    found, refused = read(tmp_path / "a.csv", tmp_path / "spool")
-    assert found == [] and [item.reason[:13] for item in refused] == ["not a csv row"]
+    """What is behind the limit is no row; another column may be of any length."""
+    monkeypatch.setattr(reading, "DOCUMENT_BYTES", 1 << 17)
+    long = "no, row\n" * (1 << 15)
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "n"], ["a", long], [long, "b"], ["c", "d"]])
+    found, refused = read(tmp_path / "a.csv", tmp_path)
+    assert found == ["a", "c"] and [item.reason for item in refused] == ["document over 0 MiB"]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zst"])

@@ -49,6 +49,21 @@ def test_figures_are_those_of_the_documents(
     assert "not a JSON line" in out and "--- train document" in out
 
 
+def test_letters_are_letters(tmp_path: Path) -> None:
+    """Quotes, brackets and dashes are of no script, and Vietnamese is written in Latin."""
+    items = [f"\u201c{i}\u201d [\u2018Tất cả mọi người\u2019] {{_{i}_}} ж\u2026" for i in range(60)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    run(tmp_path / "data", tmp_path / "a.jsonl")
+    scripts = describe(DataView(folder=tmp_path / "data", show=0))["train"]["scripts"]
+    assert scripts == {"Latin": 13 / 14, "Cyrillic": 1 / 14}
+
+
+def test_a_foreign_file_of_one_long_document_has_a_length(tmp_path: Path) -> None:
+    np.ones((1 << 25) + 3, "<u2").tofile(tmp_path / "train.bin")
+    figures = describe(DataView(folder=tmp_path, show=0))["train"]
+    assert figures["length_histogram"] == [[1 << 25, 1]]
+
+
 def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     describe(DataView(folder=folder, list_split="val"))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -201,6 +216,10 @@ def test_export_and_back(folder: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         ids = np.fromfile(tmp_path / "out" / f"{split}.bin", np.uint16)
         assert np.array_equal(ids, stream(folder, split))
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(9)))
+    run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
+    describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "out"))
+    assert not (tmp_path / "out" / "val.bin").exists()  # that of the export before
 
 
 def test_document_ids() -> None:

@@ -24,6 +24,7 @@ from sota_transformer.data import prepare as preparing
 from sota_transformer.data import tables, units
 from sota_transformer.data.sources import find
 from sota_transformer.data.tokenizer import EOT
+from sota_transformer.inference.tokenizer_files import huggingface_files
 from tests.preparing import bytes_of, documents, everything, jsonl, refused, run, texts
 
 
@@ -292,6 +293,18 @@ def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:
     assert all(entry["examples"] for entry in manifest["rejects"].values())
 
 
+def test_a_model_that_lies_amid_the_text_is_no_text(tmp_path: Path) -> None:
+    """Its merges would be more text than many a folder has."""
+    model = tmp_path / "texts" / "model"
+    model.mkdir(parents=True)
+    (tmp_path / "texts" / "a.jsonl").write_bytes(jsonl(texts(60)))
+    for name, data in huggingface_files(512).items():
+        (model / name).write_bytes(data)
+    manifest = run(tmp_path / "data", tmp_path / "texts")
+    assert everything(tmp_path / "data") == sorted(texts(60))
+    assert manifest["rejects"]["a model, whose merges are no text"]["count"] == 1
+
+
 def test_progress_of_a_table_counts_bytes_not_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,10 +319,14 @@ def test_progress_of_a_table_counts_bytes_not_rows(
     assert source.size - len(sizes) <= sum(sizes) <= source.size
 
 
+@pytest.mark.parametrize("waits", [False, True])
 def test_what_another_process_adds_meanwhile_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
-    """Two that add to one folder, the second just before the first takes its turn."""
+    """Two that add to one folder, the second just before the first takes its turn.
+
+    One that `waits` looks for its turn in the work folder, which the other removes.
+    """
     parts = [texts(100, seed=seed) for seed in range(3)]
     files = [tmp_path / f"{i}.jsonl" for i in range(3)]
     for file, items in zip(files, parts, strict=True):
@@ -319,8 +336,11 @@ def test_what_another_process_adds_meanwhile_is_kept(
 
     def late(path: Path) -> None:
         monkeypatch.undo()
+        if waits:
+            make_folder(path)
         run(out, files[1], append=True)
-        make_folder(path)
+        if not waits:
+            make_folder(path)
 
     monkeypatch.setattr(preparing, "make_folder", late)
     refused(75, "changed by another process", out=out, inputs=(files[2],), append=True)

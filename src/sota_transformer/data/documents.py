@@ -270,7 +270,7 @@ def _cells(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
 
 def _csv(segment: Segment, field: str) -> Iterator[Document]:
     """Text column of a CSV or TSV file with a header."""
-    csv.field_size_limit(DOCUMENT_BYTES)
+    csv.field_size_limit(2**31 - 1)  # whoever stops inside a cell takes its rest for rows
     data = _read(segment)
     data = without_mark(data if segment.start == 0 else segment.header + data)
     lines = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
@@ -283,10 +283,8 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         try:
             cells = next(rows)
         except csv.Error as error:
-            yield Skipped(f"not a {segment.kind} row ({error})", where)
-            if row == 1:
-                return  # without the header nobody knows which column is the text
-            continue
+            yield Skipped(f"not a {segment.kind} row ({error}), and all behind it", where)
+            return
         if cells == [_END]:
             return
         if cells and cells[-1].endswith(_END):

@@ -83,16 +83,20 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
             f"--append adds to it; or choose another --out, or delete it: rm -r {options.out}",
             LOCKED,
         )
-    with plain_errors(options.out), stoppable(work):
+    with plain_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
         run = _Run(options, sources, skipped, request, old, work, encoder)
         make_folder(run.own)
-        with DirectoryLock(run.own):
-            if _existing(options) != old:  # whoever held the lock has just added to it
-                raise SotaError(
-                    f"{options.out} was changed by another process; give the same command again",
-                    TEMPORARY,
-                )
-            return run.do()
+        try:
+            stack.enter_context(DirectoryLock(run.own))
+            changed = _existing(options) != old  # whoever held the lock has just added to it
+        except FileNotFoundError:  # or was done while we waited, and removed what we wait for
+            changed = True
+        if changed:
+            raise SotaError(
+                f"{options.out} was changed by another process; give the same command again",
+                TEMPORARY,
+            )
+        return run.do()
 
 
 def merge(options: Merge) -> dict[str, Any]:

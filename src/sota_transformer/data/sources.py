@@ -7,10 +7,12 @@ entered twice.
 """
 
 import os
+import re
 import stat
 import sysconfig
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,8 @@ class Source:
     path: str
     """Where it is."""
     kind: str
-    """What its documents look like: one of KINDS' values, or an archive."""
+    """What its documents look like: one of KINDS' values, or an archive; "" if its name does not
+    say it and it has to be unpacked to be seen."""
     codec: str
     """How it is compressed: "" or one of CODECS; "stdin" for standard input."""
     size: int
@@ -63,7 +66,11 @@ class Source:
     """Nanoseconds; only to notice that a file changed between two attempts."""
 
 
-_RUN = {"config.json", "run.json", "metrics.jsonl"}  # as `sota train` leaves them
+_RECORD = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\s\0]*\{")  # NUL: UTF-16
+_MADE = (  # what `sota train` and `sota export` leave, and others like them
+    ({"config.json", "run.json", "metrics.jsonl"}, "a run, whose samples a model wrote"),
+    ({"tokenizer_config.json", "merges.txt"}, "a model, whose merges are no text"),
+)
 
 REPAIRED = "; taken, with U+FFFD for what is broken"  # behind the reason, if that was asked for
 
@@ -165,8 +172,10 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
         if (key := (status.st_dev, status.st_ino)) in seen:
             continue
         seen.add(key)
-        if folder != root and {entry.name for entry in entries} >= _RUN:
-            yield Skipped("a run, whose samples a model wrote", below)
+        names = {entry.name for entry in entries}
+        made = next((reason for files, reason in _MADE if names >= files), "")
+        if made and folder != root:
+            yield Skipped(made, below)
             continue
         for entry in entries:
             inside = f"{below}/{entry.name}"
@@ -194,7 +203,10 @@ def _stays(path: str, real_root: str) -> bool:
 
 
 def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
-    """The file as a source, or why it is none. A file named by itself may have any ending."""
+    """The file as a source, or why it is none.
+
+    One named by itself may have any ending, and is then what it begins like.
+    """
     try:
         status = Path(path).stat()
     except OSError as error:
@@ -204,14 +216,22 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
     if not os.access(path, os.R_OK):
         return Skipped("cannot be read (no permission)", name)
     codec, kind = what(Path(path).name)
-    kind = kind or ("text" if named else "")
-    if not kind:
+    if not kind and not named:
         return Skipped(f"{_ending(path)} is not a text format", name)
     if codec and kind in TABLES:
         return Skipped(f"compressed {kind}, which compresses by itself; unpack it", name)
     if not status.st_size:
         return Skipped("empty file", name)
+    if not kind and not codec:
+        kind = "text"
+        with suppress(OSError), Path(path).open("rb") as file:  # whoever reads it says why
+            kind = looks_like(file.read(4096))
     return Source(index, name, path, kind, codec, status.st_size, status.st_mtime_ns)
+
+
+def looks_like(head: bytes) -> str:
+    """The kind of a text without a name that says it: JSON lines, or else prose."""
+    return "jsonl" if _RECORD.match(head) else "text"
 
 
 def what(name: str) -> tuple[str, str]:

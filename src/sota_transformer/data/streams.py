@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from sota_transformer.data.sources import ARCHIVES, KNOWN, TABLES, Skipped, Source, what
+from sota_transformer.data.sources import ARCHIVES, KNOWN, TABLES, Skipped, Source, looks_like, what
 
 CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
@@ -40,8 +40,10 @@ def streams(source: Source, refused: Refused) -> Iterator[Stream]:
         yield from _zip(source, refused)
     elif source.kind == "tar":
         yield from _tar(source, refused)
-    else:
+    elif source.kind:
         yield source.name, source.kind, _file(source, refused)
+    else:
+        yield from _unnamed(source.name, _file(source, refused))
 
 
 def _file(source: Source, refused: Refused) -> Iterator[bytes]:
@@ -184,15 +186,13 @@ def _standard_input(source: Source, refused: Refused) -> Iterator[Stream]:
     codec = next((codec for start, codec in magic.items() if head.startswith(start)), "")
     chained: Any = _Chained(head, raw, b"")
     chunks = _guarded(unpacked(chained, codec), source.name, 1 << 50, refused)
-    first = next(chunks, b"")
-    kind = "jsonl" if first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" else "text"
+    yield from _unnamed(source.name, chunks)
 
-    def all_chunks() -> Iterator[bytes]:
-        yield first
-        yield from chunks
 
-    if first:
-        yield source.name, kind, all_chunks()
+def _unnamed(name: str, chunks: Iterator[bytes]) -> Iterator[Stream]:
+    """The stream, as what it begins like."""
+    if first := next(chunks, b""):
+        yield name, looks_like(first), chain([first], chunks)
 
 
 def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] | None:

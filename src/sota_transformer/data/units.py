@@ -23,7 +23,7 @@ UNIT_BYTES = 4 << 20
 _UNIT_FILES = 500
 _CUT_KINDS = ("jsonl", "text", "csv", "tsv")  # the others stay in one piece
 _TEXT_SLACK = 64 << 10  # how far a cut of plain text looks for a line end
-_HEADER_BYTES = 64 << 10
+_HEADER_BYTES = 1 << 20  # all of a first chunk
 _INSIDE_QUOTES = re.compile(rb'[^"]*+(?:""[^"]*+)*+')
 
 

@@ -25,6 +25,7 @@ _SAMPLED = 200  # documents read for the languages
 _GRAM_SHARE = 16  # one gram in so many is counted for the leakage, chosen by its hash
 _SCRIPTS = (
     ("Latin", 0x41, 0x24F),
+    ("Latin", 0x1E00, 0x1EFF),
     ("Greek", 0x370, 0x3FF),
     ("Cyrillic", 0x400, 0x52F),
     ("Hebrew", 0x590, 0x5FF),
@@ -86,7 +87,7 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
         return {"documents": 0, "tokens": 0, "text_bytes": 0}
     ends = document_ends(stream)
     lengths = np.diff(ends, prepend=0) - 1
-    edges = 2 ** np.arange(0, 26)
+    edges = 2 ** np.arange(0, 63)  # another project's file may be one document
     counts = np.histogram(np.maximum(lengths, 1), edges)[0].tolist()
     filled = [i for i, count in enumerate(counts) if count]
     return {
@@ -105,8 +106,8 @@ def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
     counts = dict.fromkeys((name for name, _, _ in _SCRIPTS), 0)
     other = 0
     for number in np.unique(np.linspace(0, len(ends) - 1, _SAMPLED).astype(int)).tolist():
-        points = np.frombuffer(_text(stream, ends, number, 2000).encode("utf-32-le"), np.uint32)
-        letters = points[points >= 0x41]
+        text = "".join(filter(str.isalpha, _text(stream, ends, number, 2000)))
+        letters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         known = 0
         for name, low, high in _SCRIPTS:
             found = int(((letters >= low) & (letters <= high)).sum())
@@ -231,6 +232,7 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
     out.mkdir(exist_ok=True)
     for split in SPLITS:
         if (stream := _open(folder, split)) is None:
+            (out / f"{split}.bin").unlink(missing_ok=True)  # of other data, exported here before
             continue
         temporary = out / f".{split}.bin.tmp"
         with temporary.open("wb") as file:
