@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,9 +168,15 @@ def padding(config: RunConfig) -> float:
     """Share of the training targets that is padding, once the data is cut as this run cuts it."""
     if config.data.path == Path() or config.data.windows != "best-fit":
         return 0.0
+    return _best_fit_padding(config.data.path, config.model.seq_len)
+
+
+@cache
+def _best_fit_padding(data: Path, seq_len: int) -> float:
+    """The same for the data; packing it takes a while, and a plan asks several times."""
     from sota_transformer.data.packing import BestFit
 
-    return BestFit(config.data.path, "train", config.model.seq_len).padding
+    return BestFit(data, "train", seq_len).padding
 
 
 def _span(seconds: float) -> str:

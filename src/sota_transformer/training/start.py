@@ -54,7 +54,7 @@ def train(
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(config, runtime, trainer, log, state)
-        if start >= config.train.steps and _finished(folder, start):
+        if start >= config.train.steps and _finished(folder, start, verified):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
@@ -96,9 +96,12 @@ def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
     return runtime, start
 
 
-def _finished(folder: Path, step: int) -> bool:
-    """Whether the run ends here, judged and with a sample; a signal may have come amid it."""
-    if checkpoint.latest(folder, lambda _: None) != step:  # by --resume step:N
+def _finished(folder: Path, step: int, newest: bool) -> bool:
+    """Whether the run ends here, judged and with a sample; a signal may have come amid it.
+
+    Where it is not known as the `newest`, that is looked up, at the cost of reading a checkpoint.
+    """
+    if not newest and checkpoint.latest(folder, lambda _: None) != step:
         return False
     judged = any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
     return judged and step in read_samples(folder)
