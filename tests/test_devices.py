@@ -1,7 +1,10 @@
 """What a GPU or a Mac would refuse or lose, on a device that is pretended (`pretended.py`)."""
 
 import dataclasses
+import os
 import re
+import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -263,6 +266,20 @@ def test_a_mac_is_full_before_it_swaps(monkeypatch) -> None:
         monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.2")  # whoever sets it knows why
         Runtime.detect(Run(device="mps"), 1)
     assert limits == [1.0]
+
+
+def test_a_mac_stays_awake_as_long_as_the_run(tmp_path: Path, monkeypatch) -> None:
+    calls, tool = tmp_path / "calls", tmp_path / "caffeinate"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for platform in ("linux", "darwin"):
+        monkeypatch.setattr(sys, "platform", platform)
+        runtime.stay_awake()
+    deadline = time.monotonic() + 20
+    while not (calls.exists() and calls.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert calls.read_text() == f"-i -s -w {os.getpid()}\n"
 
 
 def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatch) -> None:

@@ -136,7 +136,7 @@ def test_bad_steps_do_not_lead_back_to_a_branch_that_was_left(
     assert (event["step"], event["from"]) == (4, 15)
 
 
-def stop(self) -> None:
+def stop(*_) -> None:
     raise Stopped(signal.SIGTERM)
 
 
@@ -228,6 +228,21 @@ def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
     assert result is not None and result.nats == last_validation(config)["val_loss"]
     assert (config.run.out / "samples.txt").read_text().count("--- step 3\n") == 1
     assert train(config) is None
+
+
+@pytest.mark.parametrize("amid", ["_validation_windows", "sample"])
+def test_a_run_stopped_amid_a_judgement_on_its_way_makes_it_first(
+    make_run: MakeRun, monkeypatch, amid: str
+) -> None:
+    config = change(make_run(steps=3), eval_every=2, sample_every=2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(judge.Judge, amid, stop)
+        train(config)
+    assert checkpoint.steps(config.run.out) == [2]
+    train(config)
+    lines = read_metrics(config.run.out)
+    assert [line["step"] for line in lines if "val_loss" in line] == [2, 3]
+    assert [line["step"] for line in lines if "sample" in line] == [2, 3]
 
 
 def interrupt(*_) -> None:

@@ -11,9 +11,10 @@ import platform
 import re
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -131,6 +132,11 @@ class Runtime:
             with _together():
                 dist.all_reduce(tensor)
         return tensor
+
+    def of_first(self, *values: int) -> list[int]:
+        """What the first process says; the others' values do not count."""
+        mine = values if self.rank == 0 else (0,) * len(values)
+        return list(map(int, self.sum_(torch.tensor(mine, device=self.device)).tolist()))
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum every gradient over ranks; losses are already divided by the global token count."""
@@ -349,6 +355,15 @@ def in_short(error: object) -> str:
     """What a compiler said, without its command line and torch's advice."""
     words = re.sub(r" Command: .* Output: | Set TORCHDYNAMO_.*", " ", " ".join(str(error).split()))
     return words.strip()[:200] or type(error).__name__
+
+
+def stay_awake() -> None:
+    """Keep a Mac that nobody touches from going to sleep, as long as this process lives."""
+    if sys.platform == "darwin" and (caffeinate := shutil.which("caffeinate")):
+        nothing = subprocess.DEVNULL
+        command = [caffeinate, "-i", "-s", "-w", str(os.getpid())]
+        with suppress(OSError):
+            subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
 def _cxx_compiler() -> str | None:

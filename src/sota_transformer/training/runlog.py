@@ -229,6 +229,12 @@ def read_samples(folder: Path) -> dict[int, str]:
     return {at: sample for at, sample in old.items() if not new or at < min(new)} | new
 
 
+def judged(folder: Path, step: int) -> tuple[bool, bool]:
+    """Whether the log has a validation, and a sample, of the model after `step` steps."""
+    validated = any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
+    return validated, step in read_samples(folder)
+
+
 def read_config(run_folder: Path) -> RunConfig:
     """The configuration a run was started with. SotaError 65 or 66."""
     path = run_folder / "config.json"

@@ -11,15 +11,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
-from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
+from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory, stay_awake
 from sota_transformer.training import changes, checkpoint
-from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
+from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.trainer import Trainer
 from sota_transformer.words import counted
 
@@ -69,11 +67,10 @@ def train(
             log.say(f"changed: {line}")
         if differing:
             log.say(f"not bit-exact with before: {'; '.join(differing)}")
-        log.event(
-            {"step": max(0, start), "event": "start"},
-            f"resuming from step {start}" if start >= 0 else "starting anew",
-        )
+        begun = f"resuming from step {start}" if start >= 0 else "starting anew"
+        log.event({"step": max(0, start), "event": "start"}, begun)
         log.begin_live(max(0, start))
+        stay_awake()
         try:
             return trainer.fit(state)
         except (RuntimeError, MemoryError) as error:
@@ -88,9 +85,7 @@ def train(
 
 def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
     """Whether to compile and from which step on, as the first rank has chosen."""
-    mine = (start, int(runtime.compile)) if runtime.rank == 0 else (0, 0)
-    chosen = runtime.sum_(torch.tensor(mine, device=runtime.device))
-    start, compiled = map(int, chosen.tolist())
+    start, compiled = runtime.of_first(start, int(runtime.compile))
     if runtime.compile and not compiled:
         runtime = runtime.without_compiling("in the first process")
     return runtime, start
@@ -103,8 +98,7 @@ def _finished(folder: Path, step: int, newest: bool) -> bool:
     """
     if not newest and checkpoint.latest(folder, lambda _: None) != step:
         return False
-    judged = any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
-    return judged and step in read_samples(folder)
+    return all(judged(folder, step))
 
 
 def check_folders(config: RunConfig) -> Path:

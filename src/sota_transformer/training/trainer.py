@@ -38,7 +38,7 @@ from sota_transformer.runtime import PeerLostError, Runtime, halved, micro_rows,
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.judge import Judge
-from sota_transformer.training.runlog import RunLog
+from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.signals import Signals, Stopped
 
 
@@ -88,16 +88,16 @@ class Trainer:
         self._begin_interval()
         if self.guard.bad_in_a_row >= PATIENCE:  # stopped amid the last of them
             self._go_back()
+        elif self.step:
+            known = judged(self.config.run.out, self.step)  # not where a signal came amid it
+            self._judge_where_due(*self.runtime.of_first(*known))
         while self.step < train.steps:
             self._train_step()
             if self.step == self._interval[1]:
                 continue  # just gone back to here
             if self._due(train.log_every) or self.step == train.steps:
                 self._log()
-            if self._due(train.eval_every) and self.step < train.steps:
-                self._pause(lambda: self._judged(self.judge.validate))
-            if self._due(train.sample_every) and self.step < train.steps:
-                self._pause(lambda: self._judged(self.judge.sample))
+            self._judge_where_due()
             if self._save_due():
                 self._pause(self._save)
         left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
@@ -108,6 +108,16 @@ class Trainer:
         if self.judge.best_step != self.step:
             self.log.say(self.judge.advice())
         return result
+
+    def _judge_where_due(self, validated: int = False, sampled: int = False) -> None:
+        """Validate and sample after this step, unless that was done before; the last is judged
+        at the end.
+        """
+        train = self.config.train
+        if self._due(train.eval_every) and self.step < train.steps and not validated:
+            self._pause(lambda: self._judged(self.judge.validate))
+        if self._due(train.sample_every) and self.step < train.steps and not sampled:
+            self._pause(lambda: self._judged(self.judge.sample))
 
     def _train_step(self) -> None:
         """One optimizer step, of micro-batches; a GPU is waited for once, before its update."""
@@ -240,12 +250,11 @@ class Trainer:
         """The checkpoint to go back to, as the first rank finds it: their clocks may have had the
         others save at another step.
         """
-        target: int | None = 0
+        target: int | None = None
         if self.runtime.rank == 0:
             until = max((step for step in self.good if step < self.step), default=self.step - 1)
             target = checkpoint.latest(self.config.run.out, self.log.say, until)  # not others'
-        chosen = torch.tensor(-1 if target is None else target, device=self.runtime.device)
-        step = int(self.runtime.sum_(chosen))
+        (step,) = self.runtime.of_first(-1 if target is None else target)
         return step if step >= 0 else None
 
     @property
