@@ -1,5 +1,8 @@
 # `make quick` and `make test` set everything up themselves, on a machine that has only Python.
-PYTHON ?= python3
+# A Mac's own python3 may be too old where a newer one is installed beside it.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 .PHONY: quick test slow chaos lint types check clean
@@ -26,6 +29,8 @@ types: $(VENV)/.installed-dev
 check: test lint types
 
 $(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer here: install one, or name it:" \
+		"make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
