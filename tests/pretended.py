@@ -156,6 +156,7 @@ def pretended(kind: str, capability: tuple[int, int] = (8, 0)) -> Iterator[Prete
         "torch.cuda.set_device": lambda *_: None,
         "torch.cuda.synchronize": lambda *_: None,
         "torch.cuda.is_current_stream_capturing": lambda: False,  # a build for CUDA would ask
+        "torch.accelerator.current_accelerator": lambda *_, **__: None,  # and so does its optimizer
         "torch.mps.synchronize": lambda *_: None,
         "torch.cuda.get_device_name": lambda *_: "pretended",
         "torch.cuda.get_device_capability": lambda *_: capability,
