@@ -8,6 +8,7 @@ makes one line of runs that differ in their seed alone. All of it is from the ru
 import bisect
 import dataclasses
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -44,16 +45,15 @@ _DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2")
 # Where a run lies and how often it speaks, which decides no weight.
 _QUIET = {"path", "out", "log_every", "eval_every", "eval_tokens", "sample_every"}
 _QUIET |= {"save_every_minutes", "save_every_steps", "keep_checkpoints"}
-_SETTING = ("runs", "seeds", "at step", "nats, mean", "spread")
-_SETTING += ("from the first", "+- seeds", "+- text, at most")
+_SETTING = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds", "+- text")
 _EXPLAINED = (
     "+- beside a loss is its standard error over the windows of validation. Runs that compare were "
     "judged on the same windows: their errors are common to them and say little of how far apart "
-    "they are. A paired test needs the loss of each window, which a run does not log; '+- text, at "
-    "most' is the sum of both errors, which that of the difference cannot exceed.",
-    "Runs that differ in nothing but the seed are one line. Their spread is the standard deviation "
-    "over seeds, a rough guess from two or three; '+- seeds' is the standard error of the "
-    "difference between two means, and needs two seeds of each.",
+    "they are. A paired test needs the loss of each window, which a run does not log; '+- text' is "
+    "the sum of both errors, which that of the difference cannot exceed.",
+    "Runs that differ in nothing but the seed are one line, their mean. The spread is the standard "
+    "deviation over seeds, a rough guess from two or three; the difference is that to the first "
+    "line, and '+- seeds' its standard error, which needs two seeds of both.",
 )
 
 Rows = list[tuple[str, ...]]
@@ -70,6 +70,11 @@ class _Run:
     def step(self) -> int:
         """Steps done."""
         return max(line["step"] for line in self.metrics)
+
+    @property
+    def complete(self) -> bool:
+        """Whether its schedule has come to its end."""
+        return self.step >= self.config.train.steps
 
     @cached_property
     def judged(self) -> list[dict[str, Any]]:
@@ -107,23 +112,23 @@ class _Run:
 
     @cached_property
     def setting(self) -> Hashable:
-        """All that decides a loss, save the seed."""
+        """All that decides a loss, save the seed; and whether it is the loss at the end."""
         values = [
             value
             for section in dataclasses.asdict(self.config).values()
             for name, value in section.items()
             if name not in _QUIET and name != "seed"
         ]
-        return (*values, *self.measure.values(), *_changes(self))
+        return (*values, *self.measure.values(), *_changes(self), self.complete)
 
     @cached_property
     def _known(self) -> Points:
-        return [(0.0, 0.0), *column(self.metrics, "tokens")]
+        return [(0, 0.0), *(point for point in column(self.metrics, "tokens") if point[0] > 0)]
 
     def tokens(self, step: float) -> float:
         """Tokens learned from until `step`; between two logged steps on a straight line."""
-        after = bisect.bisect_right(self._known, step, key=lambda point: point[0])
-        at, tokens = self._known[max(0, after - 1)]
+        after = max(1, bisect.bisect_right(self._known, step, key=lambda point: point[0]))
+        at, tokens = self._known[after - 1]
         if after < len(self._known):
             later, more = self._known[after]
             return tokens + (step - at) / (later - at) * (more - tokens)
@@ -135,7 +140,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> str:
 
     SotaError 2 for a run given twice, 65 or 66 for what is none, 73 if `out` cannot be.
     """
-    real = [folder.resolve() for folder in folders]
+    real = [Path(os.path.realpath(folder)) for folder in folders]
     for folder, path in zip(folders, real, strict=True):
         if real.count(path) > 1:
             raise SotaError(f"{folder} is given twice; a run compares with others only")
@@ -146,14 +151,15 @@ def write_comparison(folders: Sequence[Path], out: Path) -> str:
     rows: Rows = [("", *(run.name for run in runs)), *_transposed(map(_figures, runs))]
     rows += [row for row in _transposed(map(_particulars, runs)) if len(set(row[1:])) > 1]
     settings = _settings(runs)
-    judged = [_SETTING, *(setting.row(settings[0]) for setting in settings)]
-    doubts, notes = list(_doubts(runs)), [*_notes(runs), *_EXPLAINED]
+    judged: Rows = [setting.row(settings[0]) for setting in settings]
+    doubts, notes = list(_doubts(runs)), [*_notes(runs), *(_EXPLAINED if judged else ())]
     body = [f"<h1>{len(runs)} runs</h1>", *(f"<p><b>{escape(line)}</b></p>" for line in doubts)]
     body += [table(rows[0], rows[1:]), *_charts(runs, settings)]
-    body += ["<h2>Last validation</h2>", table(judged[0], judged[1:])]
+    body += ["<h2>Last validation</h2>", table(_SETTING, judged)] if judged else []
     body += [f"<p>{escape(line)}</p>" for line in notes]
     save(out, document(f"Runs: {', '.join(rows[0][1:])}", body))
-    return "\n\n".join([_text(rows), _text(judged), *map(printable, (*doubts, *notes))])
+    tables = [_text(rows), _text([_SETTING, *judged])] if judged else [_text(rows)]
+    return "\n\n".join([*tables, *map(printable, (*doubts, *notes))])
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -192,16 +198,17 @@ def _figures(run: _Run) -> dict[str, str]:
 
 def _judgement(kind: str, line: dict[str, Any]) -> dict[str, str]:
     """A validation, or dashes for none."""
-    names, cells = ("step", "nats", "perplexity", "bits/byte"), ("-", "-", "-", "-")
+    cells = ("-", "-", "-", "-")
     if line:
         error = line.get("val_error")  # a single window has none
         cells = (
-            f"{line['step']:,}",
             f"{line['val_loss']:.4f}" + (f" +- {error:.4f}" if _number(error) else ""),
             f"{line['val_perplexity']:,.2f}",
             f"{line['val_bits_per_byte']:.4f}",
+            f"{line['step']:,}",
         )
-    return {f"{kind} validation: {name}": cell for name, cell in zip(names, cells, strict=True)}
+    names = ("validation, nats", "perplexity", "bits/byte", "at step")
+    return {f"{kind} {name}": cell for name, cell in zip(names, cells, strict=True)}
 
 
 def _number(value: Any) -> bool:
@@ -261,9 +268,8 @@ def _changes(run: _Run) -> list[str]:
 def _notes(runs: Sequence[_Run]) -> Iterator[str]:
     """What each run's figures hide."""
     for run in runs:
-        steps = run.config.train.steps
-        if run.step < steps:
-            yield f"{run.name} is not complete, so its schedule has not come to its end."
+        if not run.complete:
+            yield f"{run.name} is not complete: its schedule has not come to its end."
         if not run.judged:
             yield f"{run.name} has no validation yet."
         if changes := _changes(run):
@@ -272,7 +278,7 @@ def _notes(runs: Sequence[_Run]) -> Iterator[str]:
         for repeat in members[1:]:
             first = next(run for run in members if run.config.run.seed == repeat.config.run.seed)
             if first is not repeat:
-                yield f"{repeat.name} repeats {first.name}, seed and all, and counts for nothing."
+                yield f"{repeat.name} repeats {first.name}, seed and all: one of them counts."
 
 
 def _grouped(runs: Sequence[_Run]) -> list[list[_Run]]:
@@ -310,14 +316,18 @@ class _Setting:
         )
         if self is first:
             return (*cells, "-", "-", "-")
-        if self.runs[0].measure != first.runs[0].measure:
+        one, other = self.runs[0], first.runs[0]
+        there = one.tokens(self.step) == other.tokens(first.step)
+        if one.measure != other.measure or "" in one.measure.values():
             return (*cells, "not comparable", "-", "-")
+        if not there and not (one.complete and other.complete):
+            return (*cells, "not complete", "-", "-")
         seeds = text = "-"
         if spread is not None and first.spread is not None:
             parts = (spread**2 / len(self.losses), first.spread**2 / len(first.losses))
             seeds = f"{math.sqrt(sum(parts)):.4f}"
         if all(map(_number, (*self.errors, *first.errors))):
-            text = f"{statistics.fmean(self.errors) + statistics.fmean(first.errors):.4f}"
+            text = f"<= {statistics.fmean(self.errors) + statistics.fmean(first.errors):.4f}"
         return (*cells, f"{mean - statistics.fmean(first.losses):+.4f}", seeds, text)
 
 
@@ -349,9 +359,9 @@ def _charts(runs: Sequence[_Run], settings: Sequence[_Setting]) -> Iterator[str]
     for group in (setting.runs for setting in settings if len(setting.runs) > 1):
         judged = [dict(points(run, "val_loss")) for run in group]
         common = sorted(set[float].intersection(*map(set, judged)))
-        low = [(x, min(of[x] for of in judged)) for x in common]
-        high = [(x, max(of[x] for of in judged)) for x in common]
-        bands.append([*low, *reversed(high)])
+        if len(common) > 1:
+            low = [(x, min(of[x] for of in judged)) for x in common]
+            bands.append([*low, *((x, max(of[x] for of in judged)) for x in reversed(common))])
     looks = [
         {
             "colour": _COLOURS[i % len(_COLOURS)],
@@ -361,7 +371,7 @@ def _charts(runs: Sequence[_Run], settings: Sequence[_Setting]) -> Iterator[str]
         for i, run in enumerate(runs)
     ]
     each = list(zip(runs, looks, strict=True))
-    shaded = "; shaded: between seeds" if any(bands) else ""
+    shaded = "; shaded: between seeds" if bands else ""
     curves = [Curve(points(run, "val_loss"), dots=True, **look) for run, look in each]
     yield chart(
         f"Validation loss, plain nats, over tokens learned from{shaded}", curves, "tokens", bands
