@@ -1,5 +1,6 @@
 """`sota report RUN RUN...`: runs beside each other compare, or the page says that they do not."""
 
+import dataclasses
 import json
 import math
 import re
@@ -25,13 +26,14 @@ def write_run(folder: Path, last: float, done: int = 200, **fields: Any) -> Path
     for name, value in fields.items():
         section, _, field = name.partition("__")
         values[section][field] = value
+    values["run"]["out"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = RunConfig.from_json(json.dumps(values))
     (folder / "config.json").write_text(config.to_json())
     rows = config.train.batch_rows * config.model.seq_len
     lines: list[dict[str, Any]] = [
         {"step": step, "loss": 9 - step / 100, "tokens": step * rows}
-        | {"tokens_per_second": 500.0 + step, "memory": 2e9}
+        | {"tokens_per_second": float(step**2), "memory": 2e9}
         for step in range(20, done + 1, 20)
     ]
     lines += [
@@ -79,7 +81,7 @@ def test_the_table_has_the_figures_and_only_the_options_that_differ(two: list[Pa
     assert rows["last bits/byte"] == ["2.0000", "1.7500"]
     assert rows["best validation, nats"] == ["3.7500 +- 0.0100", "3.5000 +- 0.0100"]
     assert rows["best at step"] == ["150", "200"]
-    assert rows["tokens/s, median"] == ["610", "610"]
+    assert rows["tokens/s, median"] == ["12,200", "12,200"]
     assert rows["memory at the peak"] == ["2.00 GB"] * 2
     options = {name: row for name, row in rows.items() if name.startswith("--")}
     assert options == {
@@ -140,7 +142,9 @@ def test_what_does_not_compare_is_said(fields: dict[str, Any], said: str, tmp_pa
 
 def test_data_that_neither_run_names_may_be_other_data(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, 4.0, data=None) for name in "ab"]
-    assert "unknown (a, b)" in write_comparison(runs, tmp_path / "page.html")
+    text = write_comparison(runs, tmp_path / "page.html")
+    assert "unknown (a, b)" in text
+    assert cells(text)["b"][4] == "not comparable"
 
 
 def test_a_run_on_its_way_is_not_held_against_one_that_is_done(tmp_path: Path) -> None:
@@ -176,10 +180,13 @@ def test_curves_are_over_tokens_and_told_apart(tmp_path: Path) -> None:
     """Step 50 is between two logged ones: 50 x 8 x 64 tokens, and twice that of twice the batch."""
     runs = [write_run(tmp_path / f"r{i}", 4.0, optim__eps=1 / (i + 2)) for i in range(9)]
     runs.append(write_run(tmp_path / "big", 3.0, train__batch_rows=16))
+    with (runs[0] / "metrics.jsonl").open("a") as file:  # would press the curves flat
+        file.write(json.dumps(judgement(5, 11.0)) + "\n")
     write_comparison(runs, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<title>r0 tokens 25,600: 7.0000</title>" in page
     assert "<title>big tokens 51,200: 6.0000</title>" in page
+    assert "11.0000" not in page
     legends = re.findall(r'<p class="legend">(.*?)</p>', page)
     assert len(legends) == 2 == page.count('<svg role="img"')
     looks = re.findall(r'style="([^"]*)"', legends[0])
@@ -188,7 +195,8 @@ def test_curves_are_over_tokens_and_told_apart(tmp_path: Path) -> None:
         assert page.count(look) == 4
 
 
-def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, capsys) -> None:
+def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
     cold, hot = map(str, two)
     (tmp_path / "link").symlink_to(cold)
     (tmp_path / "loop").symlink_to("loop")
@@ -211,13 +219,13 @@ def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, capsys) -> None:
         assert main(["report", *arguments]) == code, said
         printed = capsys.readouterr()
         assert printed.err.count("\n") == 1 and said in printed.err and not printed.out
-    assert not (Path.cwd() / "comparison.html").exists()
+    assert not Path("comparison.html").exists()
 
 
 def test_runs_without_validation_are_said_to_have_none(
     two: list[Path], monkeypatch, capsys
 ) -> None:
-    for run in two:
+    for run, charts in zip(two, (2, 1), strict=True):
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
         (run / "metrics.jsonl").write_text("".join(line for line in lines if "val_" not in line))
         monkeypatch.chdir(run.parent)
@@ -225,7 +233,10 @@ def test_runs_without_validation_are_said_to_have_none(
         text = capsys.readouterr().out
         assert f"{run.name} has no validation yet." in text and "NOT COMPARABLE" not in text
         assert text.endswith("wrote comparison.html\n")
-    assert Path("comparison.html").read_text().count('<svg role="img"') == 1
+        page = Path("comparison.html").read_text()
+        assert page.count('<svg role="img"') == charts
+        assert page.count("Last validation") == charts - 1
+        assert len(re.findall("</svg> cold<", page)) == 1  # in the legend of training alone
     assert cells(text)["best validation, nats"] == ["-", "-"] and "spread" not in text
 
 
@@ -245,14 +256,43 @@ def test_a_damaged_line_costs_no_comparison(two: list[Path], line: dict[str, Any
         file.write(json.dumps(line) + "\n")
     text = write_comparison(two, two[0] / "page.html")
     assert cells(text)["last validation, nats"][1] == "3.5000 +- 0.0100"
+    (two[0] / "metrics.jsonl").write_text(json.dumps(judgement(-5, 4.0)) + "\n" + json.dumps(line))
+    write_comparison(two, two[0] / "page.html")
+
+
+def test_a_seed_that_came_to_no_number_is_shown_as_that(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"r{i}", 4.0, run__seed=i) for i in range(2)]
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(judgement(200, math.nan)) + "\n")
+    rows = cells(write_comparison(runs, tmp_path / "page.html"))
+    assert rows["last validation, nats"][1] == "nan +- 0.0100"
+    assert (
+        rows["best validation, nats"][1] == "5.0000 +- 0.0100" and rows["best at step"][1] == "150"
+    )
+    assert rows["r0, r1"][2:4] == ["nan", "-"]
+
+
+def test_a_single_window_has_no_error(two: list[Path]) -> None:
+    with (two[1] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(judgement(200, 3.5) | {"val_error": None}) + "\n")
+    rows = cells(write_comparison(two, two[0] / "page.html"))
+    assert rows["last validation, nats"][1] == "3.5000"
+    assert rows["hot"][4:] == ["-0.5000", "-", "-"]
+
+
+def test_preset_and_recipe_are_the_nearest(tmp_path: Path) -> None:
+    own, fast = write_run(tmp_path / "own", 4.0, model__d_ff=100), write_run(tmp_path / "fast", 4.0)
+    config = PRESETS["16m"]("fast")
+    optim = dataclasses.replace(config.optim, learning_rate=0.1)
+    (fast / "config.json").write_text(dataclasses.replace(config, optim=optim).to_json())
+    rows = cells(write_comparison([own, fast], tmp_path / "page.html"))
+    assert rows["preset, recipe"] == ["no preset's shape", "16m, fast"]
 
 
 def test_names_are_told_apart_and_are_no_markup(tmp_path: Path, two: list[Path]) -> None:
     evil = '<b onload="x">&\x1b[31m'
     places = ["a/x/run", "b/x/run", evil]
-    runs = [
-        write_run(tmp_path / place, 4.0, optim__eps=1 / (i + 2)) for i, place in enumerate(places)
-    ]
+    runs = [write_run(tmp_path / place, 4.0, data=place) for place in places]
     text = write_comparison(runs, tmp_path / "page.html")
     assert cells(text)["a/x/run"] and cells(text)["b/x/run"] and "\x1b" not in text
     page = (tmp_path / "page.html").read_text()

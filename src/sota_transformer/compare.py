@@ -83,8 +83,8 @@ class _Run:
 
     @cached_property
     def alike(self) -> dict[int, dict[str, Any]]:
-        """By step, the validations that read what the last one read, where they are numbers."""
-        since = -1
+        """By step, the validations that read what the last one read."""
+        since = -math.inf
         for start in starts_of(self.record):
             at, changed = start.get("from_step"), words(start.get("changed"))
             if "data fingerprint" in changed and isinstance(at, int):
@@ -92,9 +92,7 @@ class _Run:
         return {
             line["step"]: line
             for line in self.judged
-            if line["step"] > since
-            and line.get("val_tokens") == self.judged[-1].get("val_tokens")
-            and math.isfinite(line["val_loss"])
+            if line["step"] > since and line.get("val_tokens") == self.judged[-1].get("val_tokens")
         }
 
     @cached_property
@@ -123,11 +121,12 @@ class _Run:
 
     @cached_property
     def _known(self) -> Points:
-        return [(0, 0.0), *(point for point in column(self.metrics, "tokens") if point[0] > 0)]
+        return [(0, 0.0), *column(self.metrics, "tokens")]
 
     def tokens(self, step: float) -> float:
         """Tokens learned from until `step`; between two logged steps on a straight line."""
-        after = max(1, bisect.bisect_right(self._known, step, key=lambda point: point[0]))
+        step = max(0, step)  # a damaged log may hold any
+        after = bisect.bisect_right(self._known, step, key=lambda point: point[0])
         at, tokens = self._known[after - 1]
         if after < len(self._known):
             later, more = self._known[after]
@@ -181,7 +180,8 @@ def _transposed(columns: Iterable[dict[str, str]]) -> Rows:
 
 def _figures(run: _Run) -> dict[str, str]:
     """What people ask for first."""
-    best = min(run.alike.values(), key=lambda line: line["val_loss"], default={})
+    numbers = [line for line in run.alike.values() if math.isfinite(line["val_loss"])]
+    best = min(numbers, key=lambda line: line["val_loss"], default={})
     rates = [value for _, value in column(run.metrics, "tokens_per_second")]
     memory = [value for _, value in column(run.metrics, "memory")]
     return {
@@ -285,8 +285,9 @@ def _grouped(runs: Sequence[_Run]) -> list[list[_Run]]:
     """Runs that have been judged, those together that differ in nothing but the seed."""
     groups = dict[Hashable, list[_Run]]()
     for run in runs:
-        if run.alike:
-            groups.setdefault(run.setting, []).append(run)
+        if run.judged:
+            unknown = run.name if "" in run.measure.values() else None
+            groups.setdefault((run.setting, unknown), []).append(run)
     return list(groups.values())
 
 
@@ -296,17 +297,20 @@ class _Setting:
 
     runs: list[_Run]
     step: int
-    losses: list[float]
-    errors: list[Any]
+
+    def of(self, name: str) -> list[Any]:
+        """A figure of that validation, of each run."""
+        return [run.alike[self.step].get(name) for run in self.runs]
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over seeds, nats."""
-        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+        losses = self.of("val_loss")
+        return statistics.stdev(losses) if len(losses) > 1 and all(map(_number, losses)) else None
 
     def row(self, first: "_Setting") -> tuple[str, ...]:
         """Its line of the table, which compares it with the first."""
-        mean, spread = statistics.fmean(self.losses), self.spread
+        mean, spread = statistics.fmean(self.of("val_loss")), self.spread
         cells = (
             ", ".join(run.name for run in self.runs),
             ", ".join(str(run.config.run.seed) for run in self.runs),
@@ -324,11 +328,12 @@ class _Setting:
             return (*cells, "not complete", "-", "-")
         seeds = text = "-"
         if spread is not None and first.spread is not None:
-            parts = (spread**2 / len(self.losses), first.spread**2 / len(first.losses))
+            parts = (spread**2 / len(self.runs), first.spread**2 / len(first.runs))
             seeds = f"{math.sqrt(sum(parts)):.4f}"
-        if all(map(_number, (*self.errors, *first.errors))):
-            text = f"<= {statistics.fmean(self.errors) + statistics.fmean(first.errors):.4f}"
-        return (*cells, f"{mean - statistics.fmean(first.losses):+.4f}", seeds, text)
+        errors = (self.of("val_error"), first.of("val_error"))
+        if all(map(_number, (*errors[0], *errors[1]))):
+            text = f"<= {sum(map(statistics.fmean, errors)):.4f}"
+        return (*cells, f"{mean - statistics.fmean(first.of('val_loss')):+.4f}", seeds, text)
 
 
 def _settings(runs: Sequence[_Run]) -> list[_Setting]:
@@ -337,14 +342,10 @@ def _settings(runs: Sequence[_Run]) -> list[_Setting]:
         seeds = {run.config.run.seed: run for run in reversed(members)}  # the first of each
         distinct = [run for run in members if seeds[run.config.run.seed] is run]
         steps = set[int].intersection(*(set(run.alike) for run in distinct))
-        groups = [(distinct, max(steps))] if steps else [([r], max(r.alike)) for r in distinct]
-        for group, step in groups:
-            lines = [run.alike[step] for run in group]
-            losses, errors = (
-                [line["val_loss"] for line in lines],
-                [line.get("val_error") for line in lines],
-            )
-            found.append(_Setting(group, step, losses, errors))
+        if steps:
+            found.append(_Setting(distinct, max(steps)))
+        else:
+            found += [_Setting([run], max(run.alike)) for run in distinct]
     return found
 
 
