@@ -174,6 +174,11 @@ def test_other_data_on_the_way_begins_anew_and_is_said(two: list[Path]) -> None:
     text = write_comparison(two, two[0] / "page.html")
     assert cells(text)["best validation, nats"][0] == "4.0000 +- 0.0100"
     assert f"cold was changed on its way, at step 150: {', '.join(changed)}" in text
+    record["attempts"].append({"from_step": 200, "changed": changed})  # and not judged since
+    (two[0] / "run.json").write_text(json.dumps(record))
+    text = write_comparison(two, two[0] / "page.html")
+    assert cells(text)["last validation, nats"] == ["-", "3.5000 +- 0.0100"]
+    assert "cold has no validation yet." in text and "cold" not in cells(text)
 
 
 def test_curves_are_over_tokens_and_told_apart(tmp_path: Path) -> None:
@@ -263,7 +268,7 @@ def test_a_damaged_line_costs_no_comparison(two: list[Path], line: dict[str, Any
 def test_a_seed_that_came_to_no_number_is_shown_as_that(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"r{i}", 4.0, run__seed=i) for i in range(2)]
     with (runs[1] / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(judgement(200, math.nan)) + "\n")
+        file.writelines(json.dumps(judgement(step, math.nan)) + "\n" for step in (50, 200))
     rows = cells(write_comparison(runs, tmp_path / "page.html"))
     assert rows["last validation, nats"][1] == "nan +- 0.0100"
     assert (

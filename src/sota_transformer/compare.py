@@ -78,22 +78,19 @@ class _Run:
 
     @cached_property
     def judged(self) -> list[dict[str, Any]]:
-        """Every validation."""
-        return validations(self.metrics)
-
-    @cached_property
-    def alike(self) -> dict[int, dict[str, Any]]:
-        """By step, the validations that read what the last one read."""
+        """Every validation since the data last changed."""
         since = -math.inf
         for start in starts_of(self.record):
             at, changed = start.get("from_step"), words(start.get("changed"))
             if "data fingerprint" in changed and isinstance(at, int):
                 since = at
-        return {
-            line["step"]: line
-            for line in self.judged
-            if line["step"] > since and line.get("val_tokens") == self.judged[-1].get("val_tokens")
-        }
+        return [line for line in validations(self.metrics) if line["step"] > since]
+
+    @cached_property
+    def alike(self) -> dict[int, dict[str, Any]]:
+        """By step, the validations that read as much as the last one."""
+        tokens = self.judged[-1].get("val_tokens") if self.judged else None
+        return {line["step"]: line for line in self.judged if line.get("val_tokens") == tokens}
 
     @cached_property
     def measure(self) -> dict[str, str]:
@@ -364,20 +361,15 @@ def _charts(runs: Sequence[_Run], settings: Sequence[_Setting]) -> Iterator[str]
             low = [(x, min(of[x] for of in judged)) for x in common]
             bands.append([*low, *((x, max(of[x] for of in judged)) for x in reversed(common))])
     looks = [
-        {
-            "colour": _COLOURS[i % len(_COLOURS)],
-            "dashes": _DASHES[i % len(_DASHES)],
-            "name": run.name,
-        }
+        Curve([], _COLOURS[i % len(_COLOURS)], _DASHES[i % len(_DASHES)], name=run.name)
         for i, run in enumerate(runs)
     ]
     each = list(zip(runs, looks, strict=True))
     shaded = "; shaded: between seeds" if bands else ""
-    curves = [Curve(points(run, "val_loss"), dots=True, **look) for run, look in each]
-    yield chart(
-        f"Validation loss, plain nats, over tokens learned from{shaded}", curves, "tokens", bands
-    )
-    curves = [Curve(points(run, "loss"), **look) for run, look in each]
+    title = f"Validation loss, plain nats, over tokens learned from{shaded}"
+    curves = [look._replace(points=points(run, "val_loss"), dots=True) for run, look in each]
+    yield chart(title, curves, "tokens", bands)
+    curves = [look._replace(points=points(run, "loss")) for run, look in each]
     yield chart("Training loss, plain nats, over tokens learned from", curves, "tokens")
 
 
