@@ -104,7 +104,7 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["evaluate", "x", "--step", "y"], 2, ["--step must be a whole number, not 'y'; `"]),
         (["plan", "tiny", "--hour", "3"], 2, ["--hour, 3 (did you mean '--hours'?)"]),
         (["train", "tiny", "--recip=fast"], 2, ["(did you mean '--recipe'?)"]),
-        (["report"], 2, ["report: missing: PATH Folder of a run; `sota report --help`"]),
+        (["report"], 2, ["sota: report needs at least one RUN: a folder made by `sota train`"]),
         (["prepare", "x", "--exclude", "a", "--exclude=b"], 2, ["all its values behind one --ex"]),
         (["generate", "x", "--prompt", "a", "--prompt", "b"], 2, ["--prompt is given twice"]),
         (["prepare", "x", "--workes", "2"], 2, ["--workes, 2 (did you mean '--workers'?)"]),

@@ -23,6 +23,7 @@ ORDER = [
     "serve",
     "training",
     "report",
+    "compare",
     "doctor",
     "plan",
     "commands",

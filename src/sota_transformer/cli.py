@@ -321,9 +321,18 @@ def _serve(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     options = parse(Report, "report", arguments)
-    from sota_transformer.report import write_report
+    if not options.runs:
+        raise SotaError("report needs at least one RUN: a folder made by `sota train`")
+    if len(options.runs) == 1:
+        from sota_transformer.report import write_report
 
-    print(f"wrote {write_report(options.run, options.out or options.run / 'report.html')}")
+        out = write_report(options.runs[0], options.out or options.runs[0] / "report.html")
+    else:
+        from sota_transformer.compare import write_comparison
+
+        out = options.out or Path("comparison.html")
+        print(write_comparison(options.runs, out))
+    print(f"wrote {out}")
     return 0
 
 
@@ -356,7 +365,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "plan": ("what a run takes here; with --hours H, what fits into them", _plan),
     "train": ("train a model, or go on training it", _train),
     "evaluate": ("judge a model: perplexity, bits per byte, LAMBADA, HellaSwag", _evaluate),
-    "report": ("one page about a run: curves, validations, samples, starts", _report),
+    "report": ("one page about a run, or a comparison of several", _report),
     "generate": ("continue prompts", _generate),
     "export": ("write the model for transformers, MLX, vLLM, llama.cpp or Ollama", _export),
     "serve": ("an OpenAI-compatible server with a page to try the model", _serve),

@@ -94,12 +94,12 @@ class DataView:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write one HTML page about a run."""
+    """Write one HTML page about a run, or one that compares several."""
 
-    run: Path
-    """Folder of a run."""
+    runs: tuple[Path, ...]
+    """Folders of runs."""
     out: Path | None = None
-    """File to write; report.html in the run's folder unless said otherwise."""
+    """File to write; without it report.html in the run's folder, or comparison.html here."""
 
 
 @dataclass(frozen=True, kw_only=True)

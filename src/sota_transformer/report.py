@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sota_transformer.config import RunConfig
 from sota_transformer.data.page import document, save, table
@@ -22,17 +22,32 @@ from sota_transformer.training.runlog import (
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart, and of its margins, in pixels
 _MOST_POINTS = 600
-_START = 0.03  # of a run's steps; losses from before would press the rest of the curve flat
+START = 0.03  # of a run's steps; losses from before would press the rest of the curve flat
 
 Points = list[tuple[float, float]]
 
 
+class Curve(NamedTuple):
+    """Points of a chart: joined by a line, marked by dots, or both."""
+
+    points: Points
+    colour: str = "#4a7fb5"
+    dashes: str = "none"
+    """Lengths of dash and gap, in pixels."""
+    line: bool = True
+    dots: bool = False
+    name: str = ""
+    """In the legend."""
+
+    @property
+    def look(self) -> str:
+        """The style of what is drawn for it."""
+        return f'style="color:{self.colour};stroke-dasharray:{self.dashes}"'
+
+
 def write_report(folder: Path, out: Path) -> Path:
     """Write the page of a run. SotaError 65 or 66 if the folder is none, 73 if `out` cannot be."""
-    config, starts = read_config(folder), _json(folder / "run.json")
-    metrics = read_metrics(folder)
-    if not metrics:
-        raise SotaError(f"{folder} has logged nothing yet; there is nothing to report", NO_INPUT)
+    config, starts, metrics = read_config(folder), read_record(folder), logged(folder)
     body = [f"<h1>{escape(str(folder))}</h1>"]
     body += [f"<p>{escape(line)}</p>" for line in _described(config, starts, metrics)]
     body += _summary(config, metrics)
@@ -47,8 +62,9 @@ def write_report(folder: Path, out: Path) -> Path:
     return out
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """An object from a file; an empty one where that is missing."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json, where the run came from; empty where it is missing. SotaError 65."""
+    path = folder / "run.json"
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -58,17 +74,28 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log. SotaError 66 where there is none."""
+    if metrics := read_metrics(folder):
+        return metrics
+    raise SotaError(f"{folder} has logged nothing yet; there is nothing to report", NO_INPUT)
+
+
 def _described(
     config: RunConfig, starts: dict[str, Any], metrics: list[dict[str, Any]]
 ) -> list[str]:
     """The run in words, as far as it has come."""
-    padding = starts.get("padding")
-    share = padding if isinstance(padding, float) and 0 <= padding < 1 else 0.0
-    done, learned = next(reversed(_column(metrics, "tokens")), (0, 0))
-    return describe(config, share, int(done), int(learned))
+    done, learned = next(reversed(column(metrics, "tokens")), (0, 0))
+    return describe(config, padding_of(starts), int(done), int(learned))
 
 
-def _column(metrics: list[dict[str, Any]], name: str) -> Points:
+def padding_of(record: dict[str, Any]) -> float:
+    """Share of the targets that is padding, as far as run.json knows."""
+    padding = record.get("padding")
+    return padding if isinstance(padding, float) and 0 <= padding < 1 else 0.0
+
+
+def column(metrics: list[dict[str, Any]], name: str) -> Points:
     """(step, value) of every line that has this number."""
     return [
         (line["step"], float(line[name]))
@@ -81,17 +108,17 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
     """The figures that people ask for first."""
     step, steps = max(line["step"] for line in metrics), config.train.steps
     rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
-    losses = _column(metrics, "loss")
-    if judged := _judged(metrics):
+    losses = column(metrics, "loss")
+    if judged := validations(metrics):
         last = judged[-1]
         rows.append((f"validation loss, step {last['step']:,}", judgement(last)))
     if losses:
         rows.append(("training loss, last logged", f"{losses[-1][1]:.4f} nats"))
-    if rates := [value for _, value in _column(metrics, "tokens_per_second")]:
+    if rates := [value for _, value in column(metrics, "tokens_per_second")]:
         rows.append(("speed, median", f"{statistics.median(rates):,.0f} tokens/s"))
         seconds = sum(tokens / rate for tokens, rate in _intervals(metrics))
         rows.append(("time in training steps", clock(seconds)))
-    if memory := _column(metrics, "memory"):
+    if memory := column(metrics, "memory"):
         rows.append(("memory at the peak", f"{max(value for _, value in memory) / 1e9:.2f} GB"))
     yield table(("what", "figure"), rows)
 
@@ -99,33 +126,39 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
 def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
     """(tokens since the line before, tokens/s) of each logged step."""
     before = 0.0
-    rates = dict(_column(metrics, "tokens_per_second"))
-    for step, tokens in _column(metrics, "tokens"):
+    rates = dict(column(metrics, "tokens_per_second"))
+    for step, tokens in column(metrics, "tokens"):
         if rates.get(step, 0.0) > 0:
             yield max(0.0, tokens - before), rates[step]
         before = tokens
 
 
-def _judged(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def validations(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of validations."""
     names = ("val_loss", "val_perplexity", "val_bits_per_byte")
     return [m for m in metrics if all(isinstance(m.get(name), int | float) for name in names)]
 
 
 def _charts(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
-    start = config.train.steps * _START
-    losses = [point for point in _column(metrics, "loss") if point[0] >= start]
-    judged = [point for point in _column(metrics, "val_loss") if point[0] >= start]
-    yield _chart("Loss, plain nats: training in blue, validation in red", losses, judged)
-    yield _chart("Learning rate", _column(metrics, "lr"))
-    yield _chart("Norm of the gradient, before clipping", _column(metrics, "gradient_norm"))
-    yield _chart("Tokens per second", _column(metrics, "tokens_per_second"))
+    start = config.train.steps * START
+    losses = [point for point in column(metrics, "loss") if point[0] >= start]
+    judged = [point for point in column(metrics, "val_loss") if point[0] >= start]
+    curves = [Curve(losses), Curve(judged, "#c8553d", line=False, dots=True)]
+    yield chart("Loss, plain nats: training in blue, validation in red", curves)
+    yield chart("Learning rate", [Curve(column(metrics, "lr"))])
+    yield chart("Norm of the gradient, before clipping", [Curve(column(metrics, "gradient_norm"))])
+    yield chart("Tokens per second", [Curve(column(metrics, "tokens_per_second"))])
 
 
-def _chart(title: str, line: Points, dots: Sequence[tuple[float, float]] = ()) -> str:
-    """A heading and an SVG of a line, or of nothing, and of dots that belong to it."""
-    line = _thinned(line)
-    everything = [*line, *dots]
+def chart(
+    title: str, curves: Sequence[Curve], unit: str = "step", bands: Sequence[Points] = ()
+) -> str:
+    """A heading, a legend of what has a name, and an SVG; nothing where it would be one point.
+
+    `unit` is of the x axis. A band is the outline of an area, shaded behind the curves.
+    """
+    curves = [c._replace(points=_thinned(c.points)) if c.line else c for c in curves]
+    everything = [point for part in (*(c.points for c in curves), *bands) for point in part]
     if len(everything) < 2:
         return ""
     low, high = min(y for _, y in everything), max(y for _, y in everything)
@@ -136,6 +169,9 @@ def _chart(title: str, line: Points, dots: Sequence[tuple[float, float]] = ()) -
         across = _LEFT + (x - first) / length * (_WIDTH - _LEFT - 10)
         return round(across, 1), round(8 + (high - y) / span * (_HEIGHT - _BELOW - 16), 1)
 
+    def path(points: Points) -> str:
+        return " ".join(f"{x},{y}" for x, y in (at(*point) for point in points))
+
     parts = []
     for tick in _ticks(low, high):
         y = at(first, tick)[1]
@@ -144,14 +180,28 @@ def _chart(title: str, line: Points, dots: Sequence[tuple[float, float]] = ()) -
     for tick in _ticks(first, last):
         x = at(tick, low)[0]
         parts.append(f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="middle">{tick:,.6g}</text>')
-    path = " ".join(f"{x},{y}" for x, y in (at(*point) for point in line))
-    parts.append(f'<polyline points="{path}"/>')
-    for x, y in dots:
-        across, down = at(x, y)
-        hint = f"<title>step {x:,.0f}: {y:.4f}</title>"
-        parts.append(f'<circle class="second" cx="{across}" cy="{down}" r="3">{hint}</circle>')
+    parts += [f'<polygon points="{path(band)}"/>' for band in bands]
+    for curve in curves:
+        inner = f'<polyline points="{path(curve.points)}"/>' if curve.line else ""
+        for x, y in curve.points if curve.dots else ():
+            hint = escape(f"{curve.name} {unit} {x:,.0f}: {y:.4f}".strip())
+            across, down = at(x, y)
+            inner += f'<circle cx="{across}" cy="{down}" r="3"><title>{hint}</title></circle>'
+        parts.append(f"<g {curve.look}>{inner}</g>")
     size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" aria-label="{escape(title)}"'
-    return f'<h2>{escape(title)}</h2><svg role="img" {size}>{"".join(parts)}</svg>'
+    svg = f'<svg role="img" {size}>{"".join(parts)}</svg>'
+    return f"<h2>{escape(title)}</h2>{_legend(curves)}{svg}"
+
+
+def _legend(curves: Sequence[Curve]) -> str:
+    """A piece of each line before its name."""
+    entries = [
+        f'<span><svg width="40" height="10"><g {curve.look}><polyline points="0,5 40,5"/></g>'
+        f"</svg> {escape(curve.name)}</span> "
+        for curve in curves
+        if curve.name and curve.points
+    ]
+    return f'<p class="legend">{"".join(entries)}</p>' if entries else ""
 
 
 def _thinned(line: Points) -> Points:
@@ -170,30 +220,31 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _validations(metrics: list[dict[str, Any]]) -> Iterator[str]:
-    rows = [(f"{line['step']:,}", judgement(line)) for line in _judged(metrics)]
+    rows = [(f"{line['step']:,}", judgement(line)) for line in validations(metrics)]
     if rows:
         yield "<h2>Validation</h2>" + table(("step", "plain loss"), rows)
 
 
+def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every start of a run, from its run.json."""
+    attempts = record.get("attempts")
+    return [a for a in attempts if isinstance(a, dict)] if isinstance(attempts, list) else []
+
+
 def _starts(run: dict[str, Any]) -> Iterator[str]:
     names = ("from_step", "started", "machine", "changed", "command")
-    attempts = run.get("attempts")
-    rows = [
-        tuple(_words(attempt.get(name)) for name in names)
-        for attempt in (attempts if isinstance(attempts, list) else ())
-        if isinstance(attempt, dict)
-    ]
+    rows = [tuple(words(start.get(name)) for name in names) for start in starts_of(run)]
     if rows:
         yield "<h2>Starts</h2>"
         yield table(("from step", "at", "machine", "changed since the one before", "command"), rows)
-        yield f"<p>Data: fingerprint <code>{escape(_words(run.get('data')))}</code></p>"
+        yield f"<p>Data: fingerprint <code>{escape(words(run.get('data')))}</code></p>"
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
     """A value of run.json for people."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(part)}" for name, part in value.items())
-    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {words(part)}" for name, part in value.items())
+    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
 
 
 def _events(metrics: list[dict[str, Any]]) -> Iterator[str]:

@@ -19,8 +19,9 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #8888; }
 pre { white-space: pre-wrap; border-left: 3px solid #8888; padding-left: 1rem; }
-rect { fill: #4a7fb5; } polyline { fill: none; stroke: #4a7fb5; stroke-width: 1.5; }
-.second { stroke: #c8553d; fill: #c8553d; } .grid { stroke: #8884; }
+rect { fill: #4a7fb5; } polyline { fill: none; stroke: currentColor; stroke-width: 1.5; }
+circle { fill: currentColor; } polygon { fill: #8883; } .grid { stroke: #8884; }
+.legend span { display: inline-block; margin-right: 1.5rem; }
 text { font-size: 11px; fill: currentColor; }
 .wide { overflow-x: auto; }
 """

@@ -1,0 +1,392 @@
+"""`sota report RUN RUN...`: runs beside each other, as text and as one HTML file.
+
+Reading order: `write_comparison` reads the runs and puts the parts together; `_figures` is a column
+of the table, `_doubts` says what keeps losses from being compared, `_charts` draws, and `_settings`
+makes one line of runs that differ in their seed alone. All of it is from the runs' folders.
+"""
+
+import bisect
+import dataclasses
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sota_transformer.config import RunConfig
+from sota_transformer.data.page import document, save, table
+from sota_transformer.data.progress import printable
+from sota_transformer.errors import SotaError
+from sota_transformer.presets import PRESETS, RECIPES
+from sota_transformer.report import (
+    START,
+    Curve,
+    Points,
+    chart,
+    column,
+    logged,
+    padding_of,
+    read_record,
+    starts_of,
+    validations,
+    words,
+)
+from sota_transformer.schedules import step_tokens
+from sota_transformer.training.runlog import read_config
+
+# Okabe and Ito's colours, which the colour-blind tell apart; with five dashes, thirty looks.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2")
+# Where a run lies and how often it speaks, which decides no weight.
+_QUIET = {"path", "out", "log_every", "eval_every", "eval_tokens", "sample_every"}
+_QUIET |= {"save_every_minutes", "save_every_steps", "keep_checkpoints"}
+_SETTING = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds", "+- text")
+_EXPLAINED = (
+    "+- beside a loss is its standard error over the windows of validation. Runs that compare were "
+    "judged on the same windows: their errors are common to them and say little of how far apart "
+    "they are. A paired test needs the loss of each window, which a run does not log; '+- text' is "
+    "the sum of both errors, which that of the difference cannot exceed.",
+    "Runs that differ in nothing but the seed are one line, their mean. The spread is the standard "
+    "deviation over seeds, a rough guess from two or three; the difference is that to the first "
+    "line, and '+- seeds' its standard error, which needs two seeds of both.",
+)
+
+Rows = list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    config: RunConfig
+    record: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @cached_property
+    def step(self) -> int:
+        """Steps done."""
+        return max(line["step"] for line in self.metrics)
+
+    @property
+    def complete(self) -> bool:
+        """Whether its schedule has come to its end."""
+        return self.step >= self.config.train.steps
+
+    @cached_property
+    def judged(self) -> list[dict[str, Any]]:
+        """Every validation since the data last changed."""
+        since = -math.inf
+        for start in starts_of(self.record):
+            at, changed = start.get("from_step"), words(start.get("changed"))
+            if "data fingerprint" in changed and isinstance(at, int):
+                since = at
+        return [line for line in validations(self.metrics) if line["step"] > since]
+
+    @cached_property
+    def alike(self) -> dict[int, dict[str, Any]]:
+        """By step, the validations that read as much as the last one."""
+        tokens = self.judged[-1].get("val_tokens") if self.judged else None
+        return {line["step"]: line for line in self.judged if line.get("val_tokens") == tokens}
+
+    @cached_property
+    def measure(self) -> dict[str, str]:
+        """What runs must have in common for their losses to compare; empty where unknown."""
+        data = self.record.get("data")
+        last = self.judged[-1] if self.judged else {}
+        return {
+            # Behind 64 digits there once stood how it was cut.
+            "data (text, split or tokenizer)": data[:64] if isinstance(data, str) else "",
+            "tokens in a window (--model.seq-len)": str(self.config.model.seq_len),
+            "tokens of validation": words(last.get("val_tokens", "")),
+            "a token sees its document only": "yes" if self.config.data.document_mask else "no",
+        }
+
+    @cached_property
+    def setting(self) -> Hashable:
+        """All that decides a loss, save the seed; and whether it is the loss at the end."""
+        values = [
+            value
+            for section in dataclasses.asdict(self.config).values()
+            for name, value in section.items()
+            if name not in _QUIET and name != "seed"
+        ]
+        return (*values, *self.measure.values(), *_changes(self), self.complete)
+
+    @cached_property
+    def _known(self) -> Points:
+        return [(0, 0.0), *column(self.metrics, "tokens")]
+
+    def tokens(self, step: float) -> float:
+        """Tokens learned from until `step`; between two logged steps on a straight line."""
+        step = max(0, step)  # a damaged log may hold any
+        after = bisect.bisect_right(self._known, step, key=lambda point: point[0])
+        at, tokens = self._known[after - 1]
+        if after < len(self._known):
+            later, more = self._known[after]
+            return tokens + (step - at) / (later - at) * (more - tokens)
+        return tokens + (step - at) * step_tokens(self.config, padding_of(self.record))
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> str:
+    """Write the page of two or more runs; what it says, without the curves, as text.
+
+    SotaError 2 for a run given twice, 65 or 66 for what is none, 73 if `out` cannot be.
+    """
+    real = [Path(os.path.realpath(folder)) for folder in folders]
+    for folder, path in zip(folders, real, strict=True):
+        if real.count(path) > 1:
+            raise SotaError(f"{folder} is given twice; a run compares with others only")
+    runs = [
+        _Run(name, read_config(folder), read_record(folder), logged(folder))
+        for name, folder in zip(_names(real), folders, strict=True)
+    ]
+    rows: Rows = [("", *(run.name for run in runs)), *_transposed(map(_figures, runs))]
+    rows += [row for row in _transposed(map(_particulars, runs)) if len(set(row[1:])) > 1]
+    settings = _settings(runs)
+    judged: Rows = [setting.row(settings[0]) for setting in settings]
+    doubts, notes = list(_doubts(runs)), [*_notes(runs), *(_EXPLAINED if judged else ())]
+    body = [f"<h1>{len(runs)} runs</h1>", *(f"<p><b>{escape(line)}</b></p>" for line in doubts)]
+    body += [table(rows[0], rows[1:]), *_charts(runs, settings)]
+    body += ["<h2>Last validation</h2>", table(_SETTING, judged)] if judged else []
+    body += [f"<p>{escape(line)}</p>" for line in notes]
+    save(out, document(f"Runs: {', '.join(rows[0][1:])}", body))
+    tables = [_text(rows), _text([_SETTING, *judged])] if judged else [_text(rows)]
+    return "\n\n".join([*tables, *map(printable, (*doubts, *notes))])
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's name, with as many of those above it as tell it from the others."""
+    names = list[str]()
+    for folder in folders:
+        ends = (folder.parts[-count:] for count in range(1, len(folder.parts)))
+        alone = (e for e in ends if sum(other.parts[-len(e) :] == e for other in folders) == 1)
+        names.append(str(Path(*next(alone, folder.parts))))
+    return names
+
+
+def _transposed(columns: Iterable[dict[str, str]]) -> Rows:
+    """A row for each name in any of the columns."""
+    columns = list(columns)
+    names = dict.fromkeys(name for values in columns for name in values)
+    return [(name, *(values.get(name, "-") for values in columns)) for name in names]
+
+
+def _figures(run: _Run) -> dict[str, str]:
+    """What people ask for first."""
+    numbers = [line for line in run.alike.values() if math.isfinite(line["val_loss"])]
+    best = min(numbers, key=lambda line: line["val_loss"], default={})
+    rates = [value for _, value in column(run.metrics, "tokens_per_second")]
+    memory = [value for _, value in column(run.metrics, "memory")]
+    return {
+        "preset, recipe": _preset(run.config),
+        "parameters": f"{run.config.model.parameter_count:,}",
+        "steps": f"{run.step:,} of {run.config.train.steps:,}",
+        "tokens learned from": f"{run.tokens(run.step):,.0f}",
+        **_judgement("last", run.judged[-1] if run.judged else {}),
+        **_judgement("best", best),
+        "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "-",
+        "memory at the peak": f"{max(memory) / 1e9:.2f} GB" if memory else "-",
+    }
+
+
+def _judgement(kind: str, line: dict[str, Any]) -> dict[str, str]:
+    """A validation, or dashes for none."""
+    cells = ("-", "-", "-", "-")
+    if line:
+        error = line.get("val_error")  # a single window has none
+        cells = (
+            f"{line['val_loss']:.4f}" + (f" +- {error:.4f}" if _number(error) else ""),
+            f"{line['val_perplexity']:,.2f}",
+            f"{line['val_bits_per_byte']:.4f}",
+            f"{line['step']:,}",
+        )
+    names = ("validation, nats", "perplexity", "bits/byte", "at step")
+    return {f"{kind} {name}": cell for name, cell in zip(names, cells, strict=True)}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _preset(config: RunConfig) -> str:
+    """The preset that has this shape, and the recipe that is nearest."""
+    found = list[tuple[int, str]]()
+    for name, make in PRESETS.items():
+        for recipe in RECIPES:
+            preset = make(recipe)
+            other = [
+                field
+                for ours, theirs in ((config.model, preset.model), (config.optim, preset.optim))
+                for field, value in vars(theirs).items()
+                if getattr(ours, field) != value
+            ]
+            if not {"layers", "d_model", "d_ff"} & set(other):
+                found.append((len(other), f"{name}, {recipe}"))
+    return min(found, key=lambda one: one[0])[1] if found else "no preset's shape"
+
+
+def _particulars(run: _Run) -> dict[str, str]:
+    """Every option by its name on the command line, and what the last start ran on."""
+    found = {
+        f"--{section}.{name.replace('_', '-')}": {True: "yes", False: "no"}[value]
+        if isinstance(value, bool)
+        else str(value)
+        for section, values in dataclasses.asdict(run.config).items()
+        for name, value in values.items()
+        if name != "out"
+    }
+    machine = next((start.get("machine") for start in reversed(starts_of(run.record))), None)
+    parts = machine.items() if isinstance(machine, dict) else ()
+    return found | {f"machine: {name}": words(value) for name, value in parts}
+
+
+def _doubts(runs: Sequence[_Run]) -> Iterator[str]:
+    """Why their losses do not compare."""
+    for what in runs[0].measure:
+        having = dict[str, list[str]]()
+        for run in runs:
+            if run.judged:
+                having.setdefault(run.measure[what], []).append(run.name)
+        if len(having) > 1 or "" in having:
+            each = (f"{value[:12] or 'unknown'} ({', '.join(of)})" for value, of in having.items())
+            yield f"NOT COMPARABLE in validation: {what}: {'; '.join(each)}"
+
+
+def _changes(run: _Run) -> list[str]:
+    """What was changed on the way, by start."""
+    told = ((start.get("from_step"), start.get("changed")) for start in starts_of(run.record))
+    return [f"at step {words(step)}: {words(changed)}" for step, changed in told if changed]
+
+
+def _notes(runs: Sequence[_Run]) -> Iterator[str]:
+    """What each run's figures hide."""
+    for run in runs:
+        if not run.complete:
+            yield f"{run.name} is not complete: its schedule has not come to its end."
+        if not run.judged:
+            yield f"{run.name} has no validation yet."
+        if changes := _changes(run):
+            yield f"{run.name} was changed on its way, {'; '.join(changes)}"
+    for members in _grouped(runs):
+        for repeat in members[1:]:
+            first = next(run for run in members if run.config.run.seed == repeat.config.run.seed)
+            if first is not repeat:
+                yield f"{repeat.name} repeats {first.name}, seed and all: one of them counts."
+
+
+def _grouped(runs: Sequence[_Run]) -> list[list[_Run]]:
+    """Runs that have been judged, those together that differ in nothing but the seed."""
+    groups = dict[Hashable, list[_Run]]()
+    for run in runs:
+        if run.judged:
+            unknown = run.name if "" in run.measure.values() else None
+            groups.setdefault((run.setting, unknown), []).append(run)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Runs of distinct seeds and otherwise alike, at the last step where all were judged."""
+
+    runs: list[_Run]
+    step: int
+
+    def of(self, name: str) -> list[Any]:
+        """A figure of that validation, of each run."""
+        return [run.alike[self.step].get(name) for run in self.runs]
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds, nats."""
+        losses = self.of("val_loss")
+        return statistics.stdev(losses) if len(losses) > 1 and all(map(_number, losses)) else None
+
+    def row(self, first: "_Setting") -> tuple[str, ...]:
+        """Its line of the table, which compares it with the first."""
+        mean, spread = statistics.fmean(self.of("val_loss")), self.spread
+        cells = (
+            ", ".join(run.name for run in self.runs),
+            ", ".join(str(run.config.run.seed) for run in self.runs),
+            f"{self.step:,}",
+            f"{mean:.4f}",
+            "-" if spread is None else f"{spread:.4f}",
+        )
+        if self is first:
+            return (*cells, "-", "-", "-")
+        one, other = self.runs[0], first.runs[0]
+        there = one.tokens(self.step) == other.tokens(first.step)
+        if one.measure != other.measure or "" in one.measure.values():
+            return (*cells, "not comparable", "-", "-")
+        if not there and not (one.complete and other.complete):
+            return (*cells, "not complete", "-", "-")
+        seeds = text = "-"
+        if spread is not None and first.spread is not None:
+            parts = (spread**2 / len(self.runs), first.spread**2 / len(first.runs))
+            seeds = f"{math.sqrt(sum(parts)):.4f}"
+        errors = (self.of("val_error"), first.of("val_error"))
+        if all(map(_number, (*errors[0], *errors[1]))):
+            text = f"<= {sum(map(statistics.fmean, errors)):.4f}"
+        return (*cells, f"{mean - statistics.fmean(first.of('val_loss')):+.4f}", seeds, text)
+
+
+def _settings(runs: Sequence[_Run]) -> list[_Setting]:
+    found = list[_Setting]()
+    for members in _grouped(runs):
+        seeds = {run.config.run.seed: run for run in reversed(members)}  # the first of each
+        distinct = [run for run in members if seeds[run.config.run.seed] is run]
+        steps = set[int].intersection(*(set(run.alike) for run in distinct))
+        if steps:
+            found.append(_Setting(distinct, max(steps)))
+        else:
+            found += [_Setting([run], max(run.alike)) for run in distinct]
+    return found
+
+
+def _charts(runs: Sequence[_Run], settings: Sequence[_Setting]) -> Iterator[str]:
+    """The losses of all runs over tokens, so that runs of different batches compare."""
+
+    def points(run: _Run, name: str) -> Points:
+        start = run.config.train.steps * START
+        return [(run.tokens(at), y) for at, y in column(run.metrics, name) if at >= start]
+
+    bands = list[Points]()
+    for group in (setting.runs for setting in settings if len(setting.runs) > 1):
+        judged = [dict(points(run, "val_loss")) for run in group]
+        common = sorted(set[float].intersection(*map(set, judged)))
+        if len(common) > 1:
+            low = [(x, min(of[x] for of in judged)) for x in common]
+            bands.append([*low, *((x, max(of[x] for of in judged)) for x in reversed(common))])
+    looks = [
+        Curve([], _COLOURS[i % len(_COLOURS)], _DASHES[i % len(_DASHES)], name=run.name)
+        for i, run in enumerate(runs)
+    ]
+    each = list(zip(runs, looks, strict=True))
+    shaded = "; shaded: between seeds" if bands else ""
+    title = f"Validation loss, plain nats, over tokens learned from{shaded}"
+    curves = [look._replace(points=points(run, "val_loss"), dots=True) for run, look in each]
+    yield chart(title, curves, "tokens", bands)
+    curves = [look._replace(points=points(run, "loss")) for run, look in each]
+    yield chart("Training loss, plain nats, over tokens learned from", curves, "tokens")
+
+
+def _text(rows: Rows) -> str:
+    """Aligned columns, as many beside each other as the terminal has place for."""
+    width = shutil.get_terminal_size().columns
+    rows = [tuple(map(printable, row)) for row in rows]
+    sizes = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    blocks, begin = list[str](), 1
+    while begin < len(sizes):
+        end = begin + 1
+        while end < len(sizes) and sizes[0] + sum(2 + n for n in sizes[begin : end + 1]) <= width:
+            end += 1
+        lines = (
+            row[0].ljust(sizes[0]) + "".join(f"  {row[i]:>{sizes[i]}}" for i in range(begin, end))
+            for row in rows
+        )
+        blocks.append("\n".join(lines))
+        begin = end
+    return "\n\n".join(blocks)
