@@ -31,7 +31,8 @@ def ending_model() -> Transformer:
     model = small_model(dataclasses.replace(FULL, seq_len=CONTEXT))
     with torch.no_grad():
         hidden = model(torch.tensor([TOKENIZER.encode(LAST)]))[0, -1]
-        model.embedding.weight[EOT] = 100 * hidden / hidden.square().sum()
+        least = float(model.logits(hidden).max()) + 0.5
+        model.embedding.weight[EOT] = least * hidden / hidden.square().sum()
     return model
 
 

@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -67,7 +66,9 @@ class Completions:
             going = await self._start(wanted)
             if wanted.stream:
                 return StreamingResponse(self._stream(going), media_type="text/event-stream")
-            return JSONResponse(await self._whole(going, request))
+            drawn = await self._collect(going, request)
+            # Seconds of work where prompts are echoed with many alternatives.
+            return await asyncio.to_thread(self._whole, going, drawn)
         except _RequestError as problem:
             retry = {"retry-after": "1"} if problem.status == 503 else None
             body = error_body(problem.status, str(problem))
@@ -143,8 +144,8 @@ class Completions:
         finally:
             self._engine.cancel(going.keys)
 
-    async def _whole(self, going: _Going, request: Request) -> dict[str, Any]:
-        """The answer in one piece; given up as soon as the client has left."""
+    async def _collect(self, going: _Going, request: Request) -> list[list[Drawn]]:
+        """All tokens of each continuation; given up as soon as the client has left."""
         drawn: list[list[Drawn]] = [[] for _ in going.keys]
 
         async def collect() -> None:
@@ -159,8 +160,13 @@ class Completions:
             await work
         finally:
             work.cancel()
+        return drawn
+
+    def _whole(self, going: _Going, drawn: list[list[Drawn]]) -> Response:
+        """The answer in one piece."""
         choices = [self._choice(going, number, pieces) for number, pieces in enumerate(drawn)]
-        return self._answer(going, choices, self._usage(going)).model_dump()
+        text = self._answer(going, choices, self._usage(going)).model_dump_json()
+        return Response(text, media_type="application/json")
 
     async def _stream(self, going: _Going) -> AsyncIterator[str]:
         """Server-sent events, one for each piece of text, the first with the prompt if echoed."""
@@ -175,13 +181,13 @@ class Completions:
                     continue  # a part of a character, or perhaps of a stop string
                 choice = self._choice(going, number, held[number])
                 held[number] = []
-                yield _event(self._answer(going, [choice], None).model_dump())
+                yield _event(self._answer(going, [choice], None).model_dump_json())
             options = going.wanted.stream_options
             if options is not None and options.include_usage:
-                yield _event(self._answer(going, [], self._usage(going)).model_dump())
+                yield _event(self._answer(going, [], self._usage(going)).model_dump_json())
         except _RequestError as problem:
-            yield _event(error_body(problem.status, str(problem)))
-        yield "data: [DONE]\n\n"
+            yield _event(json.dumps(error_body(problem.status, str(problem))))
+        yield _event("[DONE]")
 
     def _choice(self, going: _Going, number: int, drawn: list[Drawn]) -> Choice:
         """Some tokens of one continuation."""
@@ -218,5 +224,5 @@ def _deliver(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], numbe
     return deliver
 
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"

@@ -3,6 +3,7 @@
 An option that the server does not know is refused rather than passed over in silence.
 """
 
+from functools import cache
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -172,6 +173,7 @@ class Curve(BaseModel):
     validation: list[_POINT]
 
 
+@cache  # an answer may have a hundred thousand of them; the vocabulary is smaller
 def shown(tokenizer: Tokenizer, token: int) -> str:
     """One token as text; where it is only a part of a character, its bytes."""
     data = tokenizer.decode_bytes([token])
