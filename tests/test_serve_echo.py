@@ -83,7 +83,13 @@ def compare(choice: dict[str, Any], tokens: list[int]) -> None:
     assert choice["text"] == TOKENIZER.decode(tokens)
 
 
-@pytest.mark.parametrize("given", [*TEXTS, LONG, [EOT, 40, EOT, 41], [EOT]], ids=repr)
+CUT = TOKENIZER.encode("a\u6f22")[:-1]  # ends within a character
+assert TOKENIZER.decode(CUT) == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    "given", [*TEXTS, LONG, CUT, [EOT, 40, EOT, 41], [EOT]], ids=lambda given: ascii(given)[:20]
+)
 def test_the_prompts_probabilities_are_the_models(server: Server, given: str | list[int]) -> None:
     tokens = TOKENIZER.encode(given) if isinstance(given, str) else given
     answer = ask(server, prompt=given, max_tokens=0)
@@ -127,7 +133,7 @@ def test_offsets_count_characters_held_back_for_a_stop_string(server: Server) ->
 @pytest.mark.parametrize("body", [{"max_tokens": 5, "n": 2}, {"max_tokens": 0}], ids=json.dumps)
 @pytest.mark.parametrize("logprobs", [2, None])
 def test_a_stream_says_the_same(server: Server, body: dict[str, Any], logprobs: int | None) -> None:
-    prompt = [LONG, TOKENIZER.encode(TEXTS[2])[:-4]]  # the second ends within a character
+    prompt = [LONG, CUT]
     body = body | {"prompt": prompt, "seed": 3, "logprobs": logprobs, "temperature": 1}
     whole = ask(server, **body)["choices"]
     lines = server.ask(echo=True, stream=True, **body).text.split("\n\n")
