@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -25,37 +24,10 @@ from sota_transformer.errors import SotaError
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.options import Serve
 from tests.inference_models import FULL, small_model, write_run
+from tests.serving import Server
 
 TOKENIZER = Tokenizer()
 MODEL = small_model(dataclasses.replace(FULL, seq_len=160))
-START = (
-    "import sys; from pathlib import Path; from sota_transformer.options import Serve; "
-    "from sota_transformer.commands.serve import run_serve; "
-    "run_serve(Serve(run=Path(sys.argv[1]), port=0, api_key=sys.argv[2], rows=2, device='cpu'))"
-)
-
-
-class Server:
-    """A running `sota serve` and how to ask it."""
-
-    def __init__(self, run: Path, key: str = "") -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(run), key], stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        self.url = re.findall(r"http://\S+", line)[0]
-        self.port = int(self.url.rpartition(":")[2])
-
-    def ask(self, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
-
-    def busy(self) -> int:
-        return httpx.get(f"{self.url}/healthz").json()["busy"]
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +107,7 @@ BAD: list[dict[str, Any]] = [
     {"seed": -1}, {"seed": 1 << 64}, {"stop": ["x"] * 100_000}, {"stop": ["x"] * 5},
     {"stop": [""]}, {"stop": "x" * 201}, {"prompt": ["a"] * 5}, {"prompt": []},
     {"prompt": [50_257]}, {"prompt": [-1]}, {"prompt": {}}, {"prompt": "word " * 160},
-    {"unknown": 1}, {"stream": "yes"}, {"echo": 1}, {"echo": True, "logprobs": 1},
+    {"unknown": 1}, {"stream": "yes"}, {"echo": 1},
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.inference_models import FULL, small_model, write_run
-from tests.test_serve import Server
+from tests.serving import Server
 
 webdriver = pytest.importorskip("selenium.webdriver")
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"

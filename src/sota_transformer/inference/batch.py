@@ -1,7 +1,9 @@
 """Continuations that come and go in one batch: the command line and the server share this.
 
 `Batch.add` reads a prompt into a free row; each `Batch.step` draws one token for every job and
-moves all of them on with one forward pass. A finished or dropped job frees its row at once.
+moves all of them on with one forward pass. A job that echoes its prompt first tells the prompt's
+tokens, some in each step, so that it does not hold up the others. A finished or dropped job frees
+its row at once.
 `Text` turns the tokens of a job into text that ends before a stop string.
 """
 
@@ -10,12 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from sota_transformer.inference.generate import EOT, Decoder, Rows, Sampler
+from sota_transformer.inference.generate import EOT, Decoder, Rows, Sampler, check_finite
 from sota_transformer.model.transformer import Transformer
 
 Reason = Literal["stop", "length"]
+Likely = list[tuple[int, float]]
+"""The likeliest tokens at one place and their nats, best first."""
+_ECHOED = 64  # tokens of a prompt whose logits exist at once; more are no faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +32,31 @@ class Job:
     """The prompt, at least one token."""
     sampler: Sampler
     max_tokens: int
-    """At least one."""
+    """At least one; 0 only echoes."""
     alternatives: int | None = None
     """How many of the likeliest tokens to report at each place; None reports no probabilities."""
     stops: Sequence[str] = ()
     """Strings that end the text; they are not part of it."""
     stop_ids: Sequence[int] = (EOT,)
+    echo: bool = False
+    """Tell the tokens of the prompt first; all of them must fit the model's context."""
 
 
 class Drawn(NamedTuple):
-    """One token of a job."""
+    """One token of a job: drawn, or of a prompt that is echoed."""
 
     token: int
     logprob: float | None
-    """Nats, under the model itself: before temperature, penalties and cuts."""
-    alternatives: list[tuple[int, float]]
-    """The likeliest tokens and their nats, best first."""
+    """Nats, under the model itself: before temperature, penalties and cuts. None of the first."""
+    alternatives: Likely
     text: str
     """What may be shown now that this token is known: whole characters, before any stop string."""
     reason: Reason | None
     """Why the job ends here; a token of `stop_ids` is not part of the text."""
+    offset: int
+    """Whole characters before this token, those of an echoed prompt included."""
+    echoed: bool
+    """Whether it is of the prompt."""
 
 
 class Batch:
@@ -68,7 +79,12 @@ class Batch:
         row = min(self._free)  # neighbours are the fastest to compute together
         self._free.remove(row)
         text = Text(self._tokenizer, job.stops)
-        self._going[key] = _Going(job, row, text, self._rows.start(row, job.tokens))
+        hidden = self._rows.read(row, job.tokens)
+        going = _Going(job, row, text, self._rows.logits(hidden[-1:])[0])
+        if job.echo:
+            assert len(hidden) == len(job.tokens)
+            going.left, going.hidden = len(hidden), hidden
+        self._going[key] = going
 
     def drop(self, key: int) -> None:
         """Forget a job and free its row; nothing happens for an unknown key."""
@@ -76,19 +92,27 @@ class Batch:
             self._free.append(going.row)
 
     def step(self) -> list[tuple[int, Drawn]]:
-        """One more token of every job, by key; a job whose token has a reason is done."""
-        drawn = []
+        """One more token of every job, by key; a job whose token has a reason is done.
+
+        A job that echoes gives some tokens of its prompt instead, until all are told.
+        """
+        told: list[tuple[int, Drawn]] = []
+        moving: list[tuple[_Going, Drawn]] = []
         for key, going in list(self._going.items()):
-            result = going.draw(self._rows.tokens[going.row])
-            drawn.append((key, result))
-            if result.reason:
+            if going.left:
+                results = going.echo(self._rows)
+            else:
+                results = [going.draw(self._rows.tokens[going.row])]
+            told += [(key, result) for result in results]
+            if results[-1].reason:
                 self.drop(key)
-        moving = [(self._going[key], result) for key, result in drawn if key in self._going]
+            elif not results[-1].echoed:
+                moving.append((going, results[-1]))
         if moving:
             rows, tokens = [g.row for g, _ in moving], [result.token for _, result in moving]
             for (going, _), line in zip(moving, self._rows.step(rows, tokens), strict=True):
                 going.logits = line
-        return drawn
+        return told
 
 
 @dataclass
@@ -100,9 +124,37 @@ class _Going:
     text: "Text"
     logits: Tensor
     count: int = 0
+    left: int = 0  # tokens of the prompt still to echo
+    hidden: Tensor | None = None  # (T, D), what predicts them
+
+    def echo(self, rows: Rows) -> list[Drawn]:
+        """The next tokens of the prompt."""
+        assert self.hidden is not None
+        begin = len(self.job.tokens) - self.left
+        end = min(begin + _ECHOED, len(self.job.tokens))
+        known: list[tuple[float | None, Likely]] = [(None, [])] * (end - begin)
+        if self.job.alternatives is not None:
+            first = max(begin, 1)  # nothing predicts the very first token
+            logits = rows.logits(self.hidden[first - 1 : end - 1])
+            known[first - begin :] = _nats(
+                logits, self.job.tokens[first:end], self.job.alternatives
+            )
+        drawn = []
+        for token, (logprob, pairs) in zip(self.job.tokens[begin:end], known, strict=True):
+            offset = self.text.length
+            text = self.text.pass_on(token)
+            drawn.append(Drawn(token, logprob, pairs, text, None, offset, True))
+        self.left -= len(drawn)
+        if not self.left:
+            self.hidden = None
+            if not self.job.max_tokens:
+                shown = drawn[-1].text + self.text.finish()
+                drawn[-1] = drawn[-1]._replace(text=shown, reason="length")
+        return drawn
 
     def draw(self, history: Sequence[int]) -> Drawn:
         """The next token and what it means."""
+        offset = self.text.length
         token = self.job.sampler(self.logits, history)
         self.count += 1
         reason: Reason | None = "length" if self.count == self.job.max_tokens else None
@@ -114,11 +166,20 @@ class _Going:
             shown += self.text.finish()
         logprob, pairs = None, []
         if self.job.alternatives is not None:
-            nats = self.logits.log_softmax(-1)
-            best = nats.topk(min(self.job.alternatives, nats.shape[0]))
-            pairs = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            logprob = float(nats[token])
-        return Drawn(token, logprob, pairs, shown, reason)
+            ((logprob, pairs),) = _nats(self.logits[None], [token], self.job.alternatives)
+        return Drawn(token, logprob, pairs, shown, reason, offset, False)
+
+
+def _nats(logits: Tensor, tokens: Sequence[int], count: int) -> list[tuple[float, Likely]]:
+    """Nats of each token under its logits (n, V), and the `count` likeliest in its place."""
+    nats = logits.log_softmax(-1)
+    places = torch.tensor(tokens, dtype=torch.int64)
+    chosen = nats.gather(1, places[:, None])[:, 0]
+    check_finite(float(chosen.sum()))
+    best = nats.topk(min(count, nats.shape[1]))
+    likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    pairs = [list(zip(ids, values, strict=True)) for ids, values in likely]
+    return list(zip(chosen.tolist(), pairs, strict=True))
 
 
 def run_jobs(
@@ -146,11 +207,18 @@ class Text:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        self.length = 0  # characters that are whole, shown or not
         self.stopped = False
+
+    def pass_on(self, token: int) -> str:
+        """What a token of the prompt adds; no stop string is looked for in it."""
+        text = self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        self.length += len(text)
+        return text
 
     def push(self, token: int) -> str:
         """What may be shown now that `token` is known; `stopped` tells whether that was all."""
-        self._held += self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        self._held += self.pass_on(token)
         return self._release(final=False)
 
     def finish(self) -> str:

@@ -104,7 +104,7 @@ def make_sampler(
         if not temperature:
             penalised = _penalised(logits, history, repetition_penalty).numpy()
             best = int(penalised.argmax())  # numpy: the first of equals, or of what is no number
-            _check(float(penalised[best]))
+            check_finite(float(penalised[best]))
             return best
         chances = probabilities(
             logits,
@@ -119,14 +119,15 @@ def make_sampler(
         # another device moves the edges a little but never reorders the tokens.
         ids = chances.nonzero()[:, 0]
         edges = chances[ids].double().cumsum(0)
-        _check(total := float(edges[-1]))
+        check_finite(total := float(edges[-1]))
         drawn = int(torch.searchsorted(edges, source.random() * total, right=True))
         return int(ids[min(drawn, len(ids) - 1)])
 
     return sample
 
 
-def _check(figure: float) -> None:
+def check_finite(figure: float) -> None:
+    """SotaError 70 for a figure made of logits that are no numbers."""
     if not math.isfinite(figure):
         raise SotaError("the model's logits are not finite: its training diverged", DIVERGED)
 
@@ -144,19 +145,23 @@ class Rows:
         self._cache = Cache(model.config, rows, self.size, like)
         self._alone: dict[int, OneRow] = {}
 
-    @torch.inference_mode()
     def start(self, row: int, tokens: Sequence[int]) -> Tensor:
         """Begin a row anew with at least one token; logits (V,) of the next, on the CPU.
 
         Only the last `size` tokens of a longer prompt are seen.
         """
+        return self.logits(self.read(row, tokens)[-1:])[0]
+
+    @torch.inference_mode()
+    def read(self, row: int, tokens: Sequence[int]) -> Tensor:
+        """The same, but the hidden states (T, D) of the tokens that are seen."""
         self.tokens[row] = list(tokens)
         seen = self.tokens[row][-self.size :]
         single = Cache(self.model.config, 1, len(seen), self._cache.store)
         hidden = self.model(self._ids([seen]), cache=single)
         self._cache.store[:, :, row, :, : len(seen)] = single.store[:, :, 0]
         self.lengths[row] = len(seen)
-        return self._logits(hidden[:, -1])[0]
+        return hidden[0]
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -196,7 +201,7 @@ class Rows:
         for row, token in zip(rows, tokens, strict=True):
             self.tokens[row].append(token)
             self.lengths[row] += 1
-        logits = self._logits(hidden[:, -1])
+        logits = self.logits(hidden[:, -1])
         return logits[torch.tensor(order).argsort()]
 
     def _advance_alone(self, row: int, token: int) -> Tensor:
@@ -206,12 +211,13 @@ class Rows:
         hidden = self._alone[row](token, self.lengths[row])
         self.tokens[row].append(token)
         self.lengths[row] += 1
-        return self._logits(hidden)
+        return self.logits(hidden)
 
     def _ids(self, tokens: list[list[int]]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self._cache.store.device)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
         """(B, D) -> (B, V) float32 on the CPU; what is not in GPT-2's vocabulary is never drawn."""
         logits = self.model.logits(hidden).cpu()
         logits[:, GPT2_VOCAB:] = -torch.inf

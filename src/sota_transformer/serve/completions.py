@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -38,7 +37,6 @@ class _Going:
     """One request on its way."""
 
     wanted: Completion
-    prompts: list[str]
     prompt_tokens: int
     keys: list[int]
     queue: asyncio.Queue[Event]
@@ -68,7 +66,9 @@ class Completions:
             going = await self._start(wanted)
             if wanted.stream:
                 return StreamingResponse(self._stream(going), media_type="text/event-stream")
-            return JSONResponse(await self._whole(going, request))
+            drawn = await self._collect(going, request)
+            # Seconds of work where prompts are echoed with many alternatives.
+            return await asyncio.to_thread(self._whole, going, drawn)
         except _RequestError as problem:
             retry = {"retry-after": "1"} if problem.status == 503 else None
             body = error_body(problem.status, str(problem))
@@ -76,9 +76,8 @@ class Completions:
 
     async def _start(self, wanted: Completion) -> _Going:
         """Hand the jobs to the engine."""
-        if wanted.echo and wanted.logprobs is not None:
-            text = "echo with logprobs means those of the prompt too, which are not computed here"
-            raise _RequestError(422, f"{text}; leave out one of the two")
+        if not (wanted.max_tokens or wanted.echo):
+            raise _RequestError(422, "max_tokens: 0 without echo leaves nothing to answer")
         prompts = await asyncio.to_thread(self._prompts, wanted)
         seed = wanted.seed if wanted.seed is not None else secrets.randbits(62)
         stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
@@ -100,13 +99,13 @@ class Completions:
                 max_tokens=min(wanted.max_tokens, self._context - len(tokens)),
                 alternatives=wanted.logprobs,
                 stops=stops,
+                echo=wanted.echo,
             )
             jobs.append((job, _deliver(loop, queue, number)))
         keys = self._engine.submit(jobs)
         if keys is None:
             raise _RequestError(503, "all places are taken; try again in a moment")
-        texts = [self._tokenizer.decode(tokens) if wanted.echo else "" for tokens in prompts]
-        return _Going(wanted, texts, sum(map(len, prompts)), keys, queue)
+        return _Going(wanted, sum(map(len, prompts)), keys, queue)
 
     def _prompts(self, wanted: Completion) -> list[list[int]]:
         """Token ids of each prompt; an empty one begins a document."""
@@ -118,7 +117,7 @@ class Completions:
         ]
         assert len(prompts) <= MOST_PROMPTS
         for tokens in prompts:
-            if len(tokens) >= self._context:
+            if len(tokens) + min(wanted.max_tokens, 1) > self._context:
                 raise _RequestError(
                     422,
                     f"a prompt of {len(tokens):,} tokens leaves no room in the context of "
@@ -138,15 +137,15 @@ class Completions:
                         text = "the server is stopping" if stopping else "the model failed"
                         raise _RequestError(503, f"{text}; try again")
                     left -= drawn.reason is not None
-                    going.drawn += 1
+                    going.drawn += not drawn.echoed
                     yield number, drawn
         except TimeoutError:
             raise _RequestError(504, f"not done after {SECONDS:.0f} seconds") from None
         finally:
             self._engine.cancel(going.keys)
 
-    async def _whole(self, going: _Going, request: Request) -> dict[str, Any]:
-        """The answer in one piece; given up as soon as the client has left."""
+    async def _collect(self, going: _Going, request: Request) -> list[list[Drawn]]:
+        """All tokens of each continuation; given up as soon as the client has left."""
         drawn: list[list[Drawn]] = [[] for _ in going.keys]
 
         async def collect() -> None:
@@ -161,38 +160,41 @@ class Completions:
             await work
         finally:
             work.cancel()
-        choices = [self._choice(going, number, pieces, 0) for number, pieces in enumerate(drawn)]
-        return self._answer(going, choices, self._usage(going)).model_dump()
+        return drawn
+
+    def _whole(self, going: _Going, drawn: list[list[Drawn]]) -> Response:
+        """The answer in one piece."""
+        choices = [self._choice(going, number, pieces) for number, pieces in enumerate(drawn)]
+        text = self._answer(going, choices, self._usage(going)).model_dump_json()
+        return Response(text, media_type="application/json")
 
     async def _stream(self, going: _Going) -> AsyncIterator[str]:
-        """Server-sent events, one for each piece of text, and a last one."""
-        length = [0] * len(going.keys)
+        """Server-sent events, one for each piece of text, the first with the prompt if echoed."""
         held: list[list[Drawn]] = [[] for _ in going.keys]
         try:
             async for number, piece in self._events(going):
                 assert piece is not None
                 held[number].append(piece)
+                if piece.echoed and not piece.reason:
+                    continue
                 if not (piece.text or piece.reason or going.wanted.logprobs is not None):
                     continue  # a part of a character, or perhaps of a stop string
-                choice = self._choice(going, number, held[number], length[number])
-                length[number] += len(choice.text)
+                choice = self._choice(going, number, held[number])
                 held[number] = []
-                yield _event(self._answer(going, [choice], None).model_dump())
+                yield _event(self._answer(going, [choice], None).model_dump_json())
             options = going.wanted.stream_options
             if options is not None and options.include_usage:
-                yield _event(self._answer(going, [], self._usage(going)).model_dump())
+                yield _event(self._answer(going, [], self._usage(going)).model_dump_json())
         except _RequestError as problem:
-            yield _event(error_body(problem.status, str(problem)))
-        yield "data: [DONE]\n\n"
+            yield _event(json.dumps(error_body(problem.status, str(problem))))
+        yield _event("[DONE]")
 
-    def _choice(self, going: _Going, number: int, drawn: list[Drawn], offset: int) -> Choice:
-        """Some tokens of one continuation; the first ones carry the prompt if it was asked for."""
-        prompt = going.prompts[number // going.wanted.n] if not offset else ""
-        text = prompt + "".join(piece.text for piece in drawn)
-        kept = [piece for piece in drawn if piece.token != EOT]
+    def _choice(self, going: _Going, number: int, drawn: list[Drawn]) -> Choice:
+        """Some tokens of one continuation."""
+        text = "".join(piece.text for piece in drawn)
         logprobs = None
         if going.wanted.logprobs is not None:
-            logprobs = logprobs_of(self._tokenizer, kept, offset + len(prompt))
+            logprobs = logprobs_of(self._tokenizer, drawn)
         return Choice(text=text, index=number, logprobs=logprobs, finish_reason=drawn[-1].reason)
 
     def _usage(self, going: _Going) -> Usage:
@@ -222,5 +224,5 @@ def _deliver(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], numbe
     return deliver
 
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"

@@ -3,6 +3,7 @@
 An option that the server does not know is refused rather than passed over in silence.
 """
 
+from functools import cache
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -39,12 +40,11 @@ class StreamOptions(_Strict):
 class Completion(_Strict):
     """A request: continue a prompt, or up to four."""
 
-    # Those of the prompt would have to come too: lm-eval would read others in their place.
     model_config = ConfigDict(
         json_schema_extra={
             "not": {
-                "properties": {"echo": {"const": True}, "logprobs": {"type": "integer"}},
-                "required": ["echo", "logprobs"],
+                "properties": {"max_tokens": {"const": 0}, "echo": {"const": False}},
+                "required": ["max_tokens"],
             }
         }
     )
@@ -58,8 +58,8 @@ class Completion(_Strict):
     """Text or token ids; special tokens in a text are ordinary text."""
     model: Annotated[str, StringConstraints(max_length=200)] | None = None
     """Ignored: there is one model."""
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 17), _WHOLE] = 16
-    """Most tokens to add; fewer where the model's context is full before."""
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 17), _WHOLE] = 16
+    """Most tokens to add; fewer where the model's context is full before. 0 needs `echo`."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -83,17 +83,17 @@ class Completion(_Strict):
     stream_options: StreamOptions | None = None
     """What a stream carries beside text."""
     echo: bool = False
-    """Begin the text with the prompt; not together with `logprobs`."""
+    """Begin the text with the prompt, and `logprobs` with its tokens."""
     user: Annotated[str, StringConstraints(max_length=200)] | None = None
     """Ignored."""
 
 
 class Logprobs(BaseModel):
-    """Parallel lists, one entry a token."""
+    """Parallel lists, one entry a token; nothing predicts the first token of a prompt."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -173,6 +173,7 @@ class Curve(BaseModel):
     validation: list[_POINT]
 
 
+@cache  # an answer may have a hundred thousand of them; the vocabulary is smaller
 def shown(tokenizer: Tokenizer, token: int) -> str:
     """One token as text; where it is only a part of a character, its bytes."""
     data = tokenizer.decode_bytes([token])
@@ -182,15 +183,13 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def logprobs_of(tokenizer: Tokenizer, drawn: list[Drawn], offset: int) -> Logprobs:
-    """The lists for some tokens whose text begins at character `offset`."""
+def logprobs_of(tokenizer: Tokenizer, drawn: list[Drawn]) -> Logprobs:
+    """The lists for some tokens of one continuation."""
     result = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for piece in drawn:
         result.tokens.append(shown(tokenizer, piece.token))
         result.token_logprobs.append(piece.logprob)
-        result.text_offset.append(offset)
-        offset += len(piece.text)
-        if result.top_logprobs is not None:
-            best = {shown(tokenizer, token): nats for token, nats in piece.alternatives}
-            result.top_logprobs.append(best)
+        result.text_offset.append(piece.offset)
+        best = {shown(tokenizer, token): nats for token, nats in piece.alternatives}
+        result.top_logprobs.append(best if piece.logprob is not None else None)
     return result
