@@ -196,9 +196,10 @@ def test_a_client_that_leaves_within_its_prompt_frees_its_place(server: Server) 
     while server.busy():
         time.sleep(0.05)
     assert server.ask(prompt="a", max_tokens=1).status_code == 200
-    assert time.monotonic() - began < min(2, 0.9 * whole), whole
+    assert time.monotonic() - began < 0.9 * whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "by_token"), [(1, True), (3, True), (1, False)])
 def test_lm_eval_gets_what_the_model_says(
     server: Server, tmp_path: Path, batch_size: int, by_token: bool
