@@ -69,7 +69,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
     sources, skipped = find(options.inputs)
     request = _request(options, sources)
     work = _work(options.out)
-    skipped = [item for item in skipped if not item.where.endswith(f"/{work.name}")]
+    skipped = [item for item in skipped if work.name not in Path(item.where).parts]
     old = _existing(options)
     if old and request in old["requests"]:
         print(f"{options.out} already holds these inputs, prepared with these options")
