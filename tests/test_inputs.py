@@ -1,11 +1,15 @@
 """Which of the files that inputs name are taken, and what is said of those that are not."""
 
+import io
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from sota_transformer.data.sources import find
+from sota_transformer.data.sources import Skipped, find
+from sota_transformer.data.streams import streams
 from sota_transformer.errors import SotaError
 
 RUN = ("config.json", "run.json", "metrics.jsonl", "samples.txt")
@@ -43,3 +47,24 @@ def test_a_glob_takes_what_a_folder_walk_takes(here: Path) -> None:
     assert found("**/*.txt") == found("*") == expected
     assert sorted(os.path.relpath(path) for path in found(str(here))[0]) == expected[0]
     assert found(".git/*.txt")[0] == [".git/c.txt"]
+
+
+def test_what_is_hidden_in_an_archive_is_counted_as_in_a_folder(tmp_path: Path) -> None:
+    names = ["./a.txt", "b/../c.txt", "x/e.py", ".f.txt", "x/.git/g.txt", "__MACOSX/x/._e.py"]
+    names += ["x/__pycache__/h.py", ".DS_Store"]
+    with (
+        zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped,
+        tarfile.open(tmp_path / "a.tar", "w") as rolled,
+    ):
+        for name in names:
+            zipped.writestr(name, name)
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            rolled.addfile(member, io.BytesIO(name.encode()))
+    for archive in ("a.zip", "a.tar"):
+        source, refused = find((str(tmp_path / archive),))[0][0], list[Skipped]()
+        texts = [b"".join(chunks).decode() for _, _, chunks in streams(source, refused.append)]
+        assert texts == names[:3]
+        assert [(item.reason, item.where.split("!")[1]) for item in refused] == [
+            ("hidden", name) for name in names[3:]
+        ]

@@ -136,13 +136,13 @@ def _roots(text: str) -> Iterator[tuple[str, str, str]]:
         what = "matches nothing" if any(sign in text for sign in "*?[") else "does not exist"
         raise SotaError(f"input {text!r} {what}; check the path", NO_INPUT)
     taken, made = set[str](), cache(_made)
-    wanted = any(map(_hidden, Path(text).parts))  # the pattern itself says so
+    wanted = any(map(hidden, Path(text).parts))  # the pattern itself says so
     for match in matches:  # `**` also lists what lies inside a folder that it lists
         if not any(parent in taken for parent in map(str, Path(match).parents)):
             taken.add(match)
-            hidden = any(map(_hidden, Path(match).parts)) and not wanted
+            unseen = any(map(hidden, Path(match).parts)) and not wanted
             above = next(filter(None, map(made, Path(match).parents)), "")
-            yield match, match, "hidden" if hidden else above
+            yield match, match, "hidden" if unseen else above
 
 
 def _matches(pattern: str) -> list[str]:
@@ -157,7 +157,7 @@ def _matches(pattern: str) -> list[str]:
         return []
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     """Whether the file or folder, or what lies in it, is not for reading."""
     return name == "__pycache__" or (name.startswith(".") and name not in (".", ".."))
 
@@ -194,7 +194,7 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
             continue
         for entry in entries:
             inside = f"{below}/{entry.name}"
-            if _hidden(entry.name):
+            if hidden(entry.name):
                 if not only:
                     yield Skipped("hidden", inside)
             elif only and entry.name == "site-packages":

@@ -20,7 +20,16 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from sota_transformer.data.sources import ARCHIVES, KNOWN, TABLES, Skipped, Source, looks_like, what
+from sota_transformer.data.sources import (
+    ARCHIVES,
+    KNOWN,
+    TABLES,
+    Skipped,
+    Source,
+    hidden,
+    looks_like,
+    what,
+)
 
 CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
@@ -199,7 +208,9 @@ def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] |
     """(full name, codec, kind) of an archive's member, or None after saying why it is refused."""
     full = f"{archive}!{name}"
     codec, kind = what(name)
-    if kind in ARCHIVES:
+    if any(map(hidden, name.split("/"))):  # as in a folder; of macOS every `__MACOSX/.../._NAME`
+        refused(Skipped("hidden", full))
+    elif kind in ARCHIVES:
         refused(Skipped("archive inside an archive; unpack it first", full))
     elif kind in TABLES:
         refused(Skipped(f"{kind} inside an archive; unpack it first", full))
