@@ -1,5 +1,6 @@
 """Which of the files that inputs name are taken, and what is said of those that are not."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from sota_transformer.data import units
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.streams import streams
 from sota_transformer.errors import SotaError
+from tests.test_data_hostile import read
 
 RUN = ("config.json", "run.json", "metrics.jsonl", "samples.txt")
 MODEL = ("tokenizer_config.json", "merges.txt", "README.md")
@@ -68,3 +71,21 @@ def test_what_is_hidden_in_an_archive_is_counted_as_in_a_folder(tmp_path: Path) 
         assert [(item.reason, item.where.split("!")[1]) for item in refused] == [
             ("hidden", name) for name in names[3:]
         ]
+
+
+@pytest.mark.parametrize("header", [f"text,{'n' * 2000}", f"{'n' * 2000},text"])
+@pytest.mark.parametrize("ending", ["csv", "csv.gz"])
+def test_a_header_too_long_to_keep_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str, ending: str
+) -> None:
+    """It was cut, so each piece lost its first row, or its text column, and said another reason."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 3000)
+    data = "\n".join([header, *(f"row {i},row {i}" for i in range(500)), ""]).encode()
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    texts, refused = read(path, tmp_path)
+    assert (len(texts), refused) == (500, [])
+    monkeypatch.setattr(units, "_HEADER_BYTES", 1000)
+    texts, refused = read(path, tmp_path)
+    assert texts == []
+    assert {item.reason for item in refused} == {"piece of a table whose header is over 1 MiB"}
