@@ -33,13 +33,30 @@ from sota_transformer.durable import (
     write_file,
 )
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.shapes import misfit
 from sota_transformer.words import counted
 
 FORMAT = "sota-shards-1"
 SPLITS = ("train", "val")
+_BESIDE = ("ends", "hashes")
 _FOREIGN = ".foreign.json"
 _VERIFIED = ".verified.json"  # which files this machine has hashed, as they were then
 _AGAIN = "prepare it again with `sota prepare INPUT --out {folder}`"
+
+_SIDE = {"shards": [str], "tokens": int, "documents": int, "text_bytes": int}
+_INPUT = {"input": str, "files": int, "documents": int, "text_bytes": int, "tokens": int}
+_SHAPE = {  # of a manifest, as far as it is read
+    "files": {str: {"bytes": int, "sha256": str, "start?": int}},
+    "splits": dict.fromkeys(SPLITS, _SIDE),
+    "fingerprint": str,
+    "inputs": [_INPUT],
+    "rejects": {str: {"count": int, "examples": [str]}},
+    "requests": [str],
+}
+_APPENDED = {  # what an append reads besides
+    "options": {"exclude": [str], "near_dedup": float},
+    "split_rule": {"hash": str, "val_below": int},
+}
 
 Split = Literal["train", "val"]
 
@@ -66,6 +83,14 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("vocab_size") != VOCAB:
         found = manifest.get("vocab_size")
         raise SotaError(f"{folder} has a vocabulary of {found}, not {VOCAB}; {again}", BAD_DATA)
+    wrong = misfit(manifest, _SHAPE | _APPENDED, MANIFEST)
+    for split, part in {} if wrong else manifest["splits"].items():
+        names = [f"{split}-{i:05d}.npy" for i in range(len(part["shards"]))]
+        beside = {name.replace(".npy", f".{kind}.npy") for name in names for kind in _BESIDE}
+        if part["shards"] != names or not manifest["files"].keys() >= {*names, *beside}:
+            wrong = f"{MANIFEST} has not the files of {counted(len(names), f'{split} shard')}"
+    if wrong:
+        raise SotaError(f"{folder}: {wrong}; {again}", BAD_DATA)
     return manifest
 
 
@@ -81,7 +106,8 @@ def _foreign(folder: Path) -> dict[str, Any]:
         known = read_manifest(note)
     except SotaError:
         known = {}
-    if known.get("mark") == mark:
+    names = {path.name for path in foreign_files(folder)}
+    if known.get("mark") == mark and not misfit(known, _SHAPE) and known["files"].keys() == names:
         return known
     manifest = foreign_manifest(folder) | {"mark": mark}
     try:
