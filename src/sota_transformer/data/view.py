@@ -16,7 +16,7 @@ from sota_transformer.data.page import page, save
 from sota_transformer.data.progress import printable, summary
 from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.errors import LOCKED, USAGE, SotaError
+from sota_transformer.errors import BAD_DATA, LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
 from sota_transformer.words import counted
 
@@ -191,6 +191,9 @@ def _print_split(options: DataView) -> None:
     ends = document_ends(stream)
     manifest = load_manifest(options.folder)
     hashes = _hashes(options.folder, split, manifest)
+    if hashes is not None and len(hashes) != len(ends):
+        text = f"{len(ends):,} documents end in the {split} shards, {len(hashes):,} have a hash"
+        raise SotaError(f"{options.folder}: {text}", BAD_DATA)
     for number, end in enumerate(ends.tolist()):
         length = end - (int(ends[number - 1]) if number else 0)
         row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
