@@ -1,6 +1,8 @@
 """Folders that are whole by every checksum, but that we have not written."""
 
 import copy
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -11,14 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sota_transformer.commands.transfer import run_export
 from sota_transformer.data.merge import Merger
 from sota_transformer.data.prepare import _existing
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.view import describe
 from sota_transformer.durable import canonical_json, seal
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
-from sota_transformer.options import DataView, Prepare
+from sota_transformer.options import DataView, Export, Prepare
+from sota_transformer.report import write_report
+from sota_transformer.runtime import Runtime
+from sota_transformer.training import changes, checkpoint
+from sota_transformer.training.runlog import RunLog
+from sota_transformer.training.start import train
+from sota_transformer.training.trainer import Trainer
 from tests.preparing import jsonl, run, texts
+from tests.training_runs import MakeRun
 
 VALUES = [None, True, -1, 0.5, 10**30, "", "../x", "/etc/hostname", [], [None], {}, {"x": {}}]
 
@@ -125,3 +135,52 @@ def test_a_forged_array_ends_in_one_line(
         (prepared / "manifest.json").write_bytes(canonical_json(seal(good)))
         refused += judge(prepared, f"{content[:100]!r}")
     assert refused > 10
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "trainer.json"])
+def test_a_forged_checkpoint_ends_in_one_line(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As if its hashes had been found good."""
+    config = make_run(steps=2)
+    train(config)
+    path = checkpoint.path_of(config.run.out, 2) / name
+    runtime = Runtime.detect(config.run, config.model.parameter_count)
+    trainer = Trainer(config, runtime, RunLog(config.run.out, 2, silent=True))
+    monkeypatch.setattr(checkpoint, "_tensors", functools.cache(checkpoint._tensors))
+    refused = set()
+    for what, forged in mutants(json.loads(path.read_text())):
+        path.write_bytes(canonical_json(seal(forged) if name == "manifest.json" else forged))
+        try:
+            state = checkpoint.load(config.run.out, 2, verified=True)
+            changes.of_data(config, state, trainer)
+            changes.of_numerics(state, trainer)
+            trainer._restore(state)
+            assert trainer.judge.best is None or trainer.judge.advice()
+        except SotaError as error:
+            assert error.code == BAD_DATA, (what, error)
+            refused.add(what)
+        except Exception as error:
+            error.add_note(what)
+            raise
+    some = {"('rows',) -1", "('guard', 'losses') {}", "('best',) {}"}
+    assert refused >= (some if name == "trainer.json" else {"('data_files',) []", "('model',) -1"})
+
+
+def test_odd_records_of_a_run_stop_nobody(make_run: MakeRun, tmp_path: Path) -> None:
+    """What has no checksum: run.json, and the lines of metrics.jsonl that a model card shows."""
+    config = make_run(steps=1)
+    train(config)
+    out = config.run.out
+    lines = (out / "metrics.jsonl").read_text()
+    odd = {"step": 1, "val_loss": {}, "val_perplexity": "x"}
+    (out / "metrics.jsonl").write_text(f"{lines}{json.dumps(odd)}\n")
+    run_export(Export(run=out, out=tmp_path / "model", format="hf"))
+    write_report(out, tmp_path / "report.html")
+    for steps, content in enumerate((b'{"attempts": [NaN]}', b"[" * 100_000), 2):
+        (out / "run.json").write_bytes(content)
+        longer = make_run(steps=steps)
+        train(
+            dataclasses.replace(longer, run=dataclasses.replace(longer.run, override="train.steps"))
+        )
+        assert len(json.loads((out / "run.json").read_text())["attempts"]) == 1

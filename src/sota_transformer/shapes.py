@@ -12,10 +12,10 @@ _MOST = 2**64  # no number of ours is as large
 def misfit(value: Any, shape: Any, at: str = "it") -> str:
     """Where `value`, which is `at`, has not the shape, in words; "" if it has.
 
-    A shape is `int` (a count, which is not negative), `float` (any finite number), `str`, None;
-    [shape]; {str: shape} for keys of any name; {"key": shape, "other?": shape} for these keys, of
-    which the second may be missing, and any that nobody looks at; a tuple of shapes, one of which
-    fits.
+    A shape is `int` (a count, which is not negative), `float` (any finite number), `str`, `bool` or
+    None; [shape] of a list; {str: shape} of keys with any name; {"key": shape, "other?": shape} of
+    these keys, where the second may be missing and nobody looks at further ones; or a tuple of
+    shapes, one of which fits.
     """
     if isinstance(shape, tuple):
         found = [misfit(value, one, at) for one in shape]
@@ -45,4 +45,4 @@ def _fits(value: Any, shape: Any) -> bool:
         return type(value) is int and 0 <= value < _MOST
     if shape is float:
         return type(value) in (int, float) and abs(value) < _MOST and math.isfinite(value)
-    return value is None if shape is None else shape is str and isinstance(value, str)
+    return value is None if shape is None else type(value) is shape
