@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from sota_transformer.data import units
+from sota_transformer.data.prepare import merge
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.streams import streams
 from sota_transformer.errors import SotaError
+from sota_transformer.options import Merge
+from tests.preparing import everything, jsonl, run
+from tests.preparing import refused as fails
+from tests.preparing import texts as some
 from tests.test_data_hostile import read
 
 RUN = ("config.json", "run.json", "metrics.jsonl", "samples.txt")
@@ -89,3 +94,21 @@ def test_a_header_too_long_to_keep_is_said(
     texts, refused = read(path, tmp_path)
     assert texts == []
     assert {item.reason for item in refused} == {"piece of a table whose header is over 1 MiB"}
+
+
+def test_merge_wants_the_inputs_of_its_parts(tmp_path: Path) -> None:
+    """One that is gone would be missing in a result that is said to be complete."""
+    folder, out = tmp_path / "in", tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jsonl").write_bytes(jsonl(some(40, seed=i)))
+    for part in ("1/2", "2/2"):
+        run(out, folder, part=part)
+    (folder / "1.jsonl").rename(tmp_path / "1.jsonl")
+    with pytest.raises(SotaError, match=r"changed since.* without --part") as caught:
+        merge(Merge(out=out, workers=1))
+    assert caught.value.code == 65 and not out.exists()
+    fails(73, "or changed ones", out=out, inputs=(folder,), part="1/2")
+    (tmp_path / "1.jsonl").rename(folder / "1.jsonl")
+    merge(Merge(out=out, workers=1))
+    assert everything(out) == sorted(text for i in range(3) for text in some(40, seed=i))
