@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -112,3 +113,19 @@ def test_merge_wants_the_inputs_of_its_parts(tmp_path: Path) -> None:
     (tmp_path / "1.jsonl").rename(folder / "1.jsonl")
     merge(Merge(out=out, workers=1))
     assert everything(out) == sorted(text for i in range(3) for text in some(40, seed=i))
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.bin"])
+def test_a_member_of_any_claimed_size_ends_with_its_archive(
+    tmp_path: Path, ending: str, name: str
+) -> None:
+    """Taken or passed over; 10**20 bytes would be read, or looked for, for years."""
+    member = tarfile.TarInfo(name)
+    member.size, member.pax_headers = 5, {"size": str(10**20)}
+    path = tmp_path / f"a.{ending}"
+    with tarfile.open(path, "w:gz" if ending.endswith("gz") else "w") as archive:
+        archive.addfile(member, io.BytesIO(b"bytes"))
+    started = time.process_time()
+    assert read(path, tmp_path)[1][-1].reason.startswith("damaged archive")
+    assert time.process_time() - started < 5

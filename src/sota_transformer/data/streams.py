@@ -275,7 +275,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
     """Members of a tar archive, compressed or not, read in one pass."""
     try:
         with Path(source.path).open("rb") as file:
-            raw: Any = _Reader(unpacked(file, source.codec)) if source.codec else file
+            raw: Any = _Ending(_Reader(unpacked(file, source.codec)) if source.codec else file)
             with tarfile.open(fileobj=raw, mode="r|") as archive:
                 for info in archive:
                     if info.isdir():
@@ -298,6 +298,23 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                 f"{source.name}: {error}"[:200],
             )
         )
+
+
+class _Ending:
+    """A file that does not go on for ever: tarfile would read what is not there block by block, up
+    to whatever size a member claims. EOFError for who has met the end and reads on.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw, self._ended = raw, False
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; b"" once, at the end."""
+        data = self._raw.read(size)
+        if not data and self._ended:
+            raise EOFError("unexpected end of data")
+        self._ended = not data
+        return data
 
 
 class _Reader:
