@@ -129,3 +129,14 @@ def test_a_member_of_any_claimed_size_ends_with_its_archive(
     started = time.process_time()
     assert read(path, tmp_path)[1][-1].reason.startswith("damaged archive")
     assert time.process_time() - started < 5
+
+
+def test_a_link_in_a_zip_is_no_text(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        link = zipfile.ZipInfo("link.txt")
+        link.create_system, link.external_attr = 3, 0o120777 << 16
+        archive.writestr(link, "../the/path/of/a/text.txt")
+        archive.writestr("a.txt", "a text")
+    texts, refused = read(tmp_path / "a.zip", tmp_path)
+    assert texts == ["a text"]
+    assert [item.reason for item in refused] == ["link or device inside an archive"]

@@ -9,6 +9,7 @@ import codecs
 import gzip
 import io
 import lzma
+import stat
 import struct
 import sys
 import tarfile
@@ -34,6 +35,7 @@ from sota_transformer.data.sources import (
 CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
 NOTHING = "no document inside"
+_LINK = "link or device inside an archive"
 _SEAL = b"\0sota: the whole stream was read\0"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -258,6 +260,9 @@ def _zip(source: Source, refused: Refused) -> Iterator[Stream]:
             if all(info.is_dir() for info in archive.infolist()):
                 refused(Skipped(NOTHING, source.name))
             for info in archive.infolist():
+                if stat.S_ISLNK(info.external_attr >> 16):  # its content is a path
+                    refused(Skipped(_LINK, f"{source.name}!{info.filename}"))
+                    continue
                 if info.is_dir() or not (found := _member(source.name, info.filename, refused)):
                     continue
                 name, codec, kind = found
@@ -282,7 +287,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                         continue
                     if not info.isreg():
                         where = f"{source.name}!{info.name}"
-                        refused(Skipped("link or device inside an archive", where))
+                        refused(Skipped(_LINK, where))
                         continue
                     found = _member(source.name, info.name, refused)
                     if found and (member := archive.extractfile(info)):
