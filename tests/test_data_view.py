@@ -68,6 +68,11 @@ def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[st
     describe(DataView(folder=folder, list_split="val"))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == len(documents(folder, "val")) == len({row["hash"] for row in rows})
+    lengths = [row["tokens"] for row in rows]
+    figures = describe(DataView(folder=folder, show=0))["val"]
+    assert [min(lengths), max(lengths)] == figures["length_quantiles"][::4]
+    assert sum(lengths) + len(rows) == figures["tokens"]
+    capsys.readouterr()
     describe(DataView(folder=folder, window="train:1:50"))
     window = TokenWindows(folder, "train", 50)[1]
     shown = capsys.readouterr().out.replace("\n--- end of text ---\n", "")

@@ -371,7 +371,7 @@ def admit(folder: Path, runtime: "Runtime") -> "Runtime":
         known = json.loads(path.read_text())
         if known["machine"] == machine and all(line["passed"] for line in known["checks"]):
             return runtime
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     checks = arithmetic(runtime)
     verdict = {

@@ -81,7 +81,8 @@ class DataView:
     show: int = 2
     """Documents of each side to show."""
     list_split: str = ""
-    """train or val: list its documents instead, one line of JSON each."""
+    """train or val: list its documents instead, one line of JSON each; tokens are without the
+    end-of-text."""
     window: str = ""
     """train:INDEX or val:INDEX:SEQ_LEN: show that training window as text instead."""
     leakage: bool = False

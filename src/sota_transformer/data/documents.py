@@ -270,6 +270,10 @@ def _cells(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
 
 def _csv(segment: Segment, field: str) -> Iterator[Document]:
     """Text column of a CSV or TSV file with a header."""
+    if not segment.whole and not segment.header.endswith(b"\n"):
+        where = f"{segment.name}: from byte {segment.start}"
+        yield Skipped("piece of a table whose header is over 1 MiB", where)
+        return
     csv.field_size_limit(2**31 - 1)  # whoever stops inside a cell takes its rest for rows
     data = _read(segment)
     data = without_mark(data if segment.start == 0 else segment.header + data)

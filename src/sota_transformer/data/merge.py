@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
 from sota_transformer.data.near import Place, Similar
-from sota_transformer.data.shards import SPLITS, load_array
+from sota_transformer.data.shards import HEADER_BYTES, SPLITS, load_array, npy_header
 from sota_transformer.data.sketch import sketch
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.durable import fsync, sha256_file
+from sota_transformer.errors import BAD_DATA, SotaError
 
 SHARD_TOKENS = 1 << 26
-_HEADER_BYTES = 128
 _RUN_DOCUMENTS = 1 << 16
 _KNOWN_DOCUMENTS = 512  # of a prepared folder at a time
 NEAR_DUPLICATE = "near-duplicate"
@@ -109,7 +108,7 @@ class SplitWriter:
         path = self._folder / self.shards[-1]
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=1 << 20)
-        self._file.write(bytes(_HEADER_BYTES))
+        self._file.write(bytes(HEADER_BYTES))
         return self._file
 
     def _finish(self) -> None:
@@ -141,28 +140,20 @@ class SplitWriter:
                 pass
 
 
-def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The npy header, always of the same length."""
-    text = repr({"descr": dtype.str, "fortran_order": False, "shape": shape})
-    room = _HEADER_BYTES - npy.MAGIC_LEN - 2
-    head = npy.magic(1, 0) + room.to_bytes(2, "little")
-    return head + text.encode().ljust(room - 1) + b"\n"
-
-
 def _seal(path: Path, file: Any, tokens: int) -> dict[str, Any]:
     """Write the header of a finished shard, make it durable, hash it."""
     with file, ThreadPoolExecutor(1, thread_name_prefix="sync") as aside:
         file.flush()
-        os.pwrite(file.fileno(), _header(np.dtype("<u2"), (tokens,)), 0)
+        os.pwrite(file.fileno(), npy_header("<u2", (tokens,)), 0)
         durable = aside.submit(fsync, file.fileno())
         digest = sha256_file(path)  # while the disk works
         durable.result()
-    return {"bytes": _HEADER_BYTES + 2 * tokens, "sha256": digest}
+    return {"bytes": HEADER_BYTES + 2 * tokens, "sha256": digest}
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
     """A whole array as a durable npy file."""
-    data = _header(array.dtype, array.shape) + array.tobytes()
+    data = npy_header(array.dtype.str, array.shape) + array.tobytes()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
         file.write(data)
@@ -200,12 +191,14 @@ class Merger:
                     continue
                 tokens = load_array(folder, name, manifest, "r")
                 ends = load_array(folder, f"{stem}.ends.npy", manifest).astype(np.int64)
+                if (np.diff(ends, prepend=0) <= 0).any() or not ends[-1:] == len(tokens):
+                    raise SotaError(f"{folder / name}: no documents end so", BAD_DATA)
                 for at in range(0, len(ends), _KNOWN_DOCUMENTS):
                     start = int(ends[at - 1]) if at else 0
                     part = ends[at : at + _KNOWN_DOCUMENTS]
                     lengths = np.diff(part, prepend=start).astype(np.uint32)
                     ids = np.asarray(tokens[start : int(part[-1])])
-                    place = Place(folder / name, _HEADER_BYTES + 2 * start)
+                    place = Place(folder / name, HEADER_BYTES + 2 * start)
                     self._similar.know(ids, lengths, *sketch(ids, lengths), place)
 
     def add(self, encoded: Encoded) -> None:

@@ -69,7 +69,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
     sources, skipped = find(options.inputs)
     request = _request(options, sources)
     work = _work(options.out)
-    skipped = [item for item in skipped if not item.where.endswith(f"/{work.name}")]
+    skipped = [item for item in skipped if work.name not in Path(item.where).parts]
     old = _existing(options)
     if old and request in old["requests"]:
         print(f"{options.out} already holds these inputs, prepared with these options")
@@ -102,7 +102,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
 def merge(options: Merge) -> dict[str, Any]:
     """Put the parts of `options.out` together, as `prepare` without a part would; the manifest.
 
-    SotaError 66 where there are no parts, or not all of them.
+    SotaError 66 where there are no parts, or not all of them, 65 where their inputs changed.
     """
     out = options.out.resolve()
     work = _work(out)
@@ -127,6 +127,12 @@ def merge(options: Merge) -> dict[str, Any]:
         text = f"no parts of {out} in {work}; `sota prepare INPUT --out {out} --part 1/2` makes one"
         raise SotaError(text, NO_INPUT) from error
     with contextlib.chdir(asked["folder"]):
+        if _request(whole, find(whole.inputs)[0]) != asked.get("request"):
+            raise SotaError(
+                f"the inputs of the parts in {work} have changed since; put them back, or give the "
+                "command of a part without --part: it takes the inputs as they are now",
+                BAD_DATA,
+            )
         return prepare(whole)
 
 
@@ -258,12 +264,13 @@ class _Run:
         own, path = ("out", "part", "workers", "memory_mb"), self.work / _ASKED
         options = {n: v for n, v in dataclasses.asdict(self.options).items() if n not in own}
         asked = {"options": options, "parts": self.parts, "folder": str(Path.cwd())}
+        asked["request"] = self.request
         if not path.exists():
             write_file(path, canonical_json(asked))
         elif path.read_bytes() != canonical_json(asked):
             raise SotaError(
-                f"{self.work} holds parts of other inputs, options or number, or begun in another "
-                f"folder; give the same again, or begin anew: rm -r {self.work}",
+                f"{self.work} holds parts of other inputs (or changed ones), options or number, or "
+                f"begun in another folder; give the same again, or begin anew: rm -r {self.work}",
                 LOCKED,
             )
 

@@ -16,7 +16,7 @@ import stat
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.lib import format as npy
@@ -33,13 +33,31 @@ from sota_transformer.durable import (
     write_file,
 )
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.shapes import misfit
 from sota_transformer.words import counted
 
 FORMAT = "sota-shards-1"
 SPLITS = ("train", "val")
+HEADER_BYTES = 128
+_BESIDE = ("ends", "hashes")
 _FOREIGN = ".foreign.json"
 _VERIFIED = ".verified.json"  # which files this machine has hashed, as they were then
 _AGAIN = "prepare it again with `sota prepare INPUT --out {folder}`"
+
+_SIDE = {"shards": [str], "tokens": int, "documents": int, "text_bytes": int}
+_INPUT = {"input": str, "files": int, "documents": int, "text_bytes": int, "tokens": int}
+_SHAPE = {  # of a manifest, as far as it is read
+    "files": {str: {"bytes": int, "sha256": str, "start?": int}},
+    "splits": dict.fromkeys(SPLITS, _SIDE),
+    "fingerprint": str,
+    "inputs": [_INPUT],
+    "rejects": {str: {"count": int, "examples": [str]}},
+    "requests": [str],
+}
+_APPENDED = {  # what an append reads besides
+    "options": {"exclude": [str], "near_dedup": float},
+    "split_rule": {"hash": str, "val_below": int},
+}
 
 Split = Literal["train", "val"]
 
@@ -66,6 +84,14 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("vocab_size") != VOCAB:
         found = manifest.get("vocab_size")
         raise SotaError(f"{folder} has a vocabulary of {found}, not {VOCAB}; {again}", BAD_DATA)
+    wrong = misfit(manifest, _SHAPE | _APPENDED, MANIFEST)
+    for split, part in {} if wrong else manifest["splits"].items():
+        names = [f"{split}-{i:05d}.npy" for i in range(len(part["shards"]))]
+        beside = {name.replace(".npy", f".{kind}.npy") for name in names for kind in _BESIDE}
+        if part["shards"] != names or not manifest["files"].keys() >= {*names, *beside}:
+            wrong = f"{MANIFEST} has not the files of {counted(len(names), f'{split} shard')}"
+    if wrong:
+        raise SotaError(f"{folder}: {wrong}; {again}", BAD_DATA)
     return manifest
 
 
@@ -81,7 +107,8 @@ def _foreign(folder: Path) -> dict[str, Any]:
         known = read_manifest(note)
     except SotaError:
         known = {}
-    if known.get("mark") == mark:
+    names = {path.name for path in foreign_files(folder)}
+    if known.get("mark") == mark and not misfit(known, _SHAPE) and known["files"].keys() == names:
         return known
     manifest = foreign_manifest(folder) | {"mark": mark}
     try:
@@ -113,24 +140,8 @@ class Shard:
             self.dtype, self._start = np.dtype("<u2"), int(entry["start"])
             self.items = (found.st_size - self._start) // 2
             return
-        shape, self.dtype = self._header()
-        self.items = int(np.prod(shape))
-        if self._start + self.items * self.dtype.itemsize != found.st_size:
-            raise SotaError(f"{self.path}: header and size disagree; {again}", BAD_DATA)
-
-    def _header(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and type from the npy header."""
-        try:
-            version = npy.read_magic(self._file)
-            if version != (1, 0):
-                raise ValueError(f"npy version {version}")
-            shape, fortran, dtype = npy.read_array_header_1_0(self._file)
-        except ValueError as error:
-            raise SotaError(f"{self.path}: not a .npy file ({error})", BAD_DATA) from error
-        if fortran or dtype.str not in ("<u2", "<u8"):
-            raise SotaError(f"{self.path}: holds {dtype}, not token data", BAD_DATA)
-        self._start = self._file.tell()
-        return shape, dtype
+        self.dtype, self._start = np.dtype("<u2"), HEADER_BYTES
+        self.items = _check_header(self._file, self.path, found.st_size)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Items start..stop, flat: (stop - start,). SotaError 65 if the file got shorter."""
@@ -151,12 +162,34 @@ class Shard:
         self._file.close()
 
 
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The header of every `.npy` file of ours, HEADER_BYTES long."""
+    text = repr({"descr": dtype, "fortran_order": False, "shape": shape})
+    room = HEADER_BYTES - npy.MAGIC_LEN - 2
+    head = npy.magic(1, 0) + room.to_bytes(2, "little")
+    return head + text.encode().ljust(room - 1) + b"\n"
+
+
+def _check_header(file: IO[bytes], path: Path, size: int) -> int:
+    """Rows of a file of `size` bytes. SotaError 65 unless its header is the one we write."""
+    wide = {".hashes": ("<u8", (2,)), ".ends": ("<u8", ())}
+    dtype, columns = wide.get(Path(path.stem).suffix, ("<u2", ()))
+    row = np.dtype((dtype, columns)).itemsize
+    rows, rest = divmod(size - HEADER_BYTES, row)
+    if rest or file.read(HEADER_BYTES) != npy_header(dtype, (rows, *columns)):
+        text = f"{path}: not a .npy file as `sota prepare` writes it"
+        raise SotaError(f"{text}; {_AGAIN.format(folder=path.parent)}", BAD_DATA)
+    return rows
+
+
 def load_array(
     folder: Path, name: str, manifest: dict[str, Any], mmap_mode: Literal["r"] | None = None
 ) -> NDArray[Any]:
     """What a file of prepared data holds. SotaError 65 if it is damaged, OSError if it is gone."""
     path = folder / name
     _verify_once(path, path.stat(), manifest["files"][name]["sha256"])
+    with path.open("rb") as file:
+        _check_header(file, path, path.stat().st_size)
     return np.load(path, mmap_mode, allow_pickle=False)
 
 
@@ -226,7 +259,11 @@ class TokenWindows:
             base, end = self._starts[at], min(stop, self._starts[at + 1])
             pieces.append(self._shards[at].read(start - base, end - base))
             start, at = end, at + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        ids = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if ids.max(initial=0) >= VOCAB:
+            text = f"{self._shards[0].path.parent}: id {ids.max()} is outside the vocabulary"
+            raise SotaError(f"{text} of {VOCAB:,}", BAD_DATA)
+        return ids
 
     def close(self) -> None:
         """Let go of the files."""

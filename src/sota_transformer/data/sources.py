@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from sota_transformer.errors import NO_INPUT, SotaError
@@ -68,8 +69,8 @@ class Source:
 
 _RECORD = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\s\0]*\{")  # NUL: UTF-16
 _MADE = (  # what `sota train` and `sota export` leave, and others like them
-    ({"config.json", "run.json", "metrics.jsonl"}, "a run, whose samples a model wrote"),
-    ({"tokenizer_config.json", "merges.txt"}, "a model, whose merges are no text"),
+    (("config.json", "run.json", "metrics.jsonl"), "a run, whose samples a model wrote"),
+    (("tokenizer_config.json", "merges.txt"), "a model, whose merges are no text"),
 )
 
 REPAIRED = "; taken, with U+FFFD for what is broken"  # behind the reason, if that was asked for
@@ -97,7 +98,9 @@ def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
             sources.append(Source(index, "stdin", text, "", "stdin", 0, time.time_ns()))
             continue
         only = ".py" if text == PYTHON else ""
-        found = [item for root, name in _roots(text) for item in _walk(index, root, name, only)]
+        found = list[Source | Skipped]()
+        for root, name, reason in _roots(text):
+            found += [Skipped(reason, name)] if reason else _walk(index, root, name, only)
         sources += sorted(
             (item for item in found if isinstance(item, Source)),
             key=lambda source: (os.fsencode(source.name), os.fsencode(source.path)),
@@ -114,8 +117,8 @@ def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
     return sources, skipped
 
 
-def _roots(text: str) -> Iterator[tuple[str, str]]:
-    """(path, name) of the files and folders an input stands for."""
+def _roots(text: str) -> Iterator[tuple[str, str, str]]:
+    """(path, name, why it is not taken or "") of the files and folders an input stands for."""
     if text == PYTHON:
         paths = sysconfig.get_paths()
         roots = {"stdlib": "stdlib", "purelib": "site-packages", "platlib": "site-packages"}
@@ -123,20 +126,23 @@ def _roots(text: str) -> Iterator[tuple[str, str]]:
         for key, name in roots.items():
             if (real := os.path.realpath(paths[key])) not in seen:
                 seen.add(real)
-                yield paths[key], name
+                yield paths[key], name, ""
         return
     if os.path.lexists(text):
-        yield text, Path(text).absolute().name
+        yield text, Path(text).absolute().name, ""
         return
     matches = _matches(text)
     if not matches:
         what = "matches nothing" if any(sign in text for sign in "*?[") else "does not exist"
         raise SotaError(f"input {text!r} {what}; check the path", NO_INPUT)
-    taken: set[str] = set()
+    taken, made = set[str](), cache(_made)
+    wanted = any(map(hidden, Path(text).parts))  # the pattern itself says so
     for match in matches:  # `**` also lists what lies inside a folder that it lists
         if not any(parent in taken for parent in map(str, Path(match).parents)):
             taken.add(match)
-            yield match, match
+            unseen = any(map(hidden, Path(match).parts)) and not wanted
+            above = next(filter(None, map(made, Path(match).parents)), "")
+            yield match, match, "hidden" if unseen else above
 
 
 def _matches(pattern: str) -> list[str]:
@@ -149,6 +155,17 @@ def _matches(pattern: str) -> list[str]:
         return sorted(map(str, start.glob(str(path.relative_to(path.anchor)))))
     except (ValueError, NotImplementedError):
         return []
+
+
+def hidden(name: str) -> bool:
+    """Whether the file or folder, or what lies in it, is not for reading."""
+    return name == "__pycache__" or (name.startswith(".") and name not in (".", ".."))
+
+
+def _made(folder: Path) -> str:
+    """Why a whole folder is no text, or ""."""
+    whys = (why for names, why in _MADE if all(os.path.lexists(folder / name) for name in names))
+    return next(whys, "")
 
 
 def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skipped]:
@@ -172,14 +189,12 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
         if (key := (status.st_dev, status.st_ino)) in seen:
             continue
         seen.add(key)
-        names = {entry.name for entry in entries}
-        made = next((reason for files, reason in _MADE if names >= files), "")
-        if made and folder != root:
+        if made := _made(Path(folder)):
             yield Skipped(made, below)
             continue
         for entry in entries:
             inside = f"{below}/{entry.name}"
-            if entry.name.startswith(".") or entry.name == "__pycache__":
+            if hidden(entry.name):
                 if not only:
                     yield Skipped("hidden", inside)
             elif only and entry.name == "site-packages":

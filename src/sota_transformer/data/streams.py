@@ -9,6 +9,7 @@ import codecs
 import gzip
 import io
 import lzma
+import stat
 import struct
 import sys
 import tarfile
@@ -20,11 +21,21 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from sota_transformer.data.sources import ARCHIVES, KNOWN, TABLES, Skipped, Source, looks_like, what
+from sota_transformer.data.sources import (
+    ARCHIVES,
+    KNOWN,
+    TABLES,
+    Skipped,
+    Source,
+    hidden,
+    looks_like,
+    what,
+)
 
 CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
 NOTHING = "no document inside"
+_LINK = "link or device inside an archive"
 _SEAL = b"\0sota: the whole stream was read\0"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -199,7 +210,9 @@ def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] |
     """(full name, codec, kind) of an archive's member, or None after saying why it is refused."""
     full = f"{archive}!{name}"
     codec, kind = what(name)
-    if kind in ARCHIVES:
+    if any(map(hidden, name.split("/"))):  # as in a folder; of macOS every `__MACOSX/.../._NAME`
+        refused(Skipped("hidden", full))
+    elif kind in ARCHIVES:
         refused(Skipped("archive inside an archive; unpack it first", full))
     elif kind in TABLES:
         refused(Skipped(f"{kind} inside an archive; unpack it first", full))
@@ -247,6 +260,9 @@ def _zip(source: Source, refused: Refused) -> Iterator[Stream]:
             if all(info.is_dir() for info in archive.infolist()):
                 refused(Skipped(NOTHING, source.name))
             for info in archive.infolist():
+                if stat.S_ISLNK(info.external_attr >> 16):  # its content is a path
+                    refused(Skipped(_LINK, f"{source.name}!{info.filename}"))
+                    continue
                 if info.is_dir() or not (found := _member(source.name, info.filename, refused)):
                     continue
                 name, codec, kind = found
@@ -264,14 +280,14 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
     """Members of a tar archive, compressed or not, read in one pass."""
     try:
         with Path(source.path).open("rb") as file:
-            raw: Any = _Reader(unpacked(file, source.codec)) if source.codec else file
+            raw: Any = _Ending(_Reader(unpacked(file, source.codec)) if source.codec else file)
             with tarfile.open(fileobj=raw, mode="r|") as archive:
                 for info in archive:
                     if info.isdir():
                         continue
                     if not info.isreg():
                         where = f"{source.name}!{info.name}"
-                        refused(Skipped("link or device inside an archive", where))
+                        refused(Skipped(_LINK, where))
                         continue
                     found = _member(source.name, info.name, refused)
                     if found and (member := archive.extractfile(info)):
@@ -287,6 +303,23 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                 f"{source.name}: {error}"[:200],
             )
         )
+
+
+class _Ending:
+    """A file that does not go on for ever: tarfile would read what is not there block by block, up
+    to whatever size a member claims. EOFError for who has met the end and reads on.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw, self._ended = raw, False
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; b"" once, at the end."""
+        data = self._raw.read(size)
+        if not data and self._ended:
+            raise EOFError("unexpected end of data")
+        self._ended = not data
+        return data
 
 
 class _Reader:

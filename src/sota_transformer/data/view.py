@@ -16,7 +16,7 @@ from sota_transformer.data.page import page, save
 from sota_transformer.data.progress import printable, summary
 from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.errors import LOCKED, USAGE, SotaError
+from sota_transformer.errors import BAD_DATA, LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
 from sota_transformer.words import counted
 
@@ -86,7 +86,7 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
     if stream is None:
         return {"documents": 0, "tokens": 0, "text_bytes": 0}
     ends = document_ends(stream)
-    lengths = np.diff(ends, prepend=0) - 1
+    lengths = _lengths(ends)
     edges = 2 ** np.arange(0, 63)  # another project's file may be one document
     counts = np.histogram(np.maximum(lengths, 1), edges)[0].tolist()
     filled = [i for i, count in enumerate(counts) if count]
@@ -99,6 +99,11 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
         "length_histogram": [[int(edges[i]), counts[i]] for i in range(filled[0], filled[-1] + 1)],
         "scripts": _scripts(stream, ends),
     }
+
+
+def _lengths(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of each document, without end-of-text."""
+    return np.diff(ends, prepend=0) - 1
 
 
 def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
@@ -182,7 +187,9 @@ def _grams(stream: TokenWindows) -> Iterator[NDArray[np.uint64]]:
 
 
 def _print_split(options: DataView) -> None:
-    """One line of JSON a document of one side: number, tokens and how it begins."""
+    """One line of JSON a document of one side: number, tokens (without end-of-text) and how it
+    begins.
+    """
     if options.list_split not in SPLITS:
         raise SotaError(f"--list-split {options.list_split!r} must be train or val", USAGE)
     split: Split = "train" if options.list_split == "train" else "val"
@@ -191,8 +198,10 @@ def _print_split(options: DataView) -> None:
     ends = document_ends(stream)
     manifest = load_manifest(options.folder)
     hashes = _hashes(options.folder, split, manifest)
-    for number, end in enumerate(ends.tolist()):
-        length = end - (int(ends[number - 1]) if number else 0)
+    if hashes is not None and len(hashes) != len(ends):
+        text = f"{len(ends):,} documents end in the {split} shards, {len(hashes):,} have a hash"
+        raise SotaError(f"{options.folder}: {text}", BAD_DATA)
+    for number, length in enumerate(_lengths(ends).tolist()):
         row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
         if hashes is not None:
             row["hash"] = hashes[number].tobytes().hex()

@@ -28,9 +28,23 @@ from sota_transformer import durable
 from sota_transformer.config import STEP_DIGITS, RunConfig
 from sota_transformer.errors import BAD_DATA, DIVERGED, IO_FAILED, NO_INPUT, SotaError
 from sota_transformer.model.transformer import Transformer
+from sota_transformer.shapes import misfit
 from sota_transformer.training.runlog import read_config
 
 FORMAT = 1
+_MANIFEST = {  # as far as it is read; an older checkpoint may lack any of it
+    "data?": (str, None),
+    "data_files?": {str: str},
+    "numerics?": {str: (str, float, bool)},
+    "model?": {str: (float, bool)},
+}
+_GUARD = {"losses": [float], "rate": float, "shift": float}  # below 0 behind a smaller batch
+_TRAINER = {
+    **dict.fromkeys(("step?", "updates?", "tokens?", "rows?"), int),
+    "guard?": _GUARD | dict.fromkeys(("bad_in_a_row", "skipped", "returns"), int),
+    "scaler?": {str: float},
+    "best?": ({"step": int, "nats": float, "tokens": int}, None),
+}
 _TYPES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 
 
@@ -169,6 +183,10 @@ def load(run_folder: Path, step: int, *, verified: bool = False) -> State:
         trainer = dict(json.loads((folder / "trainer.json").read_bytes()))
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise SotaError(f"{folder / 'trainer.json'}: {error}", BAD_DATA) from error
+    shapes = (manifest, _MANIFEST, durable.MANIFEST), (trainer, _TRAINER, "trainer.json")
+    for value, shape, name in shapes:
+        if wrong := misfit(value, shape, name):
+            raise SotaError(f"{folder}: {wrong}, which is none that `sota train` wrote", BAD_DATA)
     tensors = {name: _tensors(folder / f"{name}.safetensors") for name in ("model", "optim")}
     return State(step=step, trainer=trainer, manifest=manifest, **tensors)
 

@@ -214,7 +214,8 @@ def _record(
     try:
         record = json.loads(path.read_text())
         attempts = list(record["attempts"])
-    except (OSError, ValueError, KeyError, TypeError):
+        durable.canonical_json(attempts)  # it may be written again
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         attempts = []
     attempts.append(
         {

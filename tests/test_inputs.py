@@ -1,0 +1,142 @@
+"""Which of the files that inputs name are taken, and what is said of those that are not."""
+
+import gzip
+import io
+import os
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sota_transformer.data import units
+from sota_transformer.data.prepare import merge
+from sota_transformer.data.sources import Skipped, find
+from sota_transformer.data.streams import streams
+from sota_transformer.errors import SotaError
+from sota_transformer.options import Merge
+from tests.preparing import everything, jsonl, run
+from tests.preparing import refused as fails
+from tests.preparing import texts as some
+from tests.test_data_hostile import read
+
+RUN = ("config.json", "run.json", "metrics.jsonl", "samples.txt")
+MODEL = ("tokenizer_config.json", "merges.txt", "README.md")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one text, a run, a model, and what is hidden."""
+    made = [f"runs/mine/{name}" for name in RUN] + [f"models/m/{name}" for name in MODEL]
+    for name in (*made, "a.txt", ".b.txt", ".git/c.txt", "x/__pycache__/d.txt", "x/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"the text of {name}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def found(*inputs: str) -> tuple[list[str], set[str]]:
+    """Paths that are taken, and the reasons for what is not."""
+    sources, skipped = find(inputs)
+    return [source.path for source in sources], {item.reason.split(",")[0] for item in skipped}
+
+
+@pytest.mark.parametrize("given", ["runs/mine", "runs/*", "models/m", "models/m/*", "./runs/mine/"])
+def test_a_run_or_a_model_is_no_text_however_it_is_named(here: Path, given: str) -> None:
+    with pytest.raises(SotaError, match=r"m(ine)?(/\S+)?: a (run|model), whose"):
+        find((given,))
+    assert found(given, "a.txt") == (["a.txt"], {"a run" if "runs" in given else "a model"})
+    assert found("runs/mine/samples.txt")[0] == ["runs/mine/samples.txt"]
+
+
+def test_a_glob_takes_what_a_folder_walk_takes(here: Path) -> None:
+    """Unless the pattern itself says hidden."""
+    expected = (["a.txt", "x/e.txt"], {"a run", "a model", "hidden"})
+    assert found("**/*.txt") == found("*") == expected
+    assert sorted(os.path.relpath(path) for path in found(str(here))[0]) == expected[0]
+    assert found(".git/*.txt")[0] == [".git/c.txt"]
+
+
+def test_what_is_hidden_in_an_archive_is_counted_as_in_a_folder(tmp_path: Path) -> None:
+    names = ["./a.txt", "b/../c.txt", "x/e.py", ".f.txt", "x/.git/g.txt", "__MACOSX/x/._e.py"]
+    names += ["x/__pycache__/h.py", ".DS_Store"]
+    with (
+        zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped,
+        tarfile.open(tmp_path / "a.tar", "w") as rolled,
+    ):
+        for name in names:
+            zipped.writestr(name, name)
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            rolled.addfile(member, io.BytesIO(name.encode()))
+    for archive in ("a.zip", "a.tar"):
+        source, refused = find((str(tmp_path / archive),))[0][0], list[Skipped]()
+        texts = [b"".join(chunks).decode() for _, _, chunks in streams(source, refused.append)]
+        assert texts == names[:3]
+        assert [(item.reason, item.where.split("!")[1]) for item in refused] == [
+            ("hidden", name) for name in names[3:]
+        ]
+
+
+@pytest.mark.parametrize("header", [f"text,{'n' * 2000}", f"{'n' * 2000},text"])
+@pytest.mark.parametrize("ending", ["csv", "csv.gz"])
+def test_a_header_too_long_to_keep_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str, ending: str
+) -> None:
+    """It was cut, so each piece lost its first row, or its text column, and said another reason."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 3000)
+    data = "\n".join([header, *(f"row {i},row {i}" for i in range(500)), ""]).encode()
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    texts, refused = read(path, tmp_path)
+    assert (len(texts), refused) == (500, [])
+    monkeypatch.setattr(units, "_HEADER_BYTES", 1000)
+    texts, refused = read(path, tmp_path)
+    assert texts == []
+    assert {item.reason for item in refused} == {"piece of a table whose header is over 1 MiB"}
+
+
+def test_merge_wants_the_inputs_of_its_parts(tmp_path: Path) -> None:
+    """One that is gone would be missing in a result that is said to be complete."""
+    folder, out = tmp_path / "in", tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jsonl").write_bytes(jsonl(some(40, seed=i)))
+    for part in ("1/2", "2/2"):
+        run(out, folder, part=part)
+    (folder / "1.jsonl").rename(tmp_path / "1.jsonl")
+    with pytest.raises(SotaError, match=r"changed since.* without --part") as caught:
+        merge(Merge(out=out, workers=1))
+    assert caught.value.code == 65 and not out.exists()
+    fails(73, "or changed ones", out=out, inputs=(folder,), part="1/2")
+    (tmp_path / "1.jsonl").rename(folder / "1.jsonl")
+    merge(Merge(out=out, workers=1))
+    assert everything(out) == sorted(text for i in range(3) for text in some(40, seed=i))
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.bin"])
+def test_a_member_of_any_claimed_size_ends_with_its_archive(
+    tmp_path: Path, ending: str, name: str
+) -> None:
+    """Taken or passed over; 10**20 bytes would be read, or looked for, for years."""
+    member = tarfile.TarInfo(name)
+    member.size, member.pax_headers = 5, {"size": str(10**20)}
+    path = tmp_path / f"a.{ending}"
+    with tarfile.open(path, "w:gz" if ending.endswith("gz") else "w") as archive:
+        archive.addfile(member, io.BytesIO(b"bytes"))
+    started = time.process_time()
+    assert read(path, tmp_path)[1][-1].reason.startswith("damaged archive")
+    assert time.process_time() - started < 5
+
+
+def test_a_link_in_a_zip_is_no_text(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        link = zipfile.ZipInfo("link.txt")
+        link.create_system, link.external_attr = 3, 0o120777 << 16
+        archive.writestr(link, "../the/path/of/a/text.txt")
+        archive.writestr("a.txt", "a text")
+    texts, refused = read(tmp_path / "a.zip", tmp_path)
+    assert texts == ["a text"]
+    assert [item.reason for item in refused] == ["link or device inside an archive"]
