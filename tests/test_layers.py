@@ -16,6 +16,7 @@ ORDER = [
     "presets",
     "schedules",
     "durable",
+    "shapes",
     "data",
     "model",
     "runtime",
@@ -67,7 +68,7 @@ def test_what_each_part_may_not_import(path: Path) -> None:
     roots = {module.split(".")[0] for module in imports(path)} - {"sota_transformer"}
     third_party = roots - set(sys.stdlib_module_names)
     name = layer(path)
-    if name in ("errors", "config", "presets", "schedules", "durable"):
+    if name in ("errors", "config", "presets", "schedules", "durable", "shapes"):
         assert not third_party
     if name == "data":
         assert "torch" not in third_party
