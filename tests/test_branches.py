@@ -1,0 +1,26 @@
+"""Where two histories of a run meet: what the one that was left leaves behind, or must not."""
+
+import dataclasses
+
+import pytest
+
+from sota_transformer.training import checkpoint
+from sota_transformer.training.start import train
+from tests.training_runs import InterruptError, MakeRun, change, stop_after
+
+
+def resumed(config, word: str):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=word))
+
+
+def test_the_first_save_of_a_branch_removes_the_other_one_before_it_too(
+    make_run: MakeRun, monkeypatch
+) -> None:
+    """Else a left branch's checkpoint is the second newest: kept, and fallen back to."""
+    config = make_run(steps=12, save_every_steps=2, keep_checkpoints=9)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 9)
+        train(config)
+    assert checkpoint.steps(config.run.out) == [2, 4, 6, 8]
+    train(change(resumed(config, "step:4"), save_every_steps=7))
+    assert checkpoint.steps(config.run.out) == [2, 4, 7, 12]
