@@ -357,6 +357,7 @@ class Trainer:
                 "guard": self.guard.state(),
                 "scaler": self.scaler.state_dict(),
                 "best": self.judge.best,
+                "view": self.judge.view,
             },
             manifest={
                 "data": self.windows.fingerprint,
