@@ -1,9 +1,13 @@
 """Where two histories of a run meet: what the one that was left leaves behind, or must not."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from sota_transformer.data.prepare import prepare
+from sota_transformer.errors import BAD_DATA, SotaError
+from sota_transformer.options import Prepare
 from sota_transformer.training import checkpoint
 from sota_transformer.training.start import train
 from tests.training_runs import InterruptError, MakeRun, change, stop_after
@@ -43,3 +47,18 @@ def test_losses_of_before_an_override_of_what_a_token_sees_do_not_compare(
     train(dataclasses.replace(longer, **{section: other}, optim=spoilt, run=run))
     assert "validation was lowest at step 4" not in capsys.readouterr().out
     assert 4 not in checkpoint.steps(config.run.out)
+
+
+def test_a_complete_run_is_not_called_complete_on_other_data(
+    make_run: MakeRun, corpus: Path, tmp_path: Path
+) -> None:
+    """`sota train` said what it had never read: so many epochs of this data, and nothing to do."""
+    config = make_run(steps=2)
+    train(config)
+    more = tmp_path / "more"
+    prepare(Prepare(inputs=(str(corpus),), out=more, val_fraction=0.2, workers=1))
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, path=more))
+    with pytest.raises(SotaError, match="is not the data this run was trained on") as caught:
+        train(other)
+    assert caught.value.code == BAD_DATA
+    assert train(config) is None
