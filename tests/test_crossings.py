@@ -1,0 +1,25 @@
+"""Where two features meet: what one command prints is what the next one takes and says."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from sota_transformer import plan
+from sota_transformer.cli import main
+from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.inference.layout import huggingface_config, own_config
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.presets import PRESETS
+from tests.inference_models import write_run
+
+SMALL = dataclasses.replace(PRESETS["tiny"]().model, layers=1, d_model=32, d_ff=32, seq_len=16)
+
+
+def test_a_plan_for_hours_counts_the_preset_that_was_asked_for(monkeypatch, capsys) -> None:
+    """`tiny` was measured and then left out, so that nothing fitted where it did."""
+    speed = plan.Speed(seconds=1.0, tokens=512, memory=1)
+    monkeypatch.setattr(plan, "measure", lambda _: speed)
+    assert main(["plan", "tiny", "--hours", "0.01"]) == 0
+    assert capsys.readouterr().out.endswith("best: sota train tiny --steps 36\n")
