@@ -23,3 +23,13 @@ def test_a_plan_for_hours_counts_the_preset_that_was_asked_for(monkeypatch, caps
     monkeypatch.setattr(plan, "measure", lambda _: speed)
     assert main(["plan", "tiny", "--hours", "0.01"]) == 0
     assert capsys.readouterr().out.endswith("best: sota train tiny --steps 36\n")
+
+
+def test_the_config_counts_tokens_as_the_plan_does(monkeypatch, capsys, data) -> None:
+    asked = ["tiny", "--data", str(data), "--data.windows", "best-fit"]
+    monkeypatch.setattr(plan, "step_seconds", lambda *_: (2.0, 1.0))
+    assert main(["plan", *asked]) == 0
+    (planned,) = re.findall("^run: .*", capsys.readouterr().out, re.M)
+    assert main(["config", *asked]) == 0
+    assert f"# {planned}\n" in capsys.readouterr().out
+    assert main(["config", *asked[:2], "elsewhere", *asked[3:]]) == 0
