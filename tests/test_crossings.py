@@ -33,3 +33,20 @@ def test_the_config_counts_tokens_as_the_plan_does(monkeypatch, capsys, data) ->
     assert main(["config", *asked]) == 0
     assert f"# {planned}\n" in capsys.readouterr().out
     assert main(["config", *asked[:2], "elsewhere", *asked[3:]]) == 0
+
+
+def folder_of(path: Path, vocab_size: int) -> Path:
+    """An exported model with a vocabulary of this size."""
+    model = Transformer(dataclasses.replace(SMALL, vocab_size=vocab_size)).eval()
+    run = str(write_run(path / "run", model))
+    assert main(["export", run, "--out", str(path / "model")]) == 0
+    return path / "model"
+
+
+def test_an_import_prints_no_command_that_is_refused(tmp_path: Path, data, capsys) -> None:
+    folder, out = folder_of(tmp_path, GPT2_VOCAB), tmp_path / "imported"
+    asked = ["import", str(folder), "--out", str(out)]
+    assert main([*asked, "--data", str(data)]) == 2
+    assert "50,257 ids and prepared data 50,258" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(asked) == 0

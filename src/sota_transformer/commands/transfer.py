@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sota_transformer import durable
 from sota_transformer.commands.common import Opened, check, open_model
-from sota_transformer.config import Data, Optim, Run, RunConfig, Train
+from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.shards import load_manifest
 from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
 from sota_transformer.inference.export import (
@@ -151,6 +151,11 @@ def run_import(options: Import) -> int:
     """A run at step 0 with the folder's weights, to evaluate, use or train on."""
     check(_free(options.out))
     model, out = read_model(options.model), options.out.absolute()
+    if options.data and model.config.vocab_size < VOCAB:
+        raise SotaError(
+            f"{options.model} has {model.config.vocab_size:,} ids and prepared data {VOCAB:,}, so it "
+            "cannot be trained on; leave --data out to evaluate, use or export it"
+        )
     data = options.data.absolute() if options.data else Path()
     fingerprint = load_manifest(data)["fingerprint"] if options.data else None
     config = RunConfig(
