@@ -50,3 +50,16 @@ def test_an_import_prints_no_command_that_is_refused(tmp_path: Path, data, capsy
     assert "50,257 ids and prepared data 50,258" in capsys.readouterr().err
     assert not out.exists()
     assert main(asked) == 0
+
+
+def test_the_card_of_an_imported_model_does_not_say_how_it_was_trained(
+    tmp_path: Path, capsys
+) -> None:
+    folder, out = folder_of(tmp_path, GPT2_VOCAB + 1), tmp_path / "imported"
+    assert main(["import", str(folder), "--out", str(out)]) == 0
+    assert main(["export", str(out), "--out", str(tmp_path / "again")]) == 0
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "scratch" not in card and "Trained for" not in card
+    assert "Trained for" in (folder / "README.md").read_text()
+    weights = "model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()

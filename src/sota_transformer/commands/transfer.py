@@ -104,8 +104,8 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags: [sota-transformer]\n---",
         f"# {opened.name}",
-        f"A {kind} language model of {c.parameter_count:,} parameters, pretrained from scratch "
-        f"with `sota_transformer`; GPT-2's tokenizer and one pad token. It continues text; it was "
+        f"A {kind} language model of {c.parameter_count:,} parameters, written by "
+        f"`sota_transformer`; GPT-2's tokenizer and one pad token. It continues text; it was "
         "not tuned to follow instructions, and it repeats what its training text says.",
         "| layers | width | heads | key/value heads | feed-forward | context | vocabulary |\n"
         "|---|---|---|---|---|---|---|\n"
@@ -116,11 +116,12 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
         seen = opened.step or 0
         trainer = json.loads((checkpoint.path_of(folder, seen) / "trainer.json").read_bytes())
         learned = f" on {trainer['tokens']:,} tokens" if "tokens" in trainer else ""
-        lines.append(
-            f"Trained for {seen:,} of {counted(opened.config.train.steps, 'step')}{learned}, in "
-            f"windows of {c.seq_len}, seed {opened.config.run.seed}, on the data "
-            f"`{opened.config.data.path.name}`."
-        )
+        if seen or learned:  # else imported and no more
+            lines.append(
+                f"Trained for {seen:,} of {counted(opened.config.train.steps, 'step')}{learned}, "
+                f"in windows of {c.seq_len}, seed {opened.config.run.seed}, on the data "
+                f"`{opened.config.data.path.name}`."
+            )
     if figures := _figures(folder, opened.step):
         lines.append(figures)
     lines.append(
