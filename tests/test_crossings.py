@@ -63,3 +63,10 @@ def test_the_card_of_an_imported_model_does_not_say_how_it_was_trained(
     assert "Trained for" in (folder / "README.md").read_text()
     weights = "model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+def test_an_untied_head_is_refused_once() -> None:
+    values = huggingface_config(SMALL, "float32") | {"tie_word_embeddings": False}
+    with pytest.raises(Exception, match="ties them") as caught:
+        own_config(values)
+    assert str(caught.value).count("tie_word_embeddings") == 1
