@@ -25,7 +25,7 @@ from sota_transformer.presets import PRESETS, command
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
-from sota_transformer.words import counted
+from sota_transformer.words import counted, perplexity
 
 
 def run_export(options: Export) -> int:
@@ -135,7 +135,7 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
 
 def _figures(folder: Path, step: int | None) -> str:
     """The last validation up to `step`, as a table; empty where there was none."""
-    lines = [line for line in read_metrics(folder) if "val_loss" in line]
+    lines = [line for line in read_metrics(folder) if isinstance(line.get("val_loss"), float)]
     until = [line for line in lines if line["step"] <= (step or 0)]
     if not until:
         return ""
@@ -143,7 +143,7 @@ def _figures(folder: Path, step: int | None) -> str:
     return (
         "| validation loss (nats a token) | perplexity | bits per byte | tokens | step |\n"
         "|---|---|---|---|---|\n"
-        f"| {last['val_loss']:.4f} | {last['val_perplexity']:.2f} | "
+        f"| {last['val_loss']:.4f} | {perplexity(last['val_perplexity'])} | "
         f"{last['val_bits_per_byte']:.4f} | {last['val_tokens']:,} | {last['step']:,} |"
     )
 
@@ -154,8 +154,8 @@ def run_import(options: Import) -> int:
     model, out = read_model(options.model), options.out.absolute()
     if options.data and model.config.vocab_size < VOCAB:
         raise SotaError(
-            f"{options.model} has {model.config.vocab_size:,} ids and prepared data {VOCAB:,}, so it "
-            "cannot be trained on; leave --data out to evaluate, use or export it"
+            f"{options.model} has {model.config.vocab_size:,} ids and prepared data {VOCAB:,}, so "
+            "it cannot be trained on; leave --data out to evaluate, use or export it"
         )
     data = options.data.absolute() if options.data else Path()
     fingerprint = load_manifest(data)["fingerprint"] if options.data else None
