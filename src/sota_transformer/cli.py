@@ -259,11 +259,12 @@ def _doctor(arguments: list[str]) -> int:
 
 def _config(arguments: list[str]) -> int:
     config = resolve(arguments, "config")
-    from sota_transformer.plan import memory_estimate
+    from sota_transformer.plan import memory_estimate, padding
     from sota_transformer.schedules import describe
 
+    share = padding(config) if config.data.path.is_dir() else 0.0  # it may be for another machine
     print(config.to_json(), end="")
-    for line in (*describe(config), memory_estimate(config)):
+    for line in (*describe(config, share), memory_estimate(config)):
         print(f"# {line}")
     return 0
 

@@ -38,6 +38,7 @@ from sota_transformer.report import (
 )
 from sota_transformer.schedules import step_tokens
 from sota_transformer.training.runlog import read_config
+from sota_transformer.words import perplexity
 
 # Okabe and Ito's colours, which the colour-blind tell apart; with five dashes, thirty looks.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -200,7 +201,7 @@ def _judgement(kind: str, line: dict[str, Any]) -> dict[str, str]:
         error = line.get("val_error")  # a single window has none
         cells = (
             f"{line['val_loss']:.4f}" + (f" +- {error:.4f}" if _number(error) else ""),
-            f"{line['val_perplexity']:,.2f}",
+            perplexity(line.get("val_perplexity")),
             f"{line['val_bits_per_byte']:.4f}",
             f"{line['step']:,}",
         )

@@ -106,7 +106,7 @@ def compare(
     """What each preset would make of the time, and which to take."""
     choices = []
     recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
-    for name in ("16m", "125m", "250m"):
+    for name in (name for name in PRESETS if name in (preset, "16m", "125m", "250m")):
         own = PRESETS[name](recipe)
         other = dataclasses.replace(own, run=config.run, data=config.data)
         other = config if name == preset else other

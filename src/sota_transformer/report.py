@@ -135,8 +135,9 @@ def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
 
 def validations(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of validations."""
-    names = ("val_loss", "val_perplexity", "val_bits_per_byte")
-    return [m for m in metrics if all(isinstance(m.get(name), int | float) for name in names)]
+    names = ("val_loss", "val_bits_per_byte")
+    numbers = (m for m in metrics if all(isinstance(m.get(name), int | float) for name in names))
+    return [m for m in numbers if isinstance(m.get("val_perplexity", ""), int | float | None)]
 
 
 def _charts(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:

@@ -1,6 +1,30 @@
 """What several commands say in the same words."""
 
+import json
+import math
+from typing import Any
+
 
 def counted(number: int, noun: str) -> str:
     """A number of things: `1 step`, `2,000 steps`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def perplexity(value: float | None) -> str:
+    """A perplexity, of any size; None is one that JSON could not hold."""
+    if value is None:
+        return "inf"
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"
+
+
+def json_line(value: Any) -> str:
+    """`value` as JSON, which knows no NaN and no infinity: null stands for both."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,7 +20,7 @@ from sota_transformer.inference.perplexity import sliding_sums, summarise
 from sota_transformer.inference.references import REFERENCES
 from sota_transformer.options import Evaluate
 from sota_transformer.training import checkpoint
-from sota_transformer.words import counted
+from sota_transformer.words import counted, json_line, perplexity
 
 
 def run_evaluate(options: Evaluate) -> int:
@@ -47,7 +47,7 @@ def run_evaluate(options: Evaluate) -> int:
     if options.tasks:
         result["lm_eval"] = _harness(options, opened, tokenizer)
     if options.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json_line(result))
     else:
         _print_table(result)
     return 0
@@ -230,7 +230,7 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{counted(result['sequences'], 'window')}, "
             f"context {result['context']}, stride {result['stride']}\n"
             f"  loss            {result['nats']:.4f}{error} {unit}\n"
-            f"  perplexity      {result['perplexity']:.3f}\n"
+            f"  perplexity      {perplexity(result['perplexity'])}\n"
             f"  bits per byte   {result['bits_per_byte']:.4f}"
         )
     names = []

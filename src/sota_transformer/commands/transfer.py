@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sota_transformer import durable
 from sota_transformer.commands.common import Opened, check, open_model
-from sota_transformer.config import Data, Optim, Run, RunConfig, Train
+from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.shards import load_manifest
 from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
 from sota_transformer.inference.export import (
@@ -26,10 +26,12 @@ from sota_transformer.shapes import misfit
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
-from sota_transformer.words import counted
+from sota_transformer.words import counted, perplexity
 
 _JUDGED = {
-    **dict.fromkeys(("val_loss", "val_perplexity", "val_bits_per_byte"), float),
+    "val_loss": float,
+    "val_perplexity": (float, None),
+    "val_bits_per_byte": float,
     "val_tokens": int,
 }
 
@@ -110,8 +112,8 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags: [sota-transformer]\n---",
         f"# {opened.name}",
-        f"A {kind} language model of {c.parameter_count:,} parameters, pretrained from scratch "
-        f"with `sota_transformer`; GPT-2's tokenizer and one pad token. It continues text; it was "
+        f"A {kind} language model of {c.parameter_count:,} parameters, written by "
+        f"`sota_transformer`; GPT-2's tokenizer and one pad token. It continues text; it was "
         "not tuned to follow instructions, and it repeats what its training text says.",
         "| layers | width | heads | key/value heads | feed-forward | context | vocabulary |\n"
         "|---|---|---|---|---|---|---|\n"
@@ -122,11 +124,12 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
         seen = opened.step or 0
         trainer = json.loads((checkpoint.path_of(folder, seen) / "trainer.json").read_bytes())
         learned = f" on {trainer['tokens']:,} tokens" if "tokens" in trainer else ""
-        lines.append(
-            f"Trained for {seen:,} of {counted(opened.config.train.steps, 'step')}{learned}, in "
-            f"windows of {c.seq_len}, seed {opened.config.run.seed}, on the data "
-            f"`{opened.config.data.path.name}`."
-        )
+        if seen or learned:  # else imported and no more
+            lines.append(
+                f"Trained for {seen:,} of {counted(opened.config.train.steps, 'step')}{learned}, "
+                f"in windows of {c.seq_len}, seed {opened.config.run.seed}, on the data "
+                f"`{opened.config.data.path.name}`."
+            )
     if figures := _figures(folder, opened.step):
         lines.append(figures)
     lines.append(
@@ -148,7 +151,7 @@ def _figures(folder: Path, step: int | None) -> str:
     return (
         "| validation loss (nats a token) | perplexity | bits per byte | tokens | step |\n"
         "|---|---|---|---|---|\n"
-        f"| {last['val_loss']:.4f} | {last['val_perplexity']:.2f} | "
+        f"| {last['val_loss']:.4f} | {perplexity(last['val_perplexity'])} | "
         f"{last['val_bits_per_byte']:.4f} | {last['val_tokens']:,} | {last['step']:,} |"
     )
 
@@ -157,6 +160,11 @@ def run_import(options: Import) -> int:
     """A run at step 0 with the folder's weights, to evaluate, use or train on."""
     check(_free(options.out))
     model, out = read_model(options.model), options.out.absolute()
+    if options.data and model.config.vocab_size < VOCAB:
+        raise SotaError(
+            f"{options.model} has {model.config.vocab_size:,} ids and prepared data {VOCAB:,}, so "
+            "it cannot be trained on; leave --data out to evaluate, use or export it"
+        )
     data = options.data.absolute() if options.data else Path()
     fingerprint = load_manifest(data)["fingerprint"] if options.data else None
     config = RunConfig(

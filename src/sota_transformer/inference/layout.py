@@ -36,7 +36,7 @@ _ALLOWED: dict[str, tuple[Any, ...] | None] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": None,  # looked at apart: it has to be there
     "rope_scaling": (None,),
     "use_sliding_window": (False,),
     "sliding_window": (None,),

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,11 @@ class State:
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
-def save(run_folder: Path, state: State) -> Path:
+def save(run_folder: Path, state: State, own: Collection[int] = ()) -> Path:
     """Commit `state`; when this returns, it survives a power cut and is the newest that verifies.
 
-    SotaError 70, 74 or OSError.
+    Later steps than the first of `own`, which this process has loaded or written, are of a branch
+    that was left by --resume step:N, and go. SotaError 70, 74 or OSError.
     """
     folder = run_folder / "checkpoints"
     durable.make_folder(folder)
@@ -81,8 +82,9 @@ def save(run_folder: Path, state: State) -> Path:
             with writer.create(f"{name}.safetensors") as file:
                 write_safetensors(file.write, tensors)
         writer.write("trainer.json", durable.canonical_json(state.trainer | {"step": state.step}))
+    begun, kept = min(own, default=state.step), {*own, state.step}
     for step in steps(run_folder):
-        if step > state.step and not _problems(run_folder, step):  # left behind by --resume step:N
+        if step > begun and step not in kept and not _problems(run_folder, step):
             durable.discard(path_of(run_folder, step))
     return final
 

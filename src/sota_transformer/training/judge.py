@@ -25,6 +25,7 @@ class Judge:
         self.tokenizer = Tokenizer()
         self.windows = TokenWindows(config.data.path, "val", config.model.seq_len)
         self.best: dict[str, Any] | None = None  # step, nats and tokens of the lowest loss
+        self.view = [config.model.seq_len, config.data.document_mask]  # what a token may see
 
     def validate(self, model: Transformer, step: int) -> Perplexity:
         """Plain loss of the model after `step` steps, without dropout."""
@@ -54,11 +55,15 @@ class Judge:
             self.best = {"step": step, "nats": nats, "tokens": tokens}
 
     def recall(self, state: checkpoint.State) -> None:
-        """The best there was when `state` was saved; nothing where --data-change dropped it.
+        """The best there was when `state` was saved; nothing where --data-change dropped it, or
+        --override changed what a token may see.
 
         A run's last step is saved first and judged then, so that stands in the log alone.
         """
         self.best, folder = state.trainer.get("best"), self.config.run.out
+        if state.trainer.get("view", self.view) != self.view:
+            self.best = None
+            return
         if self.best and not checkpoint.path_of(folder, self.best["step"]).is_dir():
             self.best = None  # deleted by a branch that was left
         for line in read_metrics(folder) if "best" in state.trainer else ():

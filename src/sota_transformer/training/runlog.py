@@ -23,6 +23,7 @@ from sota_transformer import durable
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.training.signals import Stopped
+from sota_transformer.words import json_line, perplexity
 
 _SAMPLE_LINES = 12
 
@@ -119,7 +120,7 @@ class RunLog:
     def _write(self, values: dict[str, Any]) -> None:
         if not self.silent:
             with durable.naming(self.folder / "metrics.jsonl"):
-                self._metrics.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+                self._metrics.write(json_line({**values, "time": round(time.time(), 3)}) + "\n")
                 self._metrics.flush()
 
     def _show(self, line: str) -> None:
@@ -140,7 +141,7 @@ class RunLog:
             rows.add_row("learning rate", f"{last['lr']:.2e}", "memory", memory)
             rows.add_row("dropout", f"{last['dropout']:.3f}", "time left", left)
         if "val_loss" in last:
-            value = f"{last['val_loss']:.4f} (perplexity {last['val_perplexity']:.1f})"
+            value = f"{last['val_loss']:.4f} (perplexity {perplexity(last['val_perplexity'])})"
             rows.add_row("validation", value, "bits/byte", f"{last['val_bits_per_byte']:.4f}")
         sample = Text("\n".join(self._sample.splitlines()[:_SAMPLE_LINES]), style="dim")
         return Panel(Group(self._bar, rows, sample), title=str(self.folder))
@@ -152,7 +153,7 @@ def judgement(values: dict[str, Any]) -> str:
     shown = f" +- {error:.4f}" if isinstance(error, int | float) else ""
     return (
         f"{values['val_loss']:.4f}{shown} nats, perplexity "
-        f"{values['val_perplexity']:.2f}, {values['val_bits_per_byte']:.4f} bits/byte"
+        f"{perplexity(values['val_perplexity'])}, {values['val_bits_per_byte']:.4f} bits/byte"
     )
 
 

@@ -52,12 +52,12 @@ def train(
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(config, runtime, trainer, log, state)
+        if state is not None:
+            changed += changes.of_data(config, state, trainer)
         if start >= config.train.steps and _finished(folder, start, verified):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
-        if state is not None:
-            changed += changes.of_data(config, state, trainer)
         differing = changes.of_numerics(state, trainer) if state is not None else []
         if config.run.exact and (found := changed + differing):
             raise SotaError(f"--exact: {'; '.join(found)}. Go on as before, or without --exact")

@@ -334,7 +334,7 @@ class Trainer:
     def _save(self) -> None:
         self.signals.critical(True)
         if self.runtime.rank == 0:
-            checkpoint.save(self.config.run.out, self.state())
+            checkpoint.save(self.config.run.out, self.state(), self.good)
             self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}")
             keep, trusted = self.config.train.keep_checkpoints, {*self.good, self.step}
             checkpoint.prune(self.config.run.out, keep, trusted, self.judge.best_step)
@@ -350,7 +350,7 @@ class Trainer:
             self.log.say(f"saved step {self.step}; {why}")
             return
         if self.runtime.rank == 0:
-            checkpoint.save(self.config.run.out, self.state())
+            checkpoint.save(self.config.run.out, self.state(), self.good)
         self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}; {why}")
 
     def state(self) -> checkpoint.State:
@@ -366,6 +366,7 @@ class Trainer:
                 "guard": self.guard.state(),
                 "scaler": self.scaler.state_dict(),
                 "best": self.judge.best,
+                "view": self.judge.view,
             },
             manifest={
                 "data": self.windows.fingerprint,

@@ -1,0 +1,107 @@
+"""Where two features meet: what one command prints is what the next one takes and says."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sota_transformer import plan
+from sota_transformer.cli import main
+from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.inference.layout import huggingface_config, own_config
+from sota_transformer.model.transformer import Transformer
+from sota_transformer.presets import PRESETS
+from sota_transformer.training.runlog import RunLog
+from tests.inference_models import write_run
+
+NUMBERS = ("loss", "smoothed_loss", "lr", "gradient_norm", "tokens_per_second", "memory")
+SMALL = dataclasses.replace(PRESETS["tiny"]().model, layers=1, d_model=32, d_ff=32, seq_len=16)
+
+
+def test_a_plan_for_hours_counts_the_preset_that_was_asked_for(monkeypatch, capsys) -> None:
+    """`tiny` was measured and then left out, so that nothing fitted where it did."""
+    speed = plan.Speed(seconds=1.0, tokens=512, memory=1)
+    monkeypatch.setattr(plan, "measure", lambda _: speed)
+    assert main(["plan", "tiny", "--hours", "0.01"]) == 0
+    assert capsys.readouterr().out.endswith("best: sota train tiny --steps 36\n")
+
+
+def test_the_config_counts_tokens_as_the_plan_does(monkeypatch, capsys, data) -> None:
+    asked = ["tiny", "--data", str(data), "--data.windows", "best-fit"]
+    monkeypatch.setattr(plan, "step_seconds", lambda *_: (2.0, 1.0))
+    assert main(["plan", *asked]) == 0
+    (planned,) = re.findall("^run: .*", capsys.readouterr().out, re.M)
+    assert main(["config", *asked]) == 0
+    assert f"# {planned}\n" in capsys.readouterr().out
+    assert main(["config", *asked[:2], "elsewhere", *asked[3:]]) == 0
+
+
+def folder_of(path: Path, vocab_size: int) -> Path:
+    """An exported model with a vocabulary of this size."""
+    model = Transformer(dataclasses.replace(SMALL, vocab_size=vocab_size)).eval()
+    run = str(write_run(path / "run", model))
+    assert main(["export", run, "--out", str(path / "model")]) == 0
+    return path / "model"
+
+
+def test_an_import_prints_no_command_that_is_refused(tmp_path: Path, data, capsys) -> None:
+    folder, out = folder_of(tmp_path, GPT2_VOCAB), tmp_path / "imported"
+    asked = ["import", str(folder), "--out", str(out)]
+    assert main([*asked, "--data", str(data)]) == 2
+    assert "50,257 ids and prepared data 50,258" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(asked) == 0
+
+
+def test_the_card_of_an_imported_model_does_not_say_how_it_was_trained(
+    tmp_path: Path, capsys
+) -> None:
+    folder, out = folder_of(tmp_path, GPT2_VOCAB + 1), tmp_path / "imported"
+    assert main(["import", str(folder), "--out", str(out)]) == 0
+    assert main(["export", str(out), "--out", str(tmp_path / "again")]) == 0
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "scratch" not in card and "Trained for" not in card
+    assert "Trained for" in (folder / "README.md").read_text()
+    weights = "model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+def test_an_untied_head_is_refused_once() -> None:
+    values = huggingface_config(SMALL, "float32") | {"tie_word_embeddings": False}
+    with pytest.raises(Exception, match="ties them") as caught:
+        own_config(values)
+    assert str(caught.value).count("tie_word_embeddings") == 1
+
+
+def strict(text: str) -> dict:
+    """As a program reads JSON that does not know Python's NaN and Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_what_is_not_finite_is_json_all_the_same(tmp_path: Path, capsys) -> None:
+    """And a perplexity of a broken model has not three hundred digits."""
+    model = Transformer(SMALL).eval()
+    with torch.no_grad():
+        model.norm.weight.mul_(1e6)
+    run = write_run(tmp_path / "run", model)
+    (tmp_path / "text.txt").write_text("The captain saw the ship.")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--text", str(tmp_path / "text.txt"), "--json"]) == 0
+    assert strict(capsys.readouterr().out)["perplexity"] is None
+    with RunLog(run, 3) as log:
+        log.step({name: math.nan for name in NUMBERS} | {"step": 3, "seconds_left": 0.0})
+        for step, nats in ((2, 600.0), (3, 800.0)):
+            value = math.exp(nats) if nats < 700 else math.inf
+            figures = {"val_loss": nats, "val_error": 0.1, "val_perplexity": value}
+            log.validation({"step": step, **figures, "val_bits_per_byte": 9.0, "val_tokens": 9})
+    lines = [strict(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (lines[0]["loss"], lines[2]["val_perplexity"]) == (None, None)
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "perplexity 3.77e+260," in page and "perplexity inf," in page
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert "| 800.0000 | inf |" in (tmp_path / "out" / "README.md").read_text()
