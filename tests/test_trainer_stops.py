@@ -150,13 +150,13 @@ def wait_for(text: str, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves(make_run: MakeRun, number: int, code: int) -> None:
-    config = make_run(steps=50)
-    reference = make_run("reference", steps=50)
+    config = make_run(steps=30)
+    reference = make_run("reference", steps=30)
     train(reference)
     process = subprocess.Popen(
         command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for("step     10/50", process)
+    wait_for("step      5/30", process)
     process.send_signal(number)
     sent = time.monotonic()
     output, _ = process.communicate(timeout=30)
