@@ -56,50 +56,27 @@ def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArra
     order = gram_order(tokens, GRAM)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     grams = np.maximum(0, lengths.astype(np.int64) - GRAM)  # none reaches over its document's end
+    ends = starts + grams
     # Only the smallest numbers of a bin matter, so of a long document only its small ones do.
     share = np.minimum(1, _PER_MARK * MARKS / np.maximum(1, grams))
     left = np.flatnonzero(grams)
     while len(left):
-        long = share[left] < 1
-        for documents, numbers in ((left[~long], _all), (left[long], _small)):
-            if len(documents):
-                kept, counts = numbers(order, starts[documents], grams[documents], share[documents])
-                cell = np.repeat(documents * MARKS, counts)
-                cell += _bins(kept)
-                np.minimum.at(smallest.reshape(-1), cell, kept)
+        small = np.zeros(len(order), bool)
+        limits = (share[left] * _EMPTY).astype(np.uint32)
+        for start, end, limit in zip(
+            starts[left].tolist(), ends[left].tolist(), limits, strict=True
+        ):
+            np.less_equal(order[start:end], limit, out=small[start:end])
+        chosen = np.flatnonzero(small)
+        kept = order[chosen]
+        cell = np.repeat(left * MARKS, np.diff(np.searchsorted(chosen, ends[left]), prepend=0))
+        cell += _bins(kept)
+        np.minimum.at(smallest.reshape(-1), cell, kept)
         # A text that says the same again and again has fewer than it seems.
-        left = left[long]
-        left = left[np.count_nonzero(smallest[left] == _EMPTY, axis=1) > _PER_MARK]
+        empty = np.count_nonzero(smallest[left] == _EMPTY, axis=1)
+        left = left[(empty > _PER_MARK) & (share[left] < 1)]
         share[left] = np.minimum(1, _MORE * share[left])
     return smallest
-
-
-def _all(
-    order: NDArray[np.uint32], starts: NDArray[np.int64], grams: NDArray[np.int64], _: object
-) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """All 5-grams of some documents, one after another, and how many each has."""
-    spans = zip(starts.tolist(), (starts + grams).tolist(), strict=True)
-    return np.concatenate([order[start:end] for start, end in spans]), grams
-
-
-def _small(
-    order: NDArray[np.uint32],
-    starts: NDArray[np.int64],
-    grams: NDArray[np.int64],
-    share: NDArray[np.float64],
-) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """The same of those in the smallest `share` of all numbers."""
-    ends = np.cumsum(grams)
-    small = np.empty(ends[-1], bool)
-    limits = (share * _EMPTY).astype(np.uint32)
-    for start, count, end, limit in zip(
-        starts.tolist(), grams.tolist(), ends.tolist(), limits, strict=True
-    ):
-        np.less_equal(order[start : start + count], limit, out=small[end - count : end])
-    chosen = np.flatnonzero(small)
-    counts = np.diff(np.searchsorted(chosen, ends), prepend=0)
-    chosen += np.repeat(starts + grams - ends, counts)
-    return order[chosen], counts
 
 
 def _bins(order: NDArray[np.uint32]) -> NDArray[np.uint32]:
