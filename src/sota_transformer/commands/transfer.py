@@ -22,18 +22,11 @@ from sota_transformer.inference.export import (
 from sota_transformer.inference.folder import read_model
 from sota_transformer.options import Export, Import
 from sota_transformer.presets import PRESETS, command
-from sota_transformer.shapes import misfit
+from sota_transformer.report import validations
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.words import counted, perplexity
-
-_JUDGED = {
-    "val_loss": float,
-    "val_perplexity": (float, None),
-    "val_bits_per_byte": float,
-    "val_tokens": int,
-}
 
 
 def run_export(options: Export) -> int:
@@ -143,7 +136,7 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
 
 def _figures(folder: Path, step: int | None) -> str:
     """The last validation up to `step`, as a table; empty where there was none."""
-    lines = [line for line in read_metrics(folder) if not misfit(line, _JUDGED)]
+    lines = [m for m in validations(read_metrics(folder)) if isinstance(m.get("val_tokens"), int)]
     until = [line for line in lines if line["step"] <= (step or 0)]
     if not until:
         return ""

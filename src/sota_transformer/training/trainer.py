@@ -88,7 +88,7 @@ class Trainer:
         self._begin_interval()
         if self.guard.bad_in_a_row >= PATIENCE:  # stopped amid the last of them
             self._go_back()
-        elif self.step:
+        elif self.step and (self._due(train.eval_every) or self._due(train.sample_every)):
             known = judged(self.config.run.out, self.step)  # not where a signal came amid it
             self._judge_where_due(*self.runtime.of_first(*known))
         while self.step < train.steps:
@@ -109,7 +109,7 @@ class Trainer:
             self.log.say(self.judge.advice())
         return result
 
-    def _judge_where_due(self, validated: int = False, sampled: int = False) -> None:
+    def _judge_where_due(self, validated: int = 0, sampled: int = 0) -> None:
         """Validate and sample after this step, unless that was done before; the last is judged
         at the end.
         """
