@@ -50,8 +50,8 @@ _SETTING = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds",
 _EXPLAINED = (
     "+- beside a loss is its standard error over the windows of validation. Runs that compare were "
     "judged on the same windows: their errors are common to them and say little of how far apart "
-    "they are. A paired test needs the loss of each window, which a run does not log; '+- text' is "
-    "the sum of both errors, which that of the difference cannot exceed.",
+    "they are. '+- text' is the sum of both errors, which that of the difference cannot exceed; "
+    "`sota evaluate RUN --against RUN` measures it, window by window.",
     "Runs that differ in nothing but the seed are one line, their mean. The spread is the standard "
     "deviation over seeds, a rough guess from two or three; the difference is that to the first "
     "line, and '+- seeds' its standard error, which needs two seeds of both.",

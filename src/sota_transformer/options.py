@@ -149,6 +149,8 @@ class Evaluate:
     """Folder of a run or of a Hugging Face model of this family."""
     text: tuple[Path, ...] = ()
     """Text files or folders to judge on, each file a text; without any, the validation split."""
+    against: Path | None = None
+    """Another run or model, judged on the same text: the difference, with a paired error."""
     step: int | None = None
     """Checkpoint to judge; without it, the newest that verifies."""
     tokens: int = 0

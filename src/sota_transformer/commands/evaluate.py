@@ -16,7 +16,7 @@ from sota_transformer.durable import MANIFEST, read_manifest
 from sota_transformer.errors import BAD_DATA, NO_INPUT, USAGE, SotaError
 from sota_transformer.inference import benchmarks
 from sota_transformer.inference.generate import EOT
-from sota_transformer.inference.perplexity import sliding_sums, summarise
+from sota_transformer.inference.perplexity import Array, paired, sliding_sums, summarise
 from sota_transformer.inference.references import REFERENCES
 from sota_transformer.options import Evaluate
 from sota_transformer.training import checkpoint
@@ -41,7 +41,7 @@ def run_evaluate(options: Evaluate) -> int:
         "parameters": opened.model.config.parameter_count,
     }
     benchmarks_only = options.lambada or options.hellaswag or options.tasks
-    if options.text or not benchmarks_only:
+    if options.text or options.against or not benchmarks_only:
         result |= _text_figures(options, opened, tokenizer)
     result["benchmarks"] = [row._asdict() for row in _benchmarks(options, opened, tokenizer)]
     if options.tasks:
@@ -54,8 +54,13 @@ def run_evaluate(options: Evaluate) -> int:
 
 
 def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Perplexity of the texts given, or of the run's validation split."""
-    context = min(options.context or opened.model.config.seq_len, opened.model.config.seq_len)
+    """Perplexity on the texts given, or the run's validation split; beside another's if asked."""
+    models, folders = [opened], [options.run]
+    if options.against is not None:
+        models.append(open_model(options.against, options.device, None))
+        folders.append(options.against)
+    most = min(each.model.config.seq_len for each in models)
+    context = min(options.context or most, most)
     stride = min(options.stride or context, context)
     if options.text:
         files = _text_files(options.text)
@@ -64,18 +69,9 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
         )
         name = ", ".join(map(str, options.text))
     else:
-        if opened.config is None or opened.config.data.path == Path():  # `sota import` alone
-            kind = "exported" if opened.config is None else "imported"
-            raise SotaError(f"an {kind} model has no validation split; give --text FILE")
-        path = opened.config.data.path
-        if not path.is_dir():
-            raise SotaError(
-                f"{path}, the run's data, is not here; go to the folder from which the run was "
-                "started, or judge it on --text FILE",
-                NO_INPUT,
-            )
-        windows = TokenWindows(path, "val", context)
-        _warn_of_other_data(options.run, opened, windows.fingerprint)
+        path, windows = _validation_split(opened, context)
+        for folder, each in zip(folders, models, strict=True):
+            _warn_of_other_data(folder, each, path, windows.fingerprint)
         count = windows.tokens if not options.tokens else min(windows.tokens, options.tokens + 1)
         read, files = iter([windows.read(0, count)]), []
         name = f"validation split of {path}"
@@ -85,30 +81,76 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
         left -= len(texts[-1]) - 1
         if left <= 0:
             break
-    masked = opened.config is not None and opened.config.data.document_mask
-    with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
-        size, model = tokenizer.token_bytes, opened.model
-        sums = [
-            sliding_sums(model, each, size, context, stride, document_mask=masked, meter=meter)
-            for each in texts
-        ]
+    size = tokenizer.token_bytes
     try:
-        figures = summarise(np.concatenate(sums))
+        sums = [_sums(each, texts, size, context, stride) for each in models]
+        figures = [summarise(each) for each in sums]
     except ValueError as error:
         raise SotaError(f"{name}: {error}", BAD_DATA) from error
-    return {"text": name, "files": len(files), "context": context, "stride": stride} | (
-        figures._asdict()
-    )
+    result: dict[str, Any] = {"text": name, "files": len(files), "context": context}
+    result |= {"stride": stride} | figures[0]._asdict()
+    if options.against is not None:
+        other = {"model": models[1].name, "step": models[1].step} | figures[1]._asdict()
+        difference = paired(*sums)
+        result["against"] = other | {
+            "difference": difference.nats,
+            "paired_error": difference.error,
+        }
+    return result
 
 
-def _warn_of_other_data(run: Path, opened: Opened, fingerprint: str) -> None:
-    """Say so where the data is no longer what the model was trained on."""
-    assert opened.config is not None and opened.step is not None
+def _validation_split(opened: Opened, context: int) -> tuple[Path, TokenWindows]:
+    """The folder of the data that the run was trained on, and its windows for validation."""
+    if opened.config is None or not _trained_here(opened):
+        kind = "exported" if opened.config is None else "imported"
+        raise SotaError(f"an {kind} model has no validation split; give --text FILE")
+    path = opened.config.data.path
+    if not path.is_dir():
+        raise SotaError(
+            f"{path}, the run's data, is not here; go to the folder from which the run was "
+            "started, or judge it on --text FILE",
+            NO_INPUT,
+        )
+    return path, TokenWindows(path, "val", context)
+
+
+def _sums(
+    opened: Opened, texts: list[Array], token_bytes: Array, context: int, stride: int
+) -> Array:
+    """(N, 3) of all texts. ValueError when there is none."""
+    masked = opened.config is not None and opened.config.data.document_mask
+    with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
+        return np.concatenate(
+            [
+                sliding_sums(
+                    opened.model,
+                    each,
+                    token_bytes,
+                    context,
+                    stride,
+                    document_mask=masked,
+                    meter=meter,
+                )
+                for each in texts
+            ]
+        )
+
+
+def _warn_of_other_data(run: Path, opened: Opened, judged: Path, fingerprint: str) -> None:
+    """Say so where the data is not what the model was trained on."""
+    if not _trained_here(opened):
+        warn(f"{run} does not say what it was trained on: what is judged here may have been")
+        return
+    assert opened.step is not None
     manifest = read_manifest(checkpoint.path_of(run, opened.step) / MANIFEST)
     trained = str(manifest.get("data") or fingerprint)
     if not trained.startswith(fingerprint):  # behind it stood once how it was cut
-        text = f"{opened.config.data.path} is not what the run was trained on"
-        warn(f"{text}: what is judged here may have been")
+        warn(f"{judged} is not what {run} was trained on: what is judged here may have been")
+
+
+def _trained_here(opened: Opened) -> bool:
+    """Whether it is a run that was trained, not an exported or imported model."""
+    return opened.config is not None and opened.config.data.path != Path()
 
 
 def _text_files(paths: tuple[Path, ...]) -> list[Path]:
@@ -233,6 +275,8 @@ def _print_table(result: dict[str, Any]) -> None:
             f"  perplexity      {perplexity(result['perplexity'])}\n"
             f"  bits per byte   {result['bits_per_byte']:.4f}"
         )
+    if other := result.get("against"):
+        _print_difference(other)
     names = []
     for row in result["benchmarks"]:
         error = "" if row["error"] is None else f" +- {row['error']:.4f}"
@@ -249,3 +293,19 @@ def _print_table(result: dict[str, Any]) -> None:
         print("published, same protocol and full test set:")
         for r in shown:
             print(f"  {r.name:<28} {r.value:>12.4f} {r.model}{f' ({r.note})' if r.note else ''}")
+
+
+def _print_difference(other: dict[str, Any]) -> None:
+    """The other model's loss, and who is better as far as this text can tell."""
+    step = "" if other["step"] is None else f", step {other['step']:,}"
+    line = f"against {other['model']}{step}: {other['nats']:.4f}"
+    if other["error"] is None:
+        print(f"{line}\n  difference      {other['difference']:+.4f}")
+        return
+    told = "no difference that this text can show"
+    if abs(other["difference"]) > 2 * other["paired_error"]:
+        told = "worse" if other["difference"] > 0 else "better"
+    print(
+        f"{line} +- {other['error']:.4f}\n  difference      {other['difference']:+.4f} +- "
+        f"{other['paired_error']:.4f} (error over the same windows): {told}"
+    )
