@@ -187,10 +187,15 @@ def launch_two(config: RunConfig) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> None:
-    one = make_run("one", batch_rows=8, micro_rows=4)
+def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun, monkeypatch) -> None:
+    """Also where they go on from a step at which the model is judged: has it been, they agree."""
+    judged_on_its_way = {"batch_rows": 8, "micro_rows": 4, "eval_every": 5, "save_every_steps": 5}
+    one = make_run("one", **judged_on_its_way)
     train(one)
-    two = make_run("two", batch_rows=8, micro_rows=4)
+    two = make_run("two", **judged_on_its_way)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        stop_after(patch, 6)
+        train(two)
     launch_two(two)
     assert final_hash(one) == final_hash(two)
     assert losses(one) == losses(two)

@@ -136,7 +136,8 @@ class Runtime:
     def of_first(self, *values: int) -> list[int]:
         """What the first process says; the others' values do not count."""
         mine = values if self.rank == 0 else (0,) * len(values)
-        return list(map(int, self.sum_(torch.tensor(mine, device=self.device)).tolist()))
+        said = torch.tensor(mine, dtype=torch.int64, device=self.device)  # bools are a byte each
+        return self.sum_(said).tolist()
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum every gradient over ranks; losses are already divided by the global token count."""

@@ -153,8 +153,9 @@ def accidents(bench: Bench, count: int, seed: int = 0) -> Soak:
                 time.sleep(0.05)
                 goal = goal or (saved + SAVE_EVERY if source.random() < 0.01 else 0)
             time.sleep(source.uniform(0, 0.3))
-            name = names[result.kills % len(names)]
+            name, undisturbed = names[result.kills % len(names)], True
             if process.poll() is None and result.kills < count:
+                undisturbed = False
                 took = _accident(process, name, source, result, log)
                 slowest[name] = max(took, slowest.get(name, 0.0))
                 result.kills += 1
@@ -167,7 +168,9 @@ def accidents(bench: Bench, count: int, seed: int = 0) -> Soak:
             saved = max(saved, _said(log, 0))
             ours = re.findall(r'File "[^"]*sota_transformer/(?!cli)', text)
             result.check(not ours, f"{name}: {text[:1500]}")
-            if (out / "checkpoints" / f"step-{STEPS:08d}").exists() or result.wrong:
+            complete = (out / "checkpoints" / f"step-{STEPS:08d}").exists()
+            result.check(complete or not undisturbed, f"ended by itself: {text[:3000]}")
+            if complete or result.wrong:
                 break
         result.finished += 1
         again = start(command(bench, out, 1, 2), bench.root / "ranks-again")
