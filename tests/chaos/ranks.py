@@ -154,7 +154,8 @@ def accidents(bench: Bench, count: int, seed: int = 0) -> Soak:
                 goal = goal or (saved + SAVE_EVERY if source.random() < 0.01 else 0)
             time.sleep(source.uniform(0, 0.3))
             name, undisturbed = names[result.kills % len(names)], True
-            if process.poll() is None and result.kills < count:
+            # At its very end nobody waits for a rank any more that is stopped, but torchrun.
+            if process.poll() is None and result.kills < count and not _said(log, STEPS):
                 undisturbed = False
                 took = _accident(process, name, source, result, log)
                 slowest[name] = max(took, slowest.get(name, 0.0))
