@@ -25,6 +25,7 @@ ORDER = [
     "training",
     "report",
     "compare",
+    "probes",
     "doctor",
     "plan",
     "commands",
