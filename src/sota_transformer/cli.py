@@ -228,8 +228,7 @@ def _lengthen(arguments: list[str]) -> list[str]:
 
 
 def _train(arguments: list[str]) -> int:
-    config = resolve(arguments, "train")
-    return train_and_show(config)
+    return train_and_show(resolve(arguments, "train"))
 
 
 def train_and_show(config: RunConfig) -> int:
