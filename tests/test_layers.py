@@ -29,7 +29,7 @@ ORDER = [
     "doctor",
     "plan",
     "commands",
-    "mistakes",
+    "arguments",
     "cli",
     "__main__",
 ]
