@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchgen
 
-from sota_transformer import doctor, plan, runtime
+from sota_transformer import doctor, plan, probes, runtime
 from sota_transformer.cli import guarded
 from sota_transformer.commands.common import open_to_generate
 from sota_transformer.config import Model, Run, RunConfig
@@ -181,7 +181,7 @@ def test_the_doctor_sees_an_update_that_is_not_made(monkeypatch, kernel: str, re
             if fault:
                 patch.setattr(Away, "__torch_dispatch__", classmethod(lost))
             machine = Runtime.detect(Run(device="mps"), 1)
-            probe = partial(doctor._probe_update, recipe)
+            probe = partial(probes._probe_update, recipe)
             assert doctor._probed("updates", probe, machine).passed != fault
 
 
@@ -222,7 +222,7 @@ def test_the_doctor_sees_rows_that_read_each_others_masks(monkeypatch) -> None:
 
     machine = Runtime.detect(Run(device="cpu", dtype="bfloat16", compile="off"), 1)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    assert not doctor._probed("uneven rows", doctor._probe_generation, machine).passed
+    assert not doctor._probed("uneven rows", probes._probe_generation, machine).passed
 
 
 def test_float16_keeps_the_direction_of_a_small_gradient() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sota_transformer import doctor
+from sota_transformer import doctor, probes
 from sota_transformer.cli import main
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.errors import DIVERGED, SotaError
@@ -54,8 +54,8 @@ def broken_linear(x, weight, bias=None, original=F.linear):
 def test_one_tensor_of_no_number_is_caught(monkeypatch, what: str, place: int) -> None:
     """Python's max passes over NaN unless it comes first."""
     machine = runtime()
-    name = {"gradients": "_one_step", "updates": "_updated"}[what]
-    original = getattr(doctor, name)
+    name = {"gradients": "one_step", "updates": "_updated"}[what]
+    original = getattr(probes, name)
 
     def broken(*given):
         found = original(*given)
@@ -63,7 +63,7 @@ def test_one_tensor_of_no_number_is_caught(monkeypatch, what: str, place: int) -
             (found if what == "updates" else found[1])[place].fill_(torch.nan)
         return found
 
-    monkeypatch.setattr(doctor, name, broken)
+    monkeypatch.setattr(probes, name, broken)
     lines = failed(doctor.arithmetic(machine))
     expected = ["model forward and backward"]
     if what == "updates":
@@ -74,8 +74,8 @@ def test_one_tensor_of_no_number_is_caught(monkeypatch, what: str, place: int) -
 @pytest.mark.parametrize("errors", [(0.0, torch.nan), (torch.nan, 0.0)])
 def test_one_product_of_no_number_is_caught(monkeypatch, errors) -> None:
     left = list(errors)
-    monkeypatch.setattr(doctor, "_error", lambda *_: left.pop(0))
-    assert not doctor._probed("batched", doctor._probe_batched, runtime()).passed
+    monkeypatch.setattr(probes, "_error", lambda *_: left.pop(0))
+    assert not doctor._probed("batched", probes._probe_batched, runtime()).passed
 
 
 @pytest.mark.parametrize(

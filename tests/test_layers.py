@@ -25,10 +25,11 @@ ORDER = [
     "training",
     "report",
     "compare",
+    "probes",
     "doctor",
     "plan",
     "commands",
-    "mistakes",
+    "arguments",
     "cli",
     "__main__",
 ]

@@ -8,6 +8,7 @@ section has a problem. The options of the other verbs are in `options.py`.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -126,21 +127,13 @@ class Optim:
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
         shares = ("beta1", "beta2", "label_smoothing", "dropout_start", "dropout_end")
+        counts = ("warmup_steps", "weight_decay", "clip_norm", "matrix_rate")
         found = _positive(self, "optim", "learning_rate", "eps")
-        found += at_least(
-            self, "optim", 0, "warmup_steps", "weight_decay", "clip_norm", "matrix_rate"
+        found += at_least(self, "optim", 0, *counts)
+        found += _unless(lambda x: 0 <= x < 1, "in [0, 1)", self, "optim", *shares)
+        return found + _unless(
+            lambda x: 0 <= x <= 1, "in [0, 1]", self, "optim", "final_fraction", "cooldown"
         )
-        found += [
-            f"optim.{name} {getattr(self, name)} must be in [0, 1)"
-            for name in shares
-            if not 0 <= getattr(self, name) < 1
-        ]
-        found += [
-            f"optim.{name} {getattr(self, name)} must be in [0, 1]"
-            for name in ("final_fraction", "cooldown")
-            if not 0 <= getattr(self, name) <= 1
-        ]
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,17 +284,17 @@ def _section(kind: type, values: Any) -> Any:
 
 def at_least(section: object, prefix: str, least: int, *names: str) -> list[str]:
     """One line for each named field below `least`."""
-    return [
-        f"{prefix}.{name} {getattr(section, name)} must be at least {least}"
-        for name in names
-        if not getattr(section, name) >= least
-    ]
+    return _unless(lambda x: x >= least, f"at least {least}", section, prefix, *names)
 
 
 def _positive(section: object, prefix: str, *names: str) -> list[str]:
     """One line for each named field that is not above zero."""
-    return [
-        f"{prefix}.{name} {getattr(section, name)} must be above 0"
-        for name in names
-        if not getattr(section, name) > 0
-    ]
+    return _unless(lambda x: x > 0, "above 0", section, prefix, *names)
+
+
+def _unless(
+    holds: Callable[[Any], bool], must: str, section: object, prefix: str, *names: str
+) -> list[str]:
+    """One line for each named field of which this does not hold; it never does of NaN."""
+    values = vars(section)
+    return [f"{prefix}.{n} {values[n]} must be {must}" for n in names if not holds(values[n])]

@@ -1,9 +1,8 @@
 """Is this machine fit to train on? Every check computes something and compares it.
 
-The device's own arithmetic is held against the CPU's in float32 or float64: this very model
-forward and backward, both optimizers' updates, and one probe for each silent fault that a backend
-has shipped. Reading order: the probes, the check of the whole model, memory and disk, then `check`
-and `admit`, which training calls before it trusts a device.
+The device's own arithmetic is held against the CPU's: the probes of `probes.py`, and this very
+model forward and backward. `run_doctor` shows the table; `admit` is what training asks before it
+trusts a device. torch is imported when it is needed, so that a missing one can be said.
 """
 
 import contextlib
@@ -12,22 +11,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sota_transformer import durable
-from sota_transformer.config import Model, Run
+from sota_transformer.config import Run
 from sota_transformer.errors import DIVERGED, SotaError
 from sota_transformer.options import Doctor
-from sota_transformer.presets import PRESETS, Recipe
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from sota_transformer.runtime import Runtime
 
 _VERDICT = "doctor.json"
@@ -84,20 +77,9 @@ def check(options: Doctor) -> list[Check]:
 
 def arithmetic(runtime: "Runtime") -> list[Check]:
     """The probes and the whole model, on the runtime's device in its precision."""
-    import torch
+    from sota_transformer.probes import PROBES
 
-    probes: dict[str, Callable[[torch.device, torch.dtype], float]] = {
-        "vocabulary head, batch over 8 (pytorch#109457)": _probe_head,
-        "linear of a strided input (pytorch#161640)": _probe_strided_linear,
-        "attention (pytorch#163597)": _probe_attention,
-        "attention of permuted q, k, v (pytorch#181133)": _probe_permuted_attention,
-        "batched products (pytorch#197636)": _probe_batched,
-        "softmax of large logits (pytorch#107294)": _probe_softmax,
-        "generation of uneven rows (pytorch#182285)": _probe_generation,
-        "updates of AdamW": partial(_probe_update, "seed"),
-        "updates of NorMuon and AdamW": partial(_probe_update, "fast"),
-    }
-    found = [_probed(name, probe, runtime) for name, probe in probes.items()]
+    found = [_probed(name, probe, runtime) for name, probe in PROBES.items()]
     found.append(_model_check(dataclasses.replace(runtime, compile=False)))
     return [*found, _model_check(runtime)] if runtime.compile else found
 
@@ -120,149 +102,11 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
     return Check(name=name, passed=passed, detail=detail, advice=advice)
 
 
-def _error(result: "Tensor", expected: "Tensor") -> float:
-    """Largest difference as a share of the expected values' largest."""
-    difference = (result.detach().cpu().double() - expected.double()).abs().max()
-    return float(difference / expected.abs().max().clamp(min=1e-30))
-
-
-def _farthest(results: list["Tensor"], expected: list["Tensor"]) -> float:
-    """The largest distance of two tensors as a share of the expected one's norm; NaN if any is."""
-    import torch
-
-    pairs = zip(results, expected, strict=True)
-    return float(torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs]).max())
-
-
-def _probe_head(device: "torch.device", dtype: "torch.dtype") -> float:
-    import torch
-    import torch.nn.functional as F
-
-    x, weight = torch.randn(24, 64, dtype=torch.float64), torch.randn(50_258, 64).double()
-    result = F.linear(x.to(device, dtype), weight.to(device, dtype))
-    return _error(result, x.to(dtype).double() @ weight.to(dtype).double().t())
-
-
-def _probe_strided_linear(device: "torch.device", dtype: "torch.dtype") -> float:
-    import torch
-    import torch.nn.functional as F
-
-    x = torch.randn(3, 64, 40).to(dtype)
-    weight = torch.randn(96, 64).to(dtype)
-    strided = x.to(device).transpose(1, 2)
-    result = F.linear(strided[:, ::2], weight.to(device))
-    return _error(result, x.double().transpose(1, 2)[:, ::2] @ weight.double().t())
-
-
-def _attention(q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
-    """Causal attention by its formula, in float64."""
-    import torch
-
-    q, k, v = (x.cpu().double() for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-
-
-def _probe_attention(device: "torch.device", dtype: "torch.dtype") -> float:
-    import torch
-    import torch.nn.functional as F
-
-    q, k, v = (torch.randn(2, 4, 130, 64).to(device, dtype) for _ in range(3))
-    return _error(F.scaled_dot_product_attention(q, k, v, is_causal=True), _attention(q, k, v))
-
-
-def _probe_permuted_attention(device: "torch.device", dtype: "torch.dtype") -> float:
-    import torch
-    import torch.nn.functional as F
-
-    q, k, v = (torch.randn(2, 130, 4, 64).to(device, dtype).transpose(1, 2) for _ in range(3))
-    # As our model does it: made contiguous first, which is the known way around the fault.
-    contiguous = q.contiguous(), k.contiguous(), v.contiguous()
-    y = F.scaled_dot_product_attention(*contiguous, is_causal=True)
-    return _error(y, _attention(q, k, v))
-
-
-def _probe_batched(device: "torch.device", dtype: "torch.dtype") -> float:
-    import torch
-
-    a, b = torch.randn(96, 65, 130).to(dtype), torch.randn(96, 130, 66).to(dtype)
-    there, doubles = a.to(device), a.double()
-    plain = _error(torch.bmm(there, b.to(device)), torch.bmm(doubles, b.double()))
-    square = _error(there @ there.mT, doubles @ doubles.mT)  # as in NorMuon
-    return float(torch.tensor([plain, square]).max())  # NaN if one is
-
-
-def _probe_softmax(device: "torch.device", dtype: "torch.dtype") -> float:
-    import torch
-
-    logits = torch.randn(16, 50_258) * 40
-    result = logits.to(device).log_softmax(-1).exp()
-    return _error(result, logits.double().softmax(-1))
-
-
-def _probe_generation(device: "torch.device", dtype: "torch.dtype") -> float:
-    """With cached keys and values, against one pass without on the CPU."""
-    import torch
-
-    from sota_transformer.inference.generate import Rows
-    from sota_transformer.model.transformer import Transformer
-
-    shape = Model(
-        layers=1, d_model=128, heads=2, kv_heads=2, d_ff=64, seq_len=32, vocab_size=512
-    )  # heads of 64: Metal has a kernel for these
-    model = Transformer(shape)
-    model.init_weights(torch.Generator().manual_seed(1), muon=True)
-    for weight, _ in model.matrices():  # so that attention weighs
-        weight.data.normal_(0.0, 0.1)
-    long, short = torch.randint(512, (2, 20)).tolist()
-    short = short[:4]
-    with torch.no_grad():
-        expected = torch.stack(
-            [model.logits(model(torch.tensor([x])))[0, -1] for x in (long, short)]
-        )
-        model.dtype = dtype
-        rows = Rows(model.to(device), 2)
-        rows.start(0, long[:-2])
-        rows.start(1, short[:-1])
-        rows.step([0], long[-2:-1])
-        found = rows.step([0, 1], [long[-1], short[-1]])
-    return _error(found, expected)
-
-
-def _probe_update(recipe: Recipe, device: "torch.device", dtype: "torch.dtype") -> float:
-    """What two updates change in every weight, against the CPU with products in float32."""
-    import torch
-
-    expected = _updated(recipe, torch.device("cpu"), torch.float32)
-    # NorMuon's five iterations add roundings up.
-    return _farthest(_updated(recipe, device, dtype), expected) / 4
-
-
-def _updated(recipe: Recipe, device: "torch.device", dtype: "torch.dtype") -> list["Tensor"]:
-    """The changes of each parameter, from gradients that are the same everywhere."""
-    import torch
-
-    from sota_transformer.model.optim import optimizers, update
-    from sota_transformer.model.transformer import Transformer
-
-    shape = Model(layers=1, d_model=64, heads=2, kv_heads=2, d_ff=96, seq_len=8, vocab_size=128)
-    model, source = Transformer(shape, dtype), torch.Generator().manual_seed(1)
-    model.init_weights(source)
-    before = [p.detach().double() for p in model.parameters()]
-    both = optimizers(model.to(device), PRESETS["tiny"](recipe).optim)
-    for _ in range(2):
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=source).to(device)
-        update(both, 0.1)  # far above what rounding changes
-    after = [p.detach().cpu().double() for p in model.parameters()]
-    return [a - b for a, b in zip(after, before, strict=True)]
-
-
 def _model_check(runtime: "Runtime") -> Check:
     """Loss and every gradient of a small model, against the CPU in float32."""
     import torch
 
+    from sota_transformer import probes
     from sota_transformer.runtime import in_short
 
     name = _COMPILED if runtime.compile else _MODEL
@@ -271,13 +115,13 @@ def _model_check(runtime: "Runtime") -> Check:
         advice = "nothing: training does without torch.compile, which is slower and as right"
     loss_limit, limit = (1e-4, 2e-3) if runtime.dtype == torch.float32 else (1e-2, 6e-2)
     try:
-        loss, gradients = _one_step(runtime)
+        loss, gradients = probes.one_step(runtime)
     except Exception as problem:  # a compiler or driver may raise anything
         return Check(name=name, passed=False, detail=in_short(problem), advice=advice)
     plain = {"device": torch.device("cpu"), "dtype": torch.float32, "compile": False}
-    expected_loss, expected = _one_step(dataclasses.replace(runtime, **plain))
+    expected_loss, expected = probes.one_step(dataclasses.replace(runtime, **plain))
     loss_error = abs(loss - expected_loss) / expected_loss
-    gradient_error = _farthest(gradients, expected)
+    gradient_error = probes.farthest(gradients, expected)
     return Check(
         name=name,
         passed=loss_error <= loss_limit and gradient_error <= limit,
@@ -285,33 +129,6 @@ def _model_check(runtime: "Runtime") -> Check:
         f"{gradient_error:.0e} (limit {limit:.0e})",
         advice=advice,
     )
-
-
-def _one_step(runtime: "Runtime") -> tuple[float, list["Tensor"]]:
-    """Loss in nats, and the gradients, on the CPU."""
-    import torch
-
-    from sota_transformer.model.loss import token_loss
-    from sota_transformer.model.transformer import Dropout, Transformer
-
-    sizes = {"layers": 2, "d_model": 128, "heads": 2, "kv_heads": 2, "d_ff": 344}
-    shape = Model(seq_len=128, vocab_size=8192, **sizes)  # the whole vocabulary has its own probe
-    device = runtime.device
-    model = Transformer(shape, runtime.dtype)
-    model.init_weights(torch.Generator().manual_seed(1))
-    model.to(device)
-    runtime.optimize(model)
-    source = torch.Generator().manual_seed(2)
-    tokens = torch.randint(8192, (12, 129), generator=source).to(device)
-    keys = torch.arange(12, dtype=torch.int32, device=device)
-    hidden = model(tokens[:, :-1], Dropout(torch.tensor(0.1, device=device), keys))
-    sums = token_loss(hidden, model.embedding.weight, tokens[:, 1:], 0.1, runtime.compile)
-    loss = sums.smoothed / sums.count
-    loss.backward()
-    gradients = [
-        p.grad.detach().float().cpu().clone() for p in model.parameters() if p.grad is not None
-    ]
-    return float(loss.detach()), gradients
 
 
 def _memory(runtime: "Runtime") -> Check:

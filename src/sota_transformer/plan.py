@@ -85,14 +85,19 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
 
 def expected(parameters: int, tokens: int, there: int) -> str:
     """The loss that the law predicts, or why it says nothing."""
-    useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
-    if useful < _LEAST_RATIO * parameters:
+    loss = _predicted(parameters, tokens, there)
+    if loss is None:
         return "expected loss: no number; under one token a parameter the scaling law is not fitted"
-    loss = law(parameters, useful)
     return (
         f"expected loss: {loss:.2f} +- {_LAW_ERROR} nats on web text (Chinchilla's law, annealed, "
         f"without label smoothing), perplexity {math.exp(loss):.0f}"
     )
+
+
+def _predicted(parameters: int, tokens: int, there: int) -> float | None:
+    """Nats a token after `tokens` of data that has `there`; None where the law was not fitted."""
+    useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
+    return law(parameters, useful) if useful >= _LEAST_RATIO * parameters else None
 
 
 def law(parameters: int, tokens: int) -> float:
@@ -110,8 +115,8 @@ def compare(
         own = PRESETS[name](recipe)
         other = dataclasses.replace(own, run=config.run, data=config.data)
         other = config if name == preset else other
-        per_step = other.train.batch_rows * other.model.seq_len
-        work = other.model.parameter_count / config.model.parameter_count * per_step / speed.tokens
+        parameters, per_step = other.model.parameter_count, step_tokens(other, 0)
+        work = parameters / config.model.parameter_count * per_step / speed.tokens
         if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
             yield f"  {name:>5}: a step takes some {_span(speed.seconds * work)}"
             continue
@@ -122,22 +127,21 @@ def compare(
             continue
         steps = int(hours * 3600 / taken.seconds)
         tokens = steps * taken.tokens
-        ratio = tokens / other.model.parameter_count
-        # Under the law's range the smaller model wins: it at least sees a token a parameter sooner.
-        useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
-        known = useful >= _LEAST_RATIO * other.model.parameter_count
-        loss = law(other.model.parameter_count, useful) if known else math.inf
+        loss = _predicted(parameters, tokens, there)
         if steps:
-            choices.append((loss, other.model.parameter_count, name, steps, own, other))
+            # Under the law's range the smaller model wins: it sees a token a parameter the sooner.
+            order = (math.inf if loss is None else loss, parameters)
+            choices.append((order, name, steps, own, other))
         yield (
             f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
-            f"{other.train.batch_rows} x {other.model.seq_len}, {ratio:.1f} tokens a parameter"
-            + (f", about {loss:.2f} nats" if known else ", too few tokens to predict")
+            f"{other.train.batch_rows} x {other.model.seq_len}, "
+            f"{tokens / parameters:.1f} tokens a parameter, "
+            + ("too few tokens to predict" if loss is None else f"about {loss:.2f} nats")
         )
     if not choices:
         yield "  best: none; not one step fits into the time"
         return
-    _, _, name, steps, own, other = min(choices)
+    _, name, steps, own, other = min(choices)
     usual = dataclasses.replace(other.train, steps=own.train.steps)
     run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
     words = command(name, own, dataclasses.replace(other, train=usual, run=run))

@@ -21,11 +21,21 @@ from sota_transformer.training.runlog import read_config
 class Opened:
     """A model to use, and what is known of where it came from."""
 
+    folder: Path
     model: Transformer
-    name: str
-    config: RunConfig | None
+    config: RunConfig | None = None
     """None for a folder that is not a run."""
-    step: int | None
+    step: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return self.folder.resolve().name or "model"
+
+    @property
+    def data(self) -> Path | None:
+        """Folder of the data it was trained on; None for an exported or imported model."""
+        return self.config.data.path if self.config and self.config.data.path != Path() else None
 
 
 def warn(text: str) -> None:
@@ -56,15 +66,11 @@ def open_model(folder: Path, device: str, step: int | None) -> Opened:
             raise SotaError(f"{folder} is an exported model and has no steps; leave out --step")
         model = read_model(folder)
         runtime = Runtime.detect(run, model.config.parameter_count)
-        return Opened(model=model.to(runtime.device), name=_name(folder), config=None, step=None)
+        return Opened(folder=folder, model=model.to(runtime.device))
     config = read_config(folder)
     runtime = Runtime.detect(run, config.model.parameter_count)
     model, config, step = checkpoint.load_model(folder, runtime.device, torch.float32, step, warn)
-    return Opened(model=model, name=_name(folder), config=config, step=step)
-
-
-def _name(folder: Path) -> str:
-    return folder.resolve().name or "model"
+    return Opened(folder=folder, model=model, config=config, step=step)
 
 
 def decoded(data: bytes, path: Path) -> str:

@@ -1,14 +1,14 @@
 """`sota evaluate`: every figure that was asked for, as one table or one JSON object."""
 
-import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sota_transformer.commands import examples
 from sota_transformer.commands.common import Opened, check, decoded, open_model, warn
-from sota_transformer.commands.hub import fetch
 from sota_transformer.data.progress import Meter
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
@@ -55,35 +55,26 @@ def run_evaluate(options: Evaluate) -> int:
 
 def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
     """Perplexity on the texts given, or the run's validation split; beside another's if asked."""
-    models, folders = [opened], [options.run]
+    models = [opened]
     if options.against is not None:
         models.append(open_model(options.against, options.device, None))
-        folders.append(options.against)
-    most = min(each.model.config.seq_len for each in models)
-    context = min(options.context or most, most)
+    longest = min(each.model.config.seq_len for each in models)
+    context = min(options.context or longest, longest)
     stride = min(options.stride or context, context)
+    most, files = options.tokens or sys.maxsize, list[Path]()
     if options.text:
         files = _text_files(options.text)
-        read = (
-            np.array([EOT, *tokenizer.encode(decoded(p.read_bytes(), p))], np.uint16) for p in files
-        )
         name = ", ".join(map(str, options.text))
+        decode = (tokenizer.encode(decoded(path.read_bytes(), path)) for path in files)
+        texts = _first((np.array([EOT, *ids], np.uint16) for ids in decode), most)
     else:
-        path, windows = _validation_split(opened, context)
-        for folder, each in zip(folders, models, strict=True):
-            _warn_of_other_data(folder, each, path, windows.fingerprint)
-        count = windows.tokens if not options.tokens else min(windows.tokens, options.tokens + 1)
-        read, files = iter([windows.read(0, count)]), []
-        name = f"validation split of {path}"
-    texts, left = [], options.tokens or sys.maxsize
-    for tokens in read:
-        texts.append(tokens[: left + 1])
-        left -= len(texts[-1]) - 1
-        if left <= 0:
-            break
-    size = tokenizer.token_bytes
+        windows = _validation_split(opened, context)
+        name = f"validation split of {opened.data}"
+        for each in models:
+            _warn_of_other_data(each, opened, windows.fingerprint)
+        texts = [windows.read(0, min(windows.tokens, most + 1))]
     try:
-        sums = [_sums(each, texts, size, context, stride) for each in models]
+        sums = [_sums(each, texts, tokenizer.token_bytes, context, stride) for each in models]
         figures = [summarise(each) for each in sums]
     except ValueError as error:
         raise SotaError(f"{name}: {error}", BAD_DATA) from error
@@ -99,58 +90,56 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     return result
 
 
-def _validation_split(opened: Opened, context: int) -> tuple[Path, TokenWindows]:
-    """The folder of the data that the run was trained on, and its windows for validation."""
-    if opened.config is None or not _trained_here(opened):
+def _first(texts: Iterable[Array], most: int) -> list[Array]:
+    """As many of the texts as have `most` tokens to predict, the last cut; no more are read."""
+    kept = []
+    for tokens in texts:
+        kept.append(tokens[: most + 1])
+        most -= len(kept[-1]) - 1
+        if most <= 0:
+            break
+    return kept
+
+
+def _validation_split(opened: Opened, context: int) -> TokenWindows:
+    """The windows for validation of the data that the run was trained on."""
+    if opened.data is None:
         kind = "exported" if opened.config is None else "imported"
         raise SotaError(f"an {kind} model has no validation split; give --text FILE")
-    path = opened.config.data.path
-    if not path.is_dir():
+    if not opened.data.is_dir():
         raise SotaError(
-            f"{path}, the run's data, is not here; go to the folder from which the run was "
+            f"{opened.data}, the run's data, is not here; go to the folder from which the run was "
             "started, or judge it on --text FILE",
             NO_INPUT,
         )
-    return path, TokenWindows(path, "val", context)
+    return TokenWindows(opened.data, "val", context)
 
 
 def _sums(
     opened: Opened, texts: list[Array], token_bytes: Array, context: int, stride: int
 ) -> Array:
     """(N, 3) of all texts. ValueError when there is none."""
-    masked = opened.config is not None and opened.config.data.document_mask
+    model, masked = opened.model, bool(opened.config and opened.config.data.document_mask)
     with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
         return np.concatenate(
             [
-                sliding_sums(
-                    opened.model,
-                    each,
-                    token_bytes,
-                    context,
-                    stride,
-                    document_mask=masked,
-                    meter=meter,
-                )
+                sliding_sums(model, each, token_bytes, context, stride, masked, meter)
                 for each in texts
             ]
         )
 
 
-def _warn_of_other_data(run: Path, opened: Opened, judged: Path, fingerprint: str) -> None:
-    """Say so where the data is not what the model was trained on."""
-    if not _trained_here(opened):
+def _warn_of_other_data(opened: Opened, judged: Opened, fingerprint: str) -> None:
+    """Say so where the data of the run that is judged is not what this model was trained on."""
+    run = opened.folder
+    if opened.data is None:
         warn(f"{run} does not say what it was trained on: what is judged here may have been")
         return
     assert opened.step is not None
     manifest = read_manifest(checkpoint.path_of(run, opened.step) / MANIFEST)
     trained = str(manifest.get("data") or fingerprint)
     if not trained.startswith(fingerprint):  # behind it stood once how it was cut
-        warn(f"{judged} is not what {run} was trained on: what is judged here may have been")
-
-
-def _trained_here(opened: Opened) -> bool:
-    """Whether it is a run that was trained, not an exported or imported model."""
-    return opened.config is not None and opened.config.data.path != Path()
+        warn(f"{judged.data} is not what {run} was trained on: what is judged here may have been")
 
 
 def _text_files(paths: tuple[Path, ...]) -> list[Path]:
@@ -175,66 +164,12 @@ def _benchmarks(
     """The figures of LAMBADA and HellaSwag from local files or the hub."""
     rows: list[benchmarks.Benchmark] = []
     if options.lambada:
-        path = _or_hub(options.lambada, "lambada")
-        examples = _examples(path, options.limit)
-        texts = [example["text"] for example in examples if "text" in example]
-        standard = [example["standard"] for example in examples if "standard" in example]
-        if not all(isinstance(t, str) and " " in t.strip() for t in [*texts, *standard]) or not (
-            texts or standard
-        ):
-            raise SotaError(
-                f"{path}: each line needs a field `text` (or `standard`, the original text) of at "
-                "least two words",
-                BAD_DATA,
-            )
+        texts, standard = examples.lambada(options.lambada, options.limit)
         rows += benchmarks.lambada(opened.model, tokenizer, texts, standard)
     if options.hellaswag:
-        path = _or_hub(options.hellaswag, "hellaswag")
-        choices = [_choice(path, example) for example in _examples(path, options.limit)]
+        choices = examples.hellaswag(options.hellaswag, options.limit)
         rows += benchmarks.hellaswag(opened.model, tokenizer, choices)
     return rows
-
-
-def _or_hub(path: Path, name: str) -> Path:
-    return fetch(name) if str(path) == "hub" else path
-
-
-def _choice(path: Path, example: dict[str, Any]) -> benchmarks.Choice:
-    """One example of HellaSwag, with the hub's fields or with ctx alone."""
-    try:
-        endings, label = list(example["endings"]), int(example["label"])
-        if not all(isinstance(e, str) and e.strip() for e in endings) or not (
-            0 <= label < len(endings)
-        ):
-            raise ValueError("endings must be texts and label one of their numbers")
-        if "ctx_a" in example:
-            activity, first = example["activity_label"], example["ctx_a"]
-            return benchmarks.hellaswag_choice(activity, first, example["ctx_b"], endings, label)
-        return benchmarks.Choice(example["ctx"], endings, label)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"no field {error}" if isinstance(error, KeyError) else error
-        raise SotaError(f"{path}: not an example of HellaSwag ({why})", BAD_DATA) from error
-
-
-def _examples(path: Path, limit: int) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines."""
-    if not path.is_file():
-        raise SotaError(f"{path}: no such file", NO_INPUT)
-    examples = []
-    for number, line in enumerate(decoded(path.read_bytes(), path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise SotaError(f"{path}:{number}: not JSON ({error})", BAD_DATA) from error
-        if not isinstance(examples[-1], dict):
-            raise SotaError(f"{path}:{number}: not a JSON object", BAD_DATA)
-        if len(examples) == limit:
-            break
-    if not examples:
-        raise SotaError(f"{path} has no examples", BAD_DATA)
-    return examples
 
 
 def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -261,8 +196,7 @@ def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[st
 
 def _print_table(result: dict[str, Any]) -> None:
     """The figures, and published ones measured by the same protocols."""
-    step = "" if result["step"] is None else f", step {result['step']:,}"
-    print(f"{result['model']}{step}, {result['parameters']:,} parameters")
+    print(f"{_titled(result)}, {result['parameters']:,} parameters")
     if "nats" in result:
         error, unit = "", "nats a token"
         if result["error"] is not None:
@@ -297,8 +231,7 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def _print_difference(other: dict[str, Any]) -> None:
     """The other model's loss, and who is better as far as this text can tell."""
-    step = "" if other["step"] is None else f", step {other['step']:,}"
-    line = f"against {other['model']}{step}: {other['nats']:.4f}"
+    line = f"against {_titled(other)}: {other['nats']:.4f}"
     if other["error"] is None:
         print(f"{line}\n  difference      {other['difference']:+.4f}")
         return
@@ -309,3 +242,8 @@ def _print_difference(other: dict[str, Any]) -> None:
         f"{line} +- {other['error']:.4f}\n  difference      {other['difference']:+.4f} +- "
         f"{other['paired_error']:.4f} (error over the same windows): {told}"
     )
+
+
+def _titled(result: dict[str, Any]) -> str:
+    """The name of a model and its step, if it has one."""
+    return result["model"] + ("" if result["step"] is None else f", step {result['step']:,}")

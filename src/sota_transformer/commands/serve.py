@@ -2,16 +2,15 @@
 
 import math
 import os
-from pathlib import Path
 
 from sota_transformer.commands.common import check, open_to_generate
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Serve
+from sota_transformer.report import Points, column
 from sota_transformer.training.runlog import read_metrics
 
 _POINTS = 500  # of a curve
-Points = list[list[float]]
 
 
 def run_serve(options: Serve) -> int:
@@ -31,12 +30,15 @@ def run_serve(options: Serve) -> int:
             f"serving needs the package {error.name}: pip install 'sota-transformer[serve]'"
         ) from error
     opened = open_to_generate(options.run, options.device, options.step, options.dtype)
-    train, validation = _curve(options.run)
+    metrics = read_metrics(options.run)
     serve(
         opened.model,
         Tokenizer(),
         opened.name,
-        Curve(train=train, validation=validation),
+        Curve(
+            train=_thinned(column(metrics, "loss")),
+            validation=_thinned(column(metrics, "val_loss")),
+        ),
         host=options.host,
         port=options.port,
         api_key=options.api_key or os.environ.get("SOTA_API_KEY", ""),
@@ -45,23 +47,7 @@ def run_serve(options: Serve) -> int:
     return 0
 
 
-def _curve(folder: Path) -> tuple[Points, Points]:
-    """[step, nats] while training and on validation text."""
-    lines = read_metrics(folder)
-    train, validation = (
-        _thinned([[line["step"], line[name]] for line in lines if _is_figure(line.get(name))])
-        for name in ("loss", "val_loss")
-    )
-    return train, validation
-
-
-def _is_figure(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _thinned(points: Points) -> Points:
+def _thinned(points: Points) -> list[list[float]]:
     """Not more points than a page can show; first and last stay."""
-    if len(points) <= _POINTS:
-        return points
-    stride = math.ceil(len(points) / _POINTS)
-    return [*points[:-1:stride], points[-1]]
+    stride = math.ceil(len(points) / _POINTS) or 1
+    return [list(point) for point in (*points[:-1:stride], *points[-1:])]

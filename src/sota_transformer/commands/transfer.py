@@ -49,7 +49,7 @@ def run_export(options: Export) -> int:
         if options.format == "gguf":
             proofs = _gguf(writer, opened, options.dtype)
         else:
-            write_huggingface(writer, model, options.dtype, _card(opened, options.run, options))
+            write_huggingface(writer, model, options.dtype, _card(opened, options.dtype))
             proofs = prove_huggingface(writer.path, model, options.dtype)
     for found in proofs:
         print(
@@ -97,7 +97,7 @@ def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[Proo
     return [proof("gguf", probe_logits(opened.model), probe_logits(back), dtype)]
 
 
-def _card(opened: Opened, folder: Path, options: Export) -> str:
+def _card(opened: Opened, dtype: str) -> str:
     """The model card: what it is, what it was trained on, how good it is, how to load it."""
     c = opened.model.config
     kind = "Qwen3" if c.qk_norm else "Llama"
@@ -115,7 +115,9 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
     ]
     if opened.config is not None:
         seen = opened.step or 0
-        trainer = json.loads((checkpoint.path_of(folder, seen) / "trainer.json").read_bytes())
+        trainer = json.loads(
+            (checkpoint.path_of(opened.folder, seen) / "trainer.json").read_bytes()
+        )
         learned = f" on {trainer['tokens']:,} tokens" if "tokens" in trainer else ""
         if seen or learned:  # else imported and no more
             lines.append(
@@ -123,14 +125,14 @@ def _card(opened: Opened, folder: Path, options: Export) -> str:
                 f"in windows of {c.seq_len}, seed {opened.config.run.seed}, on the data "
                 f"`{opened.config.data.path.name}`."
             )
-    if figures := _figures(folder, opened.step):
+    if figures := _figures(opened.folder, opened.step):
         lines.append(figures)
     lines.append(
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
     )
-    lines.append(f"Weights are {options.dtype}. SHA-256 of every file: `manifest.json`.")
+    lines.append(f"Weights are {dtype}. SHA-256 of every file: `manifest.json`.")
     return "\n\n".join(lines) + "\n"
 
 

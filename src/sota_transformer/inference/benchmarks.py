@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sota_transformer.data.progress import Meter
+from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.generate import EOT
 from sota_transformer.model.transformer import Cache, Transformer
 
@@ -24,14 +25,6 @@ _LOGIT_ROWS = 1024  # predictions whose logits exist at once
 
 Pair = tuple[list[int], list[int]]
 """A context of at least one token and a continuation of at least one."""
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that questions need."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-        ...
 
 
 class Scored(NamedTuple):
@@ -58,7 +51,7 @@ class Benchmark(NamedTuple):
     protocol: str
 
 
-def encode_pair(encoder: Encoder, context: str, continuation: str) -> Pair:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Ids of both, cut so that together they are the ids of the whole text, as in lm-eval.
 
     Spaces at the end of the context move to the continuation; an empty context is end-of-text.
@@ -66,9 +59,9 @@ def encode_pair(encoder: Encoder, context: str, continuation: str) -> Pair:
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
     if not kept:
-        return [EOT], encoder.encode(continuation)
-    start = encoder.encode(kept)
-    whole = encoder.encode(kept + continuation)
+        return [EOT], tokenizer.encode(continuation)
+    start = tokenizer.encode(kept)
+    whole = tokenizer.encode(kept + continuation)
     return start, whole[len(start) :]
 
 
@@ -194,7 +187,7 @@ def _perplexity(name: str, nats: Sequence[float], protocol: str) -> Benchmark:
 
 
 def lambada(
-    model: Transformer, encoder: Encoder, texts: Sequence[str], standard: Sequence[str] = ()
+    model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], standard: Sequence[str] = ()
 ) -> list[Benchmark]:
     """Accuracy and perplexity on the last word of each text, by each protocol the texts allow.
 
@@ -203,7 +196,7 @@ def lambada(
     """
     found: list[Benchmark] = []
     if texts:
-        whole = score(model, _last_words(encoder, texts))
+        whole = score(model, _last_words(tokenizer, texts))
         protocol = "last token"
         found += [
             _share("lambada_paper accuracy", [s.last_greedy for s in whole], protocol),
@@ -211,17 +204,17 @@ def lambada(
         ]
         found += _whole_word("lambada_openai", whole, "whole word, lm-eval")
     if standard:
-        words = score(model, _last_words(encoder, standard))
+        words = score(model, _last_words(tokenizer, standard))
         found += _whole_word("lambada_standard", words, "whole word, original text")
     return found
 
 
-def _last_words(encoder: Encoder, texts: Sequence[str]) -> list[Pair]:
+def _last_words(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Pair]:
     """Each text as all but its last word, and that word."""
     pairs = []
     for text in texts:
         context, _, word = text.rpartition(" ")
-        pairs.append(encode_pair(encoder, context, " " + word))
+        pairs.append(encode_pair(tokenizer, context, " " + word))
     return pairs
 
 
@@ -254,10 +247,12 @@ def _clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def hellaswag(model: Transformer, encoder: Encoder, choices: Sequence[Choice]) -> list[Benchmark]:
+def hellaswag(
+    model: Transformer, tokenizer: Tokenizer, choices: Sequence[Choice]
+) -> list[Benchmark]:
     """acc takes the likeliest ending, acc_norm the likeliest by character, as in lm-eval."""
     pairs = [
-        encode_pair(encoder, choice.context, " " + ending)
+        encode_pair(tokenizer, choice.context, " " + ending)
         for choice in choices
         for ending in choice.endings
     ]

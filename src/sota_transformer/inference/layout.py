@@ -30,37 +30,26 @@ _SIZES = {
     "seq_len": "max_position_embeddings",
     "vocab_size": "vocab_size",
 }
-# What may stand in a config.json beside the sizes, and the values under which the model is ours;
-# None: any value, it does not change what the model computes.
-_ALLOWED: dict[str, tuple[Any, ...] | None] = {
+# What may stand in a config.json beside the sizes, and the values under which the model is ours.
+_NEEDED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "tie_word_embeddings": None,  # looked at apart: it has to be there
     "rope_scaling": (None,),
     "use_sliding_window": (False,),
     "sliding_window": (None,),
     "attention_dropout": (0, 0.0),
     "pretraining_tp": (1,),
     "is_decoder": (False, True),
-    "model_type": None,
-    "architectures": None,
-    "head_dim": None,
-    "rms_norm_eps": None,
-    "rope_theta": None,
-    "rope_parameters": None,
-    "layer_types": None,
-    "max_window_layers": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "dtype": None,
-    "torch_dtype": None,
-    "transformers_version": None,
-    "initializer_range": None,
-    "use_cache": None,
-    "_name_or_path": None,
 }
+_APART = {  # looked at one by one
+    "model_type", "tie_word_embeddings", "layer_types", "head_dim", "rms_norm_eps", "rope_theta",
+    "rope_parameters",
+}  # fmt: skip
+_ANY = {  # do not change what the model computes
+    "architectures", "max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
+    "torch_dtype", "transformers_version", "initializer_range", "use_cache", "_name_or_path",
+}  # fmt: skip
 
 
 def huggingface_config(config: Model, dtype: str) -> dict[str, Any]:
@@ -95,13 +84,13 @@ def own_config(values: Any) -> Model:
     """Our configuration from a config.json. SotaError 65 for any other family of models."""
     if not isinstance(values, dict):
         raise SotaError("config.json: needs a JSON object", BAD_DATA)
-    known = set(_ALLOWED) | set(_SIZES.values())
+    known = {*_NEEDED, *_APART, *_ANY, *_SIZES.values()}
     if unknown := sorted(set(values) - known):
         raise SotaError(f"config.json: unknown keys {', '.join(map(repr, unknown[:9]))}", BAD_DATA)
     found = [
         f"{key} {values[key]!r} (needs {' or '.join(map(repr, allowed))})"
-        for key, allowed in _ALLOWED.items()
-        if allowed is not None and key in values and values[key] not in allowed
+        for key, allowed in _NEEDED.items()
+        if key in values and values[key] not in allowed
     ]
     kind = values.get("model_type")
     if kind not in ("llama", "qwen3"):
@@ -158,55 +147,46 @@ def _real(value: Any, name: str) -> float:
     return float(value)
 
 
-def _parts(config: Model) -> Iterator[tuple[str, str, int, int]]:
-    """(their name, ours, first row, end row) of every tensor; the end is -1 for a whole one."""
+def _parts(config: Model) -> Iterator[tuple[str, str, slice]]:
+    """(their name, ours, its rows in ours) of every tensor."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    yield "model.embed_tokens.weight", "embedding.weight", 0, -1
-    yield "model.norm.weight", "norm.weight", 0, -1
+    whole = slice(None)
+    yield "model.embed_tokens.weight", "embedding.weight", whole
+    yield "model.norm.weight", "norm.weight", whole
     for layer in range(config.layers):
         theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
         edges = (0, queries, queries + keys, queries + 2 * keys)
         for name, begin, end in zip("qkv", edges, edges[1:], strict=False):
-            yield (
-                f"{theirs}.self_attn.{name}_proj.weight",
-                f"{ours}.attention.qkv.weight",
-                begin,
-                end,
-            )
-        yield f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out.weight", 0, -1
+            rows, fused = slice(begin, end), f"{ours}.attention.qkv.weight"
+            yield f"{theirs}.self_attn.{name}_proj.weight", fused, rows
+        yield f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out.weight", whole
         both = f"{ours}.mlp.gate_up.weight"
-        yield f"{theirs}.mlp.gate_proj.weight", both, 0, config.d_ff
-        yield f"{theirs}.mlp.up_proj.weight", both, config.d_ff, 2 * config.d_ff
-        yield f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.down.weight", 0, -1
-        yield f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", 0, -1
-        yield f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight", 0, -1
+        yield f"{theirs}.mlp.gate_proj.weight", both, slice(config.d_ff)
+        yield f"{theirs}.mlp.up_proj.weight", both, slice(config.d_ff, None)
+        yield f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.down.weight", whole
+        yield f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", whole
+        yield f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight", whole
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
-                yield f"{theirs}.self_attn.{name}.weight", f"{ours}.attention.{name}.weight", 0, -1
+                yield f"{theirs}.self_attn.{name}.weight", f"{ours}.attention.{name}.weight", whole
 
 
 def huggingface_tensors(model: Transformer) -> dict[str, Tensor]:
     """The weights by their names, float32 on the CPU; views of the model's where it is there."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return {
-        theirs: state[ours] if end < 0 else state[ours][begin:end]
-        for theirs, ours, begin, end in _parts(model.config)
-    }
+    return {theirs: state[ours][rows] for theirs, ours, rows in _parts(model.config)}
 
 
 def expected_shapes(config: Model) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor by its Hugging Face name."""
     with torch.device("meta"):
         state = Transformer(config).state_dict()
-    return {
-        theirs: tuple((state[ours] if end < 0 else state[ours][begin:end]).shape)
-        for theirs, ours, begin, end in _parts(config)
-    }
+    return {theirs: tuple(state[ours][rows].shape) for theirs, ours, rows in _parts(config)}
 
 
 def own_tensors(config: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state from theirs, float32; `tensors` has exactly the names of `expected_shapes`."""
     pieces: dict[str, list[Tensor]] = {}
-    for theirs, ours, _, _ in _parts(config):
+    for theirs, ours, _ in _parts(config):
         pieces.setdefault(ours, []).append(tensors[theirs].float())
     return {name: torch.cat(parts) for name, parts in pieces.items()}

@@ -125,7 +125,7 @@ class Completions:
                 )
         return prompts
 
-    async def _events(self, going: _Going) -> AsyncIterator[Event]:
+    async def _events(self, going: _Going) -> AsyncIterator[tuple[int, Drawn]]:
         """Every token of every continuation; whatever ends it, the places are free again."""
         left = len(going.keys)
         try:
@@ -150,7 +150,7 @@ class Completions:
 
         async def collect() -> None:
             async for number, piece in self._events(going):
-                drawn[number].append(piece)  # type: ignore[arg-type]  # never None here
+                drawn[number].append(piece)
 
         work = asyncio.create_task(collect())
         try:
@@ -173,7 +173,6 @@ class Completions:
         held: list[list[Drawn]] = [[] for _ in going.keys]
         try:
             async for number, piece in self._events(going):
-                assert piece is not None
                 held[number].append(piece)
                 if piece.echoed and not piece.reason:
                     continue

@@ -31,7 +31,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.serve.completions import Completions
 from sota_transformer.serve.engine import Engine
 from sota_transformer.serve.guard import HEADER_BYTES, Guard, Protocol, error_body, is_loopback
-from sota_transformer.serve.schema import Answer, Completion, Curve, Error, Health, ModelList
+from sota_transformer.serve.schema import Answer, Completion, Curve, Entry, Error, Health, ModelList
 
 WAITING = 16  # continuations that stand in line
 CONNECTIONS = 512
@@ -90,12 +90,8 @@ def build_app(
     @app.get("/v1/models", responses=_REFUSALS)
     async def models() -> ModelList:
         """The one model."""
-        return ModelList.model_validate(
-            {
-                "object": "list",
-                "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"}],
-            }
-        )
+        entry = Entry(id=name, object="model", created=0, owned_by="local")
+        return ModelList(object="list", data=[entry])
 
     @app.post("/v1/completions", response_model=None, responses=_ANSWERS)
     async def create_completion(wanted: Completion, request: Request) -> Response:

@@ -84,12 +84,14 @@ class RunLog:
         """A logged step: loss, lr, tokens_per_second, memory, seconds_left."""
         self._write(values)
         self._last |= values
-        line = (
+        if self._live is not None:
+            self._live.update(self._panel())
+            return
+        self.say(
             f"step {values['step']:>6}/{self.total}  loss {values['loss']:.4f}  "
             f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s  "
             f"{values['memory'] / 1e9:.2f} GB  {clock(values['seconds_left'])} left"
         )
-        self._show(line)
 
     def validation(self, values: dict[str, Any]) -> None:
         """A validation: val_loss, val_error, val_perplexity, val_bits_per_byte, val_tokens."""
@@ -122,12 +124,6 @@ class RunLog:
             with durable.naming(self.folder / "metrics.jsonl"):
                 self._metrics.write(json_line({**values, "time": round(time.time(), 3)}) + "\n")
                 self._metrics.flush()
-
-    def _show(self, line: str) -> None:
-        if self._live is None:
-            self.say(line)
-        else:
-            self._live.update(self._panel())
 
     def _panel(self) -> Panel:
         last = self._last

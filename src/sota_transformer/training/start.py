@@ -51,7 +51,7 @@ def train(
         verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
-        announce(config, runtime, trainer, log, state)
+        announce(trainer, state)
         if state is not None:
             changed += changes.of_data(config, state, trainer)
         if start >= config.train.steps and _finished(folder, start, verified):
@@ -62,7 +62,7 @@ def train(
         if config.run.exact and (found := changed + differing):
             raise SotaError(f"--exact: {'; '.join(found)}. Go on as before, or without --exact")
         if runtime.rank == 0:
-            _record(folder, config, trainer, start, changed)
+            _record(trainer, start, changed)
         for line in changed:
             log.say(f"changed: {line}")
         if differing:
@@ -159,14 +159,9 @@ def _resume_step(config: RunConfig, say: Any) -> int | None:
     return found
 
 
-def announce(
-    config: RunConfig,
-    runtime: Runtime,
-    trainer: Trainer,
-    log: RunLog,
-    state: checkpoint.State | None,
-) -> None:
+def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
     """Every derived number, before anything takes time, of a run that goes on from `state`."""
+    config, runtime, log = trainer.config, trainer.runtime, trainer.log
     done, learned = (state.step, trainer.learned(state)) if state is not None else (0, 0)
     total = learned + trainer.step_tokens * max(0, config.train.steps - done)
     there = trainer.windows.tokens
@@ -177,7 +172,7 @@ def announce(
         f"data: {config.data.path}, {there:,} training tokens, {total / there:.2f} epochs; "
         f"{trainer.judge.windows.tokens:,} validation tokens"
     )
-    log.say(_windows(config, trainer))
+    log.say(_windows(trainer))
     log.say(
         f"machine: {'; '.join(runtime.reasons)}; {counted(runtime.threads, 'thread')}; "
         f"{runtime.world} process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
@@ -190,26 +185,26 @@ def announce(
         )
 
 
-def _windows(config: RunConfig, trainer: Trainer) -> str:
+def _windows(trainer: Trainer) -> str:
     """How the text is cut, and how far a token sees."""
+    data = trainer.config.data
     cut = f"windows: {len(trainer.windows):,} of the stream"
-    if config.data.windows == "best-fit":
+    if data.windows == "best-fit":
         cut = (
             f"windows: {len(trainer.windows):,} by best fit, {trainer.windows.padding:.1%} of "
             "their targets are padding, which no loss counts; validation keeps to the stream"
         )
-    if config.data.document_mask:
+    if data.document_mask:
         return f"{cut}; in training and validation a token sees its own document only"
     return f"{cut}; a token sees across documents"
 
 
-def _record(
-    folder: Path, config: RunConfig, trainer: Trainer, start: int, changed: list[str]
-) -> None:
+def _record(trainer: Trainer, start: int, changed: list[str]) -> None:
     """run.json, where this run came from, with an entry for each start; then config.json.
 
     In this order, so that a change that is in config.json was recorded.
     """
+    config, folder = trainer.config, trainer.config.run.out
     path = folder / "run.json"
     try:
         record = json.loads(path.read_text())

@@ -1,7 +1,8 @@
-"""LAMBADA and HellaSwag from the Hugging Face hub, fetched once; from then on they are local files.
+"""The examples of LAMBADA and HellaSwag: JSON lines in a local file, or from the Hugging Face hub.
 
-The hub keeps every public data set as Parquet on the branch `refs/convert/parquet`. `HF_ENDPOINT`,
-`HF_HUB_OFFLINE` and `XDG_CACHE_HOME` mean what they mean to other programs.
+From the hub they are fetched once; from then on they are local files. The hub keeps every public
+data set as Parquet on the branch `refs/convert/parquet`. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and
+`XDG_CACHE_HOME` mean what they mean to other programs.
 """
 
 import io
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sota_transformer import durable
+from sota_transformer.commands.common import decoded
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.inference.benchmarks import Choice, hellaswag_choice
 
 _LARGEST = 64 << 20
 _SECONDS = 20
@@ -41,7 +44,67 @@ _TABLES = {
 }
 
 
-def fetch(name: str) -> Path:
+def lambada(place: Path, limit: int) -> tuple[list[str], list[str]]:
+    """Texts in OpenAI's form, and in the original one, of a file or `hub`. SotaError 65 or 66."""
+    path, examples = _objects("lambada", place, limit)
+    texts = [example["text"] for example in examples if "text" in example]
+    standard = [example["standard"] for example in examples if "standard" in example]
+    both = [*texts, *standard]
+    if not both or not all(isinstance(text, str) and " " in text.strip() for text in both):
+        raise SotaError(
+            f"{path}: each line needs a field `text` (or `standard`, the original text) of at "
+            "least two words",
+            BAD_DATA,
+        )
+    return texts, standard
+
+
+def hellaswag(place: Path, limit: int) -> list[Choice]:
+    """Questions of a file or `hub`. SotaError 65 or 66."""
+    path, examples = _objects("hellaswag", place, limit)
+    return [_choice(path, example) for example in examples]
+
+
+def _choice(path: Path, example: dict[str, Any]) -> Choice:
+    """One example of HellaSwag, with the hub's fields or with ctx alone."""
+    try:
+        endings, label = list(example["endings"]), int(example["label"])
+        if not all(isinstance(e, str) and e.strip() for e in endings) or not (
+            0 <= label < len(endings)
+        ):
+            raise ValueError("endings must be texts and label one of their numbers")
+        if "ctx_a" in example:
+            activity, first = example["activity_label"], example["ctx_a"]
+            return hellaswag_choice(activity, first, example["ctx_b"], endings, label)
+        return Choice(example["ctx"], endings, label)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"no field {error}" if isinstance(error, KeyError) else error
+        raise SotaError(f"{path}: not an example of HellaSwag ({why})", BAD_DATA) from error
+
+
+def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, Any]]]:
+    """The file of `name` that `place` means, and the objects in its lines of JSON."""
+    path = _fetch(name) if str(place) == "hub" else place
+    if not path.is_file():
+        raise SotaError(f"{path}: no such file", NO_INPUT)
+    examples = []
+    for number, line in enumerate(decoded(path.read_bytes(), path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            examples.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise SotaError(f"{path}:{number}: not JSON ({error})", BAD_DATA) from error
+        if not isinstance(examples[-1], dict):
+            raise SotaError(f"{path}:{number}: not a JSON object", BAD_DATA)
+        if len(examples) == limit:
+            break
+    if not examples:
+        raise SotaError(f"{path} has no examples", BAD_DATA)
+    return path, examples
+
+
+def _fetch(name: str) -> Path:
     """JSON lines of `lambada` or `hellaswag`, from the cache or the hub. SotaError 65 or 66."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -1,0 +1,199 @@
+"""The words of a command line become options, or one line that says what is wrong with them.
+
+`resolve` makes a run of a preset and what is to differ from it, `parse` reads the options of the
+other verbs. tyro does the reading; what it says is put in our words, with what was perhaps meant.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+from sota_transformer.config import RunConfig
+from sota_transformer.errors import SotaError
+from sota_transformer.presets import PRESETS, RECIPES, Recipe
+
+_Options = TypeVar("_Options")
+
+SHORT = {  # what everybody sets -> the field it stands for
+    "--data": "--data.path",
+    "--out": "--run.out",
+    "--steps": "--train.steps",
+    "--seed": "--run.seed",
+    "--device": "--run.device",
+    "--threads": "--run.threads",
+    "--resume": "--run.resume",
+    "--exact": "--run.exact",
+    "--data-change": "--run.data-change",
+}
+
+
+def resolve(arguments: list[str], verb: str) -> RunConfig:
+    """PRESET and overrides -> the run; --out defaults to runs/PRESET-DATA."""
+    names = ", ".join(PRESETS)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise SotaError(f"name a preset first: sota {verb} PRESET [OPTIONS], one of {names}")
+    own = ["--hours H (what fits into them)"] if verb == "plan" else []
+    if arguments[0] in ("-h", "--help"):
+        print(f"usage: sota {verb} PRESET [OPTIONS]\n\nPRESET is one of {names};")
+        print(f"`sota {verb} PRESET --help` shows every option with that preset's values;")
+        print("; ".join([*own, f"--recipe {'|'.join(RECIPES)} is read first and sets them."]))
+        raise SystemExit(0)
+    name, rest = arguments[0], arguments[1:]
+    if name not in PRESETS:
+        raise SotaError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {names}")
+    recipe, rest = _recipe(rest)
+    short = ", ".join([*own, "--recipe NAME", *SHORT, "--override FIELD=VALUE"])
+    config = parse(
+        RunConfig,
+        f"{verb} {name}",
+        _lengthen(rest),
+        default=PRESETS[name](recipe),
+        description=f"Short forms: {short}.",
+    )
+    if config.run.out == Path() and config.data.path != Path():
+        kind = name if recipe == RECIPES[0] else f"{name}-{recipe}"
+        out = Path("runs") / f"{kind}-{config.data.path.resolve().name}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out))
+    return config
+
+
+def _recipe(arguments: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe, and the arguments without it."""
+    kinds = " or ".join(RECIPES)
+    given, rest = taken("--recipe", kinds, arguments)
+    for recipe in RECIPES:
+        if given in (None, recipe):
+            return recipe, rest
+    raise SotaError(f"--recipe must be {kinds}, not {given!r}")
+
+
+def taken(flag: str, what: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option that is read before all others, and the arguments without it."""
+    found, rest, words = None, list[str](), iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != flag:
+            rest.append(word)
+            continue
+        found = value if equals else next(words, "")
+        if not found or found.startswith("--"):
+            raise SotaError(f"{flag} needs a value: {what}")
+    return found, rest
+
+
+def _lengthen(arguments: list[str]) -> list[str]:
+    """--steps=5 -> --train.steps=5; --override does that, and says that the field may change."""
+    long, fields, words = list[str](), list[str](), iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--override":
+            name, equals, value = (value if equals else next(words, "")).partition("=")
+            if not name or not value:
+                raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
+            flag = SHORT.get(f"--{name}", f"--{name.replace('_', '-')}")
+            fields.append(flag.removeprefix("--").replace("-", "_"))
+            if value.lower() in ("true", "false"):  # a switch, which takes no value
+                section, _, name = flag.rpartition(".")
+                flag = flag if value.lower() == "true" else f"{section}.no-{name}"
+                equals = value = ""
+        long.append(SHORT.get(flag, flag) + equals + value)
+    return [*long, "--run.override", ",".join(fields)] if fields else long
+
+
+def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) -> _Options:
+    """Options of `kind` from the command line; what tyro draws in a box becomes one line."""
+    import tyro
+
+    marks = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+    config = marks if "default" not in more else ()
+    program = verb if verb.endswith(".py") else f"sota {verb}"
+    given = [word.partition("=")[0].replace("_", "-") for word in arguments]
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        flag = f"--{field.name.replace('_', '-')}"
+        if get_origin(field.type) is tuple and given.count(flag) > 1:  # tyro takes the last alone
+            raise SotaError(f"{verb}: {flag} is given twice; give all its values behind one {flag}")
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(kind, prog=program, args=arguments, config=config, **more)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # a box, or its ASCII form
+        own = ["--hours"] if verb.startswith("plan ") else []
+        text = _plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *own])
+        if not re.match(r"\w+\.\w+ ", text):  # a field that names itself and what is allowed
+            text = f"{verb}: {text}; `{program} --help` shows all options"
+        raise SotaError(text) from None
+
+
+def _flags(kind: type, default: Any) -> list[str]:
+    """Every option of `kind`; if it has a default, of its sections, and what is read before."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if default is not None:
+        names = [f"{name}.{field}" for name in names for field in vars(getattr(default, name))]
+    before = [*SHORT, "--recipe", "--override"] if default is not None else []
+    return [*(f"--{name.replace('_', '-')}" for name in names), *before]
+
+
+_OURS = (  # what tyro 1.0 says, what we say
+    (r"Error parsing (\S+): invalid literal for int\(\) .*?: (.*) Argument helptext.*",
+     r"\1 must be a whole number, not \2"),
+    (r"Error parsing (\S+): could not convert .* float: (.*) Argument helptext.*",
+     r"\1 must be a number, not \2"),
+    (r"Error parsing (\S+): no type .*\|INT could .* from \[(.*)\]\. Got errors: .*",
+     r"\1 must be a whole number, not \2"),
+    (r"Error parsing (\S+): no type .*\|FLOAT could .* from \[(.*)\]\. Got errors: .*",
+     r"\1 must be a number, not \2"),
+    (r"Error parsing (\S+: .*) Argument helptext.*", r"\1"),
+    (r"Error parsing \S+: (.*)", r"\1"),
+    (r"invalid choice ('.*') for argument '(.*?)'\. Expected one of \((.*?)(?:, 'None')?\)\.",
+     r"\2 must be one of \3, not \1"),
+    (r"Missing value for argument .*?'([-.\w]+)'.*", r"\1 needs a value"),
+    (r"Missing from .*?: (.*?)\.? \(required\).*", r"missing: \1"),
+    (r"Unrecognized options: (.*?)(?: (?:Perhaps you meant|Arguments similar to).*)?",
+     r"not understood: \1"),
+)  # fmt: skip
+_TITLES = r"(Value error|Invalid choice|Missing argument|Required options|Unrecognized options) "
+
+
+def _plain(text: str, known: list[str]) -> str:
+    """What tyro says in a box, in our words; all else as it is, without title and footer."""
+    text = re.sub(r" For full helptext.*", "", re.sub(_TITLES, "", text, count=1))
+    text = text.replace("'None', ", "")  # a choice of ours only where nothing is chosen
+    text = next(
+        (found.expand(ours) for says, ours in _OURS if (found := re.fullmatch(says, text))), text
+    )
+    if unknown := re.match(r"not understood: (--[^\s,=]+)", text):
+        text += _in_short(unknown[1], known) or nearest(unknown[1], known, 0.7)
+    return text
+
+
+def _in_short(flag: str, known: list[str]) -> str:
+    """The option that is called so in short, as --optim.lr, --temp, --batch-size or --bs.
+
+    By its initials, its beginning, its first word or a few of its letters, in this order.
+    """
+    section, _, short = flag.removeprefix("--").replace("_", "-").rpartition(".")
+    if len(short) < 2:
+        return ""
+    letters = ".*".join(map(re.escape, short)) if len(short) < 4 else "$"
+    found = list[tuple[int, bool, int]]()
+    for place, option in enumerate(known):
+        inside, _, name = option.removeprefix("--").rpartition(".")
+        first, initials = short.split("-")[0], "".join(word[0] for word in name.split("-"))
+        ways = (name == short, initials == short, name.startswith(short))
+        ways += (name.startswith(f"{first}-"), bool(re.match(letters, name)))
+        if any(ways):
+            found.append((ways.index(True), inside != section, place))
+    return f" (did you mean {known[min(found)[-1]]!r}?)" if found else ""
+
+
+def nearest(word: str, known: Any, alike: float = 0.6) -> str:
+    """A question that names the word spelt most alike; empty where none is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=alike)
+    return f" (did you mean {close[0]!r}?)" if close else ""
