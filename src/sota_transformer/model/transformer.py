@@ -158,12 +158,13 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D). `mask` (B or 1, 1, T, S) is True where a token may look."""
         batch, tokens, _ = x.shape
         parts = (self.heads, self.kv_heads, self.kv_heads)
-        qkv = self.qkv(x).view(batch, tokens, sum(parts), -1).transpose(1, 2)  # (B, H+2K, T, h)
-        q, k, v = qkv.split(parts, dim=1)
+        qkv = self.qkv(x).view(batch, tokens, sum(parts), -1).split(parts, dim=2)
+        q, k, v = (heads.transpose(1, 2) for heads in qkv)  # (B, H or K, T, h)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        # Contiguous by construction: permuted q, k or v gave wrong results on MPS (pytorch#181133).
-        q, k, v = rotate(q, rope).contiguous(), rotate(k, rope).contiguous(), v.contiguous()
+        q, k = rotate(q, rope), rotate(k, rope)
+        if not x.is_cuda:  # permuted q, k or v gave wrong results on MPS (pytorch#181133)
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         blockwise = self.compiled_on_cpu and self.training and cache is None
