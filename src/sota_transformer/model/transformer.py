@@ -322,8 +322,8 @@ class Transformer(nn.Module):
         # The tied head's gradient is dense; a CPU adds the looked-up rows to it alone. Whoever
         # trains without the head gets a sparse gradient of the embedding.
         sparse = self.training and tokens.is_cpu
-        x = F.embedding(tokens, self.embedding.weight, sparse=sparse).float()
-        x = drop(x, dropout, 0)  # (B, T, D) float32
+        x = F.embedding(tokens, self.embedding.weight, sparse=sparse)
+        x = self.begin(x, dropout)  # (B, T, D) float32
         for layer, block in enumerate(self.blocks, start=1):
             inner = dropout and Dropout(dropout.rate, dropout.keys + layer * 0x51ED27)
             if self.gradient_checkpointing and self.training:
@@ -342,6 +342,14 @@ class Transformer(nn.Module):
                 x = block(x, self.dtype, rope, inner, cache, mask)
         if cache is not None:
             cache.length += tokens.shape[1]
+        return self.end(x)
+
+    def begin(self, x: Tensor, dropout: Dropout | None) -> Tensor:
+        """Looked-up embeddings (B, T, D) -> the residual stream in float32."""
+        return drop(x.float(), dropout, 0)
+
+    def end(self, x: Tensor) -> Tensor:
+        """The residual stream behind the blocks -> hidden states in `dtype`."""
         return self.norm(x).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
