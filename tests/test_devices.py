@@ -247,6 +247,34 @@ def test_bfloat16_on_mps_keeps_normuon_in_float32(monkeypatch) -> None:
         assert optimizers(model, PRESETS["tiny"]("fast").optim)[0]._dtype == torch.float32
 
 
+def test_a_gpu_gets_what_stands_before_and_behind_the_blocks_compiled(monkeypatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f.__name__) or f)
+    machine = Runtime.detect(Run(device="cpu", compile="off"), 1)
+    machine = dataclasses.replace(machine, device=torch.device("cuda"), compile=True)
+    machine.optimize(model := small())
+    assert sorted(compiled) == sorted(["begin", "end", *["mix", "feed"] * SHAPE.layers])
+    machine.without_compiling("a fault").optimize(model)
+    assert not {"begin", "end"} & set(vars(model))
+
+
+def test_attention_that_is_planned_for_each_shape_is_for_compiled_training(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    planned = torch.backends.cuda.cudnn_sdp_enabled
+    torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, and its first choice on Hopper
+    with pretended("cuda"):
+        machine = Runtime.detect(Run(compile="off"), 1)
+        assert not planned()  # generation, judgement
+        machine = dataclasses.replace(machine, compile=True)
+        machine.optimize(small())
+        assert planned()
+        with machine.uncompiled():
+            assert not planned()
+        assert planned()
+        machine.without_compiling("a fault").optimize(small())
+        assert not planned()
+
+
 @pytest.mark.parametrize(("kind", "said"), [("mps", "one process"), ("cuda", "--nproc-per-node 1")])
 def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said: str) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 
 from sota_transformer.model import cpu
 from sota_transformer.model import loss as loss_module
@@ -54,13 +55,15 @@ def test_sums_and_gradients_equal_torch(
 
 
 @pytest.mark.slow
-def test_a_compiled_loss_is_the_same(monkeypatch) -> None:
+def test_a_compiled_loss_is_the_same_and_has_no_second_buffer_of_logits(monkeypatch) -> None:
     hidden, head, targets = case()
     targets[3] = IGNORED
     plain = token_loss(hidden, head, targets, 0.1)
     expected = torch.autograd.grad(plain.smoothed, (hidden, head))
     as_a_gpu(monkeypatch, compiled=True)
-    compiled = token_loss(hidden, head, targets, 0.1)
+    monkeypatch.setattr(loss_module, "_COMPILED", [])
+    compiled, (code,) = run_and_get_code(token_loss, hidden, head, targets, 0.1)
+    assert "empty_strided_cpu((37, )" in code and "empty_strided_cpu((37, 101)" not in code
     found = torch.autograd.grad(compiled.smoothed, (hidden, head))
     torch.testing.assert_close(compiled.nll, plain.nll)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

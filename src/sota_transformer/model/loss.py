@@ -104,33 +104,39 @@ def _in_chunks(
     for start in range(0, len(hidden), size):
         part = slice(start, start + size)
         logits = hidden[part] @ weight.t()
-        sums += losses_of(logits[:, :vocabulary], targets[part], smoothing, train)
+        index = targets[part].clamp(min=0)[:, None]
+        at_target = logits.gather(1, index)[:, 0]
+        sums += losses_of(logits[:, :vocabulary], at_target, targets[part], smoothing, train)
         if train:
+            logits.scatter_(1, index, at_target[:, None])
             torch.mm(logits, weight, out=hidden_gradient[part])
             # In the layout of the parameter; rows behind the vocabulary are padding.
             head_gradient += (logits.t() @ hidden[part])[:vocabulary]
     return sums, hidden_gradient, head_gradient
 
 
-def chunk_losses(logits: Tensor, targets: Tensor, smoothing: float, in_place: bool) -> Tensor:
-    """(N, V) logits and (N,) targets -> (2,) float32 sums of smoothed and plain loss.
+def chunk_losses(
+    logits: Tensor, at_target: Tensor, targets: Tensor, smoothing: float, in_place: bool
+) -> Tensor:
+    """(N, V) logits, (N,) of the targets, (N,) targets -> (2,) sums of smoothed and plain loss.
 
-    With `in_place` the logits become d(smoothed)/d(logits), in their own type.
+    With `in_place` the logits become d(smoothed)/d(logits), in their own type, as if no token were
+    a target; those of the targets become theirs. To take and put them amid the others would cost a
+    compiled GPU kernel a second buffer of logits, and a copy of it.
     """
     scores = logits.float()
     valid = targets != IGNORED
-    index = targets.clamp(min=0)[:, None]
     log_total = scores.logsumexp(-1)  # (N,)
-    nll = log_total - scores.gather(1, index)[:, 0]
+    nll = log_total - at_target.float()
     uniform = log_total - scores.mean(-1)
     smoothed = (1 - smoothing) * nll + smoothing * uniform
     sums = torch.stack((smoothed, nll)).where(valid, 0.0).sum(-1)
     if in_place:
         uniform_share = smoothing / logits.shape[1]
         gradient = (scores - log_total[:, None]).exp() - uniform_share
-        at_target = (-nll).exp() - uniform_share - (1 - smoothing)
         logits.copy_(gradient.where(valid[:, None], 0.0))
-        logits.scatter_(1, index, at_target.where(valid, 0.0)[:, None].to(logits.dtype))
+        gradient = (-nll).exp() - uniform_share - (1 - smoothing)
+        at_target.copy_(gradient.where(valid, 0.0))
     return sums
 
 

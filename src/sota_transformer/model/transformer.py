@@ -158,12 +158,13 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D). `mask` (B or 1, 1, T, S) is True where a token may look."""
         batch, tokens, _ = x.shape
         parts = (self.heads, self.kv_heads, self.kv_heads)
-        qkv = self.qkv(x).view(batch, tokens, sum(parts), -1).transpose(1, 2)  # (B, H+2K, T, h)
-        q, k, v = qkv.split(parts, dim=1)
+        qkv = self.qkv(x).view(batch, tokens, sum(parts), -1).split(parts, dim=2)
+        q, k, v = (heads.transpose(1, 2) for heads in qkv)  # (B, H or K, T, h)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        # Contiguous by construction: permuted q, k or v gave wrong results on MPS (pytorch#181133).
-        q, k, v = rotate(q, rope).contiguous(), rotate(k, rope).contiguous(), v.contiguous()
+        q, k = rotate(q, rope), rotate(k, rope)
+        if not x.is_cuda:  # permuted q, k or v gave wrong results on MPS (pytorch#181133)
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         blockwise = self.compiled_on_cpu and self.training and cache is None
@@ -321,8 +322,8 @@ class Transformer(nn.Module):
         # The tied head's gradient is dense; a CPU adds the looked-up rows to it alone. Whoever
         # trains without the head gets a sparse gradient of the embedding.
         sparse = self.training and tokens.is_cpu
-        x = F.embedding(tokens, self.embedding.weight, sparse=sparse).float()
-        x = drop(x, dropout, 0)  # (B, T, D) float32
+        x = F.embedding(tokens, self.embedding.weight, sparse=sparse)
+        x = self.begin(x, dropout)  # (B, T, D) float32
         for layer, block in enumerate(self.blocks, start=1):
             inner = dropout and Dropout(dropout.rate, dropout.keys + layer * 0x51ED27)
             if self.gradient_checkpointing and self.training:
@@ -341,6 +342,14 @@ class Transformer(nn.Module):
                 x = block(x, self.dtype, rope, inner, cache, mask)
         if cache is not None:
             cache.length += tokens.shape[1]
+        return self.end(x)
+
+    def begin(self, x: Tensor, dropout: Dropout | None) -> Tensor:
+        """Looked-up embeddings (B, T, D) -> the residual stream in float32."""
+        return drop(x.float(), dropout, 0)
+
+    def end(self, x: Tensor) -> Tensor:
+        """The residual stream behind the blocks -> hidden states in `dtype`."""
         return self.norm(x).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
