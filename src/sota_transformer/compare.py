@@ -29,6 +29,7 @@ from sota_transformer.report import (
     Points,
     chart,
     column,
+    is_number,
     logged,
     padding_of,
     read_record,
@@ -200,17 +201,13 @@ def _judgement(kind: str, line: dict[str, Any]) -> dict[str, str]:
     if line:
         error = line.get("val_error")  # a single window has none
         cells = (
-            f"{line['val_loss']:.4f}" + (f" +- {error:.4f}" if _number(error) else ""),
+            f"{line['val_loss']:.4f}" + (f" +- {error:.4f}" if is_number(error) else ""),
             perplexity(line.get("val_perplexity")),
             f"{line['val_bits_per_byte']:.4f}",
             f"{line['step']:,}",
         )
     names = ("validation, nats", "perplexity", "bits/byte", "at step")
     return {f"{kind} {name}": cell for name, cell in zip(names, cells, strict=True)}
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _preset(config: RunConfig) -> str:
@@ -304,7 +301,7 @@ class _Setting:
     def spread(self) -> float | None:
         """Standard deviation over seeds, nats."""
         losses = self.of("val_loss")
-        return statistics.stdev(losses) if len(losses) > 1 and all(map(_number, losses)) else None
+        return statistics.stdev(losses) if len(losses) > 1 and all(map(is_number, losses)) else None
 
     def row(self, first: "_Setting") -> tuple[str, ...]:
         """Its line of the table, which compares it with the first."""
@@ -329,7 +326,7 @@ class _Setting:
             parts = (spread**2 / len(self.runs), first.spread**2 / len(first.runs))
             seeds = f"{math.sqrt(sum(parts)):.4f}"
         errors = (self.of("val_error"), first.of("val_error"))
-        if all(map(_number, (*errors[0], *errors[1]))):
+        if all(map(is_number, (*errors[0], *errors[1]))):
             text = f"<= {sum(map(statistics.fmean, errors)):.4f}"
         return (*cells, f"{mean - statistics.fmean(first.of('val_loss')):+.4f}", seeds, text)
 

@@ -97,11 +97,12 @@ def padding_of(record: dict[str, Any]) -> float:
 
 def column(metrics: list[dict[str, Any]], name: str) -> Points:
     """(step, value) of every line that has this number."""
-    return [
-        (line["step"], float(line[name]))
-        for line in metrics
-        if isinstance(line.get(name), int | float) and math.isfinite(line[name])
-    ]
+    return [(line["step"], float(line[name])) for line in metrics if is_number(line.get(name))]
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a number, and finite."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:

@@ -8,10 +8,10 @@ from sota_transformer.commands.common import check, open_to_generate
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Serve
+from sota_transformer.report import Points, column
 from sota_transformer.training.runlog import read_metrics
 
 _POINTS = 500  # of a curve
-Points = list[list[float]]
 
 
 def run_serve(options: Serve) -> int:
@@ -46,17 +46,9 @@ def run_serve(options: Serve) -> int:
 
 
 def _curve(folder: Path) -> tuple[Points, Points]:
-    """[step, nats] while training and on validation text."""
+    """(step, nats) while training and on validation text."""
     lines = read_metrics(folder)
-    train, validation = (
-        _thinned([[line["step"], line[name]] for line in lines if _is_figure(line.get(name))])
-        for name in ("loss", "val_loss")
-    )
-    return train, validation
-
-
-def _is_figure(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return _thinned(column(lines, "loss")), _thinned(column(lines, "val_loss"))
 
 
 def _thinned(points: Points) -> Points:

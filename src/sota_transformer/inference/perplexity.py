@@ -71,7 +71,6 @@ def sliding_sums(
     token_bytes: Array,
     context: int,
     stride: int,
-    rows: int = BATCH_ROWS,
     document_mask: bool = False,
     meter: Meter | None = None,
 ) -> Array:
@@ -81,7 +80,8 @@ def sliding_sums(
     did not: a token of a later window sees at least context - stride tokens. `meter` is told of
     each.
     """
-    return _sums(model, _sliding(tokens, context, stride), token_bytes, rows, document_mask, meter)
+    windows = _sliding(tokens, context, stride)
+    return _sums(model, windows, token_bytes, BATCH_ROWS, document_mask, meter)
 
 
 def _sliding(tokens: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:
