@@ -60,9 +60,26 @@ def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def few(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data of which a few short steps read all."""
+    from sota_transformer.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("data") / "few"
+    texts = sorted(map(str, corpus.iterdir()))[:30]
+    prepare(Prepare(inputs=tuple(texts), out=out, val_fraction=0.1, workers=1))
+    return out
+
+
 @pytest.fixture
-def make_run(data: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """A run of `tiny`, shorter and narrower; keyword arguments replace fields by name."""
+def make_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RunConfig]:
+    """A run of `tiny`, shorter and narrower; keyword arguments replace fields by name.
+
+    Its samples are short, for they would take more time than the steps. The command line's are not.
+    """
+    monkeypatch.setattr("sota_transformer.training.judge._SAMPLE_TOKENS", 4)
 
     def make(name: str = "run", recipe: str = "seed", **changes: object) -> RunConfig:
         config = PRESETS["tiny"](recipe)

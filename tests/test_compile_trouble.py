@@ -107,7 +107,7 @@ def test_what_is_compiled_wrongly_is_never_used(
 ) -> None:
     """The doctor finds it, and training does without, at this start and at the next."""
     plain = make_run("plain", compile="off", device=kind, steps=2)
-    train(plain, admit)
+    train(plain)
     config = make_run("on", compile="on", device=kind, steps=2)
     capsys.readouterr()
     train(config, admit)

@@ -368,7 +368,8 @@ def test_texts_are_read_as_prepare_reads_them(run: Path, tmp_path: Path, codec: 
     (tmp_path / "b.txt").write_bytes("One\r\n \u00e9 two\n".encode(codec))
     (tmp_path / "c.jsonl").write_bytes('{"prompt": "\u00e9"}\n'.encode(codec))
     for name, prompts in (("b.txt", ["One", " \u00e9 two"]), ("c.jsonl", ["\u00e9"])):
-        lines = printed(run_generate, Generate(file=tmp_path / name, json=True, **asked))  # type: ignore[arg-type]
+        options = Generate(file=tmp_path / name, max_tokens=1, json=True, **asked)  # type: ignore[arg-type]
+        lines = printed(run_generate, options)
         assert [json.loads(line)["prompt"] for line in lines.splitlines()] == prompts
     (tmp_path / "d.txt").write_bytes("\u00e9 in another".encode("latin-1"))
     for command, options in (

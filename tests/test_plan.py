@@ -223,11 +223,13 @@ def test_the_budget_is_kept_by_fewer_rows(monkeypatch, capsys) -> None:
     """A machine of 20 ms a step and 10 ms a row: 300 ms hold 28 rows, 24 in whole micro-batches."""
     times = {4: (0.06, 0.0), 8: (0.10, 0.0)}
     monkeypatch.setattr(plan, "step_seconds", lambda _config, _runtime, rows: times[rows])
-    fitted = plan.fit_budget(PRESETS["16m"](), seconds=300)
+    config = PRESETS["16m"]()  # not compiled: even to try it takes seconds
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, compile="off"))
+    fitted = plan.fit_budget(config, seconds=300)
     assert fitted.train.batch_rows == 24
     assert not capsys.readouterr().out
-    fitted = plan.fit_budget(PRESETS["16m"](), seconds=10)  # not even a row
+    fitted = plan.fit_budget(config, seconds=10)  # not even a row
     assert "1,000 steps of one window alone take 30 seconds" in capsys.readouterr().out
     assert (fitted.train.batch_rows, fitted.model.seq_len) == (1, 512)
-    fitted = plan.fit_budget(PRESETS["16m"](), seconds=46)  # 26 ms beside 20: 2.6 rows
+    fitted = plan.fit_budget(config, seconds=46)  # 26 ms beside 20: 2.6 rows
     assert (fitted.train.batch_rows, fitted.model.seq_len) == (2, 640)

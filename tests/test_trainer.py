@@ -4,11 +4,12 @@ import dataclasses
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from sota_transformer.config import RunConfig
+from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import DIVERGED, TEMPORARY, SotaError
 from sota_transformer.presets import RECIPES
 from sota_transformer.report import write_report
@@ -30,17 +31,19 @@ from tests.training_runs import (
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resumed_equals_undisturbed_bit_for_bit(
-    make_run: MakeRun, monkeypatch, recipe: str
+    make_run: MakeRun, few: Path, monkeypatch, recipe: str
 ) -> None:
     """Dropout is on, steps cross an epoch's end, and the crash falls between two checkpoints."""
-    shape = {"steps": 40, "batch_rows": 16, "micro_rows": 8, "save_every_steps": 6}
+    shape = {"path": few, "steps": 24, "micro_rows": 2, "save_every_steps": 6}
     whole, broken = (make_run(n, recipe, dropout_start=0.1, **shape) for n in ("whole", "broken"))
+    epoch = len(TokenWindows(few, "train", whole.model.seq_len))
     train(whole)
-    for crash in (3, 9, 27):
+    for crash in (3, 9, 21):
         with monkeypatch.context() as patch, pytest.raises(InterruptError):
             stop_after(patch, crash)
             train(broken)
     train(broken)
+    assert 9 * whole.train.batch_rows < epoch < 21 * whole.train.batch_rows
     assert final_hash(whole) == final_hash(broken)
     assert losses(whole) == losses(broken)
 
@@ -54,7 +57,7 @@ def test_evaluation_and_samples_change_nothing(make_run: MakeRun) -> None:
 
 
 def test_any_micro_batch_sees_the_same_samples(make_run: MakeRun) -> None:
-    runs = [make_run(f"m{rows}", batch_rows=8, micro_rows=rows) for rows in (8, 4, 1)]
+    runs = [make_run(f"m{n}", steps=5, batch_rows=8, micro_rows=n) for n in (8, 4, 1)]
     for config in runs:
         train(config)
     for config in runs[1:]:
@@ -153,22 +156,19 @@ PACKED = {"windows": "best-fit", "document_mask": True}
 
 
 def test_best_fit_windows_with_a_mask_obey_the_same_laws(make_run: MakeRun, monkeypatch) -> None:
-    """Any micro-batch, two ranks, and a resume: the loss is divided by the targets there are."""
-    whole = make_run("whole", batch_rows=8, micro_rows=4, save_every_steps=5, **PACKED)
+    """Any micro-batch, and a resume: the loss is divided by the targets there are."""
+    shape = {"steps": 8, "batch_rows": 8, "save_every_steps": 3} | PACKED
+    whole = make_run("whole", micro_rows=4, **shape)
     train(whole)
-    small = make_run("small", batch_rows=8, micro_rows=1, **PACKED)
+    small = make_run("small", micro_rows=1, **shape)
     train(small)
     assert losses(small) == pytest.approx(losses(whole), rel=1e-5)
-    broken = make_run("broken", batch_rows=8, micro_rows=4, save_every_steps=5, **PACKED)
+    broken = make_run("broken", micro_rows=4, **shape)
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 7)
+        stop_after(patch, 5)
         train(broken)
     train(broken)
     assert final_hash(broken) == final_hash(whole)
-    two = make_run("two", batch_rows=8, micro_rows=4, **PACKED)
-    launch_two(two)
-    assert final_hash(two) == final_hash(whole)
-    assert losses(two) == losses(whole)
 
 
 def test_what_the_windows_are_is_said_and_fixed(make_run: MakeRun, capsys) -> None:
@@ -179,24 +179,19 @@ def test_what_the_windows_are_is_said_and_fixed(make_run: MakeRun, capsys) -> No
         train(make_run(steps=2, document_mask=True))
 
 
-def launch_two(config: RunConfig) -> None:
-    """Train in two processes."""
-    arguments = command(config)[1:]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(launcher + arguments, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun, monkeypatch) -> None:
-    """Also where they go on from a step at which the model is judged: has it been, they agree."""
-    judged_on_its_way = {"batch_rows": 8, "micro_rows": 4, "eval_every": 5, "save_every_steps": 5}
-    one = make_run("one", **judged_on_its_way)
+    """With windows of which each rank's have another number of targets, and where they go on from
+    a step at which the model is judged: whether it was, they agree.
+    """
+    shape = {"batch_rows": 8, "micro_rows": 4, "eval_every": 5, "save_every_steps": 5} | PACKED
+    one, two = (make_run(name, **shape) for name in ("one", "two"))
     train(one)
-    two = make_run("two", **judged_on_its_way)
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
         stop_after(patch, 6)
         train(two)
-    launch_two(two)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(launcher + command(two)[1:], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert final_hash(one) == final_hash(two)
     assert losses(one) == losses(two)
 
@@ -245,7 +240,7 @@ def test_bad_steps_are_not_applied_and_end_the_run(make_run: MakeRun, monkeypatc
         assert all(torch.equal(weights[name], state.model[name]) for name in weights)
 
 
-@pytest.mark.parametrize(("stopped", "steps"), [(None, 40), ("_go_back", 20), ("_last_good", 20)])
+@pytest.mark.parametrize(("stopped", "steps"), [(None, 26), ("_go_back", 20), ("_last_good", 20)])
 def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
     make_run: MakeRun, monkeypatch, stopped: str | None, steps: int
 ) -> None:

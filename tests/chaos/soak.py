@@ -47,6 +47,14 @@ class Soak:
             self.wrong.append(f"after {self.kills} kills: {what}")
             print(f"WRONG: {self.wrong[-1]}", flush=True)
 
+    def end(self, bench: Bench, out: Path) -> None:
+        """A chain of attempts has trained in `out`: the reference's bytes, and nothing else."""
+        self.finished += 1
+        self.check(model_of(out) == bench.model, f"{out}: another model")
+        self.check(not leftovers(out), f"{out}: left over {leftovers(out)}")
+        if not self.wrong:
+            shutil.rmtree(out)
+
 
 def numbers(pattern: str, text: str) -> list[int]:
     """The numbers that `pattern` finds."""
@@ -83,12 +91,8 @@ def soak_train(bench: Bench, zygote: Zygote, kills: int, seed: int = 0) -> Soak:
             if done.code != 137:
                 result.check(False, f"exit {done.code}: {done.output[-1000:]}")
                 break
-        result.finished += 1
-        result.check(model_of(out) == bench.model, f"{out}: another model")
-        result.check(not leftovers(out), f"{out}: left over {leftovers(out)}")
         result.check(result.redone <= SAVE_EVERY, f"{result.redone} steps redone")
-        if not result.wrong:
-            shutil.rmtree(out)
+        result.end(bench, out)
     return result
 
 

@@ -63,11 +63,7 @@ def stop_train(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Stops
             if done.code != TERMINATED or not asked:
                 result.check(False, f"exit {done.code}: {done.output[-1000:]}")
                 break
-        result.finished += 1
-        result.check(model_of(out) == bench.model, f"{out}: another model")
-        result.check(not leftovers(out), f"{out}: left over {leftovers(out)}")
-        if not result.wrong:
-            shutil.rmtree(out)
+        result.end(bench, out)
     return result
 
 

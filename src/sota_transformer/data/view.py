@@ -73,11 +73,11 @@ def describe(options: DataView) -> dict[str, Any]:
     return figures
 
 
-def _open(folder: Path, split: Split, seq_len: int = 1) -> TokenWindows | None:
+def _open(folder: Path, split: Split) -> TokenWindows | None:
     """The split as a stream, None if it is empty."""
     if not load_manifest(folder)["splits"][split]["tokens"]:
         return None
-    return TokenWindows(folder, split, seq_len)
+    return TokenWindows(folder, split, 1)
 
 
 def _figures(folder: Path, split: Split) -> dict[str, Any]:
