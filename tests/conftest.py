@@ -66,7 +66,7 @@ def few(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sota_transformer.data.prepare import prepare
 
     out = tmp_path_factory.mktemp("data") / "few"
-    texts = sorted(map(str, corpus.iterdir()))[:30]
+    texts = sorted(map(str, corpus.iterdir()))[:24]
     prepare(Prepare(inputs=tuple(texts), out=out, val_fraction=0.1, workers=1))
     return out
 
