@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -176,11 +175,11 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     check, shapes = blake3(), {}
     try:
-        with open(temporary, "wb", buffering=0) as file:
+        with open(temporary, "wb") as file:
             for name, dtype in _ARRAYS:
                 array = np.ascontiguousarray(getattr(encoded, name), dtype)
                 data = array.reshape(-1).view(np.uint8).data
-                _write_all(file, data)
+                file.write(data)
                 check.update(data)
                 shapes[name] = array.shape
             head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
@@ -191,12 +190,6 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _write_all(file: Any, data: memoryview) -> None:
-    """Unbuffered writes may stop early."""
-    while data:
-        data = data[file.write(data) :]
 
 
 def load(path: Path, key: str, *, check: bool) -> Encoded | None:
