@@ -171,31 +171,18 @@ def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
     if segment.stop - segment.start <= _AT_ONCE:
         yield segment.start, _read(segment)
         return
-    with Path(segment.path).open("rb", buffering=0) as file:
+    with Path(segment.path).open("rb", buffering=_BLOCK) as file:
         file.seek(segment.offset)
-        left, position, skipping = segment.stop - segment.start, segment.start, False
-        held: list[bytes] = []
-        while left > 0 and (chunk := file.read(min(_BLOCK, left))):
-            left -= len(chunk)
-            end = chunk.rfind(b"\n") + 1
-            if skipping and end:
-                yield position, None
-                chunk, end, skipping = chunk[chunk.find(b"\n") + 1 :], 0, False
-                position = segment.stop - left - len(chunk)
-                end = chunk.rfind(b"\n") + 1
-            if end:
-                yield position, b"".join([*held, chunk[:end]])
-                position, held = segment.stop - left - (len(chunk) - end), []
-            if not skipping and end < len(chunk):
-                held.append(chunk[end:])
-                if sum(map(len, held)) > LINE_BYTES:
-                    held, skipping = [], True
-        if left:
-            raise _cut()
-        if skipping:
-            yield position, None
-        elif held:
-            yield position, b"".join(held)
+        position = segment.start
+        while position < segment.stop:
+            line = file.readline(min(LINE_BYTES + 1, segment.stop - position))
+            end, over = position + len(line), len(line) > LINE_BYTES and not line.endswith(b"\n")
+            while end < segment.stop and not line.endswith(b"\n"):  # the rest of one that is over
+                if not (line := file.readline(min(_BLOCK, segment.stop - end))):
+                    raise _cut()
+                end += len(line)
+            yield position, None if over else line
+            position = end
 
 
 def _records(segment: Segment, field: str) -> Iterator[Document]:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -24,7 +23,7 @@ from sota_transformer.data.sketch import sketch
 from sota_transformer.data.sources import REPAIRED, Skipped
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import EOT, Encoder
-from sota_transformer.data.units import UNIT_BYTES, Segment, Unit
+from sota_transformer.data.units import UNIT_BYTES, Job, Segment, Unit
 
 EXAMPLES = 5
 HASH_KEY = b"sota_transformer document hash 1"
@@ -87,17 +86,10 @@ _ARRAYS = (
 class Tools:
     """What a worker keeps from one unit to the next."""
 
-    def __init__(
-        self,
-        encoder: str,
-        text_field: str,
-        repair: bool = False,
-        sketches: bool = False,
-        excluded: Path | None = None,
-    ) -> None:
-        self.encoder, self.tables = Encoder(encoder), Tables()
-        self.text_field, self.repair, self.sketches = text_field, repair, sketches
-        self.excluded = GramSet(np.load(excluded, allow_pickle=False)) if excluded else None
+    def __init__(self, job: Job) -> None:
+        self.job, self.encoder, self.tables = job, Encoder(job.encoder), Tables()
+        grams = np.load(job.excluded, allow_pickle=False) if job.excluded else None
+        self.excluded = None if grams is None else GramSet(grams)
 
 
 def encode_unit(unit: Unit, tools: Tools) -> Encoded:
@@ -109,7 +101,7 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
     for segment in unit.segments:
         for document in _guarded(segment, tools):
             if isinstance(document, Skipped):
-                repaired = document.repaired if tools.repair else b""
+                repaired = document.repaired if tools.job.repair else b""
                 rejects.add(document.reason + REPAIRED * bool(repaired), document.where)
                 if not repaired:
                     continue
@@ -140,7 +132,7 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
     )
     if tools.excluded:
         _exclude(encoded, tools.excluded, list(hashes.values()), rejects)
-    if tools.sketches:
+    if tools.job.sketches:
         encoded.keys, encoded.marks = sketch(encoded.tokens, encoded.lengths)
     encoded.counts, encoded.examples = rejects.counts, rejects.examples
     return encoded
@@ -164,7 +156,7 @@ def _exclude(encoded: Encoded, excluded: GramSet, names: list[str], rejects: Rej
 def _guarded(segment: Segment, tools: Tools) -> Iterator[Document]:
     """The segment's documents; a file that vanished or cannot be read becomes a reject."""
     try:
-        yield from documents(segment, tools.text_field, tools.tables)
+        yield from documents(segment, tools.job.text_field, tools.tables)
     except OSError as error:
         yield Skipped(f"cannot be read ({error.strerror})", segment.name)
     except MemoryError:
@@ -176,11 +168,11 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     check, shapes = blake3(), {}
     try:
-        with open(temporary, "wb", buffering=0) as file:
+        with open(temporary, "wb") as file:
             for name, dtype in _ARRAYS:
                 array = np.ascontiguousarray(getattr(encoded, name), dtype)
                 data = array.reshape(-1).view(np.uint8).data
-                _write_all(file, data)
+                file.write(data)
                 check.update(data)
                 shapes[name] = array.shape
             head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
@@ -191,12 +183,6 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _write_all(file: Any, data: memoryview) -> None:
-    """Unbuffered writes may stop early."""
-    while data:
-        data = data[file.write(data) :]
 
 
 def load(path: Path, key: str, *, check: bool) -> Encoded | None:

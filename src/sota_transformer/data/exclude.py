@@ -11,7 +11,7 @@ from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import gram_hashes
 from sota_transformer.data.progress import printable
-from sota_transformer.data.sources import Skipped, find
+from sota_transformer.data.sources import ARCHIVES, Skipped, find
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer, utf8
@@ -52,7 +52,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
         if item not in passed:
             _refuse(item)
     for source in sources:
-        if source.codec or source.kind == "zip" or source.kind == "tar":
+        if source.codec or source.kind in ARCHIVES:
             raise SotaError(f"--exclude {source.name}: unpack it first", USAGE)
         if source.kind == "jsonl":
             data = without_mark(Path(source.path).read_bytes())

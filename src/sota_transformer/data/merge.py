@@ -7,6 +7,7 @@ order of the units stays; so nothing here depends on who encoded what, or when.
 import hashlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,7 @@ class SplitWriter:
     def _open(self) -> Any:
         """The next shard, with room for its header."""
         self.shards.append(f"{self._split}-{self._next + len(self.shards):05d}.npy")
-        path = self._folder / self.shards[-1]
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=1 << 20)
+        self._file = (self._folder / self.shards[-1]).open("xb", buffering=1 << 20)
         self._file.write(bytes(HEADER_BYTES))
         return self._file
 
@@ -134,10 +133,8 @@ class SplitWriter:
         """Give up after an error."""
         self._thread.shutdown(cancel_futures=True)
         if self._file is not None:
-            try:
+            with suppress(OSError):
                 self._file.close()
-            except OSError:
-                pass
 
 
 def _seal(path: Path, file: Any, tokens: int) -> dict[str, Any]:
@@ -154,8 +151,7 @@ def _seal(path: Path, file: Any, tokens: int) -> dict[str, Any]:
 def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
     """A whole array as a durable npy file."""
     data = npy_header(array.dtype.str, array.shape) + array.tobytes()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
+    with path.open("xb") as file:
         file.write(data)
         file.flush()
         fsync(file.fileno())

@@ -193,7 +193,7 @@ class Similar:
         if place == len(self._places) - 1:
             return self._tokens[start : start + count - 1]
         known = self._places[place]
-        file = os.open(known.path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(known.path, os.O_RDONLY)
         try:
             data = os.pread(file, 2 * (count - 1), known.offset + 2 * start)
         finally:

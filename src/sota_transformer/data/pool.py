@@ -24,34 +24,21 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sota_transformer.data.forks import worker_context
 from sota_transformer.data.sources import Source
-from sota_transformer.data.units import Unit
+from sota_transformer.data.units import Job, Unit
 from sota_transformer.errors import BAD_DATA, SotaError
+
+if TYPE_CHECKING:  # numpy loads in the workers, and here while they start
+    from sota_transformer.data.encode import Tools
 
 _DEAD = (BrokenProcessPool, EOFError, ConnectionError)  # a worker, or the server that forks them
 _RECURSION = 3000  # deep but legal JSON; the C scanner stops there with an error, not a crash
 _RUN_UNITS = 64  # a longer row group is shared even so: too long a run leaves others without work
 
 Run = tuple[Unit, ...]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker needs to know."""
-
-    folder: Path
-    """Where results go."""
-    text_field: str
-    encoder: str
-    repair: bool = False
-    """Whether text of a broken encoding is taken with U+FFFD for what is broken."""
-    sketches: bool = False
-    """Whether near-duplicates will be looked for."""
-    excluded: Path | None = None
-    """File of gram hashes; documents with one of them are left out."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +205,7 @@ class Pool:
 class _Worker:
     """This process's own state, made once."""
 
-    job: Job
-    tools: Any
+    tools: "Tools"
 
 
 def _begin(job: Job) -> None:
@@ -232,8 +218,7 @@ def _begin(job: Job) -> None:
     # Arrow's default, mimalloc, holds on to what it freed: tens of MB in each worker.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     threading.Thread(target=_watch, daemon=True).start()
-    _Worker.job = job
-    _Worker.tools = Tools(job.encoder, job.text_field, job.repair, job.sketches, job.excluded)
+    _Worker.tools = Tools(job)
 
 
 def _watch() -> None:
@@ -246,18 +231,18 @@ def _watch() -> None:
 def _probe(source: Source) -> list[tuple[int, int, int]]:
     from sota_transformer.data.tables import probe
 
-    return probe(source, _Worker.job.text_field)
+    return probe(source, _Worker.tools.job.text_field)
 
 
 def _encode(run: Run) -> list[Done]:
-    """Encode each unit into its file, unless it lies there already."""
     return [_encode_one(unit) for unit in run]
 
 
 def _encode_one(unit: Unit) -> Done:
+    """Encode a unit into its file, unless it lies there already."""
     from sota_transformer.data.encode import encode_unit, load, store
 
-    path = result_path(_Worker.job.folder, unit)
+    path = result_path(_Worker.tools.job.folder, unit)
     encoded = load(path, unit.key, check=True)
     if encoded is None:
         encoded = encode_unit(unit, _Worker.tools)

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from sota_transformer.data.forks import warm_up
 from sota_transformer.data.guards import enough, plain_errors, stoppable, workers
-from sota_transformer.data.pool import Job, Pool, result_path
+from sota_transformer.data.pool import Pool, result_path
 from sota_transformer.data.progress import Progress, summary
 from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find
-from sota_transformer.data.units import Unit, cut
+from sota_transformer.data.units import Job, Unit, cut
 from sota_transformer.durable import (
     MANIFEST,
     DirectoryLock,
@@ -213,6 +213,7 @@ class _Run:
         self.options, self.sources, self.skipped = options, sources, skipped
         self.request, self.old, self.work, self.encoder = request, old, work, encoder
         self.part, self.parts = map(int, (options.part or "1/1").split("/"))
+        self.val_below = min(int(options.val_fraction * 2**64), 2**64 - 1)  # of documents' hashes
         # Parts share the results' folder and nothing else.
         self.own = work / f"part-{self.part}-of-{self.parts}" if options.part else work
 
@@ -245,7 +246,8 @@ class _Run:
         pool.close()
         seconds = progress.close()
         if self.options.part:
-            self._note_part()
+            write_file(self.work / f"done-{self.part}-of-{self.parts}", b"")
+            remove(self.own)
             print(
                 f"part {self.options.part} is done in {seconds:,.1f} s: the results lie in "
                 f"{self.work}; `sota merge {self.options.out}` puts all parts together"
@@ -273,11 +275,6 @@ class _Run:
                 f"begun in another folder; give the same again, or begin anew: rm -r {self.work}",
                 LOCKED,
             )
-
-    def _note_part(self) -> None:
-        """That this part is done."""
-        write_file(self.work / f"done-{self.part}-of-{self.parts}", b"")
-        remove(self.own)
 
     def _excluded(self) -> Path | None:
         """The file of excluded grams, made if it is asked for."""
@@ -339,18 +336,16 @@ class _Run:
         """A merger for this preparation; it knows what is there when this is an append."""
         from sota_transformer.data.merge import Merger
 
-        options, old = self.options, self.old
-        if old is None:
-            threshold = min(int(options.val_fraction * 2**64), 2**64 - 1)
-            return Merger(self.own / "shards", threshold, len(options.inputs), options.near_dedup)
-        threshold = old["split_rule"]["val_below"]
-        if threshold != min(int(options.val_fraction * 2**64), 2**64 - 1):
-            print(f"note: validation keeps its share of {threshold / 2**64:.3g} of the documents")
-        first = {split: len(part["shards"]) for split, part in old["splits"].items()}
-        merger = Merger(
-            self.own / "shards", threshold, len(options.inputs), options.near_dedup, first
-        )
-        merger.know(options.out, old)
+        options, old, below, first = self.options, self.old, self.val_below, None
+        if old is not None:
+            below = old["split_rule"]["val_below"]
+            if below != self.val_below:
+                print(f"note: validation keeps its share of {below / 2**64:.3g} of the documents")
+            first = {split: len(part["shards"]) for split, part in old["splits"].items()}
+        inputs = len(options.inputs)
+        merger = Merger(self.own / "shards", below, inputs, options.near_dedup, first)
+        if old is not None:
+            merger.know(options.out, old)
         return merger
 
     def _inputs(self, merger: "Merger") -> dict[str, Any]:
@@ -381,8 +376,7 @@ class _Run:
         shards, out = self.own / "shards", self.options.out
         if self.old is None:
             enough(manifest, self.options.val_fraction)
-            threshold = min(int(self.options.val_fraction * 2**64), 2**64 - 1)
-            manifest = complete(manifest, threshold)
+            manifest = complete(manifest, self.val_below)
             commit_new(shards, out, manifest)
         else:
             manifest = joined(self.old, manifest)

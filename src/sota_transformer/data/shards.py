@@ -97,17 +97,14 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 def _foreign(folder: Path) -> dict[str, Any]:
     """The manifest of another project's files, remembered as long as they do not change."""
-    mark = [
-        [path.name, status.st_size, status.st_mtime_ns]
-        for path in foreign_files(folder)
-        for status in [path.stat()]
-    ]
+    found = {path.name: path.stat() for path in foreign_files(folder)}
+    mark = [[name, status.st_size, status.st_mtime_ns] for name, status in found.items()]
     note = folder / _FOREIGN
     try:
         known = read_manifest(note)
     except SotaError:
         known = {}
-    names = {path.name for path in foreign_files(folder)}
+    names = found.keys()
     if known.get("mark") == mark and not misfit(known, _SHAPE) and known["files"].keys() == names:
         return known
     manifest = foreign_manifest(folder) | {"mark": mark}
@@ -127,7 +124,7 @@ class Shard:
         again = _AGAIN.format(folder=folder)
         again = "it must be a plain file" if "start" in entry else again  # another program's
         try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             self._file = os.fdopen(os.open(self.path, flags), "rb", buffering=0)
             found = os.fstat(self._file.fileno())
         except OSError as error:
@@ -136,26 +133,20 @@ class Shard:
             text = f"{self.path} has {found.st_size:,} bytes, not {entry['bytes']:,}; {again}"
             raise SotaError(text, BAD_DATA)
         _verify_once(self.path, found, entry["sha256"])
-        if "start" in entry:  # raw ids
-            self.dtype, self._start = np.dtype("<u2"), int(entry["start"])
-            self.items = (found.st_size - self._start) // 2
-            return
-        self.dtype, self._start = np.dtype("<u2"), HEADER_BYTES
-        self.items = _check_header(self._file, self.path, found.st_size)
+        self._start = entry.get("start", HEADER_BYTES)
+        self.items = (found.st_size - self._start) // 2
+        if "start" not in entry:  # else raw ids
+            _check_header(self._file, self.path, found.st_size)
 
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Items start..stop, flat: (stop - start,). SotaError 65 if the file got shorter."""
-        size, position = self.dtype.itemsize, self._start
-        want = (stop - start) * size
-        data = os.pread(self._file.fileno(), want, position + start * size)
+    def read(self, start: int, stop: int) -> NDArray[np.uint16]:
+        """Ids start..stop: (stop - start,). SotaError 65 if the file got shorter."""
+        at, want, data = self._start + 2 * start, 2 * (stop - start), b""
         while len(data) < want:  # a read may stop at 2 GB, or at the end of a file that was cut
-            more = os.pread(
-                self._file.fileno(), want - len(data), position + start * size + len(data)
-            )
+            more = os.pread(self._file.fileno(), want - len(data), at + len(data))
             if not more:
                 raise SotaError(f"{self.path} was cut short while in use", BAD_DATA)
             data += more
-        return np.frombuffer(data, self.dtype)
+        return np.frombuffer(data, "<u2")
 
     def close(self) -> None:
         """Let go of the file."""
@@ -170,8 +161,8 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return head + text.encode().ljust(room - 1) + b"\n"
 
 
-def _check_header(file: IO[bytes], path: Path, size: int) -> int:
-    """Rows of a file of `size` bytes. SotaError 65 unless its header is the one we write."""
+def _check_header(file: IO[bytes], path: Path, size: int) -> None:
+    """SotaError 65 unless a file of `size` bytes has the header that we write."""
     wide = {".hashes": ("<u8", (2,)), ".ends": ("<u8", ())}
     dtype, columns = wide.get(Path(path.stem).suffix, ("<u2", ()))
     row = np.dtype((dtype, columns)).itemsize
@@ -179,7 +170,6 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> int:
     if rest or file.read(HEADER_BYTES) != npy_header(dtype, (rows, *columns)):
         text = f"{path}: not a .npy file as `sota prepare` writes it"
         raise SotaError(f"{text}; {_AGAIN.format(folder=path.parent)}", BAD_DATA)
-    return rows
 
 
 def load_array(

@@ -118,17 +118,18 @@ def damage() -> tuple[type[BaseException], ...]:
 
 def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
     """Chunks of at most CHUNK bytes of the stream `raw`, unpacked."""
-    if codec == "zst":
-        yield from _zstandard(raw)
-        return
     openers: dict[str, Callable[[IO[bytes]], Any]] = {
-        "": lambda raw: raw,
         "gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
         "bz2": bz2.BZ2File,
         "xz": lzma.LZMAFile,
     }
-    with closing(openers[codec](raw)) as stream:
-        yield from _filled(stream) if codec else iter(lambda: stream.read(CHUNK), b"")
+    if codec == "zst":
+        yield from _zstandard(raw)
+    elif codec:
+        with closing(openers[codec](raw)) as stream:
+            yield from _filled(stream)
+    else:
+        yield from iter(lambda: raw.read(CHUNK), b"")
 
 
 def _filled(stream: Any) -> Iterator[bytes]:
@@ -149,23 +150,6 @@ def _filled(stream: Any) -> Iterator[bytes]:
         yield b"".join(held)
 
 
-class _Chained(io.RawIOBase):
-    """Bytes, then a stream, then other bytes."""
-
-    def __init__(self, first: bytes, raw: IO[bytes], last: bytes) -> None:
-        self._first, self._raw, self._last = first, raw, last
-
-    def read(self, size: int = -1, /) -> bytes:
-        """The next bytes of whatever part is not used up."""
-        if data := self._first[: size if size >= 0 else None]:
-            self._first = self._first[len(data) :]
-            return data + (self._raw.read(size - len(data)) if size > len(data) else b"")
-        if data := self._raw.read(size):
-            return data
-        data, self._last = self._last, b""
-        return data
-
-
 def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
     """Chunks of a zstandard stream of any number of frames. EOFError if its end is missing.
 
@@ -174,7 +158,8 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
     """
     import zstandard
 
-    sealed: Any = _Chained(b"", raw, zstandard.ZstdCompressor().compress(_SEAL))
+    seal = zstandard.ZstdCompressor().compress(_SEAL)
+    sealed: Any = _Reader(chain(unpacked(raw, ""), [seal]))
     context = zstandard.ZstdDecompressor(max_window_size=1 << 27)
     stream = context.stream_reader(sealed, read_size=CHUNK, read_across_frames=True)
     held = b""
@@ -195,8 +180,8 @@ def _standard_input(source: Source, refused: Refused) -> Iterator[Stream]:
     head = raw.read(4)
     magic = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zX": "xz"}
     codec = next((codec for start, codec in magic.items() if head.startswith(start)), "")
-    chained: Any = _Chained(head, raw, b"")
-    chunks = _guarded(unpacked(chained, codec), source.name, 1 << 50, refused)
+    whole: Any = _Reader(chain([head], unpacked(raw, "")))
+    chunks = _guarded(unpacked(whole, codec), source.name, 1 << 50, refused)
     yield from _unnamed(source.name, chunks)
 
 
@@ -280,7 +265,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
     """Members of a tar archive, compressed or not, read in one pass."""
     try:
         with Path(source.path).open("rb") as file:
-            raw: Any = _Ending(_Reader(unpacked(file, source.codec)) if source.codec else file)
+            raw: Any = _Ending(unpacked(file, source.codec))
             with tarfile.open(fileobj=raw, mode="r|") as archive:
                 for info in archive:
                     if info.isdir():
@@ -305,36 +290,32 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
         )
 
 
-class _Ending:
-    """A file that does not go on for ever: tarfile would read what is not there block by block, up
-    to whatever size a member claims. EOFError for who has met the end and reads on.
-    """
-
-    def __init__(self, raw: Any) -> None:
-        self._raw, self._ended = raw, False
-
-    def read(self, size: int) -> bytes:
-        """The next bytes; b"" once, at the end."""
-        data = self._raw.read(size)
-        if not data and self._ended:
-            raise EOFError("unexpected end of data")
-        self._ended = not data
-        return data
-
-
 class _Reader:
     """Chunks as a file to read from."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._held = chunks, b""
+        self._chunks, self._held = chunks, bytearray()
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes, fewer only at the end."""
-        parts = [self._held]
-        have = len(self._held)
-        while have < size and (chunk := next(self._chunks, b"")):
-            parts.append(chunk)
-            have += len(chunk)
-        data = b"".join(parts)
-        self._held = data[size:]
-        return data[:size]
+        while len(self._held) < size and (chunk := next(self._chunks, b"")):
+            self._held += chunk
+        data = bytes(self._held[:size])
+        del self._held[:size]
+        return data
+
+
+class _Ending(_Reader):
+    """One that does not go on for ever: tarfile would read what is not there block by block, up to
+    whatever size a member claims. EOFError for who has met the end and reads on.
+    """
+
+    _ended = False
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; b"" once, at the end."""
+        data = super().read(size)
+        if not data and self._ended:
+            raise EOFError("unexpected end of data")
+        self._ended = not data
+        return data

@@ -63,6 +63,22 @@ class Unit:
     key: str
 
 
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know."""
+
+    folder: Path
+    """Where results go."""
+    text_field: str
+    encoder: str
+    repair: bool = False
+    """Whether text of a broken encoding is taken with U+FFFD for what is broken."""
+    sketches: bool = False
+    """Whether near-duplicates will be looked for."""
+    excluded: Path | None = None
+    """File of gram hashes; documents with one of them are left out."""
+
+
 Probe = Callable[[Source], list[tuple[int, int, int]]]
 
 
