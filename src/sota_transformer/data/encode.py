@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +34,12 @@ EXCLUDED = "shares text with an excluded file"
 EXCLUDE_GRAM = 13  # tokens in a row, as GPT-3's decontamination counted words
 
 
+@dataclass
 class Rejects:
     """Counts by reason, with the first few places of each."""
 
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.examples: dict[str, list[str]] = {}
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
         """One more document, or file, that was not taken."""
@@ -48,12 +48,12 @@ class Rejects:
         if where and len(places) < EXAMPLES:
             places.append(where)
 
-    def merge(self, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
+    def merge(self, other: "Rejects") -> None:
         """All of another unit's, in the order of the units."""
-        for reason, count in counts.items():
+        for reason, count in other.counts.items():
             self.add(reason, "", count)
             room = EXAMPLES - len(self.examples[reason])
-            self.examples[reason] += examples.get(reason, [])[:room]
+            self.examples[reason] += other.examples.get(reason, [])[:room]
 
 
 @dataclass
@@ -67,8 +67,7 @@ class Encoded:
     inputs: NDArray[np.uint32]  # (documents,) the input each document came with
     keys: NDArray[np.uint32]  # (documents, bands) of their sketches, or (documents, 0) if not asked
     marks: NDArray[np.uint8]  # (documents, bins) of the same, or (documents, 0)
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    rejects: Rejects
     place: Place | None = None  # where the tokens lie, once stored
 
 
@@ -129,16 +128,16 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
         inputs=np.array(inputs, np.uint32),
         keys=np.empty((len(lengths), 0), np.uint32),
         marks=np.empty((len(lengths), 0), np.uint8),
+        rejects=rejects,
     )
     if tools.excluded:
-        _exclude(encoded, tools.excluded, list(hashes.values()), rejects)
+        _exclude(encoded, tools.excluded, list(hashes.values()))
     if tools.job.sketches:
         encoded.keys, encoded.marks = sketch(encoded.tokens, encoded.lengths)
-    encoded.counts, encoded.examples = rejects.counts, rejects.examples
     return encoded
 
 
-def _exclude(encoded: Encoded, excluded: GramSet, names: list[str], rejects: Rejects) -> None:
+def _exclude(encoded: Encoded, excluded: GramSet, names: list[str]) -> None:
     """Drop the documents that contain a run of tokens of the excluded texts."""
     ends = np.cumsum(encoded.lengths, dtype=np.int64)
     hits = np.flatnonzero(excluded.contains(gram_hashes(encoded.tokens, EXCLUDE_GRAM)))
@@ -147,7 +146,7 @@ def _exclude(encoded: Encoded, excluded: GramSet, names: list[str], rejects: Rej
     drop = np.zeros(len(ends), bool)
     drop[owners] = True
     for document in np.flatnonzero(drop).tolist():
-        rejects.add(EXCLUDED, names[document])
+        encoded.rejects.add(EXCLUDED, names[document])
     encoded.tokens = encoded.tokens[np.repeat(~drop, encoded.lengths)]
     for name in ("lengths", "text_bytes", "hashes", "inputs", "keys", "marks"):
         setattr(encoded, name, getattr(encoded, name)[~drop])
@@ -176,7 +175,7 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
                 check.update(data)
                 shapes[name] = array.shape
             head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
-            head |= {"counts": encoded.counts, "examples": encoded.examples}
+            head |= asdict(encoded.rejects)
             text = json.dumps(head).encode()
             file.write(text + len(text).to_bytes(8, "little"))
         temporary.replace(path)
@@ -203,6 +202,6 @@ def load(path: Path, key: str, *, check: bool) -> Encoded | None:
             arrays[name] = np.frombuffer(data, dtype, items, at).reshape(shape)
             place = Place(path, at)  # the tokens are the last
             at += items * dtype.itemsize
-        return Encoded(**arrays, counts=head["counts"], examples=head["examples"], place=place)
+        return Encoded(**arrays, rejects=Rejects(head["counts"], head["examples"]), place=place)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -199,7 +199,7 @@ class Merger:
 
     def add(self, encoded: Encoded) -> None:
         """The next unit."""
-        self.rejects.merge(encoded.counts, encoded.examples)
+        self.rejects.merge(encoded.rejects)
         if not len(encoded.lengths):
             return
         fresh = self._seen.new(encoded.hashes)

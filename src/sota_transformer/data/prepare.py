@@ -197,25 +197,25 @@ def _as_clean(options: Prepare, before: dict[str, Any]) -> None:
         )
 
 
+@dataclasses.dataclass
 class _Run:
     """One preparation under way."""
 
-    def __init__(
-        self,
-        options: Prepare,
-        sources: list[Source],
-        skipped: list[Skipped],
-        request: str,
-        old: dict[str, Any] | None,
-        work: Path,
-        encoder: str,
-    ) -> None:
-        self.options, self.sources, self.skipped = options, sources, skipped
-        self.request, self.old, self.work, self.encoder = request, old, work, encoder
-        self.part, self.parts = map(int, (options.part or "1/1").split("/"))
-        self.val_below = min(int(options.val_fraction * 2**64), 2**64 - 1)  # of documents' hashes
+    options: Prepare
+    sources: list[Source]
+    skipped: list[Skipped]
+    request: str
+    old: dict[str, Any] | None
+    work: Path
+    encoder: str
+
+    def __post_init__(self) -> None:
+        self.part, self.parts = map(int, (self.options.part or "1/1").split("/"))
+        self.val_below = min(int(self.options.val_fraction * 2**64), 2**64 - 1)  # of 64-bit hashes
         # Parts share the results' folder and nothing else.
-        self.own = work / f"part-{self.part}-of-{self.parts}" if options.part else work
+        self.own = self.work
+        if self.options.part:
+            self.own /= f"part-{self.part}-of-{self.parts}"
 
     def do(self) -> dict[str, Any]:
         """Encode, and unless this is only a part of the work, merge and commit."""
