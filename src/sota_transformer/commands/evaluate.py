@@ -82,11 +82,8 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     result |= {"stride": stride} | figures[0]._asdict()
     if options.against is not None:
         other = {"model": models[1].name, "step": models[1].step} | figures[1]._asdict()
-        difference = paired(*sums)
-        result["against"] = other | {
-            "difference": difference.nats,
-            "paired_error": difference.error,
-        }
+        difference, error = paired(*sums)
+        result["against"] = other | {"difference": difference, "paired_error": error}
     return result
 
 

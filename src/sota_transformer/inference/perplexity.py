@@ -161,9 +161,9 @@ def summarise(sums: Array) -> Perplexity:
     return Perplexity(float(nats), error, value, float(bits), int(tokens), count)
 
 
-def paired(one: Array, other: Array) -> Perplexity:
-    """Sums (N, 3) of one model less those of another over the same windows: `nats` is how much
-    more the one loses on a token, `error` that of this difference. What makes a window hard for
-    both falls out, so it is far smaller than the errors of the two.
+def paired(one: Array, other: Array) -> tuple[float, float | None]:
+    """How many nats more one model loses on a token than another, and the error of that, from the
+    sums (N, 3) of both over the same windows. What makes a window hard for both falls out of it.
     """
-    return summarise(np.column_stack([one[:, 0] - other[:, 0], one[:, 1:]]))
+    difference = summarise(np.column_stack([one[:, 0] - other[:, 0], one[:, 1:]]))
+    return difference.nats, difference.error
