@@ -144,6 +144,12 @@ class Runtime:
                 dist.all_reduce(tensor)
         return tensor
 
+    def sum_array(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The same of an array on the CPU, which with one rank it does not leave."""
+        if self.world == 1:
+            return array
+        return self.sum_(torch.from_numpy(array).to(self.device)).cpu().numpy()
+
     def of_first(self, *values: int) -> list[int]:
         """What the first process says; the others' values do not count."""
         mine = values if self.rank == 0 else (0,) * len(values)

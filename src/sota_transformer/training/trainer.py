@@ -50,7 +50,7 @@ class Trainer:
         seq_len = config.model.seq_len
         cut = BestFit if config.data.windows == "best-fit" else TokenWindows
         self.windows = cut(config.data.path, "train", seq_len)
-        self.judge = Judge(config, log)
+        self.judge = Judge(config, runtime, log)
         self.micro_rows = micro_rows(config, runtime)
         self.model = self._first_model()
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
