@@ -196,7 +196,8 @@ def measure(config: RunConfig) -> Speed:
 
     SotaError 75 where it does not fit.
     """
-    from sota_transformer.runtime import Runtime, halved, micro_rows, out_of_memory
+    from sota_transformer.runtime import Runtime, out_of_memory
+    from sota_transformer.training.micro_batch import halved, micro_rows
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
     # A system that lends memory it does not have would end this process.

@@ -25,11 +25,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sota_transformer.config import Run, RunConfig
+from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
-from sota_transformer.words import counted
 
-_MICRO_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}  # tokens that keep each device busy
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _SILENCE = timedelta(minutes=10)  # longer than the first process alone checks, samples or saves
@@ -215,31 +213,6 @@ class Runtime:
             "dtype": str(self.dtype).removeprefix("torch."),
             "compile": self.compile,
         }
-
-
-def micro_rows(config: RunConfig, runtime: Runtime) -> int:
-    """Rows of one forward pass: as configured, or the most that keep this device busy.
-
-    Always a divisor of the rows of this rank, so that every micro-batch has one shape.
-    """
-    rows, world = config.train.batch_rows, runtime.world
-    if rows % world:
-        raise SotaError(f"train.batch_rows {rows} must be divisible by {world} processes")
-    mine = rows // world
-    wanted = config.train.micro_rows
-    if wanted:
-        if mine % wanted:
-            raise SotaError(
-                f"train.micro_rows {wanted} must divide the {counted(mine, 'row')} of a process"
-            )
-        return wanted
-    most = max(1, _MICRO_TOKENS[runtime.device.type] // config.model.seq_len)
-    return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
-
-
-def halved(micro_rows: int, rows: int) -> int:
-    """The most rows, of half as many at most, that divide `rows`; 0 where there is but one."""
-    return next((size for size in range(micro_rows // 2, 0, -1) if rows % size == 0), 0)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -34,10 +34,11 @@ from sota_transformer.model.optim import (
     update,
 )
 from sota_transformer.model.transformer import Dropout, Transformer, same_document
-from sota_transformer.runtime import PeerLostError, Runtime, halved, micro_rows, out_of_memory
+from sota_transformer.runtime import PeerLostError, Runtime, out_of_memory
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.judge import Judge
+from sota_transformer.training.micro_batch import halved, micro_rows
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.signals import Signals, Stopped
 
