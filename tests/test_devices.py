@@ -272,6 +272,10 @@ def test_attention_that_is_planned_for_each_shape_is_for_compiled_training(monke
         with machine.uncompiled():
             assert not planned()
         assert planned()
+        machine.optimize(small(), masked=True)
+        with machine.uncompiled():
+            pass
+        assert not planned()
         machine.without_compiling("a fault").optimize(small())
         assert not planned()
 

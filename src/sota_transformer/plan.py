@@ -256,7 +256,7 @@ def _step_seconds(
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device)
     model.gradient_checkpointing = config.train.gradient_checkpointing
-    runtime.optimize(model)
+    runtime.optimize(model, config.data.document_mask)
     both = optimizers(model, config.optim)
     tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)
     keys = torch.arange(rows, dtype=torch.int32, device=device)

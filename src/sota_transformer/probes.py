@@ -144,15 +144,16 @@ def _updated(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[T
 def one_step(runtime: Runtime) -> tuple[float, list[Tensor]]:
     """Loss in nats, and the gradients, on the CPU."""
     sizes = {"layers": 2, "d_model": 128, "heads": 2, "kv_heads": 2, "d_ff": 344}
-    shape = Model(seq_len=128, vocab_size=8192, **sizes)  # the whole vocabulary has its own probe
+    shape = Model(seq_len=128, vocab_size=4096, **sizes)  # the whole vocabulary has its own probe
     device = runtime.device
     model = Transformer(shape, runtime.dtype)
     model.init_weights(torch.Generator().manual_seed(1))
     model.to(device)
     runtime.optimize(model)
     source = torch.Generator().manual_seed(2)
-    tokens = torch.randint(8192, (12, 129), generator=source).to(device)
-    keys = torch.arange(12, dtype=torch.int32, device=device)
+    rows = 36  # more tokens than a chunk of the head on any device
+    tokens = torch.randint(4096, (rows, 129), generator=source).to(device)
+    keys = torch.arange(rows, dtype=torch.int32, device=device)
     hidden = model(tokens[:, :-1], Dropout(torch.tensor(0.1, device=device), keys))
     sums = token_loss(hidden, model.embedding.weight, tokens[:, 1:], 0.1, runtime.compile)
     loss = sums.smoothed / sums.count

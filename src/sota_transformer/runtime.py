@@ -84,13 +84,14 @@ class Runtime:
             reasons=(why_device, why_dtype, why_compile),
         )
 
-    def optimize(self, model: Any) -> None:
+    def optimize(self, model: Any, masked: bool = False) -> None:
         """Compile both halves of each block, or undo it: two compilations serve all, names stay.
 
         Compiled as one, the backward pass would compute the stream between them three times. On a
         CPU the backward pass computes anew whatever is no matrix product and no reduction: norms,
         the gate, weights in bfloat16. That costs no time and halves what a block keeps. A GPU also
         gets what stands before and behind the blocks, 40 passes over the stream where few do.
+        `masked`: attention will be given a mask.
         """
         parts = [(block, half) for block in model.blocks for half in ("mix", "feed")]
         for block in model.blocks:
@@ -99,7 +100,8 @@ class Runtime:
             vars(module).pop(name, None)  # what was compiled stands before the method
         # torch prefers cuDNN's attention on Hopper and newer. It is planned anew for each shape,
         # which takes up to 0.4 s (a B200): for training, not for each length of what is generated.
-        torch.backends.cuda.enable_cudnn_sdp(self.compile)
+        # With a mask its backward pass has made NaNs (pytorch#196678), with causal alone none.
+        torch.backends.cuda.enable_cudnn_sdp(self.compile and not masked)
         if not self.compile:
             return
         if self.device.type == "cpu":
@@ -121,12 +123,13 @@ class Runtime:
         if not self.compile:
             yield
             return
+        planned = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            torch.backends.cuda.enable_cudnn_sdp(True)
+            torch.backends.cuda.enable_cudnn_sdp(planned)
 
     def put(self, array: NDArray[Any]) -> Tensor:
         """An array to the device. A GPU copies it in its turn, and nothing waits for that."""

@@ -68,7 +68,7 @@ class Trainer:
         """Train to the last step and judge the result. Stopped or an error ends it early."""
         if start is not None:
             self._restore(start)
-        self.runtime.optimize(self.model)
+        self.runtime.optimize(self.model, self.config.data.document_mask)
         with ExitStack() as stack:
             self.signals = stack.enter_context(Signals(self.runtime.world > 1))
             seed, rank, world = self.config.run.seed, self.runtime.rank, self.runtime.world
@@ -180,7 +180,7 @@ class Trainer:
     def _stop_compiling(self, error: Exception) -> None:
         """Make this step again, and all that follow, as they are written."""
         self.runtime = self.runtime.without_compiling(error)
-        self.runtime.optimize(self.model)
+        self.runtime.optimize(self.model, self.config.data.document_mask)
         why = self.runtime.reasons[-1]
         text = f"step {self.step}: {why}; on without it"
         self.log.event({"step": self.step, "event": "not compiled", "reason": why}, text)
