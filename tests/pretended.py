@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 aten = torch.ops.aten
 _CROSSING = (aten.copy_.default, aten._to_copy.default, aten._copy_from.default)
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_PRODUCTS = [getattr(aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")]
+_PRODUCTS.append(aten.mm.out)
 _INDEXING = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
 
 
@@ -57,6 +60,8 @@ class Away(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         refuse_mixture(func, args, kwargs)
+        if cls.kind == "mps" and func in _PRODUCTS:
+            refuse_long_sum(args)
         Pretended.now.seen.add(func)
         if kwargs.get("device") is not None:  # autograd's own, and it knows the CPU only
             kwargs["device"] = "cpu"
@@ -82,6 +87,13 @@ def refuse_mixture(func: Any, args: Any, kwargs: Any) -> None:
             f"{func}: Expected all tensors to be on the same device, but found at least two "
             f"devices, {Away.kind}:0 and cpu!"
         )
+
+
+def refuse_long_sum(args: Any) -> None:
+    """M1 and M2 add what lies behind the operands (pytorch#195163)."""
+    a, b = args[-2:]
+    if a.shape[-1] >= 32_767 and min(a.shape[-2], b.shape[-1]) >= 16:
+        raise AssertionError(f"a product that adds up {a.shape[-1]:,} terms")
 
 
 class Pretended(TorchFunctionMode):
@@ -115,6 +127,9 @@ class Pretended(TorchFunctionMode):
                 return _engine_run_backward(
                     loss, one, False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
+        if func is F.scaled_dot_product_attention and kwargs.get("is_causal"):
+            leaks = self.kind == "mps" and args[0].dtype != torch.float32  # pytorch#195910
+            assert not leaks, "three queries of four would look ahead"
         if func is Tensor.pin_memory:
             if self.kind != "cuda":
                 raise AssertionError("pinned where nothing asks for it")

@@ -29,6 +29,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, out_of_memory
 from sota_transformer.training import judge, trainer
+from sota_transformer.training.micro_batch import micro_rows
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 from tests.pretended import Away, Pretended, pretended
@@ -271,8 +272,21 @@ def test_attention_that_is_planned_for_each_shape_is_for_compiled_training(monke
         with machine.uncompiled():
             assert not planned()
         assert planned()
+        machine.optimize(small(), masked=True)
+        with machine.uncompiled():
+            pass
+        assert not planned()
         machine.without_compiling("a fault").optimize(small())
         assert not planned()
+
+
+def test_a_mac_is_asked_for_no_sum_that_it_gets_wrong(make_run: MakeRun) -> None:
+    """The gradient of a weight is one over the tokens of a micro-batch."""
+    with pretended("mps"):
+        machine = Runtime.detect(Run(device="mps"), 1)
+        assert micro_rows(make_run(batch_rows=1024, micro_rows=512), machine) == 512
+        with pytest.raises(SotaError, match="take 1022 or fewer"):
+            micro_rows(make_run(batch_rows=1024, micro_rows=1024), machine)
 
 
 @pytest.mark.parametrize(("kind", "said"), [("mps", "one process"), ("cuda", "--nproc-per-node 1")])

@@ -216,6 +216,21 @@ def test_rows_of_different_lengths_advance_as_if_alone() -> None:
         torch.testing.assert_close(subset[place], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_prompt_is_computed_once_for_all_its_continuations() -> None:
+    model, computed = small_model(), list[int]()
+    model.register_forward_hook(lambda *given: computed.append(given[1][0].shape[1]))
+    rows = Rows(model, 3)
+    first = rows.start(0, PROMPT)
+    moved = rows.step([0], [5])
+    assert torch.equal(rows.start(1, PROMPT), first)
+    assert computed == [len(PROMPT)]
+    assert torch.equal(rows.step([1], [5]), moved)
+    rows.start(0, PROMPT[:-1])  # over what the others were copied from
+    again = rows.start(2, PROMPT)
+    assert computed == [len(PROMPT), len(PROMPT) - 1, len(PROMPT)]
+    assert torch.equal(again, first) and torch.equal(rows.step([2], [5]), moved)
+
+
 def test_padding_is_never_drawn_even_when_likeliest() -> None:
     model = small_model(FULL)
     with torch.no_grad():

@@ -24,7 +24,7 @@ def scripted(monkeypatch) -> None:
 
     def validate(self, model, step):
         found = Perplexity(LOSSES[step], 0.1, 1.0, 1.0, 512, 16)
-        monkeypatch.setattr(judge, "perplexity", lambda *_, **__: found)
+        monkeypatch.setattr(judge, "summarise", lambda _: found)
         return original(self, model, step)
 
     monkeypatch.setattr(judge.Judge, "validate", validate)
@@ -52,7 +52,8 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(
 
 def test_losses_over_other_windows_do_not_compare(make_run: MakeRun, tmp_path) -> None:
     config = make_run()
-    judging = judge.Judge(config, RunLog(tmp_path, 1, silent=True))
+    runtime = Runtime.detect(config.run, 1)
+    judging = judge.Judge(config, runtime, RunLog(tmp_path, 1, silent=True))
     model = Transformer(config.model).eval()
     for tokens, kept in ((512, True), (256, False)):
         judging.best = before = {"step": 1, "nats": 0.0, "tokens": tokens}

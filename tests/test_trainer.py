@@ -181,9 +181,10 @@ def test_what_the_windows_are_is_said_and_fixed(make_run: MakeRun, capsys) -> No
 
 def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun, monkeypatch) -> None:
     """With windows of which each rank's have another number of targets, and where they go on from
-    a step at which the model is judged: whether it was, they agree.
+    a step at which the model is judged: whether it was, they agree. Each judges by its share.
     """
     shape = {"batch_rows": 8, "micro_rows": 4, "eval_every": 5, "save_every_steps": 5} | PACKED
+    shape["eval_tokens"] = 27 * 32
     one, two = (make_run(name, **shape) for name in ("one", "two"))
     train(one)
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
@@ -194,6 +195,11 @@ def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun, monkey
     assert done.returncode == 0, done.stderr
     assert final_hash(one) == final_hash(two)
     assert losses(one) == losses(two)
+    lines = [[m for m in read_metrics(c.run.out) if "val_loss" in m] for c in (one, two)]
+    judged = [{line["step"]: line for line in found} for found in lines]
+    assert [line["val_tokens"] for line in judged[0].values()] == [864, 864, 864]
+    for step, line in judged[0].items():
+        assert all(judged[1][step][name] == value for name, value in line.items() if "val" in name)
 
 
 def test_the_plain_loss_is_reported_and_the_smoothed_one_optimised(make_run: MakeRun) -> None:

@@ -196,7 +196,8 @@ def measure(config: RunConfig) -> Speed:
 
     SotaError 75 where it does not fit.
     """
-    from sota_transformer.runtime import Runtime, halved, micro_rows, out_of_memory
+    from sota_transformer.runtime import Runtime, out_of_memory
+    from sota_transformer.training.micro_batch import halved, micro_rows
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
     # A system that lends memory it does not have would end this process.
@@ -255,7 +256,7 @@ def _step_seconds(
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device)
     model.gradient_checkpointing = config.train.gradient_checkpointing
-    runtime.optimize(model)
+    runtime.optimize(model, config.data.document_mask)
     both = optimizers(model, config.optim)
     tokens = torch.randint(config.model.vocab_size, (rows, config.model.seq_len + 1), device=device)
     keys = torch.arange(rows, dtype=torch.int32, device=device)

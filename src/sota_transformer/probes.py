@@ -16,7 +16,7 @@ from sota_transformer.config import Model
 from sota_transformer.inference.generate import Rows
 from sota_transformer.model.loss import token_loss
 from sota_transformer.model.optim import optimizers, update
-from sota_transformer.model.transformer import Dropout, Transformer
+from sota_transformer.model.transformer import Dropout, Transformer, attend
 from sota_transformer.presets import PRESETS, Recipe
 from sota_transformer.runtime import Runtime
 
@@ -39,6 +39,20 @@ def _probe_head(device: torch.device, dtype: torch.dtype) -> float:
     return _error(result, x.to(dtype).double() @ weight.to(dtype).double().t())
 
 
+def _probe_head_gradient(device: torch.device, dtype: torch.dtype) -> float:
+    """That of hidden states, a sum over the vocabulary, with large numbers behind the head."""
+    hidden, head = torch.randn(32, 64).to(dtype), torch.randn(50_258, 64).div(8).to(dtype)
+    targets = torch.arange(32)
+    logits = (hidden.double() @ head.double().t()).requires_grad_()
+    F.cross_entropy(logits, targets, reduction="sum").backward()
+    assert logits.grad is not None
+    float(torch.full((50_400, 64), 1e4, dtype=dtype, device=device).sum())  # freed, and taken again
+    there = hidden.to(device).requires_grad_()
+    token_loss(there, head.to(device), targets.to(device), 0.0).smoothed.backward()
+    assert there.grad is not None
+    return _error(there.grad, logits.grad @ head.double())
+
+
 def _probe_strided_linear(device: torch.device, dtype: torch.dtype) -> float:
     x = torch.randn(3, 64, 40).to(dtype)
     weight = torch.randn(96, 64).to(dtype)
@@ -57,15 +71,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _probe_attention(device: torch.device, dtype: torch.dtype) -> float:
     q, k, v = (torch.randn(2, 4, 130, 64).to(device, dtype) for _ in range(3))
-    return _error(F.scaled_dot_product_attention(q, k, v, is_causal=True), _attention(q, k, v))
+    return _error(attend(q, k, v), _attention(q, k, v))
 
 
 def _probe_permuted_attention(device: torch.device, dtype: torch.dtype) -> float:
     q, k, v = (torch.randn(2, 130, 4, 64).to(device, dtype).transpose(1, 2) for _ in range(3))
     # As our model does it: made contiguous first, which is the known way around the fault.
     contiguous = q.contiguous(), k.contiguous(), v.contiguous()
-    y = F.scaled_dot_product_attention(*contiguous, is_causal=True)
-    return _error(y, _attention(q, k, v))
+    return _error(attend(*contiguous), _attention(q, k, v))
 
 
 def _probe_batched(device: torch.device, dtype: torch.dtype) -> float:
@@ -131,15 +144,16 @@ def _updated(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[T
 def one_step(runtime: Runtime) -> tuple[float, list[Tensor]]:
     """Loss in nats, and the gradients, on the CPU."""
     sizes = {"layers": 2, "d_model": 128, "heads": 2, "kv_heads": 2, "d_ff": 344}
-    shape = Model(seq_len=128, vocab_size=8192, **sizes)  # the whole vocabulary has its own probe
+    shape = Model(seq_len=128, vocab_size=4096, **sizes)  # the whole vocabulary has its own probe
     device = runtime.device
     model = Transformer(shape, runtime.dtype)
     model.init_weights(torch.Generator().manual_seed(1))
     model.to(device)
     runtime.optimize(model)
     source = torch.Generator().manual_seed(2)
-    tokens = torch.randint(8192, (12, 129), generator=source).to(device)
-    keys = torch.arange(12, dtype=torch.int32, device=device)
+    rows = 36  # more tokens than a chunk of the head on any device
+    tokens = torch.randint(4096, (rows, 129), generator=source).to(device)
+    keys = torch.arange(rows, dtype=torch.int32, device=device)
     hidden = model(tokens[:, :-1], Dropout(torch.tensor(0.1, device=device), keys))
     sums = token_loss(hidden, model.embedding.weight, tokens[:, 1:], 0.1, runtime.compile)
     loss = sums.smoothed / sums.count
@@ -152,8 +166,9 @@ def one_step(runtime: Runtime) -> tuple[float, list[Tensor]]:
 
 PROBES: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "vocabulary head, batch over 8 (pytorch#109457)": _probe_head,
+    "gradient through the vocabulary (pytorch#195163)": _probe_head_gradient,
     "linear of a strided input (pytorch#161640)": _probe_strided_linear,
-    "attention (pytorch#163597)": _probe_attention,
+    "attention (pytorch#163597, #195910)": _probe_attention,
     "attention of permuted q, k, v (pytorch#181133)": _probe_permuted_attention,
     "batched products (pytorch#197636)": _probe_batched,
     "softmax of large logits (pytorch#107294)": _probe_softmax,

@@ -25,11 +25,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sota_transformer.config import Run, RunConfig
+from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
-from sota_transformer.words import counted
 
-_MICRO_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}  # tokens that keep each device busy
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _SILENCE = timedelta(minutes=10)  # longer than the first process alone checks, samples or saves
@@ -86,13 +84,14 @@ class Runtime:
             reasons=(why_device, why_dtype, why_compile),
         )
 
-    def optimize(self, model: Any) -> None:
+    def optimize(self, model: Any, masked: bool = False) -> None:
         """Compile both halves of each block, or undo it: two compilations serve all, names stay.
 
         Compiled as one, the backward pass would compute the stream between them three times. On a
         CPU the backward pass computes anew whatever is no matrix product and no reduction: norms,
         the gate, weights in bfloat16. That costs no time and halves what a block keeps. A GPU also
         gets what stands before and behind the blocks, 40 passes over the stream where few do.
+        `masked`: attention will be given a mask.
         """
         parts = [(block, half) for block in model.blocks for half in ("mix", "feed")]
         for block in model.blocks:
@@ -101,7 +100,8 @@ class Runtime:
             vars(module).pop(name, None)  # what was compiled stands before the method
         # torch prefers cuDNN's attention on Hopper and newer. It is planned anew for each shape,
         # which takes up to 0.4 s (a B200): for training, not for each length of what is generated.
-        torch.backends.cuda.enable_cudnn_sdp(self.compile)
+        # With a mask its backward pass has made NaNs (pytorch#196678), with causal alone none.
+        torch.backends.cuda.enable_cudnn_sdp(self.compile and not masked)
         if not self.compile:
             return
         if self.device.type == "cpu":
@@ -123,12 +123,13 @@ class Runtime:
         if not self.compile:
             yield
             return
+        planned = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            torch.backends.cuda.enable_cudnn_sdp(True)
+            torch.backends.cuda.enable_cudnn_sdp(planned)
 
     def put(self, array: NDArray[Any]) -> Tensor:
         """An array to the device. A GPU copies it in its turn, and nothing waits for that."""
@@ -143,6 +144,12 @@ class Runtime:
             with _together():
                 dist.all_reduce(tensor)
         return tensor
+
+    def sum_array(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The same of an array on the CPU, which with one rank it does not leave."""
+        if self.world == 1:
+            return array
+        return self.sum_(torch.from_numpy(array).to(self.device)).cpu().numpy()
 
     def of_first(self, *values: int) -> list[int]:
         """What the first process says; the others' values do not count."""
@@ -209,31 +216,6 @@ class Runtime:
             "dtype": str(self.dtype).removeprefix("torch."),
             "compile": self.compile,
         }
-
-
-def micro_rows(config: RunConfig, runtime: Runtime) -> int:
-    """Rows of one forward pass: as configured, or the most that keep this device busy.
-
-    Always a divisor of the rows of this rank, so that every micro-batch has one shape.
-    """
-    rows, world = config.train.batch_rows, runtime.world
-    if rows % world:
-        raise SotaError(f"train.batch_rows {rows} must be divisible by {world} processes")
-    mine = rows // world
-    wanted = config.train.micro_rows
-    if wanted:
-        if mine % wanted:
-            raise SotaError(
-                f"train.micro_rows {wanted} must divide the {counted(mine, 'row')} of a process"
-            )
-        return wanted
-    most = max(1, _MICRO_TOKENS[runtime.device.type] // config.model.seq_len)
-    return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
-
-
-def halved(micro_rows: int, rows: int) -> int:
-    """The most rows, of half as many at most, that divide `rows`; 0 where there is but one."""
-    return next((size for size in range(micro_rows // 2, 0, -1) if rows % size == 0), 0)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.grams import gram_order
+from sota_transformer.data.grams import distinct, gram_order
 
 GRAM = 5
 FEW = 2048  # 5-grams; of more a share is looked at first, then ...
@@ -72,15 +72,6 @@ def _limit(share: int) -> np.uint32:
 
 def _every(order: NDArray[np.uint32], share: int) -> NDArray[np.uint32]:
     return order if share == 1 else order[np.flatnonzero(order <= _limit(share))]
-
-
-def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
-    """Sorted, in place, and once each: np.unique is slower."""
-    numbers.sort()
-    first = np.empty(len(numbers), bool)
-    first[:1] = True
-    np.not_equal(numbers[1:], numbers[:-1], out=first[1:])
-    return numbers[first]
 
 
 def jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[float, int]:

@@ -17,7 +17,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from sota_transformer.data.documents import Document, documents
-from sota_transformer.data.grams import GramSet, gram_hashes
+from sota_transformer.data.grams import GramSet
 from sota_transformer.data.near import Place
 from sota_transformer.data.sketch import sketch
 from sota_transformer.data.sources import REPAIRED, Skipped
@@ -140,7 +140,9 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
 def _exclude(encoded: Encoded, excluded: GramSet, names: list[str]) -> None:
     """Drop the documents that contain a run of tokens of the excluded texts."""
     ends = np.cumsum(encoded.lengths, dtype=np.int64)
-    hits = np.flatnonzero(excluded.contains(gram_hashes(encoded.tokens, EXCLUDE_GRAM)))
+    hits = excluded.find_runs(encoded.tokens, EXCLUDE_GRAM)
+    if not len(hits):
+        return
     owners = np.searchsorted(ends, hits, "right")
     # The excluded grams hold no end-of-text, so none of these runs over the end of a document.
     drop = np.zeros(len(ends), bool)

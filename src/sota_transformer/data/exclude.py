@@ -9,7 +9,7 @@ import numpy as np
 
 from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
-from sota_transformer.data.grams import gram_hashes
+from sota_transformer.data.grams import distinct, gram_hashes
 from sota_transformer.data.progress import printable
 from sota_transformer.data.sources import ARCHIVES, Skipped, find
 from sota_transformer.data.streams import NOTHING
@@ -30,7 +30,7 @@ def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None
         hashes = gram_hashes(np.array(tokenizer.encode(text), np.uint16), EXCLUDE_GRAM)
         found.append(hashes)
         short += not len(hashes)
-    grams = np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
+    grams = distinct(np.concatenate(found)) if found else np.empty(0, np.uint64)
     if not len(grams):
         raise SotaError(
             f"--exclude {', '.join(inputs)}: no text there has {EXCLUDE_GRAM} tokens", BAD_DATA

@@ -1,24 +1,32 @@
 """Hashes of token n-grams: what near-duplicates, decontamination and the leakage report count."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _BASE = 0xD6E8FEB86659FD93  # odd, with bits everywhere
-_CHUNK = 1 << 16  # tokens at a time, so that the intermediate arrays stay in the cache
+_CHUNK = 1 << 18  # bytes of numbers at a time, so that what is made of them stays in the cache
 
 
 def gram_hashes(ids: NDArray[Any], size: int) -> NDArray[np.uint64]:
     """Hash of each run of `size` ids: (n - size + 1,); empty if there is none."""
-    return _chunked(ids, size, np.uint64, mix=True)
+    out = np.empty(max(0, len(ids) - size + 1), np.uint64)
+    for chunk, numbers in _chunks(ids, size, out, add=1):
+        np.copyto(chunk, _mixed(numbers, np.uint64))
+    return out
 
 
 def gram_order(ids: NDArray[Any], size: int) -> NDArray[np.uint32]:
     """A number for each run of `size` ids, different as a hash is but for its low bits; half the
     work: enough to tell runs apart and to choose those of small numbers. `mixed` makes hashes.
     """
-    return _chunked(ids, size, np.uint32, mix=False)
+    out = np.empty(max(0, len(ids) - size + 1), np.uint32)
+    # The factor lets the last id, too, decide on the high bits.
+    for chunk, numbers in _chunks(ids, size, out):
+        np.multiply(numbers, np.uint32(_BASE % (1 << 32)), out=chunk)
+    return out
 
 
 def mixed(order: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -26,39 +34,37 @@ def mixed(order: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return _mixed(order.copy(), np.uint32)
 
 
-def _chunked(ids: NDArray[Any], size: int, dtype: type, *, mix: bool) -> NDArray[Any]:
-    """A polynomial of the ids, built by doubling: the hash of a + b ids follows from those of a
-    and b. The factor before it lets the last id, too, decide on the high bits.
+def _chunks(
+    ids: NDArray[Any], size: int, out: NDArray[Any], *, add: int = 0
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Parts of `out` and the polynomials of their runs of ids, each id raised by `add`; what is
+    made on the way lies in the same few rows for all, for memory taken anew costs as much again.
     """
-    count = max(0, len(ids) - size + 1)
-    out = np.empty(count, dtype)
-    factor = dtype(_BASE % (1 << (8 * np.dtype(dtype).itemsize)))
-    for start in range(0, count, _CHUNK):
-        piece = ids[start : start + _CHUNK + size - 1].astype(dtype)
-        if mix:
-            piece += dtype(1)
-            out[start : start + _CHUNK] = _mixed(_polynomial(piece, size, dtype), dtype)
-        else:
-            piece *= factor
-            out[start : start + _CHUNK] = _polynomial(piece, size, dtype)
-    return out
+    count = min(len(out), _CHUNK // out.itemsize)
+    rows = np.empty((1 + size.bit_length(), count + size - 1), out.dtype)
+    for start in range(0, len(out), max(1, count)):
+        chunk = out[start : start + count]
+        piece = rows[0, : len(chunk) + size - 1]
+        np.add(ids[start : start + len(piece)], add, out=piece, dtype=out.dtype, casting="unsafe")
+        yield chunk, _polynomial(piece, size, rows[1:])
 
 
-def _polynomial(ids: NDArray[Any], size: int, dtype: type) -> NDArray[Any]:
-    """The unmixed hash of each run: (len(ids) - size + 1,)."""
+def _polynomial(ids: NDArray[Any], size: int, rows: NDArray[Any]) -> NDArray[Any]:
+    """The sum of id times _BASE ** (size - 1 - place) over each run: (len(ids) - size + 1,), in
+    `rows`. That of two runs side by side follows from theirs.
+    """
     if size == 1:
         return ids
-    half = size // 2
-    first = _polynomial(ids, half, dtype)
-    modulus = 1 << (8 * np.dtype(dtype).itemsize)
-    rest = size - half
-    second = first
-    if rest > half:
-        second = first[:-1] * dtype(_BASE % modulus)
-        second += ids[half:]
-    count = len(ids) - size + 1
-    out = first[:count] * dtype(pow(_BASE, rest, modulus))
-    out += second[half : half + count]
+    half, count = size // 2, len(ids) - size + 1
+    parts = _polynomial(ids, half, rows[1:])
+    modulus = 1 << 8 * ids.itemsize
+    out = rows[0, : len(ids) - 2 * half + 1]
+    np.multiply(parts[: len(out)], ids.dtype.type(pow(_BASE, half, modulus)), out=out)
+    out += parts[half : half + len(out)]
+    if size % 2:
+        out = out[:count]
+        out *= ids.dtype.type(_BASE % modulus)
+        out += ids[size - 1 :]
     return out
 
 
@@ -77,23 +83,44 @@ def _mixed(x: NDArray[Any], dtype: type) -> NDArray[Any]:
     return x
 
 
+def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
+    """Sorted, in place, and once each: np.unique is slower."""
+    numbers.sort()
+    first = np.empty(len(numbers), bool)
+    first[:1] = True
+    np.not_equal(numbers[1:], numbers[:-1], out=first[1:])
+    return numbers[first]
+
+
 class GramSet:
     """A set of 64-bit gram hashes that answers for a million at a time."""
 
     def __init__(self, hashes: NDArray[np.uint64]) -> None:
         """`hashes` in any order, repeats allowed: (n,)."""
-        self.sorted = np.unique(hashes)
+        self.sorted = distinct(hashes.copy())
         bits = max(10, min(24, len(self.sorted).bit_length() + 4))
-        self._shift = np.uint64(64 - bits)
-        self._filter = np.zeros(1 << bits, bool)
-        self._filter[self.sorted >> self._shift] = True
+        self._mask, self._shifts = np.uint64((1 << bits) - 1), (np.uint64(64 - bits), np.uint64(8))
+        self._filters = [np.zeros(1 << bits, bool) for _ in self._shifts]
+        for known, shift in zip(self._filters, self._shifts, strict=True):
+            known[self._slots(self.sorted, shift)] = True
 
-    def contains(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which of these are in the set: (n,)."""
-        found = self._filter[hashes >> self._shift]
-        maybe = np.flatnonzero(found)
-        if len(maybe):
-            keys = hashes[maybe]
-            at = np.minimum(np.searchsorted(self.sorted, keys), len(self.sorted) - 1)
-            found[maybe] = self.sorted[at] == keys
-        return found
+    def _slots(self, hashes: NDArray[np.uint64], shift: np.uint64) -> NDArray[np.int64]:
+        """Places in a filter, as numbers that numpy need not convert."""
+        return (hashes >> shift & self._mask).view(np.int64)
+
+    def find(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Places of those that are in the set, in order."""
+        first, second = self._filters
+        maybe = np.flatnonzero(first.take(self._slots(hashes, self._shifts[0])))
+        maybe = maybe[second.take(self._slots(hashes[maybe], self._shifts[1]))]
+        keys = hashes[maybe]
+        at = np.searchsorted(self.sorted, keys)
+        return maybe[self.sorted.take(at, mode="clip") == keys] if len(maybe) else maybe
+
+    def find_runs(self, ids: NDArray[Any], size: int) -> NDArray[np.int64]:
+        """Where in `ids` a run of `size` begins whose hash is in the set, in order."""
+        found, step = [np.empty(0, np.int64)], _CHUNK // 8
+        for start in range(0, len(ids), step):
+            hashes = gram_hashes(ids[start : start + step + size - 1], size)
+            found.append(self.find(hashes) + start)
+        return np.concatenate(found)

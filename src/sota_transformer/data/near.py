@@ -23,12 +23,12 @@ from sota_transformer.data.alike import (
     FINER,
     GRAM,
     Text,
-    distinct,
     doubt,
     grams_of,
     jaccard,
     texts,
 )
+from sota_transformer.data.grams import distinct
 from sota_transformer.data.sketch import BANDS, KEY_BITS, MARKS
 from sota_transformer.errors import BAD_DATA, SotaError
 

@@ -170,7 +170,7 @@ def leakage(folder: Path) -> float:
     chosen = GramSet(np.concatenate(list(_grams(val))))
     seen = np.zeros(len(chosen.sorted), bool)
     for hashes in _grams(train):
-        hits = hashes[chosen.contains(hashes)]
+        hits = hashes[chosen.find(hashes)]
         seen[np.searchsorted(chosen.sorted, hits)] = True
     return float(seen.mean()) if len(seen) else 0.0
 

@@ -144,6 +144,7 @@ class Rows:
         like = torch.empty(0, dtype=model.dtype, device=model.rope.device)
         self._cache = Cache(model.config, rows, self.size, like)
         self._alone: dict[int, OneRow] = {}
+        self._read: tuple[int, list[int], Tensor] | None = None  # the last: row, tokens, states
 
     def start(self, row: int, tokens: Sequence[int]) -> Tensor:
         """Begin a row anew with at least one token; logits (V,) of the next, on the CPU.
@@ -154,14 +155,24 @@ class Rows:
 
     @torch.inference_mode()
     def read(self, row: int, tokens: Sequence[int]) -> Tensor:
-        """The same, but the hidden states (T, D) of the tokens that are seen."""
+        """The same, but the hidden states (T, D) of the tokens that are seen.
+
+        Several continuations of one prompt come one after another: it is computed for the first.
+        """
         self.tokens[row] = list(tokens)
         seen = self.tokens[row][-self.size :]
-        single = Cache(self.model.config, 1, len(seen), self._cache.store)
-        hidden = self.model(self._ids([seen]), cache=single)
-        self._cache.store[:, :, row, :, : len(seen)] = single.store[:, :, 0]
         self.lengths[row] = len(seen)
-        return hidden[0]
+        if self._read is not None and self._read[1] == seen:
+            known, _, hidden = self._read
+            # Its row has only been added to: a row that is begun anew is the last one read.
+            store = self._cache.store[:, :, :, :, : len(seen)]
+            store[:, :, row] = store[:, :, known]
+            return hidden
+        single = Cache(self.model.config, 1, len(seen), self._cache.store)
+        hidden = self.model(self._ids([seen]), cache=single)[0]
+        self._cache.store[:, :, row, :, : len(seen)] = single.store[:, :, 0]
+        self._read = row, seen, hidden
+        return hidden
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:

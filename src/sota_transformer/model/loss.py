@@ -19,6 +19,9 @@ from sota_transformer.model.cpu import IGNORED
 PAD = GPT2_VOCAB  # the id behind GPT-2's own
 # Whose logits exist at a time. Each chunk adds to all of the head's gradient: fast devices feel it.
 CHUNK_TOKENS = {"cpu": cpu.CHUNK_TOKENS, "mps": 2048, "cuda": 4096}
+# Terms of a product's sum. Of 32,767 or more, M1 and M2 add what lies behind the operands
+# (pytorch#195163): in the gradient of the hidden states those are the vocabulary. A multiple of 64.
+LONGEST_SUM = {"mps": 32_704}
 ALIGNED = {"cuda": 64}  # rows of the head that a device's products want a multiple of
 
 
@@ -109,10 +112,19 @@ def _in_chunks(
         sums += losses_of(logits[:, :vocabulary], at_target, targets[part], smoothing, train)
         if train:
             logits.scatter_(1, index, at_target[:, None])
-            torch.mm(logits, weight, out=hidden_gradient[part])
+            _multiply(logits, weight, hidden_gradient[part])
             # In the layout of the parameter; rows behind the vocabulary are padding.
             head_gradient += (logits.t() @ hidden[part])[:vocabulary]
     return sums, hidden_gradient, head_gradient
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """(N, V) by (V, D) into (N, D), no sum longer than the device adds up rightly."""
+    most = LONGEST_SUM.get(a.device.type, len(b))
+    torch.mm(a[:, :most].contiguous(), b[:most], out=out)  # other backends need no copy
+    for start in range(most, len(b), most):
+        part = slice(start, start + most)
+        out.addmm_(a[:, part].contiguous(), b[part])
 
 
 def chunk_losses(

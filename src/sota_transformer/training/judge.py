@@ -1,6 +1,5 @@
 """How a run is judged on its way: validation, over the same windows every time, and samples."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,15 @@ from sota_transformer.config import RunConfig
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.generate import generate, make_sampler
-from sota_transformer.inference.perplexity import Perplexity, perplexity
+from sota_transformer.inference.perplexity import (
+    BATCH_ROWS,
+    Array,
+    Perplexity,
+    sequence_sums,
+    summarise,
+)
 from sota_transformer.model.transformer import Transformer
+from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import RunLog, read_metrics
 
@@ -20,8 +26,8 @@ _SAMPLE_TOKENS = 100
 class Judge:
     """Judges a model in evaluation mode, tells the log, and knows the best there was."""
 
-    def __init__(self, config: RunConfig, log: RunLog) -> None:
-        self.config, self.log = config, log
+    def __init__(self, config: RunConfig, runtime: Runtime, log: RunLog) -> None:
+        self.config, self.runtime, self.log = config, runtime, log
         self.tokenizer = Tokenizer()
         self.windows = TokenWindows(config.data.path, "val", config.model.seq_len)
         self.best: dict[str, Any] | None = None  # step, nats and tokens of the lowest loss
@@ -29,12 +35,7 @@ class Judge:
 
     def validate(self, model: Transformer, step: int) -> Perplexity:
         """Plain loss of the model after `step` steps, without dropout."""
-        result = perplexity(
-            model,
-            self._validation_windows(),
-            self.tokenizer.token_bytes,
-            document_mask=self.config.data.document_mask,
-        )
+        result = summarise(self._sums(model))
         self.log.validation(
             {
                 "step": step,
@@ -85,12 +86,25 @@ class Judge:
             f"`--step {step}` of evaluate, generate, export and serve takes it"
         )
 
-    def _validation_windows(self) -> Iterator[np.ndarray]:
-        """(T+1,) arrays, spread evenly over the split."""
+    def _sums(self, model: Transformer) -> Array:
+        """`sequence_sums` of the windows to judge by, each rank's batches in their places: the
+        others' are zero there, so that the sum over ranks is to the bit what one makes alone.
+        """
+        found, masked = self._windows(), self.config.data.document_mask
+        sums, ranks = np.zeros((len(found), 3)), self.runtime.world
+        for start in range(self.runtime.rank * BATCH_ROWS, len(found), ranks * BATCH_ROWS):
+            batch = slice(start, start + BATCH_ROWS)
+            windows = (self.windows[index] for index in found[batch])
+            sums[batch] = sequence_sums(
+                model, windows, self.tokenizer.token_bytes, document_mask=masked
+            )
+        return self.runtime.sum_array(sums)
+
+    def _windows(self) -> list[int]:
+        """The windows to judge by, spread evenly over the split."""
         windows = self.windows
         wanted = max(1, min(len(windows), self.config.train.eval_tokens // windows.seq_len))
-        for index in np.linspace(0, len(windows) - 1, wanted).astype(int).tolist():
-            yield windows[index].astype(np.int64)
+        return np.linspace(0, len(windows) - 1, wanted).astype(int).tolist()
 
     def sample(self, model: Transformer, step: int) -> None:
         """A continuation of the first words of the validation text; the same seed every time."""

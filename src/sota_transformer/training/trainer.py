@@ -34,10 +34,11 @@ from sota_transformer.model.optim import (
     update,
 )
 from sota_transformer.model.transformer import Dropout, Transformer, same_document
-from sota_transformer.runtime import PeerLostError, Runtime, halved, micro_rows, out_of_memory
+from sota_transformer.runtime import PeerLostError, Runtime, out_of_memory
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.judge import Judge
+from sota_transformer.training.micro_batch import halved, micro_rows
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.signals import Signals, Stopped
 
@@ -50,7 +51,7 @@ class Trainer:
         seq_len = config.model.seq_len
         cut = BestFit if config.data.windows == "best-fit" else TokenWindows
         self.windows = cut(config.data.path, "train", seq_len)
-        self.judge = Judge(config, log)
+        self.judge = Judge(config, runtime, log)
         self.micro_rows = micro_rows(config, runtime)
         self.model = self._first_model()
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
@@ -67,7 +68,7 @@ class Trainer:
         """Train to the last step and judge the result. Stopped or an error ends it early."""
         if start is not None:
             self._restore(start)
-        self.runtime.optimize(self.model)
+        self.runtime.optimize(self.model, self.config.data.document_mask)
         with ExitStack() as stack:
             self.signals = stack.enter_context(Signals(self.runtime.world > 1))
             seed, rank, world = self.config.run.seed, self.runtime.rank, self.runtime.world
@@ -179,7 +180,7 @@ class Trainer:
     def _stop_compiling(self, error: Exception) -> None:
         """Make this step again, and all that follow, as they are written."""
         self.runtime = self.runtime.without_compiling(error)
-        self.runtime.optimize(self.model)
+        self.runtime.optimize(self.model, self.config.data.document_mask)
         why = self.runtime.reasons[-1]
         text = f"step {self.step}: {why}; on without it"
         self.log.event({"step": self.step, "event": "not compiled", "reason": why}, text)
