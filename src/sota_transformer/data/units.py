@@ -40,7 +40,7 @@ class Segment:
     whole: bool
     """Whether this is all of the source."""
     offset: int = 0
-    """Where in the file at `path` the piece lies; for a table, the row group or batch."""
+    """Where in the file at `path` the piece lies; for a table, the row group it begins in."""
     header: bytes = b""
     """First line of a table of text, needed to read any piece of it."""
     spooled: bool = False
