@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import zstandard
 from pyarrow import ipc, parquet
 
 from sota_transformer.data import prepare as preparing
-from sota_transformer.data import tables, units
+from sota_transformer.data import streams, tables, units
 from sota_transformer.data.sources import find
 from sota_transformer.data.tokenizer import EOT
 from sota_transformer.inference.tokenizer_files import huggingface_files
@@ -291,6 +292,21 @@ def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:
         assert reasons.get(reason, 0) == count, (reason, reasons)
     assert reasons["not valid UTF-8"] == 3
     assert all(entry["examples"] for entry in manifest["rejects"].values())
+
+
+def test_members_that_were_read_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "CHUNK", 16 << 10)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(1500):
+            archive.addfile(tarfile.TarInfo(f"{number}.png"))
+    (source,), _ = find((str(tmp_path / "a.tar"),))
+    tracemalloc.start()
+    assert not list(streams.streams(source, lambda _: None))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 400_000, "about 0.4 kB each would stay"
 
 
 def test_a_model_that_lies_amid_the_text_is_no_text(tmp_path: Path) -> None:

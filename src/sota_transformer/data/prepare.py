@@ -296,9 +296,8 @@ class _Run:
         cuts = cut(self.sources, self.own / "spool", self.skipped.append, pool.probe)
         for index, (segments, identity) in enumerate(cuts):
             if index % self.parts != self.part - 1:
-                for segment in segments:
-                    if segment.spooled:
-                        Path(segment.path).unlink(missing_ok=True)
+                for path in {segment.path for segment in segments if segment.spooled}:
+                    Path(path).unlink(missing_ok=True)
                 continue
             ranges = "\n".join(f"{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
             text = f"{settings}\0{identity}\0{ranges}".encode("utf-8", "surrogateescape")
