@@ -108,7 +108,6 @@ def test_control_characters_do_not_reach_the_terminal(
 
 
 def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sota_transformer.data.view._GRAM_SHARE", 1)
     random = np.random.default_rng(1)
     pool = [" ".join(f"w{n}" for n in random.integers(0, 900, 60)) for _ in range(300)]
     items = [f"{a} {b}" for a, b in itertools.pairwise(pool)]  # neighbours share text
@@ -123,6 +122,8 @@ def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     share = len(sets["val"] & sets["train"]) / len(sets["val"])
     assert 0.3 < share < 1
     assert leakage(tmp_path / "data") == pytest.approx(share, abs=1e-9)
+    monkeypatch.setattr("sota_transformer.data.view._MOST_GRAMS", 1000)
+    assert leakage(tmp_path / "data") == pytest.approx(share, abs=0.1), "of a sample"
 
 
 def megatron_index(ids: np.ndarray) -> bytes:

@@ -22,7 +22,7 @@ from sota_transformer.words import counted
 
 _BLOCK = 1 << 20
 _SAMPLED = 200  # documents read for the languages
-_GRAM_SHARE = 16  # one gram in so many is counted for the leakage, chosen by its hash
+_MOST_GRAMS = 1 << 20  # of validation, for the leakage; of more, one in so many is counted
 _SCRIPTS = (
     ("Latin", 0x41, 0x24F),
     ("Latin", 0x1E00, 0x1EFF),
@@ -162,28 +162,29 @@ def _lines(split: str, figures: dict[str, Any]) -> str:
 
 
 def leakage(folder: Path) -> float:
-    """Share of validation's different 13-grams that also stand in training; a sample by hash."""
+    """Share of validation's different 13-grams that also stand in training; of much a sample."""
     found = {split: _open(folder, split) for split in SPLITS}
     train, val = found["train"], found["val"]
     if train is None or val is None:
         return 0.0
-    chosen = GramSet(np.concatenate(list(_grams(val))))
+    each = 1 + val.tokens // _MOST_GRAMS
+    chosen = GramSet(np.concatenate(list(_grams(val, each))))
     seen = np.zeros(len(chosen.sorted), bool)
-    for hashes in _grams(train):
+    for hashes in _grams(train, each):
         hits = hashes[chosen.contains(hashes)]
         seen[np.searchsorted(chosen.sorted, hits)] = True
     return float(seen.mean()) if len(seen) else 0.0
 
 
-def _grams(stream: TokenWindows) -> Iterator[NDArray[np.uint64]]:
-    """A fixed sample of a split's grams, those that run over a document's end left out."""
+def _grams(stream: TokenWindows, each: int) -> Iterator[NDArray[np.uint64]]:
+    """One in `each` of a split's grams, chosen by hash; none that runs over a document's end."""
     for start in range(0, stream.tokens, _BLOCK):
         ids = stream.read(start, min(start + _BLOCK + EXCLUDE_GRAM - 1, stream.tokens))
         hashes = gram_hashes(ids, EXCLUDE_GRAM)
         over = np.zeros(len(ids) + 1, np.int32)
         np.cumsum(ids == EOT, out=over[1:])
         inside = over[EXCLUDE_GRAM:][: len(hashes)] == over[: len(hashes)]
-        yield hashes[inside & (hashes % np.uint64(_GRAM_SHARE) == 0)]
+        yield hashes[inside & (hashes % np.uint64(each) == 0)]
 
 
 def _print_split(options: DataView) -> None:
