@@ -64,6 +64,15 @@ def test_a_foreign_file_of_one_long_document_has_a_length(tmp_path: Path) -> Non
     assert figures["length_histogram"] == [[1 << 25, 1]]
 
 
+@pytest.mark.parametrize("ids", [[1, 2, 3, EOT, 4, 5], [EOT, 1, 2, 3, EOT, 4, 5]])
+def test_documents_of_others_need_no_end(tmp_path: Path, ids: list[int]) -> None:
+    """The last document of nanoGPT's Shakespeare has none; llm.c's stands before each."""
+    np.array(ids, "<u2").tofile(tmp_path / "train.bin")
+    figures = describe(DataView(folder=tmp_path, show=0))["train"]
+    assert (figures["documents"], figures["bytes_per_token"]) == (2, 1.0)
+    assert figures["length_quantiles"][::4] == [2, 3]
+
+
 def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     describe(DataView(folder=folder, list_split="val"))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

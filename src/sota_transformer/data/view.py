@@ -86,7 +86,9 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
     if stream is None:
         return {"documents": 0, "tokens": 0, "text_bytes": 0}
     ends = document_ends(stream)
-    lengths = _lengths(ends)
+    lengths = _lengths(stream, ends)
+    if lengths.any():  # where end-of-text stands before each document, the first one is empty
+        lengths = lengths[lengths > 0]
     edges = 2 ** np.arange(0, 63)  # another project's file may be one document
     counts = np.histogram(np.maximum(lengths, 1), edges)[0].tolist()
     filled = [i for i, count in enumerate(counts) if count]
@@ -94,16 +96,18 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
         "documents": len(lengths),
         "tokens": stream.tokens,
         "text_bytes": stream.text_bytes,
-        "bytes_per_token": stream.text_bytes / max(1, stream.tokens - len(lengths)),
+        "bytes_per_token": stream.text_bytes / max(1, int(lengths.sum())),
         "length_quantiles": np.percentile(lengths, (0, 10, 50, 90, 100)).astype(int).tolist(),
         "length_histogram": [[int(edges[i]), counts[i]] for i in range(filled[0], filled[-1] + 1)],
         "scripts": _scripts(stream, ends),
     }
 
 
-def _lengths(ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of each document, without end-of-text."""
-    return np.diff(ends, prepend=0) - 1
+def _lengths(stream: TokenWindows, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of each document, without end-of-text, which another project's last may lack."""
+    lengths = np.diff(ends, prepend=0) - 1
+    lengths[-1] += int(stream.read(stream.tokens - 1, stream.tokens)[0]) != EOT
+    return lengths
 
 
 def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
@@ -202,7 +206,7 @@ def _print_split(options: DataView) -> None:
     if hashes is not None and len(hashes) != len(ends):
         text = f"{len(ends):,} documents end in the {split} shards, {len(hashes):,} have a hash"
         raise SotaError(f"{options.folder}: {text}", BAD_DATA)
-    for number, length in enumerate(_lengths(ends).tolist()):
+    for number, length in enumerate(_lengths(stream, ends).tolist()):
         row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
         if hashes is not None:
             row["hash"] = hashes[number].tobytes().hex()
