@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -262,9 +263,11 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         yield Skipped("piece of a table whose header is over 1 MiB", where)
         return
     csv.field_size_limit(2**31 - 1)  # whoever stops inside a cell takes its rest for rows
-    data = _read(segment)
+    over = segment.stop - segment.start > LINE_BYTES  # as no row ends in so much, the last one is
+    data = _read(replace(segment, stop=min(segment.stop, segment.start + LINE_BYTES)))
     data = without_mark(data if segment.start == 0 else segment.header + data)
-    lines = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
+    text = io.BytesIO(data + _END.encode() * over)
+    lines = io.TextIOWrapper(text, "utf-8", "surrogateescape", newline="")
     rows = csv.reader(chain(lines, [_END]), delimiter="\t" if segment.kind == "tsv" else ",")
     row = 0
     column = -1
@@ -275,6 +278,10 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             cells = next(rows)
         except csv.Error as error:
             yield Skipped(f"not a {segment.kind} row ({error}), and all behind it", where)
+            return
+        if over and cells and cells[-1].endswith(_END):
+            why = "perhaps a quote that is never closed; left out with rows behind it"
+            yield Skipped(f"row over {LINE_BYTES >> 20} MiB, {why}", where)
             return
         if cells == [_END]:
             return
