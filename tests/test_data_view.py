@@ -235,6 +235,10 @@ def test_export_and_back(folder: Path, tmp_path: Path) -> None:
     run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
     describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "out"))
     assert not (tmp_path / "out" / "val.bin").exists()  # that of the export before
+    (tmp_path / "failed" / "train.bin").mkdir(parents=True)
+    with pytest.raises(SotaError, match=r"train\.bin: "):
+        describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "failed"))
+    assert len(list((tmp_path / "failed").iterdir())) == 1, "nothing half written stays"
 
 
 def test_document_ids() -> None:

@@ -1,6 +1,7 @@
 """`prepare` as a whole: what goes in comes out, once, on its side, whatever happens meanwhile."""
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -292,6 +293,19 @@ def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:
         assert reasons.get(reason, 0) == count, (reason, reasons)
     assert reasons["not valid UTF-8"] == 3
     assert all(entry["examples"] for entry in manifest["rejects"].values())
+
+
+def test_a_reader_that_has_left_spoils_nothing(tmp_path: Path) -> None:
+    """The summary comes last, to whoever still reads; what is prepared is not called a failure."""
+
+    class Left(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(900)))
+    with contextlib.redirect_stdout(Left()), pytest.raises(BrokenPipeError):
+        run(tmp_path / "data", tmp_path / "a.jsonl")
+    assert len(everything(tmp_path / "data")) == 900
 
 
 def test_members_that_were_read_are_forgotten(

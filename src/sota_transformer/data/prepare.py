@@ -96,7 +96,9 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
                 f"{options.out} was changed by another process; give the same command again",
                 TEMPORARY,
             )
-        return run.do()
+        manifest, text = run.do()
+    print(text)  # all is done: whether anybody still reads does not matter
+    return manifest
 
 
 def merge(options: Merge) -> dict[str, Any]:
@@ -217,8 +219,8 @@ class _Run:
         if self.options.part:
             self.own /= f"part-{self.part}-of-{self.parts}"
 
-    def do(self) -> dict[str, Any]:
-        """Encode, and unless this is only a part of the work, merge and commit."""
+    def do(self) -> tuple[dict[str, Any], str]:
+        """Encode, and unless this is only a part of the work, merge and commit; what to say."""
         for name in ("shards", "spool"):
             shutil.rmtree(self.own / name, ignore_errors=True)
             (self.own / name).mkdir()
@@ -248,18 +250,16 @@ class _Run:
         if self.options.part:
             write_file(self.work / f"done-{self.part}-of-{self.parts}", b"")
             remove(self.own)
-            print(
+            return {}, (
                 f"part {self.options.part} is done in {seconds:,.1f} s: the results lie in "
                 f"{self.work}; `sota merge {self.options.out}` puts all parts together"
             )
-            return {}
         manifest = self._commit(manifest)
-        print(summary(manifest, self.options.out))
-        print(
+        return manifest, (
+            f"{summary(manifest, self.options.out)}\n"
             f"{progress.documents / seconds:,.0f} documents/s, "
             f"{progress.text_bytes / seconds / 1e6:,.1f} MB/s, {seconds:,.1f} s"
         )
-        return manifest
 
     def _ask(self) -> None:
         """What `merge` has to know: the options. SotaError 73 where another part had others."""

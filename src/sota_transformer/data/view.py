@@ -16,7 +16,7 @@ from sota_transformer.data.page import page, save
 from sota_transformer.data.progress import printable, summary
 from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.errors import BAD_DATA, LOCKED, USAGE, SotaError
+from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
 from sota_transformer.words import counted
 
@@ -249,9 +249,13 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
             (out / f"{split}.bin").unlink(missing_ok=True)  # of other data, exported here before
             continue
         temporary = out / f".{split}.bin.tmp"
-        with temporary.open("wb") as file:
-            for start in range(0, stream.tokens, _BLOCK):
-                file.write(stream.read(start, min(start + _BLOCK, stream.tokens)).tobytes())
-        temporary.replace(out / f"{split}.bin")
+        try:
+            with temporary.open("wb") as file:
+                for start in range(0, stream.tokens, _BLOCK):
+                    file.write(stream.read(start, min(start + _BLOCK, stream.tokens)).tobytes())
+            temporary.replace(out / f"{split}.bin")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            raise SotaError(f"{out / split}.bin: {error.strerror}", IO_FAILED) from error
         print(f"wrote {out / f'{split}.bin'}: {stream.tokens:,} uint16 ids")
     return manifest["splits"]
