@@ -193,16 +193,21 @@ def test_broken_encodings_are_dropped_or_repaired(tmp_path: Path) -> None:
     assert all(entry["examples"] for entry in manifest["rejects"].values())
 
 
-def test_a_long_name_does_not_flood_the_table(
+def test_long_names_and_many_do_not_flood_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path.joinpath("in", *["d" * 200] * 5)
     folder.mkdir(parents=True)
     (folder / "empty.txt").touch()
     (folder / "a.txt").write_text("some text")
-    run(tmp_path / "out", tmp_path / "in", val_fraction=0)
-    line = next(line for line in capsys.readouterr().out.split("\n") if "empty file" in line)
+    files = [tmp_path / f"{number}.txt" for number in range(24)]
+    for number, path in enumerate(files):
+        path.write_text(f"text {number}")  # 2 tokens, and the end
+    run(tmp_path / "out", tmp_path / "in", *files, val_fraction=0)
+    lines = capsys.readouterr().out.split("\n")
+    line = next(line for line in lines if "empty file" in line)
     assert len(line) < 250 and line.endswith("d/empty.txt")
+    assert lines[21].split() == ["5", "more", "5", "0.00", "15"]
 
 
 @pytest.mark.parametrize("guarded", [False, True])
