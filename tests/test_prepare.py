@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -156,8 +157,13 @@ def test_html_gives_its_text(tmp_path: Path) -> None:
     page = "<html><script>bad()</script><body><p>Good <b>text</b> {} here.</p></body></html>"
     for i in range(40):
         (tmp_path / f"{i}.html").write_text(page.format(i))
+    deep = 20_000
+    (tmp_path / "deep.html").write_text("<div>" * deep + "Deep text." + "</div>" * deep)
+    started = time.monotonic()
     run(tmp_path / "data", tmp_path)
-    assert everything(tmp_path / "data") == sorted(f"Good text {i} here." for i in range(40))
+    assert time.monotonic() - started < 10, "menus are not looked for so deep: 12 s at this depth"
+    good = [f"Good text {i} here." for i in range(40)]
+    assert everything(tmp_path / "data") == ["Deep text.", *sorted(good)]
 
 
 def test_special_tokens_in_text_are_text(tmp_path: Path) -> None:

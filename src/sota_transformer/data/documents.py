@@ -17,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sota_transformer.data.sources import TABLES, Skipped
 from sota_transformer.data.streams import NOTHING, UTF16, utf8
 from sota_transformer.data.tables import Tables
@@ -27,6 +29,7 @@ LINE_BYTES = 64 << 20
 CUT_BYTES, PIECE_BYTES = 64 << 10, 8 << 10
 BINARY = "NUL bytes, probably not text"
 _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
+_DEEP_PAGE = 5000
 _END = "\0sota: the end of the table\0"  # inside a quote that is open it is part of a cell
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
@@ -103,14 +106,37 @@ def _html(data: bytes, where: str) -> Document:
     """The text a reader of the page would want, without menus and scripts if they can be told."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
+        from resiliparse.parse.html import HTMLTree
     except ImportError:
         return Skipped("HTML needs `pip install sota-transformer[html]`", where)
     document = _decoded(data, where)
-    page = (document.repaired if isinstance(document, Skipped) else document).decode()
-    text = extract_plain_text(page, main_content=True) or extract_plain_text(page)
+    whole = (document.repaired if isinstance(document, Skipped) else document).decode()
+    page = HTMLTree.parse(whole)
+    text = "" if _deep(whole, page) else extract_plain_text(page, main_content=True)
+    text = text or extract_plain_text(page)
     if isinstance(document, Skipped):
         return _repaired(document.reason, where, checked(text, where))
     return checked(text, where)
+
+
+def _deep(text: str, page: Any) -> bool:
+    """Whether elements are nested so deep that telling menus apart, which takes the square of it,
+    would take long: 12 s at 20,000. Nobody writes such a page; a program may.
+    """
+    from resiliparse.parse.html import traverse_dom
+
+    deepest = 0
+
+    def visit(place: Any) -> None:
+        nonlocal deepest
+        deepest = max(deepest, place.depth)
+
+    codes = np.frombuffer(f"{text}>".encode(), np.uint8)
+    follows = codes[np.flatnonzero(codes == ord("<")) + 1]
+    open_tags = np.cumsum(np.where(follows == ord("/"), -1, 1))
+    if open_tags.max(initial=0) >= _DEEP_PAGE:  # of elements that are closed: else few are so deep
+        traverse_dom(page.document, visit)
+    return deepest >= _DEEP_PAGE
 
 
 def _decoded(data: bytes, where: str) -> Document:
