@@ -114,3 +114,25 @@ def test_a_worker_that_nobody_tells_to_go_holds_up_nothing(table: Path, tmp_path
     pool.close(stop=True)
     assert not hung
     assert [unit for unit, _ in found] == made
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_small_row_groups_share_a_unit_and_a_footer_is_read_once(
+    table: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    items, path = texts(300), table.with_name(f"small.{kind}")
+    column = pa.table({"text": items})
+    if kind == "parquet":
+        parquet.write_table(column, path, row_group_size=1)
+    else:
+        with pa.ipc.new_file(path, column.schema) as file:
+            file.write_table(column, max_chunksize=1)
+    made, opened, plain = units_of(path), [], parquet.ParquetFile
+    assert 2 < len(made) < 100, "as by their text, not as by their row groups"
+    monkeypatch.setattr(parquet, "ParquetFile", lambda *a, **k: opened.append(a) or plain(*a, **k))
+    reader = tables.Tables()
+    found = [tuple(reader.rows(part, "text")) for unit in made for part in unit.segments]
+    assert list(chain(*found)) == list(enumerate(items))
+    assert len(opened) == (kind == "parquet")
+    again = [tuple(reader.rows(part, "text")) for unit in made[::-1] for part in unit.segments]
+    assert again == found[::-1], "in any order, as workers meet them"

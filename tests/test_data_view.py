@@ -64,6 +64,15 @@ def test_a_foreign_file_of_one_long_document_has_a_length(tmp_path: Path) -> Non
     assert figures["length_histogram"] == [[1 << 25, 1]]
 
 
+@pytest.mark.parametrize("ids", [[1, 2, 3, EOT, 4, 5], [EOT, 1, 2, 3, EOT, 4, 5]])
+def test_documents_of_others_need_no_end(tmp_path: Path, ids: list[int]) -> None:
+    """The last document of nanoGPT's Shakespeare has none; llm.c's stands before each."""
+    np.array(ids, "<u2").tofile(tmp_path / "train.bin")
+    figures = describe(DataView(folder=tmp_path, show=0))["train"]
+    assert (figures["documents"], figures["bytes_per_token"]) == (2, 1.0)
+    assert figures["length_quantiles"][::4] == [2, 3]
+
+
 def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     describe(DataView(folder=folder, list_split="val"))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -108,7 +117,6 @@ def test_control_characters_do_not_reach_the_terminal(
 
 
 def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sota_transformer.data.view._GRAM_SHARE", 1)
     random = np.random.default_rng(1)
     pool = [" ".join(f"w{n}" for n in random.integers(0, 900, 60)) for _ in range(300)]
     items = [f"{a} {b}" for a, b in itertools.pairwise(pool)]  # neighbours share text
@@ -123,6 +131,8 @@ def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     share = len(sets["val"] & sets["train"]) / len(sets["val"])
     assert 0.3 < share < 1
     assert leakage(tmp_path / "data") == pytest.approx(share, abs=1e-9)
+    monkeypatch.setattr("sota_transformer.data.view._MOST_GRAMS", 1000)
+    assert leakage(tmp_path / "data") == pytest.approx(share, abs=0.1), "of a sample"
 
 
 def megatron_index(ids: np.ndarray) -> bytes:
@@ -225,6 +235,10 @@ def test_export_and_back(folder: Path, tmp_path: Path) -> None:
     run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
     describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "out"))
     assert not (tmp_path / "out" / "val.bin").exists()  # that of the export before
+    (tmp_path / "failed" / "train.bin").mkdir(parents=True)
+    with pytest.raises(SotaError, match=r"train\.bin: "):
+        describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "failed"))
+    assert len(list((tmp_path / "failed").iterdir())) == 1, "nothing half written stays"
 
 
 def test_document_ids() -> None:

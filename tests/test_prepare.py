@@ -1,6 +1,7 @@
 """`prepare` as a whole: what goes in comes out, once, on its side, whatever happens meanwhile."""
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -11,6 +12,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -21,7 +24,7 @@ import zstandard
 from pyarrow import ipc, parquet
 
 from sota_transformer.data import prepare as preparing
-from sota_transformer.data import tables, units
+from sota_transformer.data import streams, tables, units
 from sota_transformer.data.sources import find
 from sota_transformer.data.tokenizer import EOT
 from sota_transformer.inference.tokenizer_files import huggingface_files
@@ -154,8 +157,13 @@ def test_html_gives_its_text(tmp_path: Path) -> None:
     page = "<html><script>bad()</script><body><p>Good <b>text</b> {} here.</p></body></html>"
     for i in range(40):
         (tmp_path / f"{i}.html").write_text(page.format(i))
+    deep = 20_000
+    (tmp_path / "deep.html").write_text("<div>" * deep + "Deep text." + "</div>" * deep)
+    started = time.monotonic()
     run(tmp_path / "data", tmp_path)
-    assert everything(tmp_path / "data") == sorted(f"Good text {i} here." for i in range(40))
+    assert time.monotonic() - started < 10, "menus are not looked for so deep: 12 s at this depth"
+    good = [f"Good text {i} here." for i in range(40)]
+    assert everything(tmp_path / "data") == ["Deep text.", *sorted(good)]
 
 
 def test_special_tokens_in_text_are_text(tmp_path: Path) -> None:
@@ -191,16 +199,21 @@ def test_broken_encodings_are_dropped_or_repaired(tmp_path: Path) -> None:
     assert all(entry["examples"] for entry in manifest["rejects"].values())
 
 
-def test_a_long_name_does_not_flood_the_table(
+def test_long_names_and_many_do_not_flood_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path.joinpath("in", *["d" * 200] * 5)
     folder.mkdir(parents=True)
     (folder / "empty.txt").touch()
     (folder / "a.txt").write_text("some text")
-    run(tmp_path / "out", tmp_path / "in", val_fraction=0)
-    line = next(line for line in capsys.readouterr().out.split("\n") if "empty file" in line)
+    files = [tmp_path / f"{number}.txt" for number in range(24)]
+    for number, path in enumerate(files):
+        path.write_text(f"text {number}")  # 2 tokens, and the end
+    run(tmp_path / "out", tmp_path / "in", *files, val_fraction=0)
+    lines = capsys.readouterr().out.split("\n")
+    line = next(line for line in lines if "empty file" in line)
     assert len(line) < 250 and line.endswith("d/empty.txt")
+    assert lines[21].split() == ["5", "more", "5", "0.00", "15"]
 
 
 @pytest.mark.parametrize("guarded", [False, True])
@@ -291,6 +304,34 @@ def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:
         assert reasons.get(reason, 0) == count, (reason, reasons)
     assert reasons["not valid UTF-8"] == 3
     assert all(entry["examples"] for entry in manifest["rejects"].values())
+
+
+def test_a_reader_that_has_left_spoils_nothing(tmp_path: Path) -> None:
+    """The summary comes last, to whoever still reads; what is prepared is not called a failure."""
+
+    class Left(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(900)))
+    with contextlib.redirect_stdout(Left()), pytest.raises(BrokenPipeError):
+        run(tmp_path / "data", tmp_path / "a.jsonl")
+    assert len(everything(tmp_path / "data")) == 900
+
+
+def test_members_that_were_read_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "CHUNK", 16 << 10)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(1500):
+            archive.addfile(tarfile.TarInfo(f"{number}.png"))
+    (source,), _ = find((str(tmp_path / "a.tar"),))
+    tracemalloc.start()
+    assert not list(streams.streams(source, lambda _: None))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 400_000, "about 0.4 kB each would stay"
 
 
 def test_a_model_that_lies_amid_the_text_is_no_text(tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sota_transformer.data.sources import TABLES, Skipped
 from sota_transformer.data.streams import NOTHING, UTF16, utf8
@@ -26,6 +29,7 @@ LINE_BYTES = 64 << 20
 CUT_BYTES, PIECE_BYTES = 64 << 10, 8 << 10
 BINARY = "NUL bytes, probably not text"
 _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
+_DEEP_PAGE = 5000
 _END = "\0sota: the end of the table\0"  # inside a quote that is open it is part of a cell
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
@@ -102,14 +106,37 @@ def _html(data: bytes, where: str) -> Document:
     """The text a reader of the page would want, without menus and scripts if they can be told."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
+        from resiliparse.parse.html import HTMLTree
     except ImportError:
         return Skipped("HTML needs `pip install sota-transformer[html]`", where)
     document = _decoded(data, where)
-    page = (document.repaired if isinstance(document, Skipped) else document).decode()
-    text = extract_plain_text(page, main_content=True) or extract_plain_text(page)
+    whole = (document.repaired if isinstance(document, Skipped) else document).decode()
+    page = HTMLTree.parse(whole)
+    text = "" if _deep(whole, page) else extract_plain_text(page, main_content=True)
+    text = text or extract_plain_text(page)
     if isinstance(document, Skipped):
         return _repaired(document.reason, where, checked(text, where))
     return checked(text, where)
+
+
+def _deep(text: str, page: Any) -> bool:
+    """Whether elements are nested so deep that telling menus apart, which takes the square of it,
+    would take long: 12 s at 20,000. Nobody writes such a page; a program may.
+    """
+    from resiliparse.parse.html import traverse_dom
+
+    deepest = 0
+
+    def visit(place: Any) -> None:
+        nonlocal deepest
+        deepest = max(deepest, place.depth)
+
+    codes = np.frombuffer(f"{text}>".encode(), np.uint8)
+    follows = codes[np.flatnonzero(codes == ord("<")) + 1]
+    open_tags = np.cumsum(np.where(follows == ord("/"), -1, 1))
+    if open_tags.max(initial=0) >= _DEEP_PAGE:  # of elements that are closed: else few are so deep
+        traverse_dom(page.document, visit)
+    return deepest >= _DEEP_PAGE
 
 
 def _decoded(data: bytes, where: str) -> Document:
@@ -262,9 +289,11 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         yield Skipped("piece of a table whose header is over 1 MiB", where)
         return
     csv.field_size_limit(2**31 - 1)  # whoever stops inside a cell takes its rest for rows
-    data = _read(segment)
+    over = segment.stop - segment.start > LINE_BYTES  # as no row ends in so much, the last one is
+    data = _read(replace(segment, stop=min(segment.stop, segment.start + LINE_BYTES)))
     data = without_mark(data if segment.start == 0 else segment.header + data)
-    lines = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
+    text = io.BytesIO(data + _END.encode() * over)
+    lines = io.TextIOWrapper(text, "utf-8", "surrogateescape", newline="")
     rows = csv.reader(chain(lines, [_END]), delimiter="\t" if segment.kind == "tsv" else ",")
     row = 0
     column = -1
@@ -275,6 +304,10 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             cells = next(rows)
         except csv.Error as error:
             yield Skipped(f"not a {segment.kind} row ({error}), and all behind it", where)
+            return
+        if over and cells and cells[-1].endswith(_END):
+            why = "perhaps a quote that is never closed; left out with rows behind it"
+            yield Skipped(f"row over {LINE_BYTES >> 20} MiB, {why}", where)
             return
         if cells == [_END]:
             return

@@ -247,8 +247,7 @@ def _encode_one(unit: Unit) -> Done:
     if encoded is None:
         encoded = encode_unit(unit, _Worker.tools)
         store(encoded, path, unit.key)
-    for segment in unit.segments:
-        if segment.spooled:
-            Path(segment.path).unlink(missing_ok=True)
+    for path in {segment.path for segment in unit.segments if segment.spooled}:
+        Path(path).unlink(missing_ok=True)
     tokens, text_bytes = len(encoded.tokens), int(encoded.text_bytes.sum(dtype="int64"))
     return Done(len(encoded.lengths), text_bytes, tokens)

@@ -96,7 +96,9 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
                 f"{options.out} was changed by another process; give the same command again",
                 TEMPORARY,
             )
-        return run.do()
+        manifest, text = run.do()
+    print(text)  # all is done: whether anybody still reads does not matter
+    return manifest
 
 
 def merge(options: Merge) -> dict[str, Any]:
@@ -217,8 +219,8 @@ class _Run:
         if self.options.part:
             self.own /= f"part-{self.part}-of-{self.parts}"
 
-    def do(self) -> dict[str, Any]:
-        """Encode, and unless this is only a part of the work, merge and commit."""
+    def do(self) -> tuple[dict[str, Any], str]:
+        """Encode, and unless this is only a part of the work, merge and commit; what to say."""
         for name in ("shards", "spool"):
             shutil.rmtree(self.own / name, ignore_errors=True)
             (self.own / name).mkdir()
@@ -248,18 +250,16 @@ class _Run:
         if self.options.part:
             write_file(self.work / f"done-{self.part}-of-{self.parts}", b"")
             remove(self.own)
-            print(
+            return {}, (
                 f"part {self.options.part} is done in {seconds:,.1f} s: the results lie in "
                 f"{self.work}; `sota merge {self.options.out}` puts all parts together"
             )
-            return {}
         manifest = self._commit(manifest)
-        print(summary(manifest, self.options.out))
-        print(
+        return manifest, (
+            f"{summary(manifest, self.options.out)}\n"
             f"{progress.documents / seconds:,.0f} documents/s, "
             f"{progress.text_bytes / seconds / 1e6:,.1f} MB/s, {seconds:,.1f} s"
         )
-        return manifest
 
     def _ask(self) -> None:
         """What `merge` has to know: the options. SotaError 73 where another part had others."""
@@ -289,16 +289,15 @@ class _Run:
     def _units(self, pool: Pool) -> Iterator[Unit]:
         """This part's units, numbered over all parts, with keys."""
         options = self.options
-        settings = f"9\0{options.text_field}\0{options.near_dedup > 0}"
+        settings = f"10\0{options.text_field}\0{options.near_dedup > 0}"
         settings += "\0replace" * (options.bad_text == "replace")
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
         cuts = cut(self.sources, self.own / "spool", self.skipped.append, pool.probe)
         for index, (segments, identity) in enumerate(cuts):
             if index % self.parts != self.part - 1:
-                for segment in segments:
-                    if segment.spooled:
-                        Path(segment.path).unlink(missing_ok=True)
+                for path in {segment.path for segment in segments if segment.spooled}:
+                    Path(path).unlink(missing_ok=True)
                 continue
             ranges = "\n".join(f"{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
             text = f"{settings}\0{identity}\0{ranges}".encode("utf-8", "surrogateescape")

@@ -10,6 +10,8 @@ from sota_transformer.words import counted
 
 _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.1
+_INPUTS = 20  # rows of the table
+_SUMS = ("documents", "text_bytes", "tokens")
 
 
 class Meter:
@@ -104,10 +106,12 @@ def _bar() -> Any:
 def summary(manifest: dict[str, Any], folder: Any) -> str:
     """The prepared data as a table for people: what was taken, what was not, and why."""
     lines = [f"{'input':<40} {'documents':>11} {'MB of text':>11} {'tokens':>13}"]
-    for row in manifest["inputs"]:
-        lines.append(_row(row["input"], row["documents"], row["text_bytes"], row["tokens"]))
+    rows = [(row["input"], *(row[key] for key in _SUMS)) for row in manifest["inputs"]]
+    if rest := rows[_INPUTS:]:  # a pattern that the shell has expanded may be thousands
+        rows[_INPUTS:] = [(f"{len(rest):,} more", *map(sum, list(zip(*rest, strict=True))[1:]))]
+    lines += [_row(*row) for row in rows]
     for split, part in manifest["splits"].items():
-        lines.append(_row(f"-> {split}", part["documents"], part["text_bytes"], part["tokens"]))
+        lines.append(_row(f"-> {split}", *(part[key] for key in _SUMS)))
     rejects = list(manifest["rejects"].items())
     rejects.sort(key=lambda item: (item[0].endswith(REPAIRED), -item[1]["count"]))
     if rejects and not rejects[0][0].endswith(REPAIRED):

@@ -267,9 +267,12 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
         with Path(source.path).open("rb") as file:
             raw: Any = _Ending(unpacked(file, source.codec))
             with tarfile.open(fileobj=raw, mode="r|") as archive:
-                for info in archive:
+                members, nothing = vars(archive)["members"], True
+                for info in iter(archive.next, None):
+                    members.clear()  # else all that ever came stay in memory
                     if info.isdir():
                         continue
+                    nothing = False
                     if not info.isreg():
                         where = f"{source.name}!{info.name}"
                         refused(Skipped(_LINK, where))
@@ -279,7 +282,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                         name, codec, kind = found
                         packed = min(info.size, source.size)
                         yield name, kind, _guarded(unpacked(member, codec), name, packed, refused)
-                if all(info.isdir() for info in archive.getmembers()):
+                if nothing:
                     refused(Skipped(NOTHING, source.name))
     except damage() as error:
         refused(

@@ -2,10 +2,13 @@
 
 A row group cannot be entered in its middle. Each worker therefore keeps its last reader and goes on
 from where it stands, so that a file of one huge row group is decoded once a worker, not once a
-unit; and the pool leaves a row group to one worker where it can.
+unit; and the pool leaves a row group to one worker where it can. Small row groups share a unit, and
+the file stays open: its footer describes every column of every row group, and takes its time.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from sota_transformer.data.sources import Skipped, Source
@@ -19,41 +22,49 @@ Row = tuple[int, Any]  # row number, value
 
 
 def probe(source: Source, field: str) -> list[tuple[int, int, int]]:
-    """(row group or 0, first row, end row) pieces of about UNIT_BYTES; one piece if unreadable."""
+    """(row group or 0, first row, end row) pieces of about UNIT_BYTES; one piece if unreadable.
+
+    Rows count from the beginning of the file, and a piece may go on into the next row groups.
+    """
     try:
-        if source.kind == "arrow":
-            return _arrow_pieces(source.path, field)
+        if source.kind == "arrow":  # whose batches have to be read to be counted
+            columns = _columns(source.path, field)
+            pieces = _pieces((len(column), column.nbytes) for column in columns)
+            return [(0, first, end) for _, first, end in pieces]
         from pyarrow import parquet
 
         meta = parquet.read_metadata(source.path)
-        pieces = []
-        for group in range(meta.num_row_groups):
-            rows = meta.row_group(group).num_rows
-            step = max(1, rows * UNIT_BYTES // max(1, _column_bytes(meta.row_group(group), field)))
-            pieces += [(group, at, min(at + step, rows)) for at in range(0, rows, step)]
-        return pieces
+        return _pieces(_row_groups(meta, field))
     except (*damage(), ImportError):
         return [(0, 0, source.size)]  # reading it will say what is wrong
 
 
-def _arrow_pieces(path: str, field: str) -> list[tuple[int, int, int]]:
-    """The same of an Arrow file, whose batches have to be read to be counted."""
-    pieces, row = [], 0
-    for column in _columns(path, field):
-        step = max(1, len(column) * UNIT_BYTES // max(1, column.nbytes))
-        end = row + len(column)
-        pieces += [(0, at, min(at + step, end)) for at in range(row, end, step)]
+def _row_groups(meta: Any, field: str) -> Iterator[tuple[int, int]]:
+    """(rows, bytes of the column) of each row group; dictionaries take less than the text."""
+    places = (at for at in range(meta.num_columns) if meta.schema.column(at).path == field)
+    column = next(places, None)
+    for number in range(meta.num_row_groups):
+        group = meta.row_group(number)
+        size = 0 if column is None else group.column(column).total_uncompressed_size
+        yield group.num_rows, size
+
+
+def _pieces(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(part, first row, end row) of parts of so many rows and bytes: large ones cut, small ones
+    put together.
+    """
+    pieces, row, held = [], 0, 0
+    for number, (rows, size) in enumerate(parts):
+        end = row + rows
+        if pieces and held + size <= UNIT_BYTES:
+            pieces[-1] = (*pieces[-1][:2], end)
+            held += size
+        else:
+            step = max(1, rows * UNIT_BYTES // max(1, size))
+            pieces += [(number, at, min(at + step, end)) for at in range(row, end, step)]
+            held = size
         row = end
     return pieces
-
-
-def _column_bytes(group: Any, field: str) -> int:
-    """Uncompressed size of a column in a row group; dictionaries make it smaller than the text."""
-    for at in range(group.num_columns):
-        column = group.column(at)
-        if column.path_in_schema == field:
-            return int(column.total_uncompressed_size)
-    return 0
 
 
 def damage() -> tuple[type[BaseException], ...]:
@@ -71,6 +82,8 @@ class Tables:
     def __init__(self) -> None:
         self._place: tuple[str, int] | None = None
         self._row = 0
+        self._path = ""
+        self._file: Any = None
         self._batches: Iterator[Any] = iter(())
         self._rest: list[Any] = []
 
@@ -94,19 +107,19 @@ class Tables:
     def _all(self, segment: Segment, field: str) -> Iterator[Row]:
         """Every row of a small file."""
         row = 0
-        for batch in _batches(segment, field, None):
+        for batch in self._open(segment, field)[1]:
             for value in batch.to_pylist():
                 yield row, value
                 row += 1
 
     def _range(self, segment: Segment, field: str) -> Iterator[Row]:
-        """Rows start..stop of one row group, from where the reader stands if that is before."""
+        """Rows start..stop, from where the reader stands if that is before."""
         place = (segment.path, segment.offset)
         if self._place != place or self._row > segment.start:
             self._batches, self._rest = iter(()), []  # what is read goes before more comes
             _release()
-            self._batches = _batches(segment, field, [segment.offset])
-            self._place, self._row = place, 0
+            self._row, self._batches = self._open(segment, field)
+            self._place = place
         while self._row < segment.stop:
             if not self._rest:
                 batch = next(self._batches, None)
@@ -122,6 +135,18 @@ class Tables:
             if self._row > segment.start:
                 yield self._row - 1, value
 
+    def _open(self, segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
+        """The first row and all batches from the segment's row group on, or of an Arrow file."""
+        if segment.kind == "arrow":
+            return 0, _arrow(segment, field)
+        from pyarrow import parquet
+
+        if self._path != segment.path:
+            # In small pieces, for a column may be larger than memory.
+            how: dict[str, Any] = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
+            self._file, self._path = parquet.ParquetFile(segment.path, **how), segment.path
+        return _parquet(self._file, segment, field)
+
 
 def _release() -> None:
     """Give back what Arrow's allocator keeps of memory that is free."""
@@ -130,22 +155,17 @@ def _release() -> None:
     pyarrow.default_memory_pool().release_unused()
 
 
-def _batches(segment: Segment, field: str, groups: list[int] | None) -> Iterator[Any]:
-    """Batches of the column: of these row groups of a parquet file, or of an Arrow file."""
-    return _arrow(segment, field) if segment.kind == "arrow" else _parquet(segment, field, groups)
-
-
-def _parquet(segment: Segment, field: str, groups: list[int] | None) -> Iterator[Any]:
-    """Batches of the column; read in small pieces, for a column may be larger than memory."""
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(segment.path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-        if field not in file.schema_arrow.names:
-            raise KeyError(field)
-        for batch in file.iter_batches(
-            _BATCH_ROWS, row_groups=groups, columns=[field], use_threads=False
-        ):
-            yield _column(batch, field)
+def _parquet(file: Any, segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
+    """The first row of the segment's row groups, and the batches of the column in them."""
+    if field not in file.schema_arrow.names:
+        raise KeyError(field)
+    count = file.num_row_groups
+    ends = list(accumulate(file.metadata.row_group(number).num_rows for number in range(count)))
+    last = count if segment.whole else min(count, bisect_left(ends, segment.stop) + 1)
+    groups = list(range(segment.offset, last))
+    how = {"row_groups": groups, "columns": [field], "use_threads": False}
+    batches = (_column(batch, field) for batch in file.iter_batches(_BATCH_ROWS, **how))
+    return ends[segment.offset - 1] if segment.offset else 0, batches
 
 
 def _arrow(segment: Segment, field: str) -> Iterator[Any]:

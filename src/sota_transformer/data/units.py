@@ -40,7 +40,7 @@ class Segment:
     whole: bool
     """Whether this is all of the source."""
     offset: int = 0
-    """Where in the file at `path` the piece lies; for a table, the row group or batch."""
+    """Where in the file at `path` the piece lies; for a table, the row group it begins in."""
     header: bytes = b""
     """First line of a table of text, needed to read any piece of it."""
     spooled: bool = False
@@ -267,7 +267,8 @@ class _Spool:
         """Units of a packed source."""
         try:
             for name, kind, chunks in streams(source, refused):
-                yield from self._stream(replace(whole(source), name=name, kind=kind), chunks)
+                base = Segment(source.input, name, kind, "", 0, 0, whole=False, spooled=True)
+                yield from self._stream(base, chunks)
             if self._segments:
                 yield self._unit()
         finally:
@@ -277,7 +278,6 @@ class _Spool:
 
     def _stream(self, base: Segment, chunks: Iterator[bytes]) -> Iterator[tuple[Segment, ...]]:
         """Complete units of one stream; what is left over waits for more."""
-        base = replace(base, whole=False, spooled=True)
         cutter, start, position = _Cutter(base.kind), 0, 0
         for chunk in chunks:
             if cutter.rows and not position:
@@ -305,9 +305,8 @@ class _Spool:
 
     def _segment(self, base: Segment, start: int, stop: int, *, whole: bool = False) -> None:
         """Note that the last bytes written are a piece of a stream."""
-        offset = self._written - (stop - start)
-        piece = replace(base, path=os.fspath(self._path), start=start, stop=stop)
-        self._segments.append(replace(piece, offset=offset, whole=whole))
+        place = {"path": os.fspath(self._path), "offset": self._written - (stop - start)}
+        self._segments.append(replace(base, start=start, stop=stop, whole=whole, **place))
 
     def _unit(self) -> tuple[Segment, ...]:
         """Everything since the last unit."""

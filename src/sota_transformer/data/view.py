@@ -16,13 +16,13 @@ from sota_transformer.data.page import page, save
 from sota_transformer.data.progress import printable, summary
 from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.errors import BAD_DATA, LOCKED, USAGE, SotaError
+from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
 from sota_transformer.words import counted
 
 _BLOCK = 1 << 20
 _SAMPLED = 200  # documents read for the languages
-_GRAM_SHARE = 16  # one gram in so many is counted for the leakage, chosen by its hash
+_MOST_GRAMS = 1 << 20  # of validation, for the leakage; of more, one in so many is counted
 _SCRIPTS = (
     ("Latin", 0x41, 0x24F),
     ("Latin", 0x1E00, 0x1EFF),
@@ -86,7 +86,9 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
     if stream is None:
         return {"documents": 0, "tokens": 0, "text_bytes": 0}
     ends = document_ends(stream)
-    lengths = _lengths(ends)
+    lengths = _lengths(stream, ends)
+    if lengths.any():  # where end-of-text stands before each document, the first one is empty
+        lengths = lengths[lengths > 0]
     edges = 2 ** np.arange(0, 63)  # another project's file may be one document
     counts = np.histogram(np.maximum(lengths, 1), edges)[0].tolist()
     filled = [i for i, count in enumerate(counts) if count]
@@ -94,16 +96,18 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
         "documents": len(lengths),
         "tokens": stream.tokens,
         "text_bytes": stream.text_bytes,
-        "bytes_per_token": stream.text_bytes / max(1, stream.tokens - len(lengths)),
+        "bytes_per_token": stream.text_bytes / max(1, int(lengths.sum())),
         "length_quantiles": np.percentile(lengths, (0, 10, 50, 90, 100)).astype(int).tolist(),
         "length_histogram": [[int(edges[i]), counts[i]] for i in range(filled[0], filled[-1] + 1)],
         "scripts": _scripts(stream, ends),
     }
 
 
-def _lengths(ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of each document, without end-of-text."""
-    return np.diff(ends, prepend=0) - 1
+def _lengths(stream: TokenWindows, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of each document, without end-of-text, which another project's last may lack."""
+    lengths = np.diff(ends, prepend=0) - 1
+    lengths[-1] += int(stream.read(stream.tokens - 1, stream.tokens)[0]) != EOT
+    return lengths
 
 
 def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
@@ -162,28 +166,29 @@ def _lines(split: str, figures: dict[str, Any]) -> str:
 
 
 def leakage(folder: Path) -> float:
-    """Share of validation's different 13-grams that also stand in training; a sample by hash."""
+    """Share of validation's different 13-grams that also stand in training; of much a sample."""
     found = {split: _open(folder, split) for split in SPLITS}
     train, val = found["train"], found["val"]
     if train is None or val is None:
         return 0.0
-    chosen = GramSet(np.concatenate(list(_grams(val))))
+    each = 1 + val.tokens // _MOST_GRAMS
+    chosen = GramSet(np.concatenate(list(_grams(val, each))))
     seen = np.zeros(len(chosen.sorted), bool)
-    for hashes in _grams(train):
+    for hashes in _grams(train, each):
         hits = hashes[chosen.find(hashes)]
         seen[np.searchsorted(chosen.sorted, hits)] = True
     return float(seen.mean()) if len(seen) else 0.0
 
 
-def _grams(stream: TokenWindows) -> Iterator[NDArray[np.uint64]]:
-    """A fixed sample of a split's grams, those that run over a document's end left out."""
+def _grams(stream: TokenWindows, each: int) -> Iterator[NDArray[np.uint64]]:
+    """One in `each` of a split's grams, chosen by hash; none that runs over a document's end."""
     for start in range(0, stream.tokens, _BLOCK):
         ids = stream.read(start, min(start + _BLOCK + EXCLUDE_GRAM - 1, stream.tokens))
         hashes = gram_hashes(ids, EXCLUDE_GRAM)
         over = np.zeros(len(ids) + 1, np.int32)
         np.cumsum(ids == EOT, out=over[1:])
         inside = over[EXCLUDE_GRAM:][: len(hashes)] == over[: len(hashes)]
-        yield hashes[inside & (hashes % np.uint64(_GRAM_SHARE) == 0)]
+        yield hashes[inside & (hashes % np.uint64(each) == 0)]
 
 
 def _print_split(options: DataView) -> None:
@@ -201,7 +206,7 @@ def _print_split(options: DataView) -> None:
     if hashes is not None and len(hashes) != len(ends):
         text = f"{len(ends):,} documents end in the {split} shards, {len(hashes):,} have a hash"
         raise SotaError(f"{options.folder}: {text}", BAD_DATA)
-    for number, length in enumerate(_lengths(ends).tolist()):
+    for number, length in enumerate(_lengths(stream, ends).tolist()):
         row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
         if hashes is not None:
             row["hash"] = hashes[number].tobytes().hex()
@@ -244,9 +249,13 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
             (out / f"{split}.bin").unlink(missing_ok=True)  # of other data, exported here before
             continue
         temporary = out / f".{split}.bin.tmp"
-        with temporary.open("wb") as file:
-            for start in range(0, stream.tokens, _BLOCK):
-                file.write(stream.read(start, min(start + _BLOCK, stream.tokens)).tobytes())
-        temporary.replace(out / f"{split}.bin")
+        try:
+            with temporary.open("wb") as file:
+                for start in range(0, stream.tokens, _BLOCK):
+                    file.write(stream.read(start, min(start + _BLOCK, stream.tokens)).tobytes())
+            temporary.replace(out / f"{split}.bin")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            raise SotaError(f"{out / split}.bin: {error.strerror}", IO_FAILED) from error
         print(f"wrote {out / f'{split}.bin'}: {stream.tokens:,} uint16 ids")
     return manifest["splits"]
