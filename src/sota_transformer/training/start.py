@@ -61,6 +61,9 @@ def train(
         differing = changes.of_numerics(state, trainer) if state is not None else []
         if config.run.exact and (found := changed + differing):
             raise SotaError(f"--exact: {'; '.join(found)}. Go on as before, or without --exact")
+        if state is not None:  # before config.json says that it was taken
+            trainer.restore(state)
+        del state  # else its weights would lie beside the model's to the end
         if runtime.rank == 0:
             _record(trainer, start, changed)
         for line in changed:
@@ -72,7 +75,7 @@ def train(
         log.begin_live(max(0, start))
         stay_awake()
         try:
-            return trainer.fit(state)
+            return trainer.fit()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

@@ -63,10 +63,8 @@ class Trainer:
         self.guard = Guard()
         self.good: set[int] = set()  # the checkpoints that this process has written or loaded
 
-    def fit(self, start: checkpoint.State | None) -> Perplexity:
+    def fit(self) -> Perplexity:
         """Train to the last step and judge the result. Stopped or an error ends it early."""
-        if start is not None:
-            self._restore(start)
         self.runtime.optimize(self.model)
         with ExitStack() as stack:
             self.signals = stack.enter_context(Signals(self.runtime.world > 1))
@@ -235,7 +233,7 @@ class Trainer:
             self.optimizers = optimizers(self.model, self.config.optim)
             self.step = self.updates = self.tokens = 0
         else:
-            self._restore(checkpoint.load(self.config.run.out, target, verified=True))
+            self.restore(checkpoint.load(self.config.run.out, target, verified=True))
         self.guard, self.good = guard, {step for step in self.good if step <= self.step}
         guard.go_back((found - self.step) * self.config.train.batch_rows)
         self.signals.critical(False)
@@ -377,8 +375,8 @@ class Trainer:
         """All that can change a bit of the result and is not the run's configuration or data."""
         return self.runtime.describe() | {"micro_rows": self.micro_rows, "sota": __version__}
 
-    def _restore(self, state: checkpoint.State) -> None:
-        """Go on from `state`. SotaError 65 if it is another model's."""
+    def restore(self, state: checkpoint.State) -> None:
+        """Go on from `state`. SotaError 65 if it is another model's or optimizer's."""
         checkpoint.restore_model(self.model, state)
         self.step = state.step
         self.good.add(state.step)
