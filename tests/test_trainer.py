@@ -269,7 +269,7 @@ def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
     assert result is not None and result.nats < 10.5
     events = [line for line in read_metrics(config.run.out) if line.get("event") == "returned"]
     assert len(events) == 1
-    assert events[0]["step"] == 15 and events[0]["from"] == 20 and events[0]["shift"] == 20
+    assert events[0]["step"] == 10 and events[0]["from"] == 20 and events[0]["shift"] == 40
     state = checkpoint.load(config.run.out, steps)
     assert state.trainer["guard"]["rate"] == 0.5 and state.trainer["guard"]["skipped"] == 10
 

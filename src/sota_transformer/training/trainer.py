@@ -217,7 +217,7 @@ class Trainer:
         return overflow and self.scaler.get_scale() >= 1  # below it is no matter of scale
 
     def _go_back(self) -> None:
-        """To the last checkpoint, on behind the data that did it, at half the rate; or give up."""
+        """To before the bad steps, on behind the data that did it, at half the rate; or give up."""
         if self.guard.gives_up():
             raise SotaError(
                 f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
@@ -245,12 +245,13 @@ class Trainer:
         self._begin_interval()
 
     def _last_good(self) -> int | None:
-        """The checkpoint to go back to, as the first rank finds it: their clocks may have had the
-        others save at another step.
+        """The last checkpoint from before the bad steps, as the first rank finds it: their clocks
+        may have had the others save at another step.
         """
         target: int | None = None
         if self.runtime.rank == 0:
-            until = max((step for step in self.good if step < self.step), default=self.step - 1)
+            begun = self.step - self.guard.bad_in_a_row
+            until = max((step for step in self.good if step <= begun), default=begun)
             target = checkpoint.latest(self.config.run.out, self.log.say, until)  # not others'
         (step,) = self.runtime.of_first(-1 if target is None else target)
         return step if step >= 0 else None
@@ -287,7 +288,8 @@ class Trainer:
         elapsed = (time.monotonic() - self._saved_at) / 60
         by_clock = bool(train.save_every_minutes) and elapsed >= train.save_every_minutes
         due = by_clock or self._due(train.save_every_steps) or self.judge.best_step == self.step
-        return self.step < train.steps and due
+        # Amid bad steps nothing was learned, and to go back there would be no way out.
+        return self.step < train.steps and due and not self.guard.bad_in_a_row
 
     def _begin_interval(self) -> None:
         self.runtime.synchronize()
