@@ -221,7 +221,8 @@ class Trainer:
         if self.guard.gives_up():
             raise SotaError(
                 f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
-                "what was saved is good. Start anew at a lower --optim.learning-rate",
+                "go on from an earlier checkpoint (--resume step:N), or anew, at a lower rate "
+                "(--override optim.learning_rate=RATE)",
                 DIVERGED,
             )
         self.signals.critical(True)
