@@ -75,6 +75,9 @@ def test_another_model_is_refused_even_if_it_is_asked_for(
     refused(other, BAD_DATA, "model.layers was 2, is 3", "model.d_ff was 64, is 32")
     asked = run_options(other, override="model.layers,model.d_ff")
     refused(asked, BAD_DATA, "model.layers was 2, is 3")
+    other = make_run(save_every_steps=3, matrix_rate=0.02)
+    asked = run_options(other, override="optim.matrix_rate")
+    refused(asked, BAD_DATA, "no momentum.blocks.0", "optim.matrix_rate", "another --out")
 
 
 def test_before_the_first_checkpoint_all_may_change(make_run: MakeRun, monkeypatch, capsys) -> None:

@@ -134,6 +134,7 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         ),
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
         (["train", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
+        (["plan", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
         (["train", "tiny", "--seed", str(2**64 - 1)], 2, ["run.seed", "below 2**63"]),
         (["config", "tiny", "--model.layers", "9" * 4000], 2, ["model.layers must be below 2**63"]),
         (["data", "DATA", "--window", "val:" + "9" * 5000], 2, ["must be train:INDEX or"]),

@@ -83,8 +83,9 @@ def test_all_problems_are_named_together() -> None:
         assert part in str(caught.value)
 
 
-def test_heads_must_fit() -> None:
+def test_heads_and_vocabulary_must_fit() -> None:
     sizes = {"layers": 1, "d_ff": 8, "seq_len": 8}
     assert Model(d_model=64, heads=5, kv_heads=5, **sizes).problems()
     assert Model(d_model=64, heads=4, kv_heads=3, **sizes).problems()
-    assert not Model(d_model=64, heads=4, kv_heads=2, **sizes).problems()
+    assert not Model(d_model=64, heads=4, kv_heads=2, **sizes, vocab_size=50_304).problems()
+    assert Model(d_model=64, heads=4, kv_heads=2, **sizes, vocab_size=50_305).problems()

@@ -155,7 +155,7 @@ def test_a_forged_checkpoint_ends_in_one_line(
             state = checkpoint.load(config.run.out, 2, verified=True)
             changes.of_data(config, state, trainer)
             changes.of_numerics(state, trainer)
-            trainer._restore(state)
+            trainer.restore(state)
             assert trainer.judge.best is None or trainer.judge.advice()
         except SotaError as error:
             assert error.code == BAD_DATA, (what, error)

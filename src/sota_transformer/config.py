@@ -17,6 +17,7 @@ from sota_transformer.errors import OptionError
 
 GPT2_VOCAB = 50_257
 VOCAB = GPT2_VOCAB + 1  # and <|pad|>
+MOST_VOCAB = 50_304  # filled up to a multiple of 64; more has no token, and no export could be read
 STEP_DIGITS = 8  # of a checkpoint's name
 _MOST_THREADS = 1024  # OpenMP ends the process when it cannot start so many
 
@@ -65,6 +66,8 @@ class Model:
         sizes = ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab_size")
         found = at_least(self, "model", 1, *sizes) + at_least(self, "model", 8, "seq_len")
         found += _positive(self, "model", "rope_base", "norm_eps")
+        if self.vocab_size > MOST_VOCAB:
+            found.append(f"model.vocab_size {self.vocab_size} must be at most {MOST_VOCAB}")
         if not found and self.d_model % (2 * self.heads):
             found.append(f"model.d_model {self.d_model} must be heads x an even head dimension")
         if not found and self.heads % self.kv_heads:

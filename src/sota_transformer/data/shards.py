@@ -62,15 +62,30 @@ _APPENDED = {  # what an append reads besides
 Split = Literal["train", "val"]
 
 
+def check_folder(folder: Path) -> None:
+    """SotaError 66 where data is not a folder."""
+    if folder.is_file():
+        raise SotaError(
+            f"{folder} is a file, not prepared data; first: sota prepare {folder} --out "
+            f"data/{folder.stem}, then give data/{folder.stem}",
+            NO_INPUT,
+        )
+    if not folder.is_dir():
+        here = ";" if folder.is_absolute() else f" in {Path.cwd()}; go to where it is, or"
+        raise SotaError(
+            f"{folder}: no such folder{here} make it with `sota prepare INPUT... --out {folder}`",
+            NO_INPUT,
+        )
+
+
 def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     SotaError 66 without the folder; 65 if it is not complete, was changed, or has another format
     or vocabulary.
     """
+    check_folder(folder)
     again = _AGAIN.format(folder=folder)
-    if not folder.is_dir():
-        raise SotaError(f"no data folder {folder}; {again}", NO_INPUT)
     if not (folder / MANIFEST).exists() and foreign_files(folder):
         return _foreign(folder)
     if not (folder / MANIFEST).exists():

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sota_transformer.config import GPT2_VOCAB, Model
+from sota_transformer.config import GPT2_VOCAB, MOST_VOCAB, Model
 from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.model.transformer import Transformer
 
 EOT, PAD = GPT2_VOCAB - 1, GPT2_VOCAB
 _LARGEST = {
     "layers": 512, "d_model": 65_536, "heads": 1024, "kv_heads": 1024, "d_ff": 262_144,
-    "seq_len": 1 << 17, "vocab_size": 50_304,
+    "seq_len": 1 << 17, "vocab_size": MOST_VOCAB,
 }  # fmt: skip
 _LARGEST_ROTARY = 1 << 26  # positions x head dimension
 _SIZES = {

@@ -91,13 +91,18 @@ def load_state_tensors(
     tensors: dict[str, Tensor],
     updates: int,
 ) -> None:
-    """Put back what `state_tensors` gave after `updates` updates. KeyError for a missing name."""
+    """Put back what `state_tensors` gave after `updates` updates. ValueError for another's."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         optimizer.state.clear()
     for optimizer in optimizers if updates else ():
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             name, moments = names[parameter], _KEPT[type(optimizer)]
+            if lacking := next((m for m in moments if f"{m}.{name}" not in tensors), None):
+                raise ValueError(
+                    f"no {lacking}.{name}; AdamW and NorMuon (optim.matrix_rate) do not go on from "
+                    "each other, so a change of it needs another --out"
+                )
             state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in moments}
             for moment, tensor in state.items():
                 row = (len(parameter), 1)

@@ -2,8 +2,9 @@
 
 A step is bad if its loss or gradient is not finite, or if its loss stands far above those before
 it. A bad step's update is not made. After `PATIENCE` bad steps in a row the run goes back to its
-last checkpoint, reads on behind the data that did it and halves the learning rate; after `RETURNS`
-such returns it gives up. All of it is part of the checkpoint, so a resumed run decides the same.
+last checkpoint from before them, reads on behind the data that did it and halves the learning rate;
+after `RETURNS` such returns it gives up. All of it is part of the checkpoint, so a resumed run
+decides the same.
 """
 
 import math

@@ -13,6 +13,7 @@ from typing import Any
 
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
+from sota_transformer.data.shards import check_folder
 from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory, stay_awake
@@ -61,6 +62,9 @@ def train(
         differing = changes.of_numerics(state, trainer) if state is not None else []
         if config.run.exact and (found := changed + differing):
             raise SotaError(f"--exact: {'; '.join(found)}. Go on as before, or without --exact")
+        if state is not None:  # before config.json says that it was taken
+            trainer.restore(state)
+        del state  # else its weights would lie beside the model's to the end
         if runtime.rank == 0:
             _record(trainer, start, changed)
         for line in changed:
@@ -72,7 +76,7 @@ def train(
         log.begin_live(max(0, start))
         stay_awake()
         try:
-            return trainer.fit(state)
+            return trainer.fit()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -113,19 +117,7 @@ def check_folders(config: RunConfig) -> Path:
             f"model.vocab_size {config.model.vocab_size} is less than the {VOCAB} ids of prepared "
             "data; leave it out"
         )
-    data = config.data.path
-    if data.is_file():
-        raise SotaError(
-            f"{data} is a file, not prepared data; first: sota prepare {data} --out "
-            f"data/{data.stem}, then train with --data data/{data.stem}",
-            NO_INPUT,
-        )
-    if not data.is_dir():
-        here = ";" if data.is_absolute() else f" in {Path.cwd()}; go to where it is, or"
-        raise SotaError(
-            f"{data}: no such folder{here} make it with `sota prepare INPUT... --out {data}`",
-            NO_INPUT,
-        )
+    check_folder(config.data.path)
     if not checkpoint.is_utf8(folder):
         name = folder.absolute()
         raise SotaError(f"{name} is not UTF-8, as safetensors needs it; give another --out")

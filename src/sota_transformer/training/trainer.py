@@ -64,10 +64,8 @@ class Trainer:
         self.guard = Guard()
         self.good: set[int] = set()  # the checkpoints that this process has written or loaded
 
-    def fit(self, start: checkpoint.State | None) -> Perplexity:
+    def fit(self) -> Perplexity:
         """Train to the last step and judge the result. Stopped or an error ends it early."""
-        if start is not None:
-            self._restore(start)
         self.runtime.optimize(self.model, self.config.data.document_mask)
         with ExitStack() as stack:
             self.signals = stack.enter_context(Signals(self.runtime.world > 1))
@@ -220,11 +218,12 @@ class Trainer:
         return overflow and self.scaler.get_scale() >= 1  # below it is no matter of scale
 
     def _go_back(self) -> None:
-        """To the last checkpoint, on behind the data that did it, at half the rate; or give up."""
+        """To before the bad steps, on behind the data that did it, at half the rate; or give up."""
         if self.guard.gives_up():
             raise SotaError(
                 f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
-                "what was saved is good. Start anew at a lower --optim.learning-rate",
+                "go on from an earlier checkpoint (--resume step:N), or anew, at a lower rate "
+                "(--override optim.learning_rate=RATE)",
                 DIVERGED,
             )
         self.signals.critical(True)
@@ -236,7 +235,7 @@ class Trainer:
             self.optimizers = optimizers(self.model, self.config.optim)
             self.step = self.updates = self.tokens = 0
         else:
-            self._restore(checkpoint.load(self.config.run.out, target, verified=True))
+            self.restore(checkpoint.load(self.config.run.out, target, verified=True))
         self.guard, self.good = guard, {step for step in self.good if step <= self.step}
         guard.go_back((found - self.step) * self.config.train.batch_rows)
         self.signals.critical(False)
@@ -248,12 +247,13 @@ class Trainer:
         self._begin_interval()
 
     def _last_good(self) -> int | None:
-        """The checkpoint to go back to, as the first rank finds it: their clocks may have had the
-        others save at another step.
+        """The last checkpoint from before the bad steps, as the first rank finds it: their clocks
+        may have had the others save at another step.
         """
         target: int | None = None
         if self.runtime.rank == 0:
-            until = max((step for step in self.good if step < self.step), default=self.step - 1)
+            begun = self.step - self.guard.bad_in_a_row
+            until = max((step for step in self.good if step <= begun), default=begun)
             target = checkpoint.latest(self.config.run.out, self.log.say, until)  # not others'
         (step,) = self.runtime.of_first(-1 if target is None else target)
         return step if step >= 0 else None
@@ -290,7 +290,8 @@ class Trainer:
         elapsed = (time.monotonic() - self._saved_at) / 60
         by_clock = bool(train.save_every_minutes) and elapsed >= train.save_every_minutes
         due = by_clock or self._due(train.save_every_steps) or self.judge.best_step == self.step
-        return self.step < train.steps and due
+        # Amid bad steps nothing was learned, and to go back there would be no way out.
+        return self.step < train.steps and due and not self.guard.bad_in_a_row
 
     def _begin_interval(self) -> None:
         self.runtime.synchronize()
@@ -378,8 +379,8 @@ class Trainer:
         """All that can change a bit of the result and is not the run's configuration or data."""
         return self.runtime.describe() | {"micro_rows": self.micro_rows, "sota": __version__}
 
-    def _restore(self, state: checkpoint.State) -> None:
-        """Go on from `state`. SotaError 65 if it is another model's."""
+    def restore(self, state: checkpoint.State) -> None:
+        """Go on from `state`. SotaError 65 if it is another model's or optimizer's."""
         checkpoint.restore_model(self.model, state)
         self.step = state.step
         self.good.add(state.step)
