@@ -176,7 +176,7 @@ def test_no_process_compiles_where_the_first_does_not(make_run: MakeRun, monkeyp
     monkeypatch.setattr(torch, "compile", compiler("is wrong"))
     used: list[bool] = []
 
-    def watched(self: Runtime, _: Any) -> None:
+    def watched(self: Runtime, *_: Any) -> None:
         used.append(self.compile)
         raise TroubleError
 

@@ -189,7 +189,7 @@ def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data
 
 def test_recomputed_activations_are_measured_so(monkeypatch) -> None:
     seen, config = [], PRESETS["tiny"]()
-    monkeypatch.setattr(Runtime, "optimize", lambda _, model: seen.append(model))
+    monkeypatch.setattr(Runtime, "optimize", lambda _, model, masked: seen.append(model))
     for recomputed in (True, False):
         train = dataclasses.replace(config.train, gradient_checkpointing=recomputed)
         plan.measure(dataclasses.replace(config, train=train))

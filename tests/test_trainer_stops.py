@@ -8,6 +8,8 @@ import signal
 import subprocess
 import time
 import types
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from sota_transformer.config import RunConfig
 from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
 from sota_transformer.training import checkpoint, judge, trainer
 from sota_transformer.training.runlog import read_config, read_metrics
-from sota_transformer.training.signals import Stopped
+from sota_transformer.training.signals import Signals, Stopped
 from sota_transformer.training.start import train
 from tests.training_runs import (
     InterruptError,
@@ -218,7 +220,7 @@ def test_run_json_records_each_start(make_run: MakeRun, monkeypatch) -> None:
     assert record["attempts"][0]["machine"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("amid", ["_validation_windows", "sample"])
+@pytest.mark.parametrize("amid", ["_windows", "sample"])
 def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
     make_run: MakeRun, monkeypatch, amid: str
 ) -> None:
@@ -232,7 +234,7 @@ def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
     assert train(config) is None
 
 
-@pytest.mark.parametrize("amid", ["_validation_windows", "sample"])
+@pytest.mark.parametrize("amid", ["_windows", "sample"])
 def test_a_run_stopped_amid_a_judgement_on_its_way_makes_it_first(
     make_run: MakeRun, monkeypatch, amid: str
 ) -> None:
@@ -262,3 +264,14 @@ def test_a_reader_of_the_output_that_leaves_is_a_stop(make_run: MakeRun) -> None
     assert process.stderr.read() == b""
     process.stderr.close()
     assert checkpoint.steps(config.run.out)
+
+
+def test_a_signal_amid_the_callback_of_a_weak_reference_is_not_lost(capsys) -> None:
+    """A compiler has many, and Python swallows what is raised there, with a traceback."""
+    watched: Any = Signals()
+    reference = weakref.ref(watched, lambda _: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM"), Signals():
+        del watched
+        assert reference() is None
+        time.sleep(5)
+    assert "Traceback" not in capsys.readouterr().err

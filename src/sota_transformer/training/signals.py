@@ -1,9 +1,10 @@
 """Leaving on a signal: at once, but never between two halves of one change of state."""
 
 import signal
+import sys
 import time
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 
 class Stopped(BaseException):
@@ -21,7 +22,7 @@ class Signals:
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    _ECHO_SECONDS = 1.0
+    _ECHO_SECONDS, _AGAIN_SECONDS = 1.0, 0.01
 
     def __init__(self, launched: bool = False) -> None:
         self._echo_until = 0.0
@@ -31,9 +32,13 @@ class Signals:
 
     def __enter__(self) -> Self:
         self._before = {n: signal.signal(n, self._handle) for n in self._NUMBERS}
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -46,11 +51,20 @@ class Signals:
         self._received = number
         if self._launched:
             self._echo_until = time.monotonic() + self._ECHO_SECONDS
-        if not self._critical:
-            raise Stopped(number)
+        self._raise()
+
+    def _raise(self, *_: object) -> None:
+        if not self._critical and self._received is not None:
+            raise Stopped(self._received)
+
+    def _swallowed(self, what: Any) -> None:
+        """Nothing passes out of a callback of a weak reference, and a compiler has many: again."""
+        if isinstance(what.exc_value, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, self._AGAIN_SECONDS)
+        else:
+            self._hook(what)
 
     def critical(self, inside: bool) -> None:
         """Between True and False weights, moments and step belong together: no interruption."""
         self._critical = inside
-        if not inside and self._received is not None:
-            raise Stopped(self._received)
+        self._raise()

@@ -75,16 +75,21 @@ def train(
         log.event({"step": max(0, start), "event": "start"}, begun)
         log.begin_live(max(0, start))
         stay_awake()
-        try:
-            return trainer.fit()
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise SotaError(
-                f"out of memory on {runtime.device}; what was saved is good. Smaller "
-                "--train.micro-rows, --train.gradient-checkpointing or a smaller preset may fit",
-                TEMPORARY,
-            ) from error
+        return _fit(trainer)
+
+
+def _fit(trainer: Trainer) -> Perplexity:
+    """Train to the end. SotaError 75 where not even small micro-batches fit into the memory."""
+    try:
+        return trainer.fit()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise SotaError(
+            f"out of memory on {trainer.runtime.device}; what was saved is good. Smaller "
+            "--train.micro-rows, --train.gradient-checkpointing or a smaller preset may fit",
+            TEMPORARY,
+        ) from error
 
 
 def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
