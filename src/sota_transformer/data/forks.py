@@ -20,11 +20,7 @@ def worker_context() -> BaseContext:
 def warm_up() -> None:
     """Let the fork server load the encoder while this process reads options and looks for files."""
     if worker_context().get_start_method() == "forkserver":
-        # numpy's linear algebra would start threads there, which a fork must not meet.
-        before = os.environ.get("OPENBLAS_NUM_THREADS")
+        # numpy's linear algebra, which none of us needs, would start threads: there a fork must not
+        # meet them, and here they spin while the workers want the processor.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
         forkserver.ensure_running()
-        if before is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = before
