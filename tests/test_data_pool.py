@@ -136,3 +136,15 @@ def test_small_row_groups_share_a_unit_and_a_footer_is_read_once(
     assert len(opened) == (kind == "parquet")
     again = [tuple(reader.rows(part, "text")) for unit in made[::-1] for part in unit.segments]
     assert again == found[::-1], "in any order, as workers meet them"
+
+
+def test_an_empty_row_group_loses_no_rows_behind_it(table: Path) -> None:
+    """A large row group's last piece may not go on behind one: its reader ends with the group."""
+    path, items, start = table.with_name("empty.parquet"), texts(111), 0
+    with parquet.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        for rows in (0, 100, 0, 5, 0, 6):
+            writer.write_table(pa.table({"text": pa.array(items[start : start + rows], "string")}))
+            start += rows
+    reader = tables.Tables()
+    found = (reader.rows(part, "text") for unit in units_of(path) for part in unit.segments)
+    assert list(chain(*found)) == list(enumerate(items))

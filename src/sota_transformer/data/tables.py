@@ -55,6 +55,8 @@ def _pieces(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """
     pieces, row, held = [], 0, 0
     for number, (rows, size) in enumerate(parts):
+        if not rows:
+            continue  # what follows would go on a large one's last piece, read without it
         end = row + rows
         if pieces and held + size <= UNIT_BYTES:
             pieces[-1] = (*pieces[-1][:2], end)
