@@ -110,16 +110,16 @@ def _html(data: bytes, where: str) -> Document:
     except ImportError:
         return Skipped("HTML needs `pip install sota-transformer[html]`", where)
     document = _decoded(data, where)
-    whole = (document.repaired if isinstance(document, Skipped) else document).decode()
-    page = HTMLTree.parse(whole)
-    text = "" if _deep(whole, page) else extract_plain_text(page, main_content=True)
+    whole = document.repaired if isinstance(document, Skipped) else document
+    page = HTMLTree.parse(whole.decode())
+    text = "" if _deep(page) else extract_plain_text(page, main_content=True)
     text = text or extract_plain_text(page)
     if isinstance(document, Skipped):
         return _repaired(document.reason, where, checked(text, where))
     return checked(text, where)
 
 
-def _deep(text: str, page: Any) -> bool:
+def _deep(page: Any) -> bool:
     """Whether elements are nested so deep that telling menus apart, which takes the square of it,
     would take long: 12 s at 20,000. Nobody writes such a page; a program may.
     """
@@ -131,10 +131,11 @@ def _deep(text: str, page: Any) -> bool:
         nonlocal deepest
         deepest = max(deepest, place.depth)
 
-    codes = np.frombuffer(f"{text}>".encode(), np.uint8)
-    follows = codes[np.flatnonzero(codes == ord("<")) + 1]
+    # As it was understood: each element is closed but the void ones, and nothing else is.
+    codes = np.frombuffer(page.document.html.encode(), np.uint8)
+    follows = codes[np.flatnonzero(codes[:-1] == ord("<")) + 1]
     open_tags = np.cumsum(np.where(follows == ord("/"), -1, 1))
-    if open_tags.max(initial=0) >= _DEEP_PAGE:  # of elements that are closed: else few are so deep
+    if len(open_tags) and np.ptp(open_tags) >= _DEEP_PAGE:  # else few are so deep: a visit is slow
         traverse_dom(page.document, visit)
     return deepest >= _DEEP_PAGE
 
