@@ -114,7 +114,10 @@ class Trainer:
         """
         train = self.config.train
         if self._due(train.eval_every) and self.step < train.steps and not validated:
+            before = self.judge.best
             self._pause(lambda: self._judged(self.judge.validate))
+            if self.guard.bad_in_a_row:  # no checkpoint is due here, and the best one is kept
+                self.judge.best = before
         if self._due(train.sample_every) and self.step < train.steps and not sampled:
             self._pause(lambda: self._judged(self.judge.sample))
 
