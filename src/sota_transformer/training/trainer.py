@@ -109,9 +109,7 @@ class Trainer:
         return result
 
     def _judge_where_due(self, validated: int = 0, sampled: int = 0) -> None:
-        """Validate and sample after this step, unless that was done before; the last is judged
-        at the end.
-        """
+        """Validate and sample where due, unless done before; the last step is judged at the end."""
         train = self.config.train
         if self._due(train.eval_every) and self.step < train.steps and not validated:
             before = self.judge.best
