@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from sota_transformer.data import tables, units
 from sota_transformer.data.pool import Job, Pool, runs
-from sota_transformer.data.sources import find
+from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.units import Unit
 from tests.preparing import bytes_of, jsonl, run, texts
 
@@ -148,3 +148,13 @@ def test_an_empty_row_group_loses_no_rows_behind_it(table: Path) -> None:
     reader = tables.Tables()
     found = (reader.rows(part, "text") for unit in units_of(path) for part in unit.segments)
     assert list(chain(*found)) == list(enumerate(items))
+
+
+def test_a_table_that_has_become_shorter_is_told(table: Path) -> None:
+    made, items = units_of(table), texts(100)
+    parquet.write_table(pa.table({"text": items}), table)
+    reader = tables.Tables()
+    found = list(chain(*(reader.rows(part, "text") for unit in made for part in unit.segments)))
+    skipped = [item for item in found if isinstance(item, Skipped)]
+    assert [item for item in found if item not in skipped] == list(enumerate(items))
+    assert skipped and all("fewer rows" in item.where for item in skipped)
