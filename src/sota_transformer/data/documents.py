@@ -290,7 +290,7 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         yield Skipped("piece of a table whose header is over 1 MiB", where)
         return
     csv.field_size_limit(2**31 - 1)  # whoever stops inside a cell takes its rest for rows
-    over = segment.stop - segment.start > LINE_BYTES  # as no row ends in so much, the last one is
+    over = segment.stop - segment.start > LINE_BYTES  # it would end with the first row that ends
     data = _read(replace(segment, stop=min(segment.stop, segment.start + LINE_BYTES)))
     data = without_mark(data if segment.start == 0 else segment.header + data)
     text = io.BytesIO(data + _END.encode() * over)
@@ -307,8 +307,8 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             yield Skipped(f"not a {segment.kind} row ({error}), and all behind it", where)
             return
         if over and cells and cells[-1].endswith(_END):
-            why = "perhaps a quote that is never closed; left out with rows behind it"
-            yield Skipped(f"row over {LINE_BYTES >> 20} MiB, {why}", where)
+            why = "perhaps a quote that is never closed; left out from here on"
+            yield Skipped(f"no line feed ends a row in {LINE_BYTES >> 20} MiB, {why}", where)
             return
         if cells == [_END]:
             return
