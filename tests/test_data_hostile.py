@@ -155,7 +155,8 @@ def test_lines_and_documents_have_a_limit(tmp_path: Path, monkeypatch: pytest.Mo
     for row in (b'"' + b"x,\n" * (2 << 20), b"x," * (3 << 20)):
         (tmp_path / "c.csv").write_bytes(b"text,n\na,1\n" + row)
         found, refused = read(tmp_path / "c.csv", tmp_path / "spool")
-        assert (found, len(refused), refused[0].reason[:14]) == (["a"], 1, "row over 3 MiB")
+        assert (found, len(refused)) == (["a"], 1)
+        assert refused[0].reason.startswith("no line feed ends a row in 3 MiB")
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst", "zip"])

@@ -159,11 +159,12 @@ def test_html_gives_its_text(tmp_path: Path) -> None:
         (tmp_path / f"{i}.html").write_text(page.format(i))
     deep = 20_000
     (tmp_path / "deep.html").write_text("<div>" * deep + "Deep text." + "</div>" * deep)
+    (tmp_path / "odd.html").write_text("<div></b>" * deep + "Odd text.")  # nothing closes them
     started = time.monotonic()
     run(tmp_path / "data", tmp_path)
     assert time.monotonic() - started < 10, "menus are not looked for so deep: 12 s at this depth"
     good = [f"Good text {i} here." for i in range(40)]
-    assert everything(tmp_path / "data") == ["Deep text.", *sorted(good)]
+    assert everything(tmp_path / "data") == ["Deep text.", *sorted(good), "Odd text."]
 
 
 def test_special_tokens_in_text_are_text(tmp_path: Path) -> None:

@@ -250,18 +250,20 @@ def test_bad_steps_are_not_applied_and_end_the_run(make_run: MakeRun, monkeypatc
 def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
     make_run: MakeRun, monkeypatch, stopped: str | None, steps: int
 ) -> None:
-    """Windows 40 to 79 in training order are poison; the run ends all the same, and says how.
+    """Windows 40 to 79 in training order are poison, and those of step 13 after the return; the
+    run ends all the same, and says how.
 
     Also where it was stopped when it had seen enough of them and was about to go back, or
     asked the other processes where to; what was saved then, of its last step too, is not what it
-    ends with. Amid them nothing is saved, which would drive out what there is to go back to.
+    ends with. Amid them nothing is saved, which would drive out what there is to go back to; so
+    none of them is the best, whose checkpoint is kept.
     """
-    config = make_run(steps=steps, batch_rows=4, save_every_steps=2)
+    config = make_run(steps=steps, batch_rows=4, save_every_steps=2, eval_every=13)
     original = trainer.Trainer._update
 
     def update(self, sums):
-        rows = self.loader.row_numbers(self.step)
-        original(self, sums * float("nan") if 40 <= rows[0] < 80 else sums)
+        first = self.loader.row_numbers(self.step)[0]
+        original(self, sums * float("nan") if 40 <= first < 80 or first == 88 else sums)
 
     def stop(self) -> None:
         raise Stopped(signal.SIGTERM)
@@ -277,7 +279,8 @@ def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
     assert len(events) == 1
     assert events[0]["step"] == 10 and events[0]["from"] == 20 and events[0]["shift"] == 40
     state = checkpoint.load(config.run.out, steps)
-    assert state.trainer["guard"]["rate"] == 0.5 and state.trainer["guard"]["skipped"] == 10
+    assert state.trainer["guard"]["rate"] == 0.5 and state.trainer["guard"]["skipped"] == 11
+    assert state.trainer["best"] is None
 
 
 def test_a_leap_of_the_loss_is_not_applied() -> None:

@@ -110,16 +110,16 @@ def _html(data: bytes, where: str) -> Document:
     except ImportError:
         return Skipped("HTML needs `pip install sota-transformer[html]`", where)
     document = _decoded(data, where)
-    whole = (document.repaired if isinstance(document, Skipped) else document).decode()
-    page = HTMLTree.parse(whole)
-    text = "" if _deep(whole, page) else extract_plain_text(page, main_content=True)
+    whole = document.repaired if isinstance(document, Skipped) else document
+    page = HTMLTree.parse(whole.decode())
+    text = "" if _deep(page) else extract_plain_text(page, main_content=True)
     text = text or extract_plain_text(page)
     if isinstance(document, Skipped):
         return _repaired(document.reason, where, checked(text, where))
     return checked(text, where)
 
 
-def _deep(text: str, page: Any) -> bool:
+def _deep(page: Any) -> bool:
     """Whether elements are nested so deep that telling menus apart, which takes the square of it,
     would take long: 12 s at 20,000. Nobody writes such a page; a program may.
     """
@@ -131,10 +131,11 @@ def _deep(text: str, page: Any) -> bool:
         nonlocal deepest
         deepest = max(deepest, place.depth)
 
-    codes = np.frombuffer(f"{text}>".encode(), np.uint8)
-    follows = codes[np.flatnonzero(codes == ord("<")) + 1]
+    # As it was understood: each element is closed but the void ones, and nothing else is.
+    codes = np.frombuffer(page.document.html.encode(), np.uint8)
+    follows = codes[np.flatnonzero(codes[:-1] == ord("<")) + 1]
     open_tags = np.cumsum(np.where(follows == ord("/"), -1, 1))
-    if open_tags.max(initial=0) >= _DEEP_PAGE:  # of elements that are closed: else few are so deep
+    if len(open_tags) and np.ptp(open_tags) >= _DEEP_PAGE:  # else few are so deep: a visit is slow
         traverse_dom(page.document, visit)
     return deepest >= _DEEP_PAGE
 
@@ -289,7 +290,7 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         yield Skipped("piece of a table whose header is over 1 MiB", where)
         return
     csv.field_size_limit(2**31 - 1)  # whoever stops inside a cell takes its rest for rows
-    over = segment.stop - segment.start > LINE_BYTES  # as no row ends in so much, the last one is
+    over = segment.stop - segment.start > LINE_BYTES  # it would end with the first row that ends
     data = _read(replace(segment, stop=min(segment.stop, segment.start + LINE_BYTES)))
     data = without_mark(data if segment.start == 0 else segment.header + data)
     text = io.BytesIO(data + _END.encode() * over)
@@ -306,8 +307,8 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             yield Skipped(f"not a {segment.kind} row ({error}), and all behind it", where)
             return
         if over and cells and cells[-1].endswith(_END):
-            why = "perhaps a quote that is never closed; left out with rows behind it"
-            yield Skipped(f"row over {LINE_BYTES >> 20} MiB, {why}", where)
+            why = "perhaps a quote that is never closed; left out from here on"
+            yield Skipped(f"no line feed ends a row in {LINE_BYTES >> 20} MiB, {why}", where)
             return
         if cells == [_END]:
             return

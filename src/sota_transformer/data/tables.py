@@ -55,6 +55,8 @@ def _pieces(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """
     pieces, row, held = [], 0, 0
     for number, (rows, size) in enumerate(parts):
+        if not rows:
+            continue  # what follows would go on a large one's last piece, read without it
         end = row + rows
         if pieces and held + size <= UNIT_BYTES:
             pieces[-1] = (*pieces[-1][:2], end)
@@ -124,8 +126,7 @@ class Tables:
             if not self._rest:
                 batch = next(self._batches, None)
                 if batch is None:
-                    self._place = None
-                    return
+                    raise OSError("fewer rows than when it was looked at first")
                 if self._row + len(batch) <= segment.start:
                     self._row += len(batch)  # another worker's rows: not worth making strings of
                     continue
@@ -165,7 +166,7 @@ def _parquet(file: Any, segment: Segment, field: str) -> tuple[int, Iterator[Any
     groups = list(range(segment.offset, last))
     how = {"row_groups": groups, "columns": [field], "use_threads": False}
     batches = (_column(batch, field) for batch in file.iter_batches(_BATCH_ROWS, **how))
-    return ends[segment.offset - 1] if segment.offset else 0, batches
+    return max(ends[: segment.offset], default=0), batches
 
 
 def _arrow(segment: Segment, field: str) -> Iterator[Any]:

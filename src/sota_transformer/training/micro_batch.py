@@ -13,28 +13,29 @@ def micro_rows(config: RunConfig, runtime: Runtime) -> int:
     """Rows of one forward pass: as configured, or the most that keep this device busy.
 
     Always a divisor of the rows of this rank, so that every micro-batch has one shape. SotaError
-    where what is configured is none, or more than this device adds up rightly: the gradient of a
-    weight is a sum over tokens.
+    where what is configured is none, or where it is more than this device adds up rightly: the
+    gradient of a weight is a sum over tokens.
     """
     rows, world, kind = config.train.batch_rows, runtime.world, runtime.device.type
     if rows % world:
         raise SotaError(f"train.batch_rows {rows} must be divisible by {world} processes")
     mine, tokens = rows // world, config.model.seq_len
     wanted = config.train.micro_rows
-    if not wanted:
-        most = max(1, _BUSY[kind] // tokens)
-        return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
-    if mine % wanted:
+    if wanted and mine % wanted:
         raise SotaError(
             f"train.micro_rows {wanted} must divide the {counted(mine, 'row')} of a process"
         )
-    longest = LONGEST_SUM.get(kind, wanted * tokens)
-    if wanted * tokens > longest:
+    most = max(1, _BUSY[kind] // tokens)
+    found = wanted or next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
+    longest = LONGEST_SUM.get(kind, found * tokens)
+    if found * tokens > longest:
+        fewer = longest // tokens
+        way = f"take {fewer} or fewer" if fewer else "shorten --model.seq-len"
         raise SotaError(
-            f"train.micro_rows {wanted} of {tokens} tokens: {kind} adds up at most {longest:,} "
-            f"tokens rightly (pytorch#195163); take {longest // tokens} or fewer"
+            f"train.micro_rows {found} of {tokens} tokens: {kind} adds up at most {longest:,} "
+            f"tokens rightly (pytorch#195163); {way}"
         )
-    return wanted
+    return found
 
 
 def halved(micro_rows: int, rows: int) -> int:

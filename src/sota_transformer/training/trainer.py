@@ -109,12 +109,13 @@ class Trainer:
         return result
 
     def _judge_where_due(self, validated: int = 0, sampled: int = 0) -> None:
-        """Validate and sample after this step, unless that was done before; the last is judged
-        at the end.
-        """
+        """Validate and sample where due, unless done before; the last step is judged at the end."""
         train = self.config.train
         if self._due(train.eval_every) and self.step < train.steps and not validated:
+            before = self.judge.best
             self._pause(lambda: self._judged(self.judge.validate))
+            if self.guard.bad_in_a_row:  # no checkpoint is due here, and the best one is kept
+                self.judge.best = before
         if self._due(train.sample_every) and self.step < train.steps and not sampled:
             self._pause(lambda: self._judged(self.judge.sample))
 
