@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import threading
 from itertools import chain
@@ -138,16 +139,24 @@ def test_small_row_groups_share_a_unit_and_a_footer_is_read_once(
     assert again == found[::-1], "in any order, as workers meet them"
 
 
-def test_an_empty_row_group_loses_no_rows_behind_it(table: Path) -> None:
-    """A large row group's last piece may not go on behind one: its reader ends with the group."""
-    path, items, start = table.with_name("empty.parquet"), texts(111), 0
-    with parquet.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
-        for rows in (0, 100, 0, 5, 0, 6):
-            writer.write_table(pa.table({"text": pa.array(items[start : start + rows], "string")}))
-            start += rows
-    reader = tables.Tables()
-    found = (reader.rows(part, "text") for unit in units_of(path) for part in unit.segments)
-    assert list(chain(*found)) == list(enumerate(items))
+def test_row_groups_of_any_sizes_give_every_row_once(table: Path) -> None:
+    """A large row group's last piece may not go on behind an empty one: its reader ends there.
+    Whichever of three workers reads a piece, and in any order.
+    """
+    path, source = table.with_name("groups.parquet"), random.Random(7)
+    sizes = [source.choices((0, 0, 1, 3, 20, 60), k=source.randint(1, 9)) for _ in range(25)]
+    for rows in ([0, 100, 0, 5, 0, 6], *sizes):
+        items, start = texts(sum(rows)), 0
+        with parquet.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+            for count in rows:
+                part = pa.array(items[start : start + count], "string")
+                writer.write_table(pa.table({"text": part}))
+                start += count
+        pieces = [part for unit in units_of(path) for part in unit.segments]
+        readers, found = [tables.Tables() for _ in range(3)], dict[int, list]()
+        for at in source.sample(range(len(pieces)), len(pieces)):
+            found[at] = list(source.choice(readers).rows(pieces[at], "text"))
+        assert list(chain(*(found[at] for at in sorted(found)))) == list(enumerate(items)), rows
 
 
 def test_a_table_that_has_become_shorter_is_told(table: Path) -> None:
