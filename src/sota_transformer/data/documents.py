@@ -112,7 +112,8 @@ def _html(data: bytes, where: str) -> Document:
     document = _decoded(data, where)
     whole = document.repaired if isinstance(document, Skipped) else document
     page = HTMLTree.parse(whole.decode())
-    text = "" if _deep(page) else extract_plain_text(page, main_content=True)
+    deep = whole.count(b"<") >= _DEEP_PAGE and _deep(page)
+    text = "" if deep else extract_plain_text(page, main_content=True)
     text = text or extract_plain_text(page)
     if isinstance(document, Skipped):
         return _repaired(document.reason, where, checked(text, where))

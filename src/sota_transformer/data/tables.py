@@ -86,6 +86,7 @@ class Tables:
         self._row = 0
         self._path = ""
         self._file: Any = None
+        self._ends: list[int] = []  # rows of the file up to the end of each row group
         self._batches: Iterator[Any] = iter(())
         self._rest: list[Any] = []
 
@@ -145,8 +146,11 @@ class Tables:
         if self._path != segment.path:
             # In small pieces, for a column may be larger than memory.
             how: dict[str, Any] = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
-            self._file, self._path = parquet.ParquetFile(segment.path, **how), segment.path
-        return _parquet(self._file, segment, field)
+            self._path, self._file = "", parquet.ParquetFile(segment.path, **how)
+            groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
+            self._ends = list(accumulate(group.num_rows for group in groups))
+            self._path = segment.path
+        return _parquet(self._file, self._ends, segment, field)
 
 
 def _release() -> None:
@@ -156,13 +160,11 @@ def _release() -> None:
     pyarrow.default_memory_pool().release_unused()
 
 
-def _parquet(file: Any, segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
+def _parquet(file: Any, ends: list[int], segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
     """The first row of the segment's row groups, and the batches of the column in them."""
     if field not in file.schema_arrow.names:
         raise KeyError(field)
-    count = file.num_row_groups
-    ends = list(accumulate(file.metadata.row_group(number).num_rows for number in range(count)))
-    last = count if segment.whole else min(count, bisect_left(ends, segment.stop) + 1)
+    last = len(ends) if segment.whole else min(len(ends), bisect_left(ends, segment.stop) + 1)
     groups = list(range(segment.offset, last))
     how = {"row_groups": groups, "columns": [field], "use_threads": False}
     batches = (_column(batch, field) for batch in file.iter_batches(_BATCH_ROWS, **how))
