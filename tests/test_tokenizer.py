@@ -127,6 +127,7 @@ def test_memory_is_renewed_without_changing_ids(monkeypatch: pytest.MonkeyPatch)
     module = "sota_transformer.data.tokenizer"
     monkeypatch.setattr(f"{module}._FIRST_LOOK_BYTES", 100)
     monkeypatch.setattr(f"{module}._LOOK_BYTES", 100)
+    monkeypatch.setattr(f"{module}._BLIND_BYTES", 100)
     much = 1 << 40  # what was there at the first look is the readers' memory: an open parquet file
     for at_start, at_looks, renewed in (
         (10, [10, 10, 10], False),

@@ -37,7 +37,8 @@ _KNOWN = (
         [1849, 5099, 222, 8582, 25081, 17031, 2231, 201, 198, 220],
     ),
 )
-_FIRST_LOOK_BYTES, _LOOK_BYTES, _GROWN_BYTES = 8 << 20, 96 << 20, 64 << 20  # see `Encoder`
+_FIRST_LOOK_BYTES, _LOOK_BYTES, _BLIND_BYTES = 8 << 20, 16 << 20, 96 << 20  # see `Encoder`
+_GROWN_BYTES = 64 << 20
 
 Ids = NDArray[np.integer[Any]]
 
@@ -105,8 +106,9 @@ class Encoder:
 
     gigatoken remembers every word it has met, for good, and is a fifth slower until it has met the
     usual ones. So it gets a fresh memory only where this process has grown much since its first
-    few MB of text, when whoever reads and writes had the memory they need; that is looked at after
-    so much text that building it anew costs little beside the work done.
+    few MB of text, when whoever reads and writes had the memory they need. That is looked at often;
+    where the system does not tell it, the memory is fresh after so much text that building it anew
+    costs little beside the work done.
     """
 
     def __init__(self, kind: str = "auto") -> None:
@@ -123,7 +125,7 @@ class Encoder:
                 self._limit = now and now + _GROWN_BYTES
             elif now >= self._limit:
                 self._encode = _gigatoken()
-            self._seen, self._look = 0, _LOOK_BYTES
+            self._seen, self._look = 0, _LOOK_BYTES if self._limit else _BLIND_BYTES
         self._seen += len(text)
         return self._encode(text)
 
