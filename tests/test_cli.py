@@ -141,11 +141,7 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--optim.eps", "inf"], 2, ["optim.eps must be below 2**63"]),
         (["train", "tiny", "--data", "DATA", "--out", "DATA/manifest.json"], 73, ["cannot make"]),
         (["train", "tiny", "--data", "DATA", "--model.vocab-size", "999"], 2, ["vocab"]),
-        (
-            ["train", "tiny", "--data", "DATA", "--resume", "step:5"],
-            66,
-            ["no checkpoint of step 5"],
-        ),
+        (["train", "tiny", "--data", "DATA", "--resume", "step:5"], 66, ["no checkpoint to resum"]),
         (["train", "tiny", "--data", "DATA", "--model.seq-len", "999999"], 65, ["window needs"]),
         (["prepare", "NOWHERE", "--out", "OUT"], 66, ["NOWHERE"]),
         (["prepare", "EMPTY", "--out", "OUT"], 66, ["EMPTY"]),

@@ -69,6 +69,7 @@ def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
 
     with pytest.raises(SotaError, match="no checkpoint"):
         train(resumed("latest"))
+    assert not resumed("latest").run.out.exists()  # a mistyped name leaves nothing behind
     train(resumed("auto"))
     with pytest.raises(SotaError, match="never"):
         train(resumed("never"))

@@ -123,6 +123,8 @@ def check_folders(config: RunConfig) -> Path:
             "data; leave it out"
         )
     check_folder(config.data.path)
+    if config.run.resume not in ("auto", "never") and not checkpoint.steps(folder):
+        raise SotaError(f"{folder} has no checkpoint to resume from", NO_INPUT)
     if not checkpoint.is_utf8(folder):
         name = folder.absolute()
         raise SotaError(f"{name} is not UTF-8, as safetensors needs it; give another --out")
@@ -152,7 +154,7 @@ def _resume_step(config: RunConfig, say: Any) -> int | None:
         return None
     found = checkpoint.latest(folder, say)
     if found is None and wanted == "latest":
-        raise SotaError(f"{folder} has no checkpoint to resume from", NO_INPUT)
+        raise SotaError(f"no checkpoint in {folder} is whole", NO_INPUT)
     return found
 
 
