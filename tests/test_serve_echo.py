@@ -22,7 +22,7 @@ from tests.serving import Server
 
 TOKENIZER = Tokenizer()
 CONTEXT = 160
-LAST = "That is the end."  # the model says end-of-text behind it
+LAST = "That is the end."  # end-of-text is the likeliest text behind it
 TEXTS = ["Once upon a time", LAST, "na\u00efve \u6f22\u5b57 \U0001f642\U0001f469\u200d\U0001f680 e"]
 LONG = TOKENIZER.encode("One two three, four; " * 40)[: CONTEXT - 5]
 
@@ -33,6 +33,7 @@ def ending_model() -> Transformer:
         hidden = model(torch.tensor([TOKENIZER.encode(LAST)]))[0, -1]
         least = float(model.logits(hidden).max()) + 0.5
         model.embedding.weight[EOT] = least * hidden / hidden.square().sum()
+        model.embedding.weight[EOT + 1] = 1.5 * model.embedding.weight[EOT]  # padding: never drawn
     return model
 
 
@@ -44,7 +45,7 @@ def nats_after(tokens: list[int]) -> Tensor:
     """Log-probabilities (T, V) of what follows each token, from `transformers` in float64."""
     with torch.no_grad():
         logits = PEER(torch.tensor([tokens])).logits[0].double()
-    return logits[:, : EOT + 1].log_softmax(-1)
+    return logits.log_softmax(-1)[:, : EOT + 1]
 
 
 def shown(token: int) -> str:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sota_transformer.config import GPT2_VOCAB
 from sota_transformer.inference.generate import EOT, Decoder, Rows, Sampler, check_finite
 from sota_transformer.model.transformer import Transformer
 
@@ -176,7 +177,7 @@ def _nats(logits: Tensor, tokens: Sequence[int], count: int) -> list[tuple[float
     places = torch.tensor(tokens, dtype=torch.int64)
     chosen = nats.gather(1, places[:, None])[:, 0]
     check_finite(float(chosen.sum()))
-    best = nats.topk(min(count, nats.shape[1]))
+    best = nats[:, :GPT2_VOCAB].topk(count)
     likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     pairs = [list(zip(ids, values, strict=True)) for ids, values in likely]
     return list(zip(chosen.tolist(), pairs, strict=True))

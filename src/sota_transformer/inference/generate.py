@@ -101,6 +101,7 @@ def make_sampler(
     source = random.Random(seed)  # its sequence is the same on every platform and version
 
     def sample(logits: Tensor, history: Sequence[int]) -> int:
+        logits = logits[:GPT2_VOCAB]  # what is behind GPT-2's vocabulary is never drawn
         if not temperature:
             penalised = _penalised(logits, history, repetition_penalty).numpy()
             best = int(penalised.argmax())  # numpy: the first of equals, or of what is no number
@@ -229,10 +230,8 @@ class Rows:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, D) -> (B, V) float32 on the CPU; what is not in GPT-2's vocabulary is never drawn."""
-        logits = self.model.logits(hidden).cpu()
-        logits[:, GPT2_VOCAB:] = -torch.inf
-        return logits
+        """(B, D) -> (B, V) float32 on the CPU."""
+        return self.model.logits(hidden).cpu()
 
 
 class _RowsCache(Cache):
