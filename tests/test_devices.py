@@ -342,6 +342,7 @@ def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatc
         "MPS backend out of memory (MPS allocated: 40.00 GB, other allocations: 8.00 GB)",
         "Invalid buffer size: 48.00 GiB",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "unable to mmap 256000080 bytes from file <x.safetensors>: Cannot allocate memory (12)",
     ],
 )
 def test_devices_have_several_words_for_a_full_memory(message: str, capsys) -> None:

@@ -222,6 +222,7 @@ def out_of_memory(error: Exception) -> bool:
     """Whether a device could not hold what was asked; not every backend has a type for it."""
     # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
+    words += ("Cannot allocate memory (12)",)  # a file that is mapped (safetensors#528)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error)  # a compiler that ran out of it would do so again for fewer rows
