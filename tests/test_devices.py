@@ -299,6 +299,23 @@ def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said:
         Runtime.detect(Run(device=kind), 1)  # type: ignore[arg-type]
 
 
+def test_a_gpu_that_torch_was_not_built_for_is_not_taken(monkeypatch) -> None:
+    """As a GTX 1080 or a V100 by the builds for CUDA 13, which is_available() does not tell."""
+
+    def ones(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    with pretended("cuda"), monkeypatch.context() as patch:
+        patch.setattr(torch, "ones", ones)
+        machine = Runtime.detect(Run(), 1)
+        assert machine.device.type == "cpu" and "no kernels for the pretended" in machine.reasons[0]
+        with pytest.raises(SotaError, match="--device cpu"):
+            Runtime.detect(Run(device="cuda"), 1)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SotaError, match="--device cpu"):
+            Runtime.detect(Run(), 1)
+
+
 def test_a_mac_is_full_before_it_swaps(monkeypatch) -> None:
     limits: list[float] = []
     monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
