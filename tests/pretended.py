@@ -62,6 +62,7 @@ class Away(Tensor):
         refuse_mixture(func, args, kwargs)
         if cls.kind == "mps" and func in _PRODUCTS:
             refuse_long_sum(args)
+            refuse_part(kwargs.get("out", args[0] if func is aten.addmm_.default else None))
         Pretended.now.seen.add(func)
         if kwargs.get("device") is not None:  # autograd's own, and it knows the CPU only
             kwargs["device"] = "cpu"
@@ -94,6 +95,12 @@ def refuse_long_sum(args: Any) -> None:
     a, b = args[-2:]
     if a.shape[-1] >= 32_767 and min(a.shape[-2], b.shape[-1]) >= 16:
         raise AssertionError(f"a product that adds up {a.shape[-1]:,} terms")
+
+
+def refuse_part(out: Tensor | None) -> None:
+    """On macOS 14 a product into a part of a tensor does not arrive there (pytorch#193385)."""
+    if out is not None and (out.storage_offset() or not out.is_contiguous()):
+        raise AssertionError("a product into a part of a tensor")
 
 
 class Pretended(TorchFunctionMode):

@@ -4,15 +4,18 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 from itertools import chain
+from multiprocessing import forkserver, spawn
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sota_transformer.data import tables, units
+from sota_transformer.data import forks, tables, units
 from sota_transformer.data.pool import Job, Pool, runs
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.units import Unit
@@ -81,8 +84,18 @@ def test_a_table_in_runs_gives_the_bytes_of_lines(table: Path, tmp_path: Path) -
         assert bytes_of(tmp_path / f"by{workers}", manifest=False) == lines
 
 
-def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path) -> None:
-    made = units_of(table)
+def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, monkeypatch) -> None:
+    made, handed = units_of(table), list[list[str]]()  # what a process is started with
+    prepared = spawn.get_preparation_data
+
+    def preparation(name: str) -> dict[str, Any]:
+        handed.append(sys.argv)
+        return prepared(name)
+
+    monkeypatch.setattr(spawn, "get_preparation_data", preparation)
+    monkeypatch.setattr(forkserver, "ensure_running", lambda: handed.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["sota", *map(str, range(100_000))])  # gh-144503
+    forks.warm_up()
     (tmp_path / "units").mkdir()
     pool = Pool(Job(tmp_path / "units", "text", "auto"), 2)
     try:
@@ -94,6 +107,8 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path) -
         pool.close(stop=True)
     assert [unit for unit, _ in found] == made
     assert sum(done.documents for _, done in found) == sum(ROWS)
+    assert len(handed) > 3 and all(arguments == ["sota"] for arguments in handed)
+    assert len(sys.argv) > 100_000
 
 
 def test_a_worker_that_nobody_tells_to_go_holds_up_nothing(table: Path, tmp_path: Path) -> None:

@@ -299,6 +299,23 @@ def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said:
         Runtime.detect(Run(device=kind), 1)  # type: ignore[arg-type]
 
 
+def test_a_gpu_that_torch_was_not_built_for_is_not_taken(monkeypatch) -> None:
+    """As a GTX 1080 or a V100 by the builds for CUDA 13, which is_available() does not tell."""
+
+    def ones(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    with pretended("cuda"), monkeypatch.context() as patch:
+        patch.setattr(torch, "ones", ones)
+        machine = Runtime.detect(Run(), 1)
+        assert machine.device.type == "cpu" and "no kernels for the pretended" in machine.reasons[0]
+        with pytest.raises(SotaError, match="--device cpu"):
+            Runtime.detect(Run(device="cuda"), 1)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SotaError, match="--device cpu"):
+            Runtime.detect(Run(), 1)
+
+
 def test_a_mac_is_full_before_it_swaps(monkeypatch) -> None:
     limits: list[float] = []
     monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
@@ -342,6 +359,7 @@ def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatc
         "MPS backend out of memory (MPS allocated: 40.00 GB, other allocations: 8.00 GB)",
         "Invalid buffer size: 48.00 GiB",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "unable to mmap 256000080 bytes from file <x.safetensors>: Cannot allocate memory (12)",
     ],
 )
 def test_devices_have_several_words_for_a_full_memory(message: str, capsys) -> None:

@@ -138,7 +138,9 @@ def test_gguf_holds_the_model(
         {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(dtype, dtype),
         "f32",
     }
-    assert "FROM ./model.gguf" in (path.parent / "Modelfile").read_text()
+    recipe = (path.parent / "Modelfile").read_text()
+    assert "FROM ./model.gguf" in recipe
+    assert ("\nREQUIRES 0.30.0\n" in recipe) == model.config.qk_norm  # older ones cut it as Qwen's
 
 
 def test_llama_cpp_writes_the_same_text(model: Transformer, run: Path, tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ def out_of_memory(error: Exception) -> bool:
     """Whether a device could not hold what was asked; not every backend has a type for it."""
     # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
+    words += ("Cannot allocate memory (12)",)  # a file that is mapped (safetensors#528)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error)  # a compiler that ran out of it would do so again for fewer rows
@@ -276,10 +277,12 @@ def is_first_rank() -> bool:
 def _device(wanted: str) -> tuple[torch.device, str]:
     """The device and why."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if wanted == "auto":
+    asked = wanted != "auto"
+    if not asked:
         wanted = next((name for name, there in available.items() if there), "cpu")
     elif not available.get(wanted, True):
         raise SotaError(f"no {wanted} device here; leave --device out to take what there is")
+    why = ""
     if wanted == "cuda":
         index, there = _launched("LOCAL_RANK", 0), torch.cuda.device_count()
         if index >= there:
@@ -287,8 +290,25 @@ def _device(wanted: str) -> tuple[torch.device, str]:
                 f"process {index} has no GPU of its own: torchrun's --nproc-per-node {there}"
             )
         torch.cuda.set_device(index)
-        return torch.device("cuda", index), f"device {torch.cuda.get_device_name(index)}"
-    return torch.device(wanted), f"device {_device_name(torch.device(wanted))}"
+        name = torch.cuda.get_device_name(index)
+        if _has_kernels(torch.device("cuda", index)):
+            return torch.device("cuda", index), f"device {name}"
+        why = f"torch {torch.__version__} has no kernels for the {name}"
+        if asked or _launched("WORLD_SIZE", 1) > 1:  # other processes may have other GPUs
+            raise SotaError(f"{why}; give --device cpu, or install a build of torch that has")
+        wanted, why = "cpu", f": {why}, another build of it may"
+    return torch.device(wanted), f"device {_device_name(torch.device(wanted))}{why}"
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether torch was built for this GPU: 2.11's usual build is for none before Turing."""
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as error:
+        if "no kernel image" in str(error):
+            return False
+        raise
+    return True
 
 
 def _device_name(device: torch.device) -> str:

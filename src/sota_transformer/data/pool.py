@@ -23,10 +23,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sota_transformer.data.forks import worker_context
+from sota_transformer.data.forks import bare, worker_context
 from sota_transformer.data.sources import Source
 from sota_transformer.data.units import Job, Unit
 from sota_transformer.errors import BAD_DATA, SotaError
@@ -98,16 +97,9 @@ class Pool:
         return ProcessPoolExecutor(self._workers, worker_context(), _begin, (self._job,))
 
     def _submit(self, work: Callable[[Any], Any], item: Any) -> Any:
-        """A future of `work(item)`; may start a worker.
-
-        A worker would import the caller's main module, which it does not need: that fails where
-        main is standard input, and starts over where main is a script without a guard.
-        """
-        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-        try:
+        """A future of `work(item)`; may start a worker."""
+        with bare():
             return self._pool.submit(work, item)
-        finally:
-            sys.modules["__main__"] = main
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Done]]:
         """Every unit with its outcome, in order; a bounded number is under way at any time."""

@@ -167,8 +167,8 @@ def _parquet(file: Any, ends: list[int], segment: Segment, field: str) -> tuple[
     last = len(ends) if segment.whole else min(len(ends), bisect_left(ends, segment.stop) + 1)
     groups = list(range(segment.offset, last))
     how = {"row_groups": groups, "columns": [field], "use_threads": False}
-    batches = (_column(batch, field) for batch in file.iter_batches(_BATCH_ROWS, **how))
-    return max(ends[: segment.offset], default=0), batches
+    batches = file.iter_batches(_BATCH_ROWS, **how) if groups else ()  # pyarrow 18 fails on none
+    return max(ends[: segment.offset], default=0), (_column(batch, field) for batch in batches)
 
 
 def _arrow(segment: Segment, field: str) -> Iterator[Any]:

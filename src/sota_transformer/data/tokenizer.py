@@ -153,9 +153,12 @@ def _choose(kind: str) -> tuple[str, Callable[[Any], NDArray[np.uint32]]]:
     for name in makers if kind == "auto" else (kind,):
         try:
             encode = makers[name]()
+            works = _knows_its_ids(encode)
         except (ImportError, OSError):  # not installed, or no room for a temporary file
             continue
-        if _knows_its_ids(encode):
+        except (TypeError, ValueError, AttributeError):  # it has changed its ways (gigatoken#42)
+            continue
+        if works:
             return name, encode
     raise SotaError("no working encoder; `pip install gigatoken tiktoken` and try again", BAD_DATA)
 

@@ -128,9 +128,14 @@ def read_gguf(path: Path, config: Model) -> Transformer:
 
 
 def modelfile(config: Model) -> str:
-    """Ollama's recipe for the file beside it: plain continuation, no chat."""
+    """Ollama's recipe for the file beside it: plain continuation, no chat.
+
+    0.12 to 0.29 cut the text of every `qwen3` as Qwen does, whatever its file says; older ones than
+    0.14 refuse the line that says so, the others show it.
+    """
+    needs = "REQUIRES 0.30.0\n" if config.qk_norm else ""
     return (
-        f"FROM ./{NAME}\n"
+        f"FROM ./{NAME}\n{needs}"
         'TEMPLATE """{{ .Prompt }}"""\n'
         f"PARAMETER num_ctx {config.seq_len}\n"
         "PARAMETER temperature 0.8\n"

@@ -112,19 +112,24 @@ def _in_chunks(
         sums += losses_of(logits[:, :vocabulary], at_target, targets[part], smoothing, train)
         if train:
             logits.scatter_(1, index, at_target[:, None])
-            _multiply(logits, weight, hidden_gradient[part])
+            hidden_gradient[part] = _product(logits, weight)
             # In the layout of the parameter; rows behind the vocabulary are padding.
             head_gradient += (logits.t() @ hidden[part])[:vocabulary]
     return sums, hidden_gradient, head_gradient
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """(N, V) by (V, D) into (N, D), no sum longer than the device adds up rightly."""
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(N, V) by (V, D) -> (N, D), no sum longer than the device adds up rightly.
+
+    A tensor of its own: what macOS 14 is to write into a part of another one is lost, up to torch
+    2.13 (pytorch#193385).
+    """
     most = LONGEST_SUM.get(a.device.type, len(b))
-    torch.mm(a[:, :most].contiguous(), b[:most], out=out)  # other backends need no copy
+    product = a[:, :most].contiguous() @ b[:most]  # other backends need no copy
     for start in range(most, len(b), most):
         part = slice(start, start + most)
-        out.addmm_(a[:, part].contiguous(), b[part])
+        product.addmm_(a[:, part].contiguous(), b[part])
+    return product
 
 
 def chunk_losses(
