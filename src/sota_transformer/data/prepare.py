@@ -299,7 +299,8 @@ class _Run:
                 for path in {segment.path for segment in segments if segment.spooled}:
                     Path(path).unlink(missing_ok=True)
                 continue
-            ranges = "\n".join(f"{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
+            places = (f"{s.input}:{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
+            ranges = "\n".join(places)
             text = f"{settings}\0{identity}\0{ranges}".encode("utf-8", "surrogateescape")
             yield Unit(index, segments, hashlib.sha256(text).hexdigest())
 
