@@ -392,6 +392,9 @@ def test_a_table_of_no_rows_is_counted_and_a_name_means_one_column(tmp_path: Pat
             found, refused = read(tmp_path / f"{name}.{ending}", tmp_path)
             assert found == expected, (name, ending)
             assert [item.reason for item in refused] == ["no document inside"] * (not expected)
+    parquet.write_table(pa.table({"text": pa.array([10**8], pa.date32())}), tmp_path / "a.parquet")
+    (refused,) = read(tmp_path / "a.parquet", tmp_path)[1]  # no date that Python has
+    assert refused.where == "a.parquet: date value out of range"
 
 
 def test_a_quote_that_is_never_closed_hides_nothing(tmp_path: Path) -> None:

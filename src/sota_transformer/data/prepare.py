@@ -190,7 +190,7 @@ def _as_clean(options: Prepare, before: dict[str, Any]) -> None:
     """What is added must not bring in what the folder is said to be without. SotaError 2."""
     names = {Path(text).name for text in options.exclude}  # the files may have moved
     missing = [f"--exclude {text}" for text in before["exclude"] if Path(text).name not in names]
-    if before["near_dedup"] and not options.near_dedup:
+    if before["near_dedup"] and not 0 < options.near_dedup <= before["near_dedup"]:
         missing.append(f"--near-dedup {before['near_dedup']:g}")
     if missing:
         raise SotaError(

@@ -76,7 +76,7 @@ def damage() -> tuple[type[BaseException], ...]:
         import pyarrow
     except ImportError:
         return (OSError, ValueError)
-    return (OSError, ValueError, KeyError, pyarrow.ArrowException)
+    return (OSError, ValueError, KeyError, OverflowError, pyarrow.ArrowException)
 
 
 class Tables:
