@@ -62,12 +62,12 @@ def _documents(segment: Segment, field: str, tables: Tables) -> Iterator[Documen
     return _text(segment)
 
 
-def checked(text: str, where: str) -> Document:
-    """A text as a document, or why it is none."""
+def checked(text: str, where: str, data: bytes | None = None) -> Document:
+    """A text, whose UTF-8 may be there as `data`, as a document, or why it is none."""
     if not text or text.isspace():
         return Skipped("empty document", where)
     try:
-        data = text.encode()
+        data = text.encode() if data is None else data
     except UnicodeEncodeError:
         mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return _repaired("lone surrogates, not valid Unicode", where, checked(mended, where))
@@ -144,7 +144,7 @@ def _deep(page: Any) -> bool:
 def _decoded(data: bytes, where: str) -> Document:
     """Bytes that should be a text as a document, or why they are none."""
     try:
-        return checked(data.decode(), where)
+        return checked(data.decode(), where, data)
     except UnicodeDecodeError:
         return _repaired("not valid UTF-8", where, checked(data.decode(errors="replace"), where))
 

@@ -205,4 +205,5 @@ def _column(batch: Any, field: str) -> Any:
     Strings are bytes in it, which copies nothing: one that is no UTF-8 would take others along.
     """
     column = batch.column(batch.schema.names.index(field))
-    return column.cast(_BYTES.get(str(column.type), column.type))
+    bytes_ = _BYTES.get(str(column.type))
+    return column.view(bytes_) if bytes_ else column
