@@ -318,13 +318,13 @@ class _Header(tarfile.TarInfo):
     """A member's header; tarfile takes one that is damaged, or none at all, for the end."""
 
     @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Self:
-        """The header in a block. ReadError if it is neither one nor the end's zeros."""
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:  # type: ignore[override]
+        """The next header. ReadError if there is neither one nor the end's zeros."""
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
         except tarfile.HeaderError as error:
-            if buf == bytes(tarfile.BLOCKSIZE):
-                raise
             raise tarfile.ReadError(f"{error} where a member or the end should be") from error
 
 
