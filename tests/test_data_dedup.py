@@ -218,8 +218,8 @@ def test_what_is_appended_is_checked_as_what_is_there(tmp_path: Path) -> None:
     out, more = tmp_path / "data", tmp_path / "b.jsonl"
     run(out, tmp_path / "a.jsonl", val_fraction=0.0, **clean)
     before = bytes_of(out)
-    for name in clean:
-        left = {key: value for key, value in clean.items() if key != name}
+    for name, worse in (("exclude", ()), ("near_dedup", 0.0), ("near_dedup", 0.9)):
+        left = clean | {name: worse}
         with pytest.raises(SotaError, match=f"with --{name.replace('_', '-')} .*give that again"):
             run(out, more, append=True, **left)
     assert bytes_of(out) == before

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import sys
 import tarfile
 import time
@@ -130,12 +131,36 @@ def test_damaged_tables_end_in_a_reason(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
 def test_what_comes_before_damage_is_taken(tmp_path: Path, ending: str) -> None:
+    """Streams may follow one another, with zeros between them."""
     compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[ending]
-    packed = compress(b'{"text": "the first"}\n') + compress(b"more")[:5]
-    (tmp_path / f"in.jsonl.{ending}").write_bytes(packed)
-    found, refused = read(tmp_path / f"in.jsonl.{ending}", tmp_path)
-    assert found == ["the first"]
-    assert [item.reason.split(";")[0] for item in refused] == ["damaged stream"]
+    first, more = (compress(b'{"text": "%s"}\n' % text) for text in (b"the first", b"more"))
+    (tmp_path / f"in.jsonl.{ending}").write_bytes(first + bytes(8) + more + bytes(4))
+    assert read(tmp_path / f"in.jsonl.{ending}", tmp_path) == (["the first", "more"], [])
+    for packed in (first + more[:5], first + b"?" + more[1:] + more, first + b"what is this?"):
+        (tmp_path / f"in.jsonl.{ending}").write_bytes(packed)
+        found, refused = read(tmp_path / f"in.jsonl.{ending}", tmp_path)
+        assert found == ["the first"]
+        assert [item.reason.split(";")[0] for item in refused] == ["damaged stream"]
+
+
+def test_an_archive_ends_where_it_says(tmp_path: Path) -> None:
+    """To the standard library a tar ends where no header is, be it damaged or cut off."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 1024
+            archive.addfile(info, io.BytesIO(name[0].encode() * 1024))
+    data, size = packed.getvalue(), 3 * 512  # of a member
+    damaged = data[:size] + b"?" + data[size + 1 :]
+    path = tmp_path / "a.tar"
+    cut = [(1, data[:size]), (2, data[: 2 * size]), (1, data[: size + 99])]
+    for found, whole in (*cut, (1, damaged), (2, data + data)):
+        path.write_bytes(whole)
+        texts, refused = read(path, tmp_path)
+        assert (len(texts), len(refused)) == (found, 1) and "damaged" in refused[0].reason
+    path.write_bytes(data[: 2 * size + 512])
+    assert [len(read(path, tmp_path)[i]) for i in (0, 1)] == [2, 0]
 
 
 def test_lines_and_documents_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +181,7 @@ def test_lines_and_documents_have_a_limit(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "c.csv").write_bytes(b"text,n\na,1\n" + row)
         found, refused = read(tmp_path / "c.csv", tmp_path / "spool")
         assert (found, len(refused)) == (["a"], 1)
-        assert refused[0].reason.startswith("no line feed ends a row in 3 MiB")
+        assert refused[0].reason.startswith("no line end ends a row in 3 MiB")
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst", "zip"])
@@ -286,9 +311,10 @@ def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
     random, marks = np.random.default_rng(5), ['"', '""', '"\n"', f'"{separator}"', separator]
     marks += ["\n", "\r\n", "\r", "a", "bc", "\n", separator]
     (tmp_path / "spool").mkdir()
-    for mark in ("", "\ufeff"):
+    for mark, end in (("", "\n"), ("\ufeff", "\r")):
         soup = "".join(random.choice(marks, 40_000).tolist())
-        data = f'{mark}"text",n\n{soup}'.replace(",", separator).encode()
+        soup = soup if end == "\n" else re.sub('(?<!")\r?\n', end, soup)
+        data = f'{mark}"text",n{end}{soup}'.replace(",", separator).encode()
         (tmp_path / f"a.{kind}").write_bytes(data)
         (tmp_path / f"a.{kind}.gz").write_bytes(gzip.compress(data))
         monkeypatch.setattr(units, "UNIT_BYTES", 1 << 20)
@@ -296,10 +322,13 @@ def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
         assert len(expected) > 2000
         monkeypatch.setattr(units, "UNIT_BYTES", 300)
         monkeypatch.setattr(streams, "CHUNK", 17)
-        for name in (f"a.{kind}", f"a.{kind}.gz"):
+        for name in (f"a.{kind}.gz", f"a.{kind}"):
             found, others = read(tmp_path / name, tmp_path / "spool")
             assert found == expected, name
             assert [item.reason for item in others] == [item.reason for item in refused]
+        monkeypatch.setattr(reading, "LINE_BYTES", 1 << 14)  # of a unit: no row is as long
+        assert read(tmp_path / f"a.{kind}", tmp_path / "spool") == (expected, others)
+        monkeypatch.setattr(reading, "LINE_BYTES", 1 << 20)
 
 
 def test_a_cell_that_is_too_long_is_one_document(
@@ -363,6 +392,9 @@ def test_a_table_of_no_rows_is_counted_and_a_name_means_one_column(tmp_path: Pat
             found, refused = read(tmp_path / f"{name}.{ending}", tmp_path)
             assert found == expected, (name, ending)
             assert [item.reason for item in refused] == ["no document inside"] * (not expected)
+    parquet.write_table(pa.table({"text": pa.array([10**8], pa.date32())}), tmp_path / "a.parquet")
+    (refused,) = read(tmp_path / "a.parquet", tmp_path)[1]  # no date that Python has
+    assert refused.where == "a.parquet: date value out of range"
 
 
 def test_a_quote_that_is_never_closed_hides_nothing(tmp_path: Path) -> None:

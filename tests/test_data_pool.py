@@ -132,6 +132,11 @@ def test_a_worker_that_nobody_tells_to_go_holds_up_nothing(table: Path, tmp_path
     assert [unit for unit, _ in found] == made
 
 
+def rows_of(items: list[str]) -> list[tuple[int, bytes]]:
+    """As a reader of tables gives them."""
+    return [(row, text.encode()) for row, text in enumerate(items)]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_small_row_groups_share_a_unit_and_a_footer_is_read_once(
     table: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -148,7 +153,7 @@ def test_small_row_groups_share_a_unit_and_a_footer_is_read_once(
     monkeypatch.setattr(parquet, "ParquetFile", lambda *a, **k: opened.append(a) or plain(*a, **k))
     reader = tables.Tables()
     found = [tuple(reader.rows(part, "text")) for unit in made for part in unit.segments]
-    assert list(chain(*found)) == list(enumerate(items))
+    assert list(chain(*found)) == rows_of(items)
     assert len(opened) == (kind == "parquet")
     again = [tuple(reader.rows(part, "text")) for unit in made[::-1] for part in unit.segments]
     assert again == found[::-1], "in any order, as workers meet them"
@@ -171,7 +176,7 @@ def test_row_groups_of_any_sizes_give_every_row_once(table: Path) -> None:
         readers, found = [tables.Tables() for _ in range(3)], dict[int, list]()
         for at in source.sample(range(len(pieces)), len(pieces)):
             found[at] = list(source.choice(readers).rows(pieces[at], "text"))
-        assert list(chain(*(found[at] for at in sorted(found)))) == list(enumerate(items)), rows
+        assert list(chain(*(found[at] for at in sorted(found)))) == rows_of(items), rows
 
 
 def test_a_table_that_has_become_shorter_is_told(table: Path) -> None:
@@ -180,5 +185,5 @@ def test_a_table_that_has_become_shorter_is_told(table: Path) -> None:
     reader = tables.Tables()
     found = list(chain(*(reader.rows(part, "text") for unit in made for part in unit.segments)))
     skipped = [item for item in found if isinstance(item, Skipped)]
-    assert [item for item in found if item not in skipped] == list(enumerate(items))
+    assert [item for item in found if item not in skipped] == rows_of(items)
     assert skipped and all("fewer rows" in item.where for item in skipped)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import struct
 import sys
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_the_side_of_a_foreign_file_is_a_word_of_its_name(tmp_path: Path) -> Non
         "train": ["medieval.bin", "train_retrieval_000001.bin", "values.bin"],
         "val": ["fineweb_val_000000.bin", "my-Validation.bin", "val2.bin", "valid.bin"],
     }
-    for name in itertools.chain(*sides.values()):
+    for name in itertools.chain(*sides.values(), ["._values.bin"]):
         np.arange(9, dtype=np.uint16).tofile(tmp_path / name)
     found = load_manifest(tmp_path)["splits"]
     assert {side: sorted(found[side]["shards"]) for side in sides} == {
@@ -224,6 +225,18 @@ def test_a_name_that_only_contains_val_is_training(folder: Path, tmp_path: Path)
         (tmp_path / name).write_bytes(ids[:400].tobytes())
     assert TokenWindows(tmp_path, "train", 8).tokens == 2 * len(ids)
     assert TokenWindows(tmp_path, "val", 8).tokens == 4 * 400
+
+
+def test_more_files_than_a_process_may_open_at_first(tmp_path: Path) -> None:
+    """On macOS 256, and llm.c's larger sets have a thousand."""
+    for i in range(30):
+        np.array([1, 2, EOT], np.uint16).tofile(tmp_path / f"{i}.bin")
+    before, open_ = resource.getrlimit(resource.RLIMIT_NOFILE), len(list(Path("/dev/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_ + 9, before[1]))
+    try:
+        assert TokenWindows(tmp_path, "train", 8).tokens == 90
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_export_and_back(folder: Path, tmp_path: Path) -> None:

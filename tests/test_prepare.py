@@ -185,19 +185,27 @@ def test_broken_encodings_are_dropped_or_repaired(tmp_path: Path) -> None:
     (folder / "c.csv").write_bytes(b"id,text\n1,caf\xe9 four\n")
     (folder / "d.html").write_bytes(b"<html><body><p>caf\xe9 five</p></body></html>")
     (folder / "e.txt").write_bytes("caf six".encode("utf-16") + b"\0")
+    rows = pa.array([b"before", b"caf\xe9 seven", b"behind", b"as bytes"], pa.binary())
+    parquet.write_table(pa.table({"text": rows[:3].view(pa.string())}), folder / "f.parquet")
+    for number, column in enumerate((rows[:3].view(pa.string()), rows[3:])):
+        batch = pa.record_batch({"text": column})
+        with ipc.new_file(str(folder / f"g{number}.arrow"), batch.schema) as file:
+            file.write_batch(batch)
+    good = ["as bytes", "before", "behind", "good"]
     run(tmp_path / "dropped", folder, val_fraction=0)
-    assert everything(tmp_path / "dropped") == ["good"]
+    assert everything(tmp_path / "dropped") == good
     manifest = run(tmp_path / "replaced", folder, val_fraction=0, bad_text="replace")
-    numbers = ("one", "three", "four", "five")
+    numbers = ("one", "three", "four", "five", "seven")
     taken = [*(f"caf\ufffd {number}" for number in numbers), "lone \ufffd two", "caf six\ufffd"]
-    assert everything(tmp_path / "replaced") == sorted([*taken, "good"])
+    assert everything(tmp_path / "replaced") == sorted([*taken, *good])
     counts = {reason: entry["count"] for reason, entry in manifest["rejects"].items()}
     told = "; taken, with U+FFFD for what is broken"
     assert counts == {
-        f"not valid UTF-8{told}": 5,
+        f"not valid UTF-8{told}": 7,
         f"lone surrogates, not valid Unicode{told}": 1,
+        "exact duplicate": 3,
     }
-    assert all(entry["examples"] for entry in manifest["rejects"].values())
+    assert all(manifest["rejects"][reason]["examples"] for reason in counts if told in reason)
 
 
 def test_long_names_and_many_do_not_flood_the_table(

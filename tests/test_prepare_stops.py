@@ -239,10 +239,12 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device", "somewhere")
 
     monkeypatch.setattr("sota_transformer.data.merge._seal", full)
-    refused(
-        74, "No space left", "MB are free", out=tmp_path / "data", inputs=(tmp_path / "a.jsonl",)
-    )
+    (tmp_path / "none").mkdir()
+    inputs = (tmp_path / "none", source)
+    refused(74, "No space left", "MB are free", out=tmp_path / "data", inputs=inputs)
     assert not (tmp_path / "data").exists()
+    monkeypatch.undo()  # then without the input that was in vain: another one has its number
+    assert run(tmp_path / "data", source)["inputs"][0]["documents"] == 50
 
 
 def test_two_at_once(source: Path, tmp_path: Path) -> None:

@@ -62,12 +62,12 @@ def _documents(segment: Segment, field: str, tables: Tables) -> Iterator[Documen
     return _text(segment)
 
 
-def checked(text: str, where: str) -> Document:
-    """A text as a document, or why it is none."""
+def checked(text: str, where: str, data: bytes | None = None) -> Document:
+    """A text, whose UTF-8 may be there as `data`, as a document, or why it is none."""
     if not text or text.isspace():
         return Skipped("empty document", where)
     try:
-        data = text.encode()
+        data = text.encode() if data is None else data
     except UnicodeEncodeError:
         mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return _repaired("lone surrogates, not valid Unicode", where, checked(mended, where))
@@ -144,7 +144,7 @@ def _deep(page: Any) -> bool:
 def _decoded(data: bytes, where: str) -> Document:
     """Bytes that should be a text as a document, or why they are none."""
     try:
-        return checked(data.decode(), where)
+        return checked(data.decode(), where, data)
     except UnicodeDecodeError:
         return _repaired("not valid UTF-8", where, checked(data.decode(errors="replace"), where))
 
@@ -277,16 +277,17 @@ def _cells(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
             yield item
             continue
         row, value = item
-        if isinstance(value, str):
-            yield checked(value, f"{segment.name}: row {row}")
+        where = f"{segment.name}: row {row}"
+        if isinstance(value, str | bytes):  # some programs write text as bytes
+            yield _decoded(value, where) if isinstance(value, bytes) else checked(value, where)
         else:
             what = "is empty" if value is None else "is not text"
-            yield Skipped(f"field {field!r} {what}", f"{segment.name}: row {row}")
+            yield Skipped(f"field {field!r} {what}", where)
 
 
 def _csv(segment: Segment, field: str) -> Iterator[Document]:
     """Text column of a CSV or TSV file with a header."""
-    if not segment.whole and not segment.header.endswith(b"\n"):
+    if not segment.whole and not segment.header:
         where = f"{segment.name}: from byte {segment.start}"
         yield Skipped("piece of a table whose header is over 1 MiB", where)
         return
@@ -309,7 +310,7 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             return
         if over and cells and cells[-1].endswith(_END):
             why = "perhaps a quote that is never closed; left out from here on"
-            yield Skipped(f"no line feed ends a row in {LINE_BYTES >> 20} MiB, {why}", where)
+            yield Skipped(f"no line end ends a row in {LINE_BYTES >> 20} MiB, {why}", where)
             return
         if cells == [_END]:
             return

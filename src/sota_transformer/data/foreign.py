@@ -32,8 +32,9 @@ _VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")  # a word: not 
 
 
 def foreign_files(folder: Path) -> list[Path]:
-    """The token files of a folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix in ENDINGS)
+    """The token files of a folder, sorted by name; what is hidden is none, as macOS' `._NAME`."""
+    found = (path for path in folder.iterdir() if path.suffix in ENDINGS)
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def foreign_manifest(folder: Path) -> dict[str, Any]:

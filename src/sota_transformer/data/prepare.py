@@ -190,7 +190,7 @@ def _as_clean(options: Prepare, before: dict[str, Any]) -> None:
     """What is added must not bring in what the folder is said to be without. SotaError 2."""
     names = {Path(text).name for text in options.exclude}  # the files may have moved
     missing = [f"--exclude {text}" for text in before["exclude"] if Path(text).name not in names]
-    if before["near_dedup"] and not options.near_dedup:
+    if before["near_dedup"] and not 0 < options.near_dedup <= before["near_dedup"]:
         missing.append(f"--near-dedup {before['near_dedup']:g}")
     if missing:
         raise SotaError(
@@ -289,7 +289,7 @@ class _Run:
     def _units(self, pool: Pool) -> Iterator[Unit]:
         """This part's units, numbered over all parts, with keys."""
         options = self.options
-        settings = f"10\0{options.text_field}\0{options.near_dedup > 0}"
+        settings = f"11\0{options.text_field}\0{options.near_dedup > 0}"
         settings += "\0replace" * (options.bad_text == "replace")
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
@@ -299,7 +299,8 @@ class _Run:
                 for path in {segment.path for segment in segments if segment.spooled}:
                     Path(path).unlink(missing_ok=True)
                 continue
-            ranges = "\n".join(f"{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
+            places = (f"{s.input}:{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
+            ranges = "\n".join(places)
             text = f"{settings}\0{identity}\0{ranges}".encode("utf-8", "surrogateescape")
             yield Unit(index, segments, hashlib.sha256(text).hexdigest())
 

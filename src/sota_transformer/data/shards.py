@@ -12,8 +12,10 @@ running process is then an error with a name, where a map would kill the process
 
 import json
 import os
+import resource
 import stat
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -40,6 +42,7 @@ FORMAT = "sota-shards-1"
 SPLITS = ("train", "val")
 HEADER_BYTES = 128
 _BESIDE = ("ends", "hashes")
+_OTHER_FILES = 256  # that a process may have open beside its shards
 _FOREIGN = ".foreign.json"
 _VERIFIED = ".verified.json"  # which files this machine has hashed, as they were then
 _AGAIN = "prepare it again with `sota prepare INPUT --out {folder}`"
@@ -217,6 +220,14 @@ def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
         pass  # a read-only data folder is hashed at each start
 
 
+def _allow_files(count: int) -> None:
+    """Let this process open so many files, as far as it may: macOS begins with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < count:  # else without a limit
+        with suppress(OSError, ValueError):  # then opening says so
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
 class TokenWindows:
     """A split as windows of seq_len + 1 tokens, each starting at the last token of the one before.
 
@@ -241,6 +252,7 @@ class TokenWindows:
                 "--model.seq-len",
                 BAD_DATA,
             )
+        _allow_files(_OTHER_FILES + 2 * len(self.files))  # of the other split, too
         self._shards = [Shard(Path(folder), name, manifest) for name in part["shards"]]
         self._starts = [0, *accumulate(shard.items for shard in self._shards)]
         if self._starts[-1] != self.tokens:

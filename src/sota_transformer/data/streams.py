@@ -16,10 +16,10 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from sota_transformer.data.sources import (
     ARCHIVES,
@@ -35,6 +35,8 @@ from sota_transformer.data.sources import (
 CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
 NOTHING = "no document inside"
+_DECOMPRESSORS = {"bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
+_PACKED = 8 << 10  # given to a decompressor at a time: damage there takes what came before it along
 _LINK = "link or device inside an archive"
 _SEAL = b"\0sota: the whole stream was read\0"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -118,35 +120,52 @@ def damage() -> tuple[type[BaseException], ...]:
 
 def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
     """Chunks of at most CHUNK bytes of the stream `raw`, unpacked."""
-    openers: dict[str, Callable[[IO[bytes]], Any]] = {
-        "gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
-        "bz2": bz2.BZ2File,
-        "xz": lzma.LZMAFile,
-    }
     if codec == "zst":
         yield from _zstandard(raw)
+    elif codec == "gz":
+        with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
+            yield from _filled(iter(lambda: stream.read1(CHUNK), b""))
     elif codec:
-        with closing(openers[codec](raw)) as stream:
-            yield from _filled(stream)
+        yield from _filled(_decompressed(raw, _DECOMPRESSORS[codec]))
     else:
         yield from iter(lambda: raw.read(CHUNK), b"")
 
 
-def _filled(stream: Any) -> Iterator[bytes]:
+def _decompressed(raw: IO[bytes], begin: Callable[[], Any]) -> Iterator[bytes]:
+    """Pieces of any number of bz2 or xz streams. EOFError if the end of the last is missing.
+
+    The files of the standard library end in silence at a later stream that is damaged.
+    """
+    stream, data = begin(), b""
+    while data or (data := raw.read(_PACKED)):
+        if stream.eof:
+            data = data.lstrip(b"\0")  # as xz may be padded
+            if not data:
+                continue
+            stream = begin()
+        yield stream.decompress(data, CHUNK)
+        while not (stream.eof or stream.needs_input):
+            yield stream.decompress(b"", CHUNK)
+        data = stream.unused_data
+    if not stream.eof:
+        raise EOFError("the stream ends before its end marker")
+
+
+def _filled(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Chunks of about CHUNK; what comes before damage is not lost with it, as by `read`."""
     held, size = list[bytes](), 0
     try:
-        while piece := stream.read1(CHUNK):
+        for piece in pieces:
             held.append(piece)
             size += len(piece)
             if size >= CHUNK:
                 yield b"".join(held)
                 held, size = [], 0
     except damage():
-        if held:
+        if size:
             yield b"".join(held)
         raise
-    if held:
+    if size:
         yield b"".join(held)
 
 
@@ -266,7 +285,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
     try:
         with Path(source.path).open("rb") as file:
             raw: Any = _Ending(unpacked(file, source.codec))
-            with tarfile.open(fileobj=raw, mode="r|") as archive:
+            with tarfile.open(fileobj=raw, mode="r|", tarinfo=_Header) as archive:
                 members, nothing = vars(archive)["members"], True
                 for info in iter(archive.next, None):
                     members.clear()  # else all that ever came stay in memory
@@ -284,6 +303,8 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                         yield name, kind, _guarded(unpacked(member, codec), name, packed, refused)
                 if nothing:
                     refused(Skipped(NOTHING, source.name))
+                if vars(archive)["fileobj"].read(CHUNK).strip(b"\0"):
+                    raise tarfile.ReadError("it goes on behind its end, as two put together do")
     except damage() as error:
         refused(
             Skipped(
@@ -291,6 +312,20 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                 f"{source.name}: {error}"[:200],
             )
         )
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; tarfile takes one that is damaged, or none at all, for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:  # type: ignore[override]
+        """The next header. ReadError if there is neither one nor the end's zeros."""
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} where a member or the end should be") from error
 
 
 class _Reader:

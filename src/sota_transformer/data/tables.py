@@ -16,6 +16,7 @@ from sota_transformer.data.units import UNIT_BYTES, Segment
 
 _BATCH_ROWS = 32
 _BUFFER_BYTES = 1 << 20
+_BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
 _LEFT_OUT = "damaged table; only its readable start was taken"
 
 Row = tuple[int, Any]  # row number, value
@@ -75,7 +76,7 @@ def damage() -> tuple[type[BaseException], ...]:
         import pyarrow
     except ImportError:
         return (OSError, ValueError)
-    return (OSError, ValueError, KeyError, pyarrow.ArrowException)
+    return (OSError, ValueError, KeyError, OverflowError, pyarrow.ArrowException)
 
 
 class Tables:
@@ -193,10 +194,16 @@ def _columns(path: str, field: str) -> Iterator[Any]:
         for batch in batches:
             if field not in batch.schema.names:
                 raise KeyError(field)
-            batch.validate(full=True)
-            yield _column(batch, field)
+            column = _column(batch, field)
+            column.validate(full=True)
+            yield column
 
 
 def _column(batch: Any, field: str) -> Any:
-    """The first of that name: names may repeat, and parquet's readers give `text.x` for `text`."""
-    return batch.column(batch.schema.names.index(field))
+    """The first of that name: names may repeat, and parquet's readers give `text.x` for `text`.
+
+    Strings are bytes in it, which copies nothing: one that is no UTF-8 would take others along.
+    """
+    column = batch.column(batch.schema.names.index(field))
+    bytes_ = _BYTES.get(str(column.type))
+    return column.view(bytes_) if bytes_ else column

@@ -9,11 +9,13 @@ Special tokens inside a text are ordinary text; end-of-text is added by id, by w
 
 import base64
 import hashlib
+import re
 import resource
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 EOT = GPT2_VOCAB - 1
 _TABLE = Path(__file__).parent / "gpt2.npz"
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+_SPACES = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{4096,}")
 # Ids fixed when the table was made: contractions, spaces, newlines, emoji, a special token as text.
 _KNOWN = (
     ("Hello world", [15496, 995]),
@@ -86,10 +89,17 @@ def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:
     _rank_file()  # for its check
     ranks = {token: rank for rank, token in enumerate(_token_table())}
     core = Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    plain = partial(core.encode_to_numpy, disallowed_special=())
 
     def encode(text: str | bytes) -> NDArray[np.uint32]:
         text = text.decode() if isinstance(text, bytes) else text
-        return core.encode_to_numpy(text, disallowed_special=())
+        try:
+            return plain(text)
+        except ValueError:  # for the last of a million spaces it keeps in mind all of them
+            # That one goes with what follows, so the text may be cut before it.
+            ends = (run.end() for run in _SPACES.finditer(text))
+            cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]
+            return np.concatenate([plain(text[a:b]) for a, b in pairwise(cuts)])
 
     return encode
 

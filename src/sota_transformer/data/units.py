@@ -42,7 +42,7 @@ class Segment:
     offset: int = 0
     """Where in the file at `path` the piece lies; for a table, the row group it begins in."""
     header: bytes = b""
-    """First line of a table of text, needed to read any piece of it."""
+    """First row of a table of text, needed to read any piece of it; b"" if it is too long."""
     spooled: bool = False
     """Whether the path is a spool file, to be removed once read."""
     taken: int = 0
@@ -153,7 +153,7 @@ def _ranges(source: Source) -> Iterator[Segment]:
     piece = replace(whole(source), whole=False)
     with Path(source.path).open("rb", buffering=0) as file:
         if cutter.rows:
-            piece = replace(piece, header=_first_line(file.read(_HEADER_BYTES), source.kind))
+            piece = replace(piece, header=cutter.rows.first(file.read(_HEADER_BYTES)))
         while start + UNIT_BYTES < source.size:
             cutter.reset(start)
             file.seek(start if cutter.rows else max(start, cutter.target - 1))
@@ -169,11 +169,6 @@ def _ranges(source: Source) -> Iterator[Segment]:
         yield replace(piece, start=start, offset=start, whole=start == 0)
 
 
-def _first_line(data: bytes, kind: str) -> bytes:
-    """The first row of a table of text."""
-    return data[: _Rows(kind).end(data, 0, 0) + 1] or data
-
-
 class _Rows:
     """Finds where rows of a table of text end, as the reader of the standard library does.
 
@@ -182,14 +177,27 @@ class _Rows:
 
     def __init__(self, kind: str) -> None:
         self._starts = b"\t\r\n" if kind == "tsv" else b",\r\n"
+        self._ending = b"\n"
         self.reset()
+
+    def first(self, data: bytes) -> bytes:
+        """The first row of a table that begins so, b"" if it goes on behind. Where a carriage
+        return alone ends it, rows are cut at those.
+        """
+        line, self._ending = self.end(data, 0, 0), b"\r"
+        self.reset()
+        end = self.end(data[: line - 1] if line > 0 else data, 0, 0)
+        if end < 0:
+            end, self._ending = line, b"\n"
+        self.reset()
+        return data[: end + 1]
 
     def reset(self) -> None:
         """A row begins."""
         self._inside, self._opens = False, True
 
     def end(self, chunk: bytes, at: int, position: int) -> int:
-        """Index of the first line feed of `chunk` at or behind `at` that ends a row, or -1.
+        """Index of the first byte of `chunk` at or behind `at` that ends a row, or -1.
 
         `chunk` is what follows on the last one, and `position` where in the file it begins.
         """
@@ -205,7 +213,7 @@ class _Rows:
                 self._inside, self._opens = False, True  # if the next chunk begins with the other
             quote = chunk.find(b'"', place)
             stop = len(chunk) if quote < 0 else quote
-            if stop > at and (line := chunk.find(b"\n", max(place, at), stop)) >= 0:
+            if stop > at and (line := chunk.find(self._ending, max(place, at), stop)) >= 0:
                 return line
             if quote < 0:
                 if place < len(chunk):
@@ -281,7 +289,7 @@ class _Spool:
         cutter, start, position = _Cutter(base.kind), 0, 0
         for chunk in chunks:
             if cutter.rows and not position:
-                base = replace(base, header=_first_line(chunk[:_HEADER_BYTES], base.kind))
+                base = replace(base, header=cutter.rows.first(chunk[:_HEADER_BYTES]))
             while (end := cutter.find(chunk, position)) is not None:
                 self._write(chunk[: end - position])
                 self._segment(base, start, end)
