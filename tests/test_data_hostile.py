@@ -181,7 +181,7 @@ def test_lines_and_documents_have_a_limit(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "c.csv").write_bytes(b"text,n\na,1\n" + row)
         found, refused = read(tmp_path / "c.csv", tmp_path / "spool")
         assert (found, len(refused)) == (["a"], 1)
-        assert refused[0].reason.startswith("no line end ends a row in 3 MiB")
+        assert refused[0].reason.startswith("no row ends within 3 MiB")
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst", "zip"])

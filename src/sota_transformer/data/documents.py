@@ -310,7 +310,7 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             return
         if over and cells and cells[-1].endswith(_END):
             why = "perhaps a quote that is never closed; left out from here on"
-            yield Skipped(f"no line end ends a row in {LINE_BYTES >> 20} MiB, {why}", where)
+            yield Skipped(f"no row ends within {LINE_BYTES >> 20} MiB, {why}", where)
             return
         if cells == [_END]:
             return
