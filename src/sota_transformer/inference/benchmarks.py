@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,21 +170,21 @@ def _read(
 
 
 def _share(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
-    """A share of right answers, with the standard error of a mean."""
-    n = len(right)
-    p = sum(right) / n
-    error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-    return Benchmark(name, p, error, n, protocol)
+    """A share of right answers."""
+    return Benchmark(name, *_mean(right), len(right), protocol)
 
 
 def _perplexity(name: str, nats: Sequence[float], protocol: str) -> Benchmark:
     """exp of the mean, with the delta method's error."""
-    n = len(nats)
-    mean = sum(nats) / n
+    mean, error = _mean(nats)
     value = math.exp(min(mean, 700.0))
-    spread = sum((x - mean) ** 2 for x in nats)
-    error = value * math.sqrt(spread / (n - 1) / n) if n > 1 else None
-    return Benchmark(name, value, error, n, protocol)
+    return Benchmark(name, value, error and value * error, len(nats), protocol)
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error; None for a single value."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.mean(values)), error
 
 
 def lambada(

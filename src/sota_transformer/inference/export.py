@@ -19,7 +19,6 @@ from sota_transformer.inference.layout import EOT, PAD, huggingface_config, hugg
 from sota_transformer.inference.tokenizer_files import huggingface_files
 from sota_transformer.model.transformer import Transformer
 
-TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Root mean square difference allowed, as a share of the logits' spread: rounding to 24, 11 and 8
 # bits, and to 8 bits with a common scale, with room for how layers add it up. Logits of another
 # model differ by about 1.4.
@@ -46,10 +45,8 @@ def write_huggingface(writer: FolderWriter, model: Transformer, dtype: str, card
     if config.vocab_size > PAD:  # padding is never text
         generation |= {"pad_token_id": PAD, "suppress_tokens": list(range(PAD, config.vocab_size))}
     writer.write("generation_config.json", canonical_json(generation))
-    tensors = {
-        name: tensor.to(TYPES[dtype]).contiguous()
-        for name, tensor in huggingface_tensors(model).items()
-    }
+    kind = getattr(torch, dtype)
+    tensors = {n: t.to(kind).contiguous() for n, t in huggingface_tensors(model).items()}
     writer.write(WEIGHTS, save(tensors, metadata={"format": "pt"}))
     for name, data in huggingface_files(config.seq_len).items():
         writer.write(name, data)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.data.tokenizer import EOT
 from sota_transformer.errors import DIVERGED, SotaError
 from sota_transformer.model.decode import OneRow
 from sota_transformer.model.transformer import Cache, Transformer
 
-EOT = GPT2_VOCAB - 1  # <|endoftext|>
 _NUCLEUS_GUESS = 512  # likeliest tokens sorted first; nearly always they hold all of top-p
 
 Sampler = Callable[[Tensor, Sequence[int]], int]
@@ -80,13 +80,12 @@ def _penalised(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor
 
 def _nucleus_edge(chances: Tensor, top_p: float) -> float:
     """Least probability in the smallest set that holds `top_p` (Holtzman et al. 2020)."""
-    for count in (min(_NUCLEUS_GUESS, chances.shape[0]), chances.shape[0]):
-        ranked = chances.topk(count).values
-        before = ranked.double().cumsum(0) - ranked
-        inside = int((before < top_p).sum())
-        if inside < count or count == chances.shape[0]:
-            return float(ranked[max(inside, 1) - 1])
-    raise AssertionError("the whole vocabulary was ranked")
+    ranked = chances.topk(min(_NUCLEUS_GUESS, len(chances))).values
+    if ranked.double().sum() < top_p:
+        ranked = chances.sort(descending=True).values
+    before = ranked.double().cumsum(0) - ranked
+    inside = int((before < top_p).sum())
+    return float(ranked[max(inside, 1) - 1])
 
 
 def make_sampler(
