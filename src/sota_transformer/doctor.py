@@ -11,9 +11,8 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sota_transformer import durable
 from sota_transformer.config import Run
@@ -30,8 +29,7 @@ _DISK_BYTES = 64 << 20
 _SLOW_DISK = 20e6  # bytes/s below which a 125M checkpoint takes over a minute
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
+class Check(NamedTuple):
     """One line of the table."""
 
     name: str
@@ -51,12 +49,12 @@ def run_doctor(options: Doctor) -> int:
         mark = "[green]pass[/]" if line.passed else "[red]FAIL[/]"
         table.add_row(mark, line.name, line.detail, line.advice if not line.passed else "")
     Console().print(table)
-    failed = [line.name for line in failures(checks)]
-    fit = "this machine is fit to train on"
-    if any(not line.passed for line in checks):
-        fit += ", without torch.compile"
-    print(fit if not failed else f"not fit: {', '.join(failed)}")
-    return DIVERGED if failed else 0
+    if failed := failures(checks):
+        print(f"not fit: {', '.join(line.name for line in failed)}")
+        return DIVERGED
+    without = "" if all(line.passed for line in checks) else ", without torch.compile"
+    print(f"this machine is fit to train on{without}")
+    return 0
 
 
 def check(options: Doctor) -> list[Check]:
@@ -67,11 +65,10 @@ def check(options: Doctor) -> list[Check]:
         from sota_transformer.runtime import Runtime
     except ImportError as error:
         advice = "install the package again: pip install sota-transformer"
-        return [Check(name="torch", passed=False, detail=str(error), advice=advice)]
+        return [Check("torch", False, str(error), advice)]
     runtime = Runtime.detect(Run(device=options.device), parameters=16_000_000)
-    found = [Check(name="torch", passed=True, detail=torch.__version__)]
-    found += [Check(name="choice", passed=True, detail=reason) for reason in runtime.reasons]
-    found += arithmetic(runtime)
+    choices = (Check("choice", True, reason) for reason in runtime.reasons)
+    found = [Check("torch", True, torch.__version__), *choices, *arithmetic(runtime)]
     return [*found, _memory(runtime), *_disk(options.folder)]
 
 
@@ -96,10 +93,9 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
         torch.manual_seed(0)
         error = probe(runtime.device, runtime.dtype)
     except (RuntimeError, NotImplementedError) as problem:
-        return Check(name=name, passed=False, detail=in_short(problem), advice=advice)
+        return Check(name, False, in_short(problem), advice)
     passed = error <= limit  # False for NaN
-    detail = f"error {error:.1e}, limit {limit:.0e}"
-    return Check(name=name, passed=passed, detail=detail, advice=advice)
+    return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
 
 
 def _model_check(runtime: "Runtime") -> Check:
@@ -117,29 +113,22 @@ def _model_check(runtime: "Runtime") -> Check:
     try:
         loss, gradients = probes.one_step(runtime)
     except Exception as problem:  # a compiler or driver may raise anything
-        return Check(name=name, passed=False, detail=in_short(problem), advice=advice)
+        return Check(name, False, in_short(problem), advice)
     plain = {"device": torch.device("cpu"), "dtype": torch.float32, "compile": False}
     expected_loss, expected = probes.one_step(dataclasses.replace(runtime, **plain))
     loss_error = abs(loss - expected_loss) / expected_loss
     gradient_error = probes.farthest(gradients, expected)
-    return Check(
-        name=name,
-        passed=loss_error <= loss_limit and gradient_error <= limit,
-        detail=f"loss off by {loss_error:.0e} (limit {loss_limit:.0e}), gradients by "
-        f"{gradient_error:.0e} (limit {limit:.0e})",
-        advice=advice,
-    )
+    passed = loss_error <= loss_limit and gradient_error <= limit
+    detail = f"loss off by {loss_error:.0e} (limit {loss_limit:.0e})"
+    detail += f", gradients by {gradient_error:.0e} (limit {limit:.0e})"
+    return Check(name, passed, detail, advice)
 
 
 def _memory(runtime: "Runtime") -> Check:
     """Room for the 125M preset: 16 bytes a parameter and some activations."""
     available = runtime.available_memory()
-    return Check(
-        name="memory",
-        passed=available > 1e9,
-        detail=f"{available / 1e9:.1f} GB available (125m needs about 4 GB, 16m about 1.5)",
-        advice="close other programs",
-    )
+    detail = f"{available / 1e9:.1f} GB available (125m needs about 4 GB, 16m about 1.5)"
+    return Check("memory", available > 1e9, detail, "close other programs")
 
 
 def _disk(folder: Path) -> list[Check]:
@@ -155,23 +144,19 @@ def _disk(folder: Path) -> list[Check]:
         file.close()
         speed = _DISK_BYTES / (time.perf_counter() - started)
     except OSError as error:
-        detail = f"{folder}: {error.strerror}"
-        return [Check(name="disk", passed=False, detail=detail, advice="give another --folder")]
+        return [Check("disk", False, f"{folder}: {error.strerror}", "give another --folder")]
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
+    space, rate = f"{free / 1e9:.0f} GB free in {folder.resolve()}", f"{speed / 1e6:.0f} MB/s"
+    room = "make room: four checkpoints of 125m take 5.9 GB"
     return [
+        Check("disk space", free > 6e9, space, room),
         Check(
-            name="disk space",
-            passed=free > 6e9,
-            detail=f"{free / 1e9:.0f} GB free in {folder.resolve()}",
-            advice="make room: four checkpoints of 125m take 5.9 GB",
-        ),
-        Check(
-            name="disk speed",
-            passed=speed > _SLOW_DISK,
-            detail=f"{speed / 1e6:.0f} MB/s, durably written",
-            advice="use another disk, or save less often",
+            "disk speed",
+            speed > _SLOW_DISK,
+            f"{rate}, durably written",
+            "use another disk, or save less often",
         ),
     ]
 
@@ -194,7 +179,7 @@ def admit(folder: Path, runtime: "Runtime") -> "Runtime":
     verdict = {
         "machine": machine,
         "passed": not failures(checks),
-        "checks": [dataclasses.asdict(line) for line in checks],
+        "checks": [line._asdict() for line in checks],
     }
     durable.write_file(path, durable.canonical_json(verdict))
     if failed := failures(checks):

@@ -30,6 +30,8 @@ from sota_transformer.errors import TEMPORARY, SotaError
 
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of torch.cpu: with either, matrix products in bfloat16 are faster than in float32.
+_FAST_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 _SILENCE = timedelta(minutes=10)  # longer than the first process alone checks, samples or saves
 
 
@@ -52,7 +54,7 @@ class Runtime:
     @classmethod
     def detect(cls, run: Run, parameters: int) -> "Runtime":
         """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
-        rank, world = _rank(), _launched("WORLD_SIZE", 1)
+        rank, world = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
         device, why_device = _device(run.device)
         if world > 1 and device.type == "mps":
             raise SotaError("MPS trains in one process; start it without torchrun")
@@ -222,10 +224,9 @@ def out_of_memory(error: Exception) -> bool:
     """Whether a device could not hold what was asked; not every backend has a type for it."""
     # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
     said = str(error)  # a compiler that ran out of it would do so again for fewer rows
-    return any(word in said for word in words) and "C++ compile error" not in said
+    known = any(word in said for word in words) and "C++ compile error" not in said
+    return known or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 @contextmanager
@@ -255,11 +256,6 @@ def _left_by_limit() -> int:
         return sys.maxsize
 
 
-def _rank() -> int:
-    """This process's number among those that torchrun started."""
-    return _launched("RANK", 0)
-
-
 def _launched(name: str, least: int) -> int:
     """A number that torchrun sets, `least` without torchrun. SotaError if it is none."""
     value = os.environ.get(name, str(least))
@@ -270,7 +266,7 @@ def _launched(name: str, least: int) -> int:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that writes."""
-    return _rank() == 0
+    return _launched("RANK", 0) == 0
 
 
 def _device(wanted: str) -> tuple[torch.device, str]:
@@ -287,8 +283,10 @@ def _device(wanted: str) -> tuple[torch.device, str]:
                 f"process {index} has no GPU of its own: torchrun's --nproc-per-node {there}"
             )
         torch.cuda.set_device(index)
-        return torch.device("cuda", index), f"device {torch.cuda.get_device_name(index)}"
-    return torch.device(wanted), f"device {_device_name(torch.device(wanted))}"
+        device = torch.device("cuda", index)
+    else:
+        device = torch.device(wanted)
+    return device, f"device {_device_name(device)}"
 
 
 def _device_name(device: torch.device) -> str:
@@ -310,15 +308,9 @@ def activations(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float16, "float16 with a scaled loss: this GPU has no bfloat16"
     if device.type == "mps":
         return torch.float32, "float32: bfloat16 is emulated on M1 and M2"
-    if _cpu_has_bfloat16():
+    if any(getattr(torch.cpu, name, bool)() for name in _FAST_BFLOAT16):
         return torch.bfloat16, "bfloat16: this processor multiplies it in hardware"
     return torch.float32, "float32: this processor has no bfloat16 arithmetic"
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 here."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, str]:
@@ -330,7 +322,8 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
             return False, "not compiled: torch.compile on MPS has given wrong results"
         if parameters < _COMPILE_FROM_PARAMETERS:
             return False, "not compiled: too small a model to pay for it"
-        if device.type == "cpu" and not _cxx_compiler():
+        compilers = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        if device.type == "cpu" and not compilers:
             return False, "not compiled: no C++ compiler here (with g++ it is twice as fast)"
     try:
         probe = torch.compile(lambda x: x.sin() + 1)
@@ -360,16 +353,9 @@ def stay_awake() -> None:
             subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
-def _cxx_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use, if there is one."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-
-
 def _keep_freed_memory() -> None:
     """Let glibc keep and reuse large buffers, which it would unmap and fault in anew each step."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-            mallopt(mmap_max, 0)
-            mallopt(trim_threshold, 2**31 - 1)
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)

@@ -40,7 +40,8 @@ def run_export(options: Export) -> int:
     opened = open_model(options.run, "cpu", options.step)
     model, out = opened.model, options.out.absolute()
     size = 4 * model.config.parameter_count
-    if shutil.disk_usage(_existing(out)).free < 1.2 * size:
+    there = next(folder for folder in (out, *out.parents) if folder.is_dir())
+    if shutil.disk_usage(there).free < 1.2 * size:
         raise SotaError(f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk", IO_FAILED)
     durable.make_folder(out.parent)
     for left in out.parent.glob(f".tmp-{glob.escape(out.name)}-????????"):  # by a killed export
@@ -74,10 +75,6 @@ def _free(out: Path) -> dict[str, bool]:
     }
 
 
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
 def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[Proof]:
     """The file, a Modelfile for Ollama, and the proof."""
     try:
@@ -89,8 +86,7 @@ def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[Proo
     aside = writer.path / ".part"
     gguf_file.write_gguf(aside, opened.model, dtype, opened.name)
     with writer.create(gguf_file.NAME) as file, aside.open("rb") as source:
-        while block := source.read(1 << 22):
-            file.write(block)
+        shutil.copyfileobj(source, file, 1 << 22)
     aside.unlink()
     writer.write("Modelfile", gguf_file.modelfile(opened.model.config).encode())
     back = gguf_file.read_gguf(writer.path / gguf_file.NAME, opened.model.config)
@@ -189,10 +185,7 @@ def run_import(options: Import) -> int:
     durable.write_file(out / "config.json", config.to_json().encode())
     print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
     if options.data:
-        print(f"train on:  {shlex.join(_train_command(config))}")
+        # The preset that is closest to it has the shortest command.
+        words = min((command(name, make(), config) for name, make in PRESETS.items()), key=len)
+        print(f"train on:  {shlex.join(words)}")
     return 0
-
-
-def _train_command(config: RunConfig) -> list[str]:
-    """The command whose configuration is `config`, from the preset that is closest to it."""
-    return min((command(name, make(), config) for name, make in PRESETS.items()), key=len)
