@@ -86,10 +86,6 @@ class Data:
     document_mask: bool = False
     """Tokens see their own document only, not what stands before it in the window."""
 
-    def problems(self) -> list[str]:
-        """All that is wrong with this section."""
-        return []
-
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
@@ -224,11 +220,11 @@ class RunConfig:
     run: Run
 
     def __post_init__(self) -> None:
-        found = [line for section in _SECTIONS for line in getattr(self, section).problems()]
+        checked = (self.model, self.optim, self.train, self.run)  # any of Data's values may be
+        found = [line for section in checked for line in section.problems()]
         found += [
-            f"{section}.{name} must be below 2**63"
-            for section in _SECTIONS
-            for name, value in vars(getattr(self, section)).items()
+            f"{name} must be below 2**63"
+            for name, value in self.fields().items()
             if isinstance(value, int | float) and value >= 2**63
         ]
         if found:
@@ -243,6 +239,14 @@ class RunConfig:
         parameters = self.model.parameter_count
         in_blocks = parameters - self.model.vocab_size * self.model.d_model
         return 12 * parameters - (4 * in_blocks if self.optim.matrix_rate else 0)
+
+    def fields(self) -> dict[str, Any]:
+        """Every value by its section and name, as `train.steps`."""
+        return {
+            f"{section}.{name}": value
+            for section in _SECTIONS
+            for name, value in vars(getattr(self, section)).items()
+        }
 
     def to_json(self) -> str:
         """All fields, resolved, as indented JSON."""

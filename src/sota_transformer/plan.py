@@ -63,6 +63,16 @@ def run_plan(config: RunConfig, preset: str, hours: float) -> int:
     return 0
 
 
+def run_config(config: RunConfig) -> int:
+    """Print the resolved run and what follows from it."""
+    # The data may be on another machine, for which this run is meant.
+    share = padding(config) if config.data.path.is_dir() else 0.0
+    print(config.to_json(), end="")
+    for line in (*describe(config, share), memory_estimate(config)):
+        print(f"# {line}")
+    return 0
+
+
 def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
     """Time, memory, data and expected loss of a run at this speed; `there` training tokens."""
     steps, parameters = config.train.steps, config.model.parameter_count
