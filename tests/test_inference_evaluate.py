@@ -281,6 +281,10 @@ def test_without_the_hub_one_line_says_what_to_do(
         ('{"x": 1}', "field `text`"),
         ('{"text": "one"}', "two words"),
         ('{"text": 5}', "field `text`"),
+        ('{"text": "one", "ctx": 5, "endings": ["a"], "label": 0}', "two words"),
+        ('{"text": "one", "ctx": "x", "endings": "ab", "label": 0}', "two words"),
+        ('{"text": "one", "ctx": "x", "endings": ["a", ""], "label": "0"}', "two words"),
+        ('{"text": "one", "ctx": "x", "endings": ["a"], "label": 1}', "two words"),
         ("[" * 100_000, "not JSON"),
     ],
 )

@@ -19,6 +19,7 @@ from sota_transformer import durable
 from sota_transformer.commands.common import decoded
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.benchmarks import Choice, hellaswag_choice
+from sota_transformer.shapes import misfit
 
 _LARGEST = 64 << 20
 _SECONDS = 20
@@ -59,20 +60,18 @@ def hellaswag(place: Path, limit: int) -> list[Choice]:
 
 
 def _choice(path: Path, example: dict[str, Any]) -> Choice:
-    """One example of HellaSwag, with the hub's fields or with ctx alone."""
-    try:
-        endings, label = list(example["endings"]), int(example["label"])
-        if not all(isinstance(e, str) and e.strip() for e in endings) or not (
-            0 <= label < len(endings)
-        ):
-            raise ValueError("endings must be texts and label one of their numbers")
-        if "ctx_a" in example:
-            activity, first = example["activity_label"], example["ctx_a"]
-            return hellaswag_choice(activity, first, example["ctx_b"], endings, label)
-        return Choice(example["ctx"], endings, label)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"no field {error}" if isinstance(error, KeyError) else error
-        raise SotaError(f"{path}: not an example of HellaSwag ({why})", BAD_DATA) from error
+    """One example of HellaSwag, with the hub's fields or with ctx alone. SotaError 65."""
+    texts = ("activity_label", "ctx_a", "ctx_b") if "ctx_a" in example else ("ctx",)
+    shape = dict.fromkeys(texts, str) | {"endings": [str], "label": (int, str)}
+    if wrong := misfit(example, shape):
+        raise SotaError(f"{path}: not an example of HellaSwag ({wrong})", BAD_DATA)
+    endings, label = example["endings"], str(example["label"])
+    if label not in map(str, range(len(endings))) or not all(e.strip() for e in endings):
+        raise SotaError(f"{path}: endings must be texts and label one of their numbers", BAD_DATA)
+    if "ctx_a" in example:
+        activity, first, second = (example[name] for name in ("activity_label", "ctx_a", "ctx_b"))
+        return hellaswag_choice(activity, first, second, endings, int(label))
+    return Choice(example["ctx"], endings, int(label))
 
 
 def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, Any]]]:
