@@ -105,7 +105,7 @@ def _complain(text: str, code: int) -> int:
 
 
 def train_and_show(config: RunConfig) -> int:
-    """Train, or go on, and say what came of it: the last sample and where everything lies."""
+    """Train, or go on, and say where everything lies and what to do with it."""
     from sota_transformer.doctor import admit
     from sota_transformer.runtime import is_first_rank
     from sota_transformer.training.start import train

@@ -20,6 +20,8 @@ from sota_transformer.errors import DIVERGED, SotaError
 from sota_transformer.options import Doctor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sota_transformer.runtime import Runtime
 
 _VERDICT = "doctor.json"
@@ -74,11 +76,16 @@ def check(options: Doctor) -> list[Check]:
 
 def arithmetic(runtime: "Runtime") -> list[Check]:
     """The probes and the whole model, on the runtime's device in its precision."""
-    from sota_transformer.probes import PROBES
+    import torch
 
-    found = [_probed(name, probe, runtime) for name, probe in PROBES.items()]
-    found.append(_model_check(dataclasses.replace(runtime, compile=False)))
-    return [*found, _model_check(runtime)] if runtime.compile else found
+    from sota_transformer import probes
+
+    plain = dataclasses.replace(runtime, compile=False)
+    cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
+    expected = probes.one_step(dataclasses.replace(plain, **cpu))
+    found = [_probed(name, probe, runtime) for name, probe in probes.PROBES.items()]
+    found.append(_model_check(plain, *expected))
+    return [*found, _model_check(runtime, *expected)] if runtime.compile else found
 
 
 def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
@@ -98,8 +105,8 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
     return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
 
 
-def _model_check(runtime: "Runtime") -> Check:
-    """Loss and every gradient of a small model, against the CPU in float32."""
+def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tensor]") -> Check:
+    """Loss and every gradient of a small model, against those of the CPU in float32."""
     import torch
 
     from sota_transformer import probes
@@ -114,8 +121,6 @@ def _model_check(runtime: "Runtime") -> Check:
         loss, gradients = probes.one_step(runtime)
     except Exception as problem:  # a compiler or driver may raise anything
         return Check(name, False, in_short(problem), advice)
-    plain = {"device": torch.device("cpu"), "dtype": torch.float32, "compile": False}
-    expected_loss, expected = probes.one_step(dataclasses.replace(runtime, **plain))
     loss_error = abs(loss - expected_loss) / expected_loss
     gradient_error = probes.farthest(gradients, expected)
     passed = loss_error <= loss_limit and gradient_error <= limit
@@ -138,10 +143,9 @@ def _disk(folder: Path) -> list[Check]:
     started = time.perf_counter()
     try:
         free = shutil.disk_usage(folder).free
-        file = durable.HashingFile(probe)
-        for _ in range(_DISK_BYTES >> 20):
-            file.write(data)
-        file.close()
+        with durable.HashingFile(probe) as file:
+            for _ in range(_DISK_BYTES >> 20):
+                file.write(data)
         speed = _DISK_BYTES / (time.perf_counter() - started)
     except OSError as error:
         return [Check("disk", False, f"{folder}: {error.strerror}", "give another --folder")]

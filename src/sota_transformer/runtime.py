@@ -121,7 +121,7 @@ class Runtime:
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Run what has other shapes than training as it is: compiling it would not pay."""
+        """Compile nothing inside: what has other shapes than training would not pay for it."""
         if not self.compile:
             yield
             return
@@ -148,13 +148,13 @@ class Runtime:
         return tensor
 
     def sum_array(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The same of an array on the CPU, which with one rank it does not leave."""
+        """Sum an array, which is on the CPU, over ranks; one rank's does not leave it."""
         if self.world == 1:
             return array
         return self.sum_(torch.from_numpy(array).to(self.device)).cpu().numpy()
 
     def of_first(self, *values: int) -> list[int]:
-        """What the first process says; the others' values do not count."""
+        """The first process's values, in every process."""
         mine = values if self.rank == 0 else (0,) * len(values)
         said = torch.tensor(mine, dtype=torch.int64, device=self.device)  # bools are a byte each
         return self.sum_(said).tolist()
@@ -245,7 +245,7 @@ def _together() -> Iterator[None]:
 
 
 def _left_by_limit() -> int:
-    """Bytes that the limit of a container, or of a service, still leaves; many without one."""
+    """Bytes that the memory limit of a container or service leaves; sys.maxsize without one."""
     try:
         group = re.search("^0::/(.*)$", _CGROUP.read_text(), re.M)
         folder = _CGROUPS / (group[1] if group else "")
