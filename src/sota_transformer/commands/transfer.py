@@ -13,7 +13,6 @@ from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.shards import load_manifest
 from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
 from sota_transformer.inference.export import (
-    Proof,
     probe_logits,
     proof,
     prove_huggingface,
@@ -52,11 +51,7 @@ def run_export(options: Export) -> int:
         else:
             write_huggingface(writer, model, options.dtype, _card(opened, options.dtype))
             proofs = prove_huggingface(writer.path, model, options.dtype)
-    for found in proofs:
-        print(
-            f"read back by {found.reader}: logits differ by at most {found.difference:.3g} "
-            f"(their spread is {found.spread:.3g})"
-        )
+    print("\n".join(proofs))
     step = "" if opened.step is None else f", step {opened.step}"
     print(f"{out}: {options.format}, {options.dtype}{step}")
     return 0
@@ -75,7 +70,7 @@ def _free(out: Path) -> dict[str, bool]:
     }
 
 
-def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[Proof]:
+def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[str]:
     """The file, a Modelfile for Ollama, and the proof."""
     try:
         from sota_transformer.inference import gguf_file

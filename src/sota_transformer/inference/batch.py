@@ -9,7 +9,7 @@ its row at once.
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ class Batch:
         going = _Going(job, row, text, self._rows.logits(hidden[-1:])[0])
         if job.echo:
             assert len(hidden) == len(job.tokens)
-            going.left, going.hidden = len(hidden), hidden
+            going.echoing = going.echo(self._rows, hidden)
         self._going[key] = going
 
     def drop(self, key: int) -> None:
@@ -99,10 +99,7 @@ class Batch:
         told: list[tuple[int, Drawn]] = []
         moving: list[tuple[_Going, Drawn]] = []
         for key, going in list(self._going.items()):
-            if going.left:
-                results = going.echo(self._rows)
-            else:
-                results = [going.draw(self._rows.tokens[going.row])]
+            results = next(going.echoing, None) or [going.draw(self._rows.tokens[going.row])]
             told += [(key, result) for result in results]
             if results[-1].reason:
                 self.drop(key)
@@ -124,33 +121,27 @@ class _Going:
     text: "Text"
     logits: Tensor
     count: int = 0
-    left: int = 0  # tokens of the prompt still to echo
-    hidden: Tensor | None = None  # (T, D), what predicts them
+    echoing: Iterator[list[Drawn]] = field(default_factory=lambda: iter(()))
 
-    def echo(self, rows: Rows) -> list[Drawn]:
-        """The next tokens of the prompt."""
-        assert self.hidden is not None
-        begin = len(self.job.tokens) - self.left
-        end = min(begin + _ECHOED, len(self.job.tokens))
-        known: list[tuple[float | None, Likely]] = [(None, [])] * (end - begin)
-        if self.job.alternatives is not None:
-            first = max(begin, 1)  # nothing predicts the very first token
-            logits = rows.logits(self.hidden[first - 1 : end - 1])
-            known[first - begin :] = _nats(
-                logits, self.job.tokens[first:end], self.job.alternatives
-            )
-        drawn = []
-        for token, (logprob, pairs) in zip(self.job.tokens[begin:end], known, strict=True):
-            offset = self.text.length
-            text = self.text.pass_on(token)
-            drawn.append(Drawn(token, logprob, pairs, text, None, offset, True))
-        self.left -= len(drawn)
-        if not self.left:
-            self.hidden = None
-            if not self.job.max_tokens:
+    def echo(self, rows: Rows, hidden: Tensor) -> Iterator[list[Drawn]]:
+        """The tokens of the prompt, some at a time; `hidden` (T, D) predicts what follows each."""
+        tokens, count = self.job.tokens, self.job.alternatives
+        for begin in range(0, len(tokens), _ECHOED):
+            part = tokens[begin : begin + _ECHOED]
+            known: list[tuple[float | None, Likely]] = [(None, [])] * len(part)
+            if count is not None:
+                first, end = max(begin, 1), begin + len(part)  # nothing predicts the very first
+                logits = rows.logits(hidden[first - 1 : end - 1])
+                known[first - begin :] = _nats(logits, tokens[first:end], count)
+            drawn = []
+            for token, (logprob, pairs) in zip(part, known, strict=True):
+                offset = self.text.length
+                text = self.text.pass_on(token)
+                drawn.append(Drawn(token, logprob, pairs, text, None, offset, True))
+            if begin + len(part) == len(tokens) and not self.job.max_tokens:
                 shown = drawn[-1].text + self.text.finish()
                 drawn[-1] = drawn[-1]._replace(text=shown, reason="length")
-        return drawn
+            yield drawn
 
     def draw(self, history: Sequence[int]) -> Drawn:
         """The next token and what it means."""

@@ -154,9 +154,9 @@ class Rows:
 
     @torch.inference_mode()
     def read(self, row: int, tokens: Sequence[int]) -> Tensor:
-        """The same, but the hidden states (T, D) of the tokens that are seen.
+        """As `start`, but the hidden states (T, D) of the tokens that are seen.
 
-        Several continuations of one prompt come one after another: it is computed for the first.
+        Several continuations of one prompt begin one after another: the first alone computes them.
         """
         self.tokens[row] = list(tokens)
         seen = self.tokens[row][-self.size :]
@@ -176,18 +176,19 @@ class Rows:
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Add one token to each of `rows`; logits (len(rows), V) of the next ones, on the CPU."""
-        full = [i for i, row in enumerate(rows) if self.lengths[row] == self.size]
-        fitting = [i for i in range(len(rows)) if i not in full]
-        result: list[Tensor | None] = [None] * len(rows)
-        for i in full:
-            known = [*self.tokens[rows[i]], tokens[i]]
-            result[i] = self.start(rows[i], known[-max(1, self.size // 2) :])
-            self.tokens[rows[i]] = known
+        result: dict[int, Tensor] = {}
+        fitting = {}
+        for row, token in zip(rows, tokens, strict=True):
+            if self.lengths[row] < self.size:
+                fitting[row] = token
+                continue
+            known = [*self.tokens[row], token]
+            result[row] = self.start(row, known[-max(1, self.size // 2) :])
+            self.tokens[row] = known
         if fitting:
-            logits = self._advance([rows[i] for i in fitting], [tokens[i] for i in fitting])
-            for i, line in zip(fitting, logits, strict=True):
-                result[i] = line
-        return torch.stack([line for line in result if line is not None])
+            logits = self._advance(list(fitting), list(fitting.values()))
+            result |= zip(fitting, logits, strict=True)
+        return torch.stack([result[row] for row in rows])
 
     def _advance(self, rows: list[int], tokens: list[int]) -> Tensor:
         """One forward pass of (B, 1) tokens, each at the end of its row."""
