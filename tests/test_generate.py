@@ -35,6 +35,7 @@ from sota_transformer.model.transformer import project
 from tests.inference_models import FULL, TINY, as_transformers, small_model
 
 GREEDY = make_sampler(temperature=0.0)
+TOKENIZER = Tokenizer()
 PROMPT = [464, 206, 586, 31]
 
 
@@ -264,8 +265,7 @@ def streamed(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=60))
 def test_streamed_text_is_the_text(text: str) -> None:
-    tokenizer = Tokenizer()
-    pieces = streamed(tokenizer, tokenizer.encode(text))
+    pieces = streamed(TOKENIZER, TOKENIZER.encode(text))
     assert "".join(pieces) == text
 
 

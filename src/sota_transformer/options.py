@@ -42,7 +42,7 @@ class Prepare:
 
     def problems(self) -> list[str]:
         """All that is wrong with these options."""
-        found = at_least(self, "prepare", 0, "workers", "memory_mb")
+        found = at_least(self, 0, "workers", "memory_mb")
         if not self.inputs:
             found.append("prepare needs at least one INPUT: a file, a folder, a glob, python: or -")
         if self.near_dedup and not 0.5 <= self.near_dedup <= 1:

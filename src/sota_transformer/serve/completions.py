@@ -16,14 +16,7 @@ from sota_transformer.inference.generate import EOT, make_sampler
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.serve.engine import Deliver, Engine
 from sota_transformer.serve.guard import error_body
-from sota_transformer.serve.schema import (
-    MOST_PROMPTS,
-    Answer,
-    Choice,
-    Completion,
-    Usage,
-    logprobs_of,
-)
+from sota_transformer.serve.schema import Answer, Choice, Completion, Usage, logprobs_of
 
 SECONDS = 60.0  # of one request
 _LOOK_SECONDS = 0.5  # between two looks whether the client is still there
@@ -107,7 +100,6 @@ class Completions:
             (self._tokenizer.encode(part) if isinstance(part, str) else part) or [EOT]
             for part in whole
         ]
-        assert len(prompts) <= MOST_PROMPTS
         for tokens in prompts:
             if len(tokens) + min(wanted.max_tokens, 1) > self._context:
                 raise HTTPException(
