@@ -123,8 +123,9 @@ def compare(
     recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
     for name in (name for name in PRESETS if name in (preset, "16m", "125m", "250m")):
         own = PRESETS[name](recipe)
-        other = dataclasses.replace(own, run=config.run, data=config.data)
-        other = config if name == preset else other
+        other = config
+        if name != preset:
+            other = dataclasses.replace(own, run=config.run, data=config.data)
         parameters, per_step = other.model.parameter_count, step_tokens(other, 0)
         work = parameters / config.model.parameter_count * per_step / speed.tokens
         if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
@@ -154,8 +155,7 @@ def compare(
     _, name, steps, own, other = min(choices)
     usual = dataclasses.replace(other.train, steps=own.train.steps)
     run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
-    words = command(name, own, dataclasses.replace(other, train=usual, run=run))
-    words[3:3] = ["--recipe", recipe] if recipe != "seed" else []
+    words = command(name, dataclasses.replace(other, train=usual, run=run), recipe)
     yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
 
 
@@ -294,7 +294,7 @@ def _step_seconds(
 def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
     """The run with as many rows a step as let its steps end in `seconds` here; at least one.
 
-    Where that is few, a whole row more may be too much: longer rows use what time is left.
+    Where few rows fit, one more would be a large step: longer rows use the time that is left.
     """
     from sota_transformer.runtime import Runtime
 

@@ -69,11 +69,12 @@ PRESETS: dict[str, Callable[..., RunConfig]] = {
 }  # fmt: skip
 
 
-def command(name: str, preset: RunConfig, config: RunConfig) -> list[str]:
-    """The words that train `config` from the preset of this name."""
-    known = preset.fields()
+def command(name: str, config: RunConfig, recipe: Recipe = "seed") -> list[str]:
+    """The words that train `config` from the preset of this name and recipe."""
+    known = PRESETS[name](recipe).fields()
     changed = {field: value for field, value in config.fields().items() if value != known[field]}
-    return ["sota", "train", name, *(_flag(field, value) for field, value in changed.items())]
+    own = ["--recipe", recipe] if recipe != RECIPES[0] else []
+    return ["sota", "train", name, *own, *(_flag(*each) for each in changed.items())]
 
 
 def _flag(field: str, value: Any) -> str:

@@ -25,14 +25,8 @@ from sota_transformer.words import counted, json_line, perplexity
 
 def run_evaluate(options: Evaluate) -> int:
     """One table, or one JSON object, of every figure that was asked for."""
-    check(
-        {
-            "--tokens, --limit, --context and --stride must be 0 or more": min(
-                options.tokens, options.limit, options.context, options.stride
-            )
-            >= 0
-        }
-    )
+    least = min(options.tokens, options.limit, options.context, options.stride)
+    check({"--tokens, --limit, --context and --stride must be 0 or more": least >= 0})
     opened = open_model(options.run, options.device, options.step)
     tokenizer = Tokenizer()
     result: dict[str, Any] = {

@@ -181,6 +181,6 @@ def run_import(options: Import) -> int:
     print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
     if options.data:
         # The preset that is closest to it has the shortest command.
-        words = min((command(name, make(), config) for name, make in PRESETS.items()), key=len)
+        words = min((command(name, config) for name in PRESETS), key=len)
         print(f"train on:  {shlex.join(words)}")
     return 0

@@ -95,7 +95,7 @@ def _tokens(group: _Group) -> int:
 
 
 def _shared(seq_len: int, pairs: Sequence[Pair]) -> list[_Group]:
-    """Neighbours with one beginning together, longest beginnings first."""
+    """Pairs that follow each other and begin alike, as groups; longest beginnings first."""
     seen: list[tuple[list[int], int, list[int]]] = []
     for place, (context, continuation) in enumerate(pairs):
         whole = [*context, *continuation][-seq_len - 1 :]

@@ -114,7 +114,7 @@ def _file_tensors(
                 for key in opened.keys():  # noqa: SIM118 (it is no dict)
                     _check(name, key, opened.get_slice(key), expected)
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise SotaError(f"{name}: not safetensors ({error})", BAD_DATA) from error
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise SotaError(f"{name}: holds numbers that are not finite", BAD_DATA)
