@@ -161,9 +161,7 @@ def one_step(runtime: Runtime) -> tuple[float, list[Tensor]]:
     sums = token_loss(hidden, model.embedding.weight, tokens[:, 1:], 0.1, runtime.compile)
     loss = sums.smoothed / sums.count
     loss.backward()
-    gradients = [
-        p.grad.detach().float().cpu().clone() for p in model.parameters() if p.grad is not None
-    ]
+    gradients = [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), gradients
 
 
