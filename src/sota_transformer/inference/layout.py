@@ -94,7 +94,8 @@ def own_config(values: Any) -> Model:
         found.append(f"model_type {kind!r} (needs 'llama' or 'qwen3')")
     if values.get("tie_word_embeddings") is not True:
         found.append("tie_word_embeddings is not true: this family ties them")
-    if any(layer != "full_attention" for layer in values.get("layer_types") or ()):
+    layers = values.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         found.append("layer_types other than full_attention")
     if found:
         raise SotaError(f"config.json is not of this family: {'; '.join(found)}"[:600], BAD_DATA)
