@@ -143,9 +143,10 @@ def _disk(folder: Path) -> list[Check]:
     started = time.perf_counter()
     try:
         free = shutil.disk_usage(folder).free
-        with durable.HashingFile(probe) as file:
-            for _ in range(_DISK_BYTES >> 20):
-                file.write(data)
+        file = durable.HashingFile(probe)
+        for _ in range(_DISK_BYTES >> 20):
+            file.write(data)
+        file.close()
         speed = _DISK_BYTES / (time.perf_counter() - started)
     except OSError as error:
         return [Check("disk", False, f"{folder}: {error.strerror}", "give another --folder")]

@@ -146,24 +146,19 @@ class HashingFile:
         """Hex digest of everything that has left the buffer."""
         return self._hash.hexdigest()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        """Flush, fsync and close; an error of any of the three reaches the caller.
-
-        After a failure only close: what the buffer still holds is not worth another error.
-        """
-        if failed is not None:
-            with suppress(OSError):
-                os.close(self._descriptor)
-            return
+    def close(self) -> None:
+        """Flush, fsync and close; an error of any of the three reaches the caller."""
         with naming(self.path, self.bytes):
             try:
                 self._flush()
                 fsync(self._descriptor)
             finally:
                 os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """Close after a failure: what the buffer still holds is not worth another error."""
+        with suppress(OSError):
+            os.close(self._descriptor)
 
 
 def _past_cache(descriptor: int, wanted: bool) -> bool:
@@ -187,8 +182,13 @@ class FolderWriter:
     @contextmanager
     def create(self, name: str) -> Iterator[HashingFile]:
         """One file of the folder, durable when the block ends."""
-        with HashingFile(self.path / name) as file:
+        file = HashingFile(self.path / name)
+        try:
             yield file
+        except BaseException:
+            file.abandon()
+            raise
+        file.close()
         self.files[name] = {"bytes": file.bytes, "sha256": file.sha256}
 
     def write(self, name: str, data: bytes) -> None:
