@@ -26,12 +26,11 @@ _TOO_LARGE = (413, f"a request may have {BODY_BYTES:,} bytes")
 class Protocol(H11Protocol):
     """HTTP/1.1 in which a request must arrive whole in time, and idlers make way for newcomers."""
 
-    unfinished: ClassVar[dict["Protocol", None]] = {}  # oldest first
+    unfinished: ClassVar[dict["Protocol", asyncio.TimerHandle]] = {}  # oldest first
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock; the oldest connection that still has not said anything whole goes."""
         super().connection_made(transport)
-        self._deadline: asyncio.TimerHandle | None = None
         self._await_request()
         if len(self.unfinished) > UNFINISHED:
             next(iter(self.unfinished))._abort()
@@ -50,15 +49,12 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _await_request(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(RECEIVE_SECONDS, self._abort)
-            self.unfinished[self] = None
+        if self not in self.unfinished:
+            self.unfinished[self] = self.loop.call_later(RECEIVE_SECONDS, self._abort)
 
     def _arrived(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        self.unfinished.pop(self, None)
+        if deadline := self.unfinished.pop(self, None):
+            deadline.cancel()
 
     def _abort(self) -> None:
         self._arrived()
