@@ -23,7 +23,6 @@ from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.inference.batch import Text
 from sota_transformer.inference.generate import (
-    Decoder,
     Rows,
     generate,
     make_sampler,
@@ -257,7 +256,7 @@ def test_a_diverged_model_is_an_error() -> None:
     assert caught.value.code == 70
 
 
-def streamed(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
+def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     text = Text(tokenizer)
     return [*(text.push(token) for token in ids), text.finish()]
 
@@ -269,7 +268,7 @@ def test_streamed_text_is_the_text(text: str) -> None:
     assert "".join(pieces) == text
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """Ids that are bytes, so that every cut of a character can be tried."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:

@@ -105,11 +105,10 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
     """The figures that people ask for first."""
     step, steps = max(line["step"] for line in metrics), config.train.steps
     rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
-    losses = column(metrics, "loss")
     if judged := validations(metrics):
         last = judged[-1]
         rows.append((f"validation loss, step {last['step']:,}", judgement(last)))
-    if losses:
+    if losses := column(metrics, "loss"):
         rows.append(("training loss, last logged", f"{losses[-1][1]:.4f} nats"))
     if rates := [value for _, value in column(metrics, "tokens_per_second")]:
         rows.append(("speed, median", f"{statistics.median(rates):,.0f} tokens/s"))

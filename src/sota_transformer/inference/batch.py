@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sota_transformer.inference.generate import EOT, Decoder, Rows, Sampler, check_finite
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.inference.generate import EOT, Rows, Sampler, check_finite
 from sota_transformer.model.transformer import Transformer
 
 Reason = Literal["stop", "length"]
@@ -63,7 +64,7 @@ class Batch:
     """At most `rows` jobs, known by keys of the caller's, that advance together."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Decoder, rows: int, size: int | None = None
+        self, model: Transformer, tokenizer: Tokenizer, rows: int, size: int | None = None
     ) -> None:
         self._rows, self._tokenizer = Rows(model, rows, size), tokenizer
         self._going: dict[int, _Going] = {}
@@ -174,7 +175,7 @@ def _nats(logits: Tensor, tokens: Sequence[int], count: int) -> list[tuple[float
 
 
 def run_jobs(
-    model: Transformer, tokenizer: Decoder, jobs: Sequence[Job], rows: int
+    model: Transformer, tokenizer: Tokenizer, jobs: Sequence[Job], rows: int
 ) -> Iterator[tuple[int, Drawn]]:
     """All tokens of all jobs as they come, with the number of their job; `rows` jobs at a time."""
     need = max((len(job.tokens) + job.max_tokens for job in jobs), default=1)
@@ -194,7 +195,7 @@ def run_jobs(
 class Text:
     """Text of one job, piece by piece: whole characters only, and nothing from a stop string on."""
 
-    def __init__(self, tokenizer: Decoder, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""

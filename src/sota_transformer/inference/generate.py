@@ -13,7 +13,6 @@ the cost stays linear and nothing depends on how the sequence was fed.
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,14 +27,6 @@ _NUCLEUS_GUESS = 512  # likeliest tokens sorted first; nearly always they hold a
 
 Sampler = Callable[[Tensor, Sequence[int]], int]
 """(logits (V,) float32 on the CPU, the tokens so far) -> the next token."""
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that text needs."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of some tokens; not always whole characters."""
-        ...
 
 
 def probabilities(

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Batch, Drawn, Job
-from sota_transformer.inference.generate import Decoder
 from sota_transformer.model.transformer import Transformer
 
 Deliver = Callable[[Drawn | None], Any]
@@ -20,7 +20,7 @@ Deliver = Callable[[Drawn | None], Any]
 class Engine:
     """At most `rows` jobs run together, `waiting` more stand in line, others are turned away."""
 
-    def __init__(self, model: Transformer, tokenizer: Decoder, rows: int, waiting: int) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, waiting: int) -> None:
         self._make = lambda: Batch(model, tokenizer, rows)
         self._batch = self._make()
         self._limit = rows + waiting
