@@ -72,17 +72,16 @@ def score(model: Transformer, pairs: Sequence[Pair]) -> list[Scored]:
 
     Where both together exceed the model's context, the oldest tokens are not seen.
     """
-    results: list[Scored | None] = [None] * len(pairs)
+    results: dict[int, Scored] = {}
     groups = _shared(model.config.seq_len, pairs)
     with Meter("evaluate", sum(map(_tokens, groups))) as meter:
         for members in _batches(groups):
             places = [place for _, group in members for place, _ in group]
             lines = [line for _, group in members for _, line in group]
             hidden, targets = _continue(model, members, lines)
-            for place, scored in zip(places, _read(model, hidden, targets, lines), strict=True):
-                results[place] = scored
+            results |= zip(places, _read(model, hidden, targets, lines), strict=True)
             meter.add(sum(map(_tokens, members)))
-    return [result for result in results if result is not None]
+    return [results[place] for place in range(len(pairs))]
 
 
 _Group = tuple[list[int], list[tuple[int, list[int]]]]
@@ -112,19 +111,15 @@ def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
     """Groups whose beginnings have the same length, as many as a batch can hold."""
     for length, same in groupby(groups, key=lambda group: len(group[0])):
         batch: list[_Group] = []
-        rows = longest = 0
         for group in same:
-            rows += len(group[1])
-            longest = max(longest, *(len(line) for _, line in group[1]))
-            if batch and (
-                rows * longest > _LOGIT_ROWS or (len(batch) + 1) * length > _PREFIX_TOKENS
-            ):
+            grown = [*batch, group]
+            lines = [len(line) for _, members in grown for _, line in members]
+            full = len(lines) * max(lines) > _LOGIT_ROWS or len(grown) * length > _PREFIX_TOKENS
+            if batch and full:
                 yield batch
-                batch, rows = [], len(group[1])
-                longest = max(len(line) for _, line in group[1])
-            batch.append(group)
-        if batch:
-            yield batch
+                grown = [group]
+            batch = grown
+        yield batch
 
 
 def _continue(

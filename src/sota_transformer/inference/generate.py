@@ -177,17 +177,22 @@ class Rows:
             result[row] = self.start(row, known[-max(1, self.size // 2) :])
             self.tokens[row] = known
         if fitting:
-            logits = self._advance(list(fitting), list(fitting.values()))
-            result |= zip(fitting, logits, strict=True)
+            chosen = sorted(fitting)
+            logits = self._advance(chosen, [fitting[row] for row in chosen])
+            for row, line in zip(chosen, logits, strict=True):
+                self.tokens[row].append(fitting[row])
+                self.lengths[row] += 1
+                result[row] = line
         return torch.stack([result[row] for row in rows])
 
     def _advance(self, rows: list[int], tokens: list[int]) -> Tensor:
-        """One forward pass of (B, 1) tokens, each at the end of its row."""
-        if len(rows) == 1:
-            return self._advance_alone(rows[0], tokens[0])
+        """One forward pass of a token at the end of each row, in their order; logits (B, V)."""
+        if len(rows) == 1:  # the same with fewer calls
+            (row,), (token,) = rows, tokens
+            if row not in self._alone:
+                self._alone[row] = OneRow(self.model, self._cache.store[:, :, row])
+            return self.logits(self._alone[row](token, self.lengths[row]))
         device = self._cache.store.device
-        order = sorted(range(len(rows)), key=rows.__getitem__)
-        rows, tokens = [rows[i] for i in order], [tokens[i] for i in order]
         lengths = [self.lengths[row] for row in rows]
         ends = torch.tensor(lengths, device=device)
         mask = None
@@ -200,20 +205,7 @@ class Rows:
             mask=mask,
             positions=ends[:, None],
         )
-        for row, token in zip(rows, tokens, strict=True):
-            self.tokens[row].append(token)
-            self.lengths[row] += 1
-        logits = self.logits(hidden[:, -1])
-        return logits[torch.tensor(order).argsort()]
-
-    def _advance_alone(self, row: int, token: int) -> Tensor:
-        """The same for one row, with fewer calls."""
-        if row not in self._alone:
-            self._alone[row] = OneRow(self.model, self._cache.store[:, :, row])
-        hidden = self._alone[row](token, self.lengths[row])
-        self.tokens[row].append(token)
-        self.lengths[row] += 1
-        return self.logits(hidden)
+        return self.logits(hidden[:, -1])
 
     def _ids(self, tokens: list[list[int]]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self._cache.store.device)

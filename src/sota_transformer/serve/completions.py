@@ -68,8 +68,7 @@ class Completions:
         stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
         jobs = []
-        for tokens in (tokens for tokens in prompts for _ in range(wanted.n)):
-            number = len(jobs)
+        for number, tokens in enumerate(tokens for tokens in prompts for _ in range(wanted.n)):
             sampler = make_sampler(
                 wanted.temperature,
                 wanted.top_k,
