@@ -223,18 +223,14 @@ class Text:
         if self.stopped:
             return ""
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            keep = min(found)
-        else:
-            keep = len(self._held) - (0 if final else self._hidden())
+        self.stopped = bool(found)
+        keep = min(found, default=len(self._held) - (0 if final else self._hidden()))
         text, self._held = self._held[:keep], self._held[keep:]
         return text
 
     def _hidden(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
-                return size
-        return 0
+        sizes = range(min(longest, len(self._held)), 0, -1)
+        begins = (n for n in sizes if any(s.startswith(self._held[-n:]) for s in self._stops))
+        return next(begins, 0)
