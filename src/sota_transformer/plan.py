@@ -85,7 +85,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
     if there:
         epochs = total / there
         yield f"data: {there:,} training tokens, read {epochs:.2f} times" + (
-            "; past four times it over-fits: more text or fewer steps" if epochs > 4 else ""
+            "; past four times it over-fits: more text or fewer steps" if epochs > _FRESH_EPOCHS else ""
         )
     keep = config.train.keep_checkpoints + 2  # the best, and one that is being written
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
