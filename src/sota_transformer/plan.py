@@ -84,9 +84,9 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
     yield f"time: {_span(seconds)} for {counted(steps, 'step')}, validation and samples not counted"
     if there:
         epochs = total / there
-        yield f"data: {there:,} training tokens, read {epochs:.2f} times" + (
-            "; past four times it over-fits: more text or fewer steps" if epochs > _FRESH_EPOCHS else ""
-        )
+        over = "; past four times it over-fits: more text or fewer steps"
+        read = f"data: {there:,} training tokens, read {epochs:.2f} times"
+        yield read + over * (epochs > _FRESH_EPOCHS)
     keep = config.train.keep_checkpoints + 2  # the best, and one that is being written
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
