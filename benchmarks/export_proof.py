@@ -26,7 +26,7 @@ from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Job, run_jobs
 from sota_transformer.inference.generate import make_sampler
-from sota_transformer.inference.perplexity import perplexity
+from sota_transformer.inference.perplexity import sequence_sums, summarise
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.options import Evaluate, Export
 
@@ -69,7 +69,7 @@ def with_transformers(
             loss = torch.nn.functional.cross_entropy(logits.double(), row[1:], reduction="sum")
             total += float(loss)
     theirs = float(np.exp(total / ids[:, 1:].numel()))
-    mine_perplexity = perplexity(model, windows, TOKENIZER.token_bytes).perplexity
+    mine_perplexity = summarise(sequence_sums(model, windows, TOKENIZER.token_bytes)).perplexity
     show(
         "perplexity",
         sota=mine_perplexity,

@@ -33,7 +33,7 @@ from sota_transformer.inference.batch import Job, run_jobs
 from sota_transformer.inference.benchmarks import Choice, hellaswag
 from sota_transformer.inference.export import write_huggingface
 from sota_transformer.inference.generate import generate, make_sampler
-from sota_transformer.inference.perplexity import perplexity
+from sota_transformer.inference.perplexity import sequence_sums
 from sota_transformer.model.decode import lay_for_rows
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
@@ -76,7 +76,7 @@ def measure(name: str) -> None:
         took = seconds(partial(continued, rows))
         show(name, runtime, f"tokens generated, {rows} rows", rows * ADDED, took)
     windows = np.random.default_rng(0).integers(0, 50_000, (WINDOWS, config.seq_len + 1))
-    took = seconds(lambda: perplexity(model, windows, tokenizer.token_bytes))
+    took = seconds(lambda: sequence_sums(model, windows, tokenizer.token_bytes))
     show(name, runtime, f"tokens judged, windows of {config.seq_len}", windows[:, 1:].size, took)
     question = Choice("A person " * 20, ["walks to the door and opens it slowly"] * 4, 0)
     took = seconds(lambda: hellaswag(model, tokenizer, [question] * QUESTIONS))

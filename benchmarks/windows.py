@@ -29,7 +29,7 @@ from sota_transformer.config import Data, RunConfig
 from sota_transformer.data.packing import BestFit
 from sota_transformer.data.prepare import prepare
 from sota_transformer.data.tokenizer import Tokenizer
-from sota_transformer.inference.perplexity import perplexity
+from sota_transformer.inference.perplexity import sequence_sums, summarise
 from sota_transformer.options import Prepare
 from sota_transformer.plan import step_seconds
 from sota_transformer.presets import PRESETS
@@ -118,7 +118,8 @@ def outcome(config: RunConfig) -> Outcome:
     wanted = max(1, config.train.eval_tokens // config.model.seq_len)
     few = range(0, len(documents), max(1, len(documents) // wanted))
     sizes = Tokenizer().token_bytes
-    alone = perplexity(model, (documents[i] for i in few), sizes, document_mask=True)
+    sums = sequence_sums(model, (documents[i] for i in few), sizes, document_mask=True)
+    alone = summarise(sums)
     return Outcome(own, alone.nats, statistics.median(rates[1:] or rates), seconds)
 
 

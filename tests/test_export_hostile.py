@@ -104,6 +104,7 @@ WEIGHTS: dict[str, Callable[[Path], object]] = {
     "a huge width": lambda f: rewrite(f, hidden_size=65_536, head_dim=16_384),
     "a huge context": lambda f: rewrite(f, max_position_embeddings=1 << 40),
     "layers as text": lambda f: rewrite(f, num_hidden_layers="2"),
+    "layer types as a number": lambda f: rewrite(f, layer_types=2),
     "unknown key": lambda f: rewrite(f, auto_map={"AutoModelForCausalLM": "evil.Model"}),
     "attention implementation": lambda f: rewrite(f, _attn_implementation_internal="evil/kernel"),
     "another family": lambda f: rewrite(f, model_type="gpt2"),

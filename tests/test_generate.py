@@ -23,7 +23,6 @@ from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.inference.batch import Text
 from sota_transformer.inference.generate import (
-    Decoder,
     Rows,
     generate,
     make_sampler,
@@ -35,6 +34,7 @@ from sota_transformer.model.transformer import project
 from tests.inference_models import FULL, TINY, as_transformers, small_model
 
 GREEDY = make_sampler(temperature=0.0)
+TOKENIZER = Tokenizer()
 PROMPT = [464, 206, 586, 31]
 
 
@@ -256,7 +256,7 @@ def test_a_diverged_model_is_an_error() -> None:
     assert caught.value.code == 70
 
 
-def streamed(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
+def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     text = Text(tokenizer)
     return [*(text.push(token) for token in ids), text.finish()]
 
@@ -264,12 +264,11 @@ def streamed(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=60))
 def test_streamed_text_is_the_text(text: str) -> None:
-    tokenizer = Tokenizer()
-    pieces = streamed(tokenizer, tokenizer.encode(text))
+    pieces = streamed(TOKENIZER, TOKENIZER.encode(text))
     assert "".join(pieces) == text
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """Ids that are bytes, so that every cut of a character can be tried."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:

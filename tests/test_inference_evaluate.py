@@ -281,12 +281,13 @@ def test_without_the_hub_one_line_says_what_to_do(
         ('{"x": 1}', "field `text`"),
         ('{"text": "one"}', "two words"),
         ('{"text": 5}', "field `text`"),
+        ('{"text": "one", "ctx": 5, "endings": ["a"], "label": 0}', "two words"),
+        ('{"text": "one", "ctx": "x", "endings": "ab", "label": 0}', "two words"),
+        ('{"text": "one", "ctx": "x", "endings": ["a", ""], "label": "0"}', "two words"),
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_bad_benchmark_files_are_one_line(
-    run: Path, tmp_path: Path, content: str, message: str
-) -> None:
+def test_bad_files_are_one_line(run: Path, tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(content)
     with pytest.raises(SotaError, match=message) as caught:

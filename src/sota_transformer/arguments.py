@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_origin
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import SotaError
-from sota_transformer.presets import PRESETS, RECIPES, Recipe
+from sota_transformer.presets import PRESETS, RECIPES
 
 _Options = TypeVar("_Options")
 
@@ -45,7 +45,10 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
         raise SotaError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {names}")
-    recipe, rest = _recipe(rest)
+    given, rest = taken("--recipe", " or ".join(RECIPES), rest)
+    recipe = given or RECIPES[0]
+    if recipe not in RECIPES:
+        raise SotaError(f"--recipe must be {' or '.join(RECIPES)}, not {given!r}")
     short = ", ".join([*own, "--recipe NAME", *SHORT, "--override FIELD=VALUE"])
     config = parse(
         RunConfig,
@@ -59,16 +62,6 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         out = Path("runs") / f"{kind}-{config.data.path.resolve().name}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out))
     return config
-
-
-def _recipe(arguments: list[str]) -> tuple[Recipe, list[str]]:
-    """The recipe, and the arguments without it."""
-    kinds = " or ".join(RECIPES)
-    given, rest = taken("--recipe", kinds, arguments)
-    for recipe in RECIPES:
-        if given in (None, recipe):
-            return recipe, rest
-    raise SotaError(f"--recipe must be {kinds}, not {given!r}")
 
 
 def taken(flag: str, what: str, arguments: list[str]) -> tuple[str | None, list[str]]:

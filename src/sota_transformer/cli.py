@@ -6,11 +6,11 @@ A verb's module is imported when the verb is called, so help answers at once.
 import io
 import math
 import os
+import pkgutil
 import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from sota_transformer import __version__
 from sota_transformer.arguments import nearest, parse, resolve, taken
@@ -83,11 +83,16 @@ def _dispatch(arguments: list[str]) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         raise SotaError(f"no command {verb!r}{nearest(verb, VERBS)}; `sota --help` lists them")
-    return VERBS[verb][1](rest)
+    if verb == "plan":  # the one with an option that is not of the run
+        return _plan(rest)
+    _, kind, work = VERBS[verb]
+    options = resolve(rest, verb) if kind is RunConfig else parse(kind, verb, rest)
+    code = pkgutil.resolve_name(f"sota_transformer.{work}")(options)
+    return code if isinstance(code, int) else 0
 
 
 def _usage() -> str:
-    lines = [f"  sota {verb:<10} {text}" for verb, (text, _) in VERBS.items()]
+    lines = [f"  sota {verb:<10} {text}" for verb, (text, _, _) in VERBS.items()]
     head = "Pretrain your own GPT-2-class language model on the one machine you have."
     tail = "`sota COMMAND --help` shows a command's options. Documentation: docs/guide.md"
     return "\n".join([head, "", *lines, "", tail])
@@ -99,12 +104,8 @@ def _complain(text: str, code: int) -> int:
     return code
 
 
-def _train(arguments: list[str]) -> int:
-    return train_and_show(resolve(arguments, "train"))
-
-
 def train_and_show(config: RunConfig) -> int:
-    """Train, or go on, and say what came of it: the last sample and where everything lies."""
+    """Train, or go on, and say where everything lies and what to do with it."""
     from sota_transformer.doctor import admit
     from sota_transformer.runtime import is_first_rank
     from sota_transformer.training.start import train
@@ -118,93 +119,6 @@ def train_and_show(config: RunConfig) -> int:
     print(f'try it:  sota generate {folder} --prompt "{words}"')
     # All validation text may be a quarter of an hour on a CPU.
     print(f"judge it:  sota evaluate {folder} --tokens 250000   (without: all validation text)")
-    return 0
-
-
-def _doctor(arguments: list[str]) -> int:
-    options = parse(Doctor, "doctor", arguments)
-    from sota_transformer.doctor import run_doctor
-
-    return run_doctor(options)
-
-
-def _config(arguments: list[str]) -> int:
-    config = resolve(arguments, "config")
-    from sota_transformer.plan import memory_estimate, padding
-    from sota_transformer.schedules import describe
-
-    share = padding(config) if config.data.path.is_dir() else 0.0  # it may be for another machine
-    print(config.to_json(), end="")
-    for line in (*describe(config, share), memory_estimate(config)):
-        print(f"# {line}")
-    return 0
-
-
-def _prepare(arguments: list[str]) -> int:
-    options = parse(Prepare, "prepare", arguments)
-    from sota_transformer.data.prepare import prepare
-
-    prepare(options)
-    return 0
-
-
-def _merge(arguments: list[str]) -> int:
-    options = parse(Merge, "merge", arguments)
-    from sota_transformer.data.prepare import merge
-
-    merge(options)
-    return 0
-
-
-def _generate(arguments: list[str]) -> int:
-    options = parse(Generate, "generate", arguments)
-    from sota_transformer.commands.generate import run_generate
-
-    return run_generate(options)
-
-
-def _evaluate(arguments: list[str]) -> int:
-    options = parse(Evaluate, "evaluate", arguments)
-    from sota_transformer.commands.evaluate import run_evaluate
-
-    return run_evaluate(options)
-
-
-def _export(arguments: list[str]) -> int:
-    options = parse(Export, "export", arguments)
-    from sota_transformer.commands.transfer import run_export
-
-    return run_export(options)
-
-
-def _import(arguments: list[str]) -> int:
-    options = parse(Import, "import", arguments)
-    from sota_transformer.commands.transfer import run_import
-
-    return run_import(options)
-
-
-def _serve(arguments: list[str]) -> int:
-    options = parse(Serve, "serve", arguments)
-    from sota_transformer.commands.serve import run_serve
-
-    return run_serve(options)
-
-
-def _report(arguments: list[str]) -> int:
-    options = parse(Report, "report", arguments)
-    if not options.runs:
-        raise SotaError("report needs at least one RUN: a folder made by `sota train`")
-    if len(options.runs) == 1:
-        from sota_transformer.report import write_report
-
-        out = write_report(options.runs[0], options.out or options.runs[0] / "report.html")
-    else:
-        from sota_transformer.compare import write_comparison
-
-        out = options.out or Path("comparison.html")
-        print(write_comparison(options.runs, out))
-    print(f"wrote {out}")
     return 0
 
 
@@ -222,26 +136,31 @@ def _plan(arguments: list[str]) -> int:
     return run_plan(config, rest[0], hours)
 
 
-def _data(arguments: list[str]) -> int:
-    options = parse(DataView, "data", arguments)
-    from sota_transformer.data.view import describe
-
-    describe(options)
-    return 0
-
-
-VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "prepare": ("turn text into token shards", _prepare),
-    "merge": ("put the parts of a preparation together", _merge),
-    "data": ("look at prepared data", _data),
-    "plan": ("what a run takes here; with --hours H, what fits into them", _plan),
-    "train": ("train a model, or go on training it", _train),
-    "evaluate": ("judge a model: perplexity, bits per byte, LAMBADA, HellaSwag", _evaluate),
-    "report": ("one page about a run, or a comparison of several", _report),
-    "generate": ("continue prompts", _generate),
-    "export": ("write the model for transformers, MLX, vLLM, llama.cpp or Ollama", _export),
-    "serve": ("an OpenAI-compatible server with a page to try the model", _serve),
-    "import": ("make a run of a Hugging Face folder", _import),
-    "doctor": ("check this machine before it is trusted", _doctor),
-    "config": ("print a resolved run and its derived numbers", _config),
+# What `sota --help` says of a verb, its options, and the function that does it.
+VERBS: dict[str, tuple[str, type, str]] = {
+    "prepare": ("turn text into token shards", Prepare, "data.prepare:prepare"),
+    "merge": ("put the parts of a preparation together", Merge, "data.prepare:merge"),
+    "data": ("look at prepared data", DataView, "data.view:describe"),
+    "plan": ("what a run takes here; with --hours H, what fits into them", RunConfig, ""),
+    "train": ("train a model, or go on training it", RunConfig, "cli:train_and_show"),
+    "evaluate": (
+        "judge a model: perplexity, bits per byte, LAMBADA, HellaSwag",
+        Evaluate,
+        "commands.evaluate:run_evaluate",
+    ),
+    "report": ("one page about a run, or a comparison of several", Report, "compare:run_report"),
+    "generate": ("continue prompts", Generate, "commands.generate:run_generate"),
+    "export": (
+        "write the model for transformers, MLX, vLLM, llama.cpp or Ollama",
+        Export,
+        "commands.transfer:run_export",
+    ),
+    "serve": (
+        "an OpenAI-compatible server with a page to try the model",
+        Serve,
+        "commands.serve:run_serve",
+    ),
+    "import": ("make a run of a Hugging Face folder", Import, "commands.transfer:run_import"),
+    "doctor": ("check this machine before it is trusted", Doctor, "doctor:run_doctor"),
+    "config": ("print a resolved run and its derived numbers", RunConfig, "plan:run_config"),
 }

@@ -6,7 +6,7 @@ makes one line of runs that differ in their seed alone. All of it is from the ru
 """
 
 import bisect
-import dataclasses
+import itertools
 import math
 import os
 import shutil
@@ -22,6 +22,7 @@ from sota_transformer.config import RunConfig
 from sota_transformer.data.page import document, save, table
 from sota_transformer.data.progress import printable
 from sota_transformer.errors import SotaError
+from sota_transformer.options import Report
 from sota_transformer.presets import PRESETS, RECIPES
 from sota_transformer.report import (
     START,
@@ -36,6 +37,7 @@ from sota_transformer.report import (
     starts_of,
     validations,
     words,
+    write_report,
 )
 from sota_transformer.schedules import step_tokens
 from sota_transformer.training.runlog import read_config
@@ -44,9 +46,12 @@ from sota_transformer.words import perplexity
 # Okabe and Ito's colours, which the colour-blind tell apart; with five dashes, thirty looks.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2")
-# Where a run lies and how often it speaks, which decides no weight.
-_QUIET = {"path", "out", "log_every", "eval_every", "eval_tokens", "sample_every"}
-_QUIET |= {"save_every_minutes", "save_every_steps", "keep_checkpoints"}
+# Which run of a setting it is, where it lies and how often it speaks.
+_QUIET = {
+    "run.seed", "run.out", "data.path", "train.log_every", "train.eval_every", "train.eval_tokens",
+    "train.sample_every", "train.save_every_minutes", "train.save_every_steps",
+    "train.keep_checkpoints",
+}  # fmt: skip
 _SETTING = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds", "+- text")
 _EXPLAINED = (
     "+- beside a loss is its standard error over the windows of validation. Runs that compare were "
@@ -110,13 +115,8 @@ class _Run:
     @cached_property
     def setting(self) -> Hashable:
         """All that decides a loss, save the seed; and whether it is the loss at the end."""
-        values = [
-            value
-            for section in dataclasses.asdict(self.config).values()
-            for name, value in section.items()
-            if name not in _QUIET and name != "seed"
-        ]
-        return (*values, *self.measure.values(), *_changes(self), self.complete)
+        loud = [v for field, v in self.config.fields().items() if field not in _QUIET]
+        return (*loud, *self.measure.values(), *_changes(self), self.complete)
 
     @cached_property
     def _known(self) -> Points:
@@ -131,6 +131,19 @@ class _Run:
             later, more = self._known[after]
             return tokens + (step - at) / (later - at) * (more - tokens)
         return tokens + (step - at) * step_tokens(self.config, padding_of(self.record))
+
+
+def run_report(options: Report) -> int:
+    """The page of one run, or of several beside each other."""
+    if not options.runs:
+        raise SotaError("report needs at least one RUN: a folder made by `sota train`")
+    if len(options.runs) == 1:
+        out = write_report(options.runs[0], options.out or options.runs[0] / "report.html")
+    else:
+        out = options.out or Path("comparison.html")
+        print(write_comparison(options.runs, out))
+    print(f"wrote {out}")
+    return 0
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> str:
@@ -197,47 +210,40 @@ def _figures(run: _Run) -> dict[str, str]:
 
 def _judgement(kind: str, line: dict[str, Any]) -> dict[str, str]:
     """A validation, or dashes for none."""
-    cells = ("-", "-", "-", "-")
-    if line:
-        error = line.get("val_error")  # a single window has none
-        cells = (
-            f"{line['val_loss']:.4f}" + (f" +- {error:.4f}" if is_number(error) else ""),
-            perplexity(line.get("val_perplexity")),
-            f"{line['val_bits_per_byte']:.4f}",
-            f"{line['step']:,}",
-        )
     names = ("validation, nats", "perplexity", "bits/byte", "at step")
+    if not line:
+        return {f"{kind} {name}": "-" for name in names}
+    error = line.get("val_error")  # a single window has none
+    cells = (
+        f"{line['val_loss']:.4f}" + (f" +- {error:.4f}" if is_number(error) else ""),
+        perplexity(line.get("val_perplexity")),
+        f"{line['val_bits_per_byte']:.4f}",
+        f"{line['step']:,}",
+    )
     return {f"{kind} {name}": cell for name, cell in zip(names, cells, strict=True)}
 
 
 def _preset(config: RunConfig) -> str:
     """The preset that has this shape, and the recipe that is nearest."""
-    found = list[tuple[int, str]]()
-    for name, make in PRESETS.items():
-        for recipe in RECIPES:
-            preset = make(recipe)
-            other = [
-                field
-                for ours, theirs in ((config.model, preset.model), (config.optim, preset.optim))
-                for field, value in vars(theirs).items()
-                if getattr(ours, field) != value
-            ]
-            if not {"layers", "d_model", "d_ff"} & set(other):
-                found.append((len(other), f"{name}, {recipe}"))
-    return min(found, key=lambda one: one[0])[1] if found else "no preset's shape"
+    wanted, found = config.fields(), dict[str, int]()
+    for name, recipe in itertools.product(PRESETS, RECIPES):
+        fields = PRESETS[name](recipe).fields()
+        other = {f for f in fields if f[:6] in ("model.", "optim.") and fields[f] != wanted[f]}
+        if not {"model.layers", "model.d_model", "model.d_ff"} & other:
+            found[f"{name}, {recipe}"] = len(other)
+    return min(found, key=found.__getitem__, default="no preset's shape")
 
 
 def _particulars(run: _Run) -> dict[str, str]:
     """Every option by its name on the command line, and what the last start ran on."""
+    yes = {True: "yes", False: "no"}
     found = {
-        f"--{section}.{name.replace('_', '-')}": {True: "yes", False: "no"}[value]
-        if isinstance(value, bool)
-        else str(value)
-        for section, values in dataclasses.asdict(run.config).items()
-        for name, value in values.items()
-        if name != "out"
+        f"--{field.replace('_', '-')}": yes[value] if isinstance(value, bool) else str(value)
+        for field, value in run.config.fields().items()
+        if field != "run.out"
     }
-    machine = next((start.get("machine") for start in reversed(starts_of(run.record))), None)
+    starts = starts_of(run.record)
+    machine = starts[-1].get("machine") if starts else None
     parts = machine.items() if isinstance(machine, dict) else ()
     return found | {f"machine: {name}": words(value) for name, value in parts}
 
@@ -358,17 +364,16 @@ def _charts(runs: Sequence[_Run], settings: Sequence[_Setting]) -> Iterator[str]
         if len(common) > 1:
             low = [(x, min(of[x] for of in judged)) for x in common]
             bands.append([*low, *((x, max(of[x] for of in judged)) for x in reversed(common))])
-    looks = [
-        Curve([], _COLOURS[i % len(_COLOURS)], _DASHES[i % len(_DASHES)], name=run.name)
-        for i, run in enumerate(runs)
-    ]
-    each = list(zip(runs, looks, strict=True))
+
+    def curves(name: str, dots: bool) -> list[Curve]:
+        looks = zip(itertools.cycle(_COLOURS), itertools.cycle(_DASHES), runs)
+        return [Curve(points(run, name), c, d, dots=dots, name=run.name) for c, d, run in looks]
+
     shaded = "; shaded: between seeds" if bands else ""
     title = f"Validation loss, plain nats, over tokens learned from{shaded}"
-    curves = [look._replace(points=points(run, "val_loss"), dots=True) for run, look in each]
-    yield chart(title, curves, "tokens", bands)
-    curves = [look._replace(points=points(run, "loss")) for run, look in each]
-    yield chart("Training loss, plain nats, over tokens learned from", curves, "tokens")
+    yield chart(title, curves("val_loss", dots=True), "tokens", bands)
+    title = "Training loss, plain nats, over tokens learned from"
+    yield chart(title, curves("loss", dots=False), "tokens")
 
 
 def _text(rows: Rows) -> str:

@@ -64,8 +64,8 @@ class Model:
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
         sizes = ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab_size")
-        found = at_least(self, "model", 1, *sizes) + at_least(self, "model", 8, "seq_len")
-        found += _positive(self, "model", "rope_base", "norm_eps")
+        found = at_least(self, 1, *sizes) + at_least(self, 8, "seq_len")
+        found += _positive(self, "rope_base", "norm_eps")
         if self.vocab_size > MOST_VOCAB:
             found.append(f"model.vocab_size {self.vocab_size} must be at most {MOST_VOCAB}")
         if not found and self.d_model % (2 * self.heads):
@@ -85,10 +85,6 @@ class Data:
     """Training windows: the stream cut evenly, or documents kept whole, at the cost of padding."""
     document_mask: bool = False
     """Tokens see their own document only, not what stands before it in the window."""
-
-    def problems(self) -> list[str]:
-        """All that is wrong with this section."""
-        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +127,11 @@ class Optim:
         """All that is wrong with this section."""
         shares = ("beta1", "beta2", "label_smoothing", "dropout_start", "dropout_end")
         counts = ("warmup_steps", "weight_decay", "clip_norm", "matrix_rate")
-        found = _positive(self, "optim", "learning_rate", "eps")
-        found += at_least(self, "optim", 0, *counts)
-        found += _unless(lambda x: 0 <= x < 1, "in [0, 1)", self, "optim", *shares)
-        return found + _unless(
-            lambda x: 0 <= x <= 1, "in [0, 1]", self, "optim", "final_fraction", "cooldown"
-        )
+        found = _positive(self, "learning_rate", "eps")
+        found += at_least(self, 0, *counts)
+        found += _unless(lambda x: 0 <= x < 1, "in [0, 1)", self, *shares)
+        whole = ("final_fraction", "cooldown")
+        return found + _unless(lambda x: 0 <= x <= 1, "in [0, 1]", self, *whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +164,11 @@ class Train:
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
         counts = ("micro_rows", "eval_every", "sample_every", "save_every_steps")
-        found = at_least(self, "train", 1, "steps", "batch_rows", "log_every", "eval_tokens")
-        found += at_least(self, "train", 2, "keep_checkpoints")
+        found = at_least(self, 1, "steps", "batch_rows", "log_every", "eval_tokens")
+        found += at_least(self, 2, "keep_checkpoints")
         if self.steps >= 10**STEP_DIGITS:
             found.append(f"train.steps {self.steps} must be below {10**STEP_DIGITS:,}")
-        return found + at_least(self, "train", 0, *counts, "save_every_minutes")
+        return found + at_least(self, 0, *counts, "save_every_minutes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +198,7 @@ class Run:
 
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
-        found = at_least(self, "run", 0, "seed", "threads")
+        found = at_least(self, 0, "seed", "threads")
         if self.threads > _MOST_THREADS:
             found.append(f"run.threads {self.threads} must be at most {_MOST_THREADS}")
         step = self.resume.removeprefix("step:")
@@ -224,11 +219,11 @@ class RunConfig:
     run: Run
 
     def __post_init__(self) -> None:
-        found = [line for section in _SECTIONS for line in getattr(self, section).problems()]
+        checked = (self.model, self.optim, self.train, self.run)  # any of Data's values may be
+        found = [line for section in checked for line in section.problems()]
         found += [
-            f"{section}.{name} must be below 2**63"
-            for section in _SECTIONS
-            for name, value in vars(getattr(self, section)).items()
+            f"{name} must be below 2**63"
+            for name, value in self.fields().items()
             if isinstance(value, int | float) and value >= 2**63
         ]
         if found:
@@ -243,6 +238,14 @@ class RunConfig:
         parameters = self.model.parameter_count
         in_blocks = parameters - self.model.vocab_size * self.model.d_model
         return 12 * parameters - (4 * in_blocks if self.optim.matrix_rate else 0)
+
+    def fields(self) -> dict[str, Any]:
+        """Every value by its section and name, as `train.steps`."""
+        return {
+            f"{section}.{name}": value
+            for section in _SECTIONS
+            for name, value in vars(getattr(self, section)).items()
+        }
 
     def to_json(self) -> str:
         """All fields, resolved, as indented JSON."""
@@ -285,19 +288,17 @@ def _section(kind: type, values: Any) -> Any:
     return kind(**values | paths)
 
 
-def at_least(section: object, prefix: str, least: int, *names: str) -> list[str]:
+def at_least(section: object, least: int, *names: str) -> list[str]:
     """One line for each named field below `least`."""
-    return _unless(lambda x: x >= least, f"at least {least}", section, prefix, *names)
+    return _unless(lambda x: x >= least, f"at least {least}", section, *names)
 
 
-def _positive(section: object, prefix: str, *names: str) -> list[str]:
+def _positive(section: object, *names: str) -> list[str]:
     """One line for each named field that is not above zero."""
-    return _unless(lambda x: x > 0, "above 0", section, prefix, *names)
+    return _unless(lambda x: x > 0, "above 0", section, *names)
 
 
-def _unless(
-    holds: Callable[[Any], bool], must: str, section: object, prefix: str, *names: str
-) -> list[str]:
+def _unless(holds: Callable[[Any], bool], must: str, section: object, *names: str) -> list[str]:
     """One line for each named field of which this does not hold; it never does of NaN."""
-    values = vars(section)
+    values, prefix = vars(section), type(section).__name__.lower()
     return [f"{prefix}.{n} {values[n]} must be {must}" for n in names if not holds(values[n])]

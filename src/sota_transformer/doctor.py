@@ -11,9 +11,8 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sota_transformer import durable
 from sota_transformer.config import Run
@@ -21,6 +20,8 @@ from sota_transformer.errors import DIVERGED, SotaError
 from sota_transformer.options import Doctor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sota_transformer.runtime import Runtime
 
 _VERDICT = "doctor.json"
@@ -30,8 +31,7 @@ _DISK_BYTES = 64 << 20
 _SLOW_DISK = 20e6  # bytes/s below which a 125M checkpoint takes over a minute
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
+class Check(NamedTuple):
     """One line of the table."""
 
     name: str
@@ -51,12 +51,12 @@ def run_doctor(options: Doctor) -> int:
         mark = "[green]pass[/]" if line.passed else "[red]FAIL[/]"
         table.add_row(mark, line.name, line.detail, line.advice if not line.passed else "")
     Console().print(table)
-    failed = [line.name for line in failures(checks)]
-    fit = "this machine is fit to train on"
-    if any(not line.passed for line in checks):
-        fit += ", without torch.compile"
-    print(fit if not failed else f"not fit: {', '.join(failed)}")
-    return DIVERGED if failed else 0
+    if failed := failures(checks):
+        print(f"not fit: {', '.join(line.name for line in failed)}")
+        return DIVERGED
+    without = "" if all(line.passed for line in checks) else ", without torch.compile"
+    print(f"this machine is fit to train on{without}")
+    return 0
 
 
 def check(options: Doctor) -> list[Check]:
@@ -67,21 +67,25 @@ def check(options: Doctor) -> list[Check]:
         from sota_transformer.runtime import Runtime
     except ImportError as error:
         advice = "install the package again: pip install sota-transformer"
-        return [Check(name="torch", passed=False, detail=str(error), advice=advice)]
+        return [Check("torch", False, str(error), advice)]
     runtime = Runtime.detect(Run(device=options.device), parameters=16_000_000)
-    found = [Check(name="torch", passed=True, detail=torch.__version__)]
-    found += [Check(name="choice", passed=True, detail=reason) for reason in runtime.reasons]
-    found += arithmetic(runtime)
+    choices = (Check("choice", True, reason) for reason in runtime.reasons)
+    found = [Check("torch", True, torch.__version__), *choices, *arithmetic(runtime)]
     return [*found, _memory(runtime), *_disk(options.folder)]
 
 
 def arithmetic(runtime: "Runtime") -> list[Check]:
     """The probes and the whole model, on the runtime's device in its precision."""
-    from sota_transformer.probes import PROBES
+    import torch
 
-    found = [_probed(name, probe, runtime) for name, probe in PROBES.items()]
-    found.append(_model_check(dataclasses.replace(runtime, compile=False)))
-    return [*found, _model_check(runtime)] if runtime.compile else found
+    from sota_transformer import probes
+
+    plain = dataclasses.replace(runtime, compile=False)
+    cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
+    expected = probes.one_step(dataclasses.replace(plain, **cpu))
+    found = [_probed(name, probe, runtime) for name, probe in probes.PROBES.items()]
+    found.append(_model_check(plain, *expected))
+    return [*found, _model_check(runtime, *expected)] if runtime.compile else found
 
 
 def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
@@ -96,14 +100,13 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
         torch.manual_seed(0)
         error = probe(runtime.device, runtime.dtype)
     except (RuntimeError, NotImplementedError) as problem:
-        return Check(name=name, passed=False, detail=in_short(problem), advice=advice)
+        return Check(name, False, in_short(problem), advice)
     passed = error <= limit  # False for NaN
-    detail = f"error {error:.1e}, limit {limit:.0e}"
-    return Check(name=name, passed=passed, detail=detail, advice=advice)
+    return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
 
 
-def _model_check(runtime: "Runtime") -> Check:
-    """Loss and every gradient of a small model, against the CPU in float32."""
+def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tensor]") -> Check:
+    """Loss and every gradient of a small model, against those of the CPU in float32."""
     import torch
 
     from sota_transformer import probes
@@ -117,29 +120,20 @@ def _model_check(runtime: "Runtime") -> Check:
     try:
         loss, gradients = probes.one_step(runtime)
     except Exception as problem:  # a compiler or driver may raise anything
-        return Check(name=name, passed=False, detail=in_short(problem), advice=advice)
-    plain = {"device": torch.device("cpu"), "dtype": torch.float32, "compile": False}
-    expected_loss, expected = probes.one_step(dataclasses.replace(runtime, **plain))
+        return Check(name, False, in_short(problem), advice)
     loss_error = abs(loss - expected_loss) / expected_loss
     gradient_error = probes.farthest(gradients, expected)
-    return Check(
-        name=name,
-        passed=loss_error <= loss_limit and gradient_error <= limit,
-        detail=f"loss off by {loss_error:.0e} (limit {loss_limit:.0e}), gradients by "
-        f"{gradient_error:.0e} (limit {limit:.0e})",
-        advice=advice,
-    )
+    passed = loss_error <= loss_limit and gradient_error <= limit
+    detail = f"loss off by {loss_error:.0e} (limit {loss_limit:.0e})"
+    detail += f", gradients by {gradient_error:.0e} (limit {limit:.0e})"
+    return Check(name, passed, detail, advice)
 
 
 def _memory(runtime: "Runtime") -> Check:
     """Room for the 125M preset: 16 bytes a parameter and some activations."""
     available = runtime.available_memory()
-    return Check(
-        name="memory",
-        passed=available > 1e9,
-        detail=f"{available / 1e9:.1f} GB available (125m needs about 4 GB, 16m about 1.5)",
-        advice="close other programs",
-    )
+    detail = f"{available / 1e9:.1f} GB available (125m needs about 4 GB, 16m about 1.5)"
+    return Check("memory", available > 1e9, detail, "close other programs")
 
 
 def _disk(folder: Path) -> list[Check]:
@@ -155,23 +149,19 @@ def _disk(folder: Path) -> list[Check]:
         file.close()
         speed = _DISK_BYTES / (time.perf_counter() - started)
     except OSError as error:
-        detail = f"{folder}: {error.strerror}"
-        return [Check(name="disk", passed=False, detail=detail, advice="give another --folder")]
+        return [Check("disk", False, f"{folder}: {error.strerror}", "give another --folder")]
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
+    space, rate = f"{free / 1e9:.0f} GB free in {folder.resolve()}", f"{speed / 1e6:.0f} MB/s"
+    room = "make room: four checkpoints of 125m take 5.9 GB"
     return [
+        Check("disk space", free > 6e9, space, room),
         Check(
-            name="disk space",
-            passed=free > 6e9,
-            detail=f"{free / 1e9:.0f} GB free in {folder.resolve()}",
-            advice="make room: four checkpoints of 125m take 5.9 GB",
-        ),
-        Check(
-            name="disk speed",
-            passed=speed > _SLOW_DISK,
-            detail=f"{speed / 1e6:.0f} MB/s, durably written",
-            advice="use another disk, or save less often",
+            "disk speed",
+            speed > _SLOW_DISK,
+            f"{rate}, durably written",
+            "use another disk, or save less often",
         ),
     ]
 
@@ -194,7 +184,7 @@ def admit(folder: Path, runtime: "Runtime") -> "Runtime":
     verdict = {
         "machine": machine,
         "passed": not failures(checks),
-        "checks": [dataclasses.asdict(line) for line in checks],
+        "checks": [line._asdict() for line in checks],
     }
     durable.write_file(path, durable.canonical_json(verdict))
     if failed := failures(checks):

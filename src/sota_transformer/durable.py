@@ -286,7 +286,7 @@ def seal(manifest: dict[str, Any]) -> dict[str, Any]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """A sealed JSON file. Raises SotaError 65 if it is not one, or if any byte was changed."""
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             data = file.read(_MANIFEST_BYTES)
         value = json.loads(data)
         intact = isinstance(value, dict) and canonical_json(seal(value)) == data
@@ -297,7 +297,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_regular(path: Path) -> io.BufferedReader:
+def open_regular(path: Path) -> io.BufferedReader:
     """A plain file for reading: never follows a link, never waits on a pipe."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
@@ -306,7 +306,7 @@ def _open_regular(path: Path) -> io.BufferedReader:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a plain file's content."""
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -330,7 +330,7 @@ def _check(folder: Path, name: str, expected: Any) -> str | None:
     if "/" in name or name in ("", ".", "..") or not isinstance(expected, dict):
         return f"{folder / MANIFEST}: bad entry {name!r}"
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected.get("bytes"):
                 return f"{path}: {size} bytes, not {expected.get('bytes')}"
@@ -356,7 +356,7 @@ class DirectoryLock:
         deadline = time.monotonic() + _LOCK_SECONDS
         while (held := self._try()) is None:
             if time.monotonic() > deadline:
-                with _open_regular(self.path) as file:
+                with open_regular(self.path) as file:
                     holder = file.read(4096).decode(errors="replace").strip()
                 raise SotaError(
                     f"{self.path.parent} is in use by another process ({holder}); wait for it, "

@@ -16,7 +16,7 @@ class Prepare:
     """Turn text into token shards."""
 
     inputs: tuple[str, ...]
-    """Files, folders and globs; `python:` is the Python source on this machine."""
+    """Files, folders, globs, - (standard input) and python: (the Python source on this machine)."""
     out: Path = Path()
     """Folder to write."""
     val_fraction: float = 0.05
@@ -42,7 +42,7 @@ class Prepare:
 
     def problems(self) -> list[str]:
         """All that is wrong with these options."""
-        found = at_least(self, "prepare", 0, "workers", "memory_mb")
+        found = at_least(self, 0, "workers", "memory_mb")
         if not self.inputs:
             found.append("prepare needs at least one INPUT: a file, a folder, a glob, python: or -")
         if self.near_dedup and not 0.5 <= self.near_dedup <= 1:
@@ -178,9 +178,9 @@ class Export:
     """Write the model in a format that other programs load."""
 
     run: Path
-    """Folder of a run."""
+    """Folder of a run or of a Hugging Face model of this family."""
     out: Path = Path()
-    """Folder to write; it must not exist."""
+    """Folder to write; what is there already must be an empty folder."""
     format: Literal["hf", "gguf", "mlx"] = "hf"
     """hf and mlx: safetensors for transformers, vLLM, mlx-lm; gguf: llama.cpp and Ollama."""
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"
@@ -196,7 +196,7 @@ class Import:
     model: Path
     """Folder with config.json and safetensors."""
     out: Path = Path()
-    """Folder of the new run; it must not exist."""
+    """Folder of the new run; what is there already must be an empty folder."""
     data: Path | None = None
     """Folder made by `sota prepare`, to train on."""
     steps: int = 1000

@@ -63,6 +63,16 @@ def run_plan(config: RunConfig, preset: str, hours: float) -> int:
     return 0
 
 
+def run_config(config: RunConfig) -> int:
+    """Print the resolved run and what follows from it."""
+    # The data may be on another machine, for which this run is meant.
+    share = padding(config) if config.data.path.is_dir() else 0.0
+    print(config.to_json(), end="")
+    for line in (*describe(config, share), memory_estimate(config)):
+        print(f"# {line}")
+    return 0
+
+
 def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
     """Time, memory, data and expected loss of a run at this speed; `there` training tokens."""
     steps, parameters = config.train.steps, config.model.parameter_count
@@ -74,9 +84,9 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
     yield f"time: {_span(seconds)} for {counted(steps, 'step')}, validation and samples not counted"
     if there:
         epochs = total / there
-        yield f"data: {there:,} training tokens, read {epochs:.2f} times" + (
-            "; past four times it over-fits: more text or fewer steps" if epochs > 4 else ""
-        )
+        over = "; past four times it over-fits: more text or fewer steps"
+        read = f"data: {there:,} training tokens, read {epochs:.2f} times"
+        yield read + over * (epochs > _FRESH_EPOCHS)
     keep = config.train.keep_checkpoints + 2  # the best, and one that is being written
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
@@ -113,8 +123,9 @@ def compare(
     recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
     for name in (name for name in PRESETS if name in (preset, "16m", "125m", "250m")):
         own = PRESETS[name](recipe)
-        other = dataclasses.replace(own, run=config.run, data=config.data)
-        other = config if name == preset else other
+        other = config
+        if name != preset:
+            other = dataclasses.replace(own, run=config.run, data=config.data)
         parameters, per_step = other.model.parameter_count, step_tokens(other, 0)
         work = parameters / config.model.parameter_count * per_step / speed.tokens
         if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
@@ -144,8 +155,7 @@ def compare(
     _, name, steps, own, other = min(choices)
     usual = dataclasses.replace(other.train, steps=own.train.steps)
     run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
-    words = command(name, own, dataclasses.replace(other, train=usual, run=run))
-    words[3:3] = ["--recipe", recipe] if recipe != "seed" else []
+    words = command(name, dataclasses.replace(other, train=usual, run=run), recipe)
     yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
 
 
@@ -284,7 +294,7 @@ def _step_seconds(
 def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
     """The run with as many rows a step as let its steps end in `seconds` here; at least one.
 
-    Where that is few, a whole row more may be too much: longer rows use what time is left.
+    Where few rows fit, one more would be a large step: longer rows use the time that is left.
     """
     from sota_transformer.runtime import Runtime
 

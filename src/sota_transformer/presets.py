@@ -8,7 +8,7 @@ tested; the evidence for `fast` is in docs/results.md.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from sota_transformer.config import Data, Model, Optim, Run, RunConfig, Train
 
@@ -65,27 +65,21 @@ def _run(model: Model, train: Train, recipe: Recipe) -> RunConfig:
 
 
 PRESETS: dict[str, Callable[..., RunConfig]] = {
-    "tiny": tiny,
-    "16m": small,
-    "125m": base,
-    "250m": medium,
-}
+    "tiny": tiny, "16m": small, "125m": base, "250m": medium,
+}  # fmt: skip
 
 
-def command(name: str, preset: RunConfig, config: RunConfig) -> list[str]:
-    """The words that train `config` from the preset of this name."""
-    known, wanted = _flat(preset), _flat(config)
-    return ["sota", "train", name, *(wanted[key] for key in wanted if wanted[key] != known[key])]
+def command(name: str, config: RunConfig, recipe: Recipe = "seed") -> list[str]:
+    """The words that train `config` from the preset of this name and recipe."""
+    known = PRESETS[name](recipe).fields()
+    changed = {field: value for field, value in config.fields().items() if value != known[field]}
+    own = ["--recipe", recipe] if recipe != RECIPES[0] else []
+    return ["sota", "train", name, *own, *(_flag(*each) for each in changed.items())]
 
 
-def _flat(config: RunConfig) -> dict[str, str]:
-    """Every field, by name, as it is written on the command line."""
-    flags = {}
-    for section, values in dataclasses.asdict(config).items():
-        for name, value in values.items():
-            word = name.replace("_", "-")
-            if isinstance(value, bool):
-                flags[f"{section}.{name}"] = f"--{section}.{'' if value else 'no-'}{word}"
-            else:
-                flags[f"{section}.{name}"] = f"--{section}.{word}={value}"
-    return flags
+def _flag(field: str, value: Any) -> str:
+    """A field as it is written on the command line."""
+    section, _, name = field.replace("_", "-").partition(".")
+    if isinstance(value, bool):
+        return f"--{section}.{'' if value else 'no-'}{name}"
+    return f"--{section}.{name}={value}"

@@ -40,13 +40,16 @@ def _probe_head(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _probe_head_gradient(device: torch.device, dtype: torch.dtype) -> float:
-    """That of hidden states, a sum over the vocabulary, with large numbers behind the head."""
+    """Of the hidden states: a sum over the vocabulary, which must end where the head does.
+
+    Behind it lie large numbers, in memory that has just been freed.
+    """
     hidden, head = torch.randn(32, 64).to(dtype), torch.randn(50_258, 64).div(8).to(dtype)
     targets = torch.arange(32)
     logits = (hidden.double() @ head.double().t()).requires_grad_()
     F.cross_entropy(logits, targets, reduction="sum").backward()
     assert logits.grad is not None
-    float(torch.full((50_400, 64), 1e4, dtype=dtype, device=device).sum())  # freed, and taken again
+    float(torch.full((50_400, 64), 1e4, dtype=dtype, device=device).sum())
     there = hidden.to(device).requires_grad_()
     token_loss(there, head.to(device), targets.to(device), 0.0).smoothed.backward()
     assert there.grad is not None
@@ -158,9 +161,7 @@ def one_step(runtime: Runtime) -> tuple[float, list[Tensor]]:
     sums = token_loss(hidden, model.embedding.weight, tokens[:, 1:], 0.1, runtime.compile)
     loss = sums.smoothed / sums.count
     loss.backward()
-    gradients = [
-        p.grad.detach().float().cpu().clone() for p in model.parameters() if p.grad is not None
-    ]
+    gradients = [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), gradients
 
 

@@ -47,17 +47,21 @@ class Curve(NamedTuple):
 
 def write_report(folder: Path, out: Path) -> Path:
     """Write the page of a run. SotaError 65 or 66 if the folder is none, 73 if `out` cannot be."""
-    config, starts, metrics = read_config(folder), read_record(folder), logged(folder)
-    body = [f"<h1>{escape(str(folder))}</h1>"]
-    body += [f"<p>{escape(line)}</p>" for line in _described(config, starts, metrics)]
-    body += _summary(config, metrics)
-    body += _charts(config, metrics)
-    body += _validations(metrics)
-    body += _starts(starts)
-    body += _events(metrics)
-    body += _samples(folder, metrics[-1]["step"])
+    config, record, metrics = read_config(folder), read_record(folder), logged(folder)
+    done, learned = next(reversed(column(metrics, "tokens")), (0, 0))
+    described = describe(config, padding_of(record), int(done), int(learned))
     text = escape(config.to_json())
-    body.append(f"<details><summary>Configuration</summary><pre>{text}</pre></details>")
+    body = [
+        f"<h1>{escape(str(folder))}</h1>",
+        *(f"<p>{escape(line)}</p>" for line in described),
+        *_summary(config, metrics),
+        *_charts(config, metrics),
+        *_validations(metrics),
+        *_starts(record),
+        *_events(metrics),
+        *_samples(folder, metrics[-1]["step"]),
+        f"<details><summary>Configuration</summary><pre>{text}</pre></details>",
+    ]
     save(out, document(f"Run: {folder}", body))
     return out
 
@@ -81,14 +85,6 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     raise SotaError(f"{folder} has logged nothing yet; there is nothing to report", NO_INPUT)
 
 
-def _described(
-    config: RunConfig, starts: dict[str, Any], metrics: list[dict[str, Any]]
-) -> list[str]:
-    """The run in words, as far as it has come."""
-    done, learned = next(reversed(column(metrics, "tokens")), (0, 0))
-    return describe(config, padding_of(starts), int(done), int(learned))
-
-
 def padding_of(record: dict[str, Any]) -> float:
     """Share of the targets that is padding, as far as run.json knows."""
     padding = record.get("padding")
@@ -109,11 +105,10 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
     """The figures that people ask for first."""
     step, steps = max(line["step"] for line in metrics), config.train.steps
     rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
-    losses = column(metrics, "loss")
     if judged := validations(metrics):
         last = judged[-1]
         rows.append((f"validation loss, step {last['step']:,}", judgement(last)))
-    if losses:
+    if losses := column(metrics, "loss"):
         rows.append(("training loss, last logged", f"{losses[-1][1]:.4f} nats"))
     if rates := [value for _, value in column(metrics, "tokens_per_second")]:
         rows.append(("speed, median", f"{statistics.median(rates):,.0f} tokens/s"))
@@ -163,8 +158,7 @@ def chart(
     everything = [point for part in (*(c.points for c in curves), *bands) for point in part]
     if len(everything) < 2:
         return ""
-    low, high = min(y for _, y in everything), max(y for _, y in everything)
-    first, last = min(x for x, _ in everything), max(x for x, _ in everything)
+    (first, last), (low, high) = ((min(line), max(line)) for line in zip(*everything, strict=True))
     span, length = high - low or abs(high) or 1.0, last - first or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:

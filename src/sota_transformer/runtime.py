@@ -30,6 +30,8 @@ from sota_transformer.errors import TEMPORARY, SotaError
 
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of torch.cpu: with either, matrix products in bfloat16 are faster than in float32.
+_FAST_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 _SILENCE = timedelta(minutes=10)  # longer than the first process alone checks, samples or saves
 
 
@@ -52,7 +54,7 @@ class Runtime:
     @classmethod
     def detect(cls, run: Run, parameters: int) -> "Runtime":
         """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
-        rank, world = _rank(), _launched("WORLD_SIZE", 1)
+        rank, world = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
         device, why_device = _device(run.device)
         if world > 1 and device.type == "mps":
             raise SotaError("MPS trains in one process; start it without torchrun")
@@ -119,7 +121,7 @@ class Runtime:
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Run what has other shapes than training as it is: compiling it would not pay."""
+        """Compile nothing inside: what has other shapes than training would not pay for it."""
         if not self.compile:
             yield
             return
@@ -146,13 +148,13 @@ class Runtime:
         return tensor
 
     def sum_array(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The same of an array on the CPU, which with one rank it does not leave."""
+        """Sum an array, which is on the CPU, over ranks; one rank's does not leave it."""
         if self.world == 1:
             return array
         return self.sum_(torch.from_numpy(array).to(self.device)).cpu().numpy()
 
     def of_first(self, *values: int) -> list[int]:
-        """What the first process says; the others' values do not count."""
+        """The first process's values, in every process."""
         mine = values if self.rank == 0 else (0,) * len(values)
         said = torch.tensor(mine, dtype=torch.int64, device=self.device)  # bools are a byte each
         return self.sum_(said).tolist()
@@ -223,10 +225,9 @@ def out_of_memory(error: Exception) -> bool:
     # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
     words += ("Cannot allocate memory (12)",)  # a file that is mapped (safetensors#528)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
     said = str(error)  # a compiler that ran out of it would do so again for fewer rows
-    return any(word in said for word in words) and "C++ compile error" not in said
+    known = any(word in said for word in words) and "C++ compile error" not in said
+    return known or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 @contextmanager
@@ -245,7 +246,7 @@ def _together() -> Iterator[None]:
 
 
 def _left_by_limit() -> int:
-    """Bytes that the limit of a container, or of a service, still leaves; many without one."""
+    """Bytes that the memory limit of a container or service leaves; sys.maxsize without one."""
     try:
         group = re.search("^0::/(.*)$", _CGROUP.read_text(), re.M)
         folder = _CGROUPS / (group[1] if group else "")
@@ -254,11 +255,6 @@ def _left_by_limit() -> int:
         return max(0, limit - used + (int(cached[1]) if cached else 0))
     except (OSError, ValueError):  # no such system, or the limit is the word "max"
         return sys.maxsize
-
-
-def _rank() -> int:
-    """This process's number among those that torchrun started."""
-    return _launched("RANK", 0)
 
 
 def _launched(name: str, least: int) -> int:
@@ -271,7 +267,7 @@ def _launched(name: str, least: int) -> int:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that writes."""
-    return _rank() == 0
+    return _launched("RANK", 0) == 0
 
 
 def _device(wanted: str) -> tuple[torch.device, str]:
@@ -330,15 +326,9 @@ def activations(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float16, "float16 with a scaled loss: this GPU has no bfloat16"
     if device.type == "mps":
         return torch.float32, "float32: bfloat16 is emulated on M1 and M2"
-    if _cpu_has_bfloat16():
+    if any(getattr(torch.cpu, name, bool)() for name in _FAST_BFLOAT16):
         return torch.bfloat16, "bfloat16: this processor multiplies it in hardware"
     return torch.float32, "float32: this processor has no bfloat16 arithmetic"
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 here."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, str]:
@@ -350,7 +340,8 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
             return False, "not compiled: torch.compile on MPS has given wrong results"
         if parameters < _COMPILE_FROM_PARAMETERS:
             return False, "not compiled: too small a model to pay for it"
-        if device.type == "cpu" and not _cxx_compiler():
+        compilers = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        if device.type == "cpu" and not compilers:
             return False, "not compiled: no C++ compiler here (with g++ it is twice as fast)"
     try:
         probe = torch.compile(lambda x: x.sin() + 1)
@@ -380,16 +371,9 @@ def stay_awake() -> None:
             subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
-def _cxx_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use, if there is one."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-
-
 def _keep_freed_memory() -> None:
     """Let glibc keep and reuse large buffers, which it would unmap and fault in anew each step."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-            mallopt(mmap_max, 0)
-            mallopt(trim_threshold, 2**31 - 1)
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)

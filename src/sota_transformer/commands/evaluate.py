@@ -25,14 +25,8 @@ from sota_transformer.words import counted, json_line, perplexity
 
 def run_evaluate(options: Evaluate) -> int:
     """One table, or one JSON object, of every figure that was asked for."""
-    check(
-        {
-            "--tokens, --limit, --context and --stride must be 0 or more": min(
-                options.tokens, options.limit, options.context, options.stride
-            )
-            >= 0
-        }
-    )
+    least = min(options.tokens, options.limit, options.context, options.stride)
+    check({"--tokens, --limit, --context and --stride must be 0 or more": least >= 0})
     opened = open_model(options.run, options.device, options.step)
     tokenizer = Tokenizer()
     result: dict[str, Any] = {
@@ -43,7 +37,14 @@ def run_evaluate(options: Evaluate) -> int:
     benchmarks_only = options.lambada or options.hellaswag or options.tasks
     if options.text or options.against or not benchmarks_only:
         result |= _text_figures(options, opened, tokenizer)
-    result["benchmarks"] = [row._asdict() for row in _benchmarks(options, opened, tokenizer)]
+    rows = list[benchmarks.Benchmark]()
+    if options.lambada:
+        texts, standard = examples.lambada(options.lambada, options.limit)
+        rows += benchmarks.lambada(opened.model, tokenizer, texts, standard)
+    if options.hellaswag:
+        choices = examples.hellaswag(options.hellaswag, options.limit)
+        rows += benchmarks.hellaswag(opened.model, tokenizer, choices)
+    result["benchmarks"] = [row._asdict() for row in rows]
     if options.tasks:
         result["lm_eval"] = _harness(options, opened, tokenizer)
     if options.json:
@@ -61,9 +62,9 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     longest = min(each.model.config.seq_len for each in models)
     context = min(options.context or longest, longest)
     stride = min(options.stride or context, context)
-    most, files = options.tokens or sys.maxsize, list[Path]()
-    if options.text:
-        files = _text_files(options.text)
+    most = options.tokens or sys.maxsize
+    files = _text_files(options.text) if options.text else []
+    if files:
         name = ", ".join(map(str, options.text))
         decode = (tokenizer.encode(decoded(path.read_bytes(), path)) for path in files)
         texts = _first((np.array([EOT, *ids], np.uint16) for ids in decode), most)
@@ -118,12 +119,8 @@ def _sums(
     """(N, 3) of all texts. ValueError when there is none."""
     model, masked = opened.model, bool(opened.config and opened.config.data.document_mask)
     with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
-        return np.concatenate(
-            [
-                sliding_sums(model, each, token_bytes, context, stride, masked, meter)
-                for each in texts
-            ]
-        )
+        sums = (sliding_sums(model, t, token_bytes, context, stride, masked, meter) for t in texts)
+        return np.concatenate(list(sums))
 
 
 def _warn_of_other_data(opened: Opened, judged: Opened, fingerprint: str) -> None:
@@ -153,20 +150,6 @@ def _text_files(paths: tuple[Path, ...]) -> list[Path]:
     if not found:
         raise SotaError(f"{', '.join(map(str, paths))}: no .txt, .md or .py file inside", NO_INPUT)
     return found
-
-
-def _benchmarks(
-    options: Evaluate, opened: Opened, tokenizer: Tokenizer
-) -> list[benchmarks.Benchmark]:
-    """The figures of LAMBADA and HellaSwag from local files or the hub."""
-    rows: list[benchmarks.Benchmark] = []
-    if options.lambada:
-        texts, standard = examples.lambada(options.lambada, options.limit)
-        rows += benchmarks.lambada(opened.model, tokenizer, texts, standard)
-    if options.hellaswag:
-        choices = examples.hellaswag(options.hellaswag, options.limit)
-        rows += benchmarks.hellaswag(opened.model, tokenizer, choices)
-    return rows
 
 
 def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -9,46 +9,40 @@ import io
 import json
 import os
 import urllib.request
+from collections import ChainMap
 from http.client import HTTPException
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sota_transformer import durable
 from sota_transformer.commands.common import decoded
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.benchmarks import Choice, hellaswag_choice
+from sota_transformer.shapes import misfit
 
 _LARGEST = 64 << 20
 _SECONDS = 20
 
 
-class _Source(NamedTuple):
-    """One table of the hub, and the names its columns get here."""
-
-    place: str
-    columns: dict[str, str]
-
-
+# The hub's tables of each benchmark, and what their columns are called here.
 _TABLES = {
-    "lambada": (
-        _Source("EleutherAI/lambada_openai default/test", {"text": "text"}),
-        _Source("cimec/lambada plain_text/test", {"text": "standard"}),
-    ),
-    "hellaswag": (
-        _Source(
-            "Rowan/hellaswag default/validation",
-            {name: name for name in ("activity_label", "ctx_a", "ctx_b", "endings", "label")},
-        ),
-    ),
+    "lambada": {
+        "EleutherAI/lambada_openai default/test": {"text": "text"},
+        "cimec/lambada plain_text/test": {"text": "standard"},
+    },
+    "hellaswag": {
+        "Rowan/hellaswag default/validation": {
+            name: name for name in ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+        },
+    },
 }
 
 
 def lambada(place: Path, limit: int) -> tuple[list[str], list[str]]:
     """Texts in OpenAI's form, and in the original one, of a file or `hub`. SotaError 65 or 66."""
     path, examples = _objects("lambada", place, limit)
-    texts = [example["text"] for example in examples if "text" in example]
-    standard = [example["standard"] for example in examples if "standard" in example]
+    texts, standard = ([e[field] for e in examples if field in e] for field in ("text", "standard"))
     both = [*texts, *standard]
     if not both or not all(isinstance(text, str) and " " in text.strip() for text in both):
         raise SotaError(
@@ -66,20 +60,18 @@ def hellaswag(place: Path, limit: int) -> list[Choice]:
 
 
 def _choice(path: Path, example: dict[str, Any]) -> Choice:
-    """One example of HellaSwag, with the hub's fields or with ctx alone."""
-    try:
-        endings, label = list(example["endings"]), int(example["label"])
-        if not all(isinstance(e, str) and e.strip() for e in endings) or not (
-            0 <= label < len(endings)
-        ):
-            raise ValueError("endings must be texts and label one of their numbers")
-        if "ctx_a" in example:
-            activity, first = example["activity_label"], example["ctx_a"]
-            return hellaswag_choice(activity, first, example["ctx_b"], endings, label)
-        return Choice(example["ctx"], endings, label)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"no field {error}" if isinstance(error, KeyError) else error
-        raise SotaError(f"{path}: not an example of HellaSwag ({why})", BAD_DATA) from error
+    """One example of HellaSwag, with the hub's fields or with ctx alone. SotaError 65."""
+    texts = ("activity_label", "ctx_a", "ctx_b") if "ctx_a" in example else ("ctx",)
+    shape = dict.fromkeys(texts, str) | {"endings": [str], "label": (int, str)}
+    if wrong := misfit(example, shape):
+        raise SotaError(f"{path}: not an example of HellaSwag ({wrong})", BAD_DATA)
+    endings, label = example["endings"], str(example["label"])
+    if label not in map(str, range(len(endings))) or not all(e.strip() for e in endings):
+        raise SotaError(f"{path}: endings must be texts and label one of their numbers", BAD_DATA)
+    if "ctx_a" in example:
+        activity, first, second = (example[name] for name in ("activity_label", "ctx_a", "ctx_b"))
+        return hellaswag_choice(activity, first, second, endings, int(label))
+    return Choice(example["ctx"], endings, int(label))
 
 
 def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, Any]]]:
@@ -114,17 +106,14 @@ def _fetch(name: str) -> Path:
     path = cache / f"{name}.jsonl"
     if path.is_file():
         return path
-    tables = [_rows(name, source) for source in _TABLES[name]]
-    lines = [
-        {key: value for row in rows if row for key, value in row.items()}
-        for rows in zip_longest(*tables)
-    ]
+    tables = [_rows(name, place, columns) for place, columns in _TABLES[name].items()]
+    lines = [dict(ChainMap(*rows)) for rows in zip_longest(*tables, fillvalue={})]
     durable.make_folder(cache)
     durable.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return path
 
 
-def _rows(name: str, source: _Source) -> list[dict[str, Any]]:
+def _rows(name: str, place: str, columns: dict[str, str]) -> list[dict[str, Any]]:
     """The rows of one table, under our names of its columns."""
     try:
         from pyarrow.parquet import read_table
@@ -133,16 +122,13 @@ def _rows(name: str, source: _Source) -> list[dict[str, Any]]:
             f"--{name} hub reads Parquet, and the package {error.name} is missing: "
             "pip install 'sota-transformer[parquet]'"
         ) from error
-    data = _download(name, source.place)
+    data = _download(name, place)
     try:
-        table = read_table(io.BytesIO(data), columns=list(source.columns))
-        return [
-            {ours: row[theirs] for theirs, ours in source.columns.items()}
-            for row in table.to_pylist()
-        ]
+        table = read_table(io.BytesIO(data)).select(list(columns))
+        return table.rename_columns(list(columns.values())).to_pylist()
     except (ValueError, OSError, KeyError) as error:
         line = str(error).strip().partition("\n")[0]
-        raise SotaError(f"the hub's {source.place} is not what it was: {line}", BAD_DATA) from error
+        raise SotaError(f"the hub's {place} is not what it was: {line}", BAD_DATA) from error
 
 
 def _download(name: str, place: str) -> bytes:

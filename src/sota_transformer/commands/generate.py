@@ -121,11 +121,11 @@ def _prompts(path: Path) -> list[str]:
     if not lines:
         raise SotaError(f"{path}: needs at least one prompt", BAD_DATA)
     if path.suffix == ".jsonl":
-        return [_field(path, number, line) for number, line in lines.items()]
+        return [_prompt(path, number, line) for number, line in lines.items()]
     return list(lines.values())
 
 
-def _field(path: Path, number: int, line: str) -> str:
+def _prompt(path: Path, number: int, line: str) -> str:
     """The prompt in one line of .jsonl. SotaError 65 that names the line."""
     try:
         prompt = json.loads(line)["prompt"]

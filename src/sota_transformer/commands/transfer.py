@@ -13,7 +13,6 @@ from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.shards import load_manifest
 from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
 from sota_transformer.inference.export import (
-    Proof,
     probe_logits,
     proof,
     prove_huggingface,
@@ -40,7 +39,8 @@ def run_export(options: Export) -> int:
     opened = open_model(options.run, "cpu", options.step)
     model, out = opened.model, options.out.absolute()
     size = 4 * model.config.parameter_count
-    if shutil.disk_usage(_existing(out)).free < 1.2 * size:
+    there = next(folder for folder in (out, *out.parents) if folder.is_dir())
+    if shutil.disk_usage(there).free < 1.2 * size:
         raise SotaError(f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk", IO_FAILED)
     durable.make_folder(out.parent)
     for left in out.parent.glob(f".tmp-{glob.escape(out.name)}-????????"):  # by a killed export
@@ -51,11 +51,7 @@ def run_export(options: Export) -> int:
         else:
             write_huggingface(writer, model, options.dtype, _card(opened, options.dtype))
             proofs = prove_huggingface(writer.path, model, options.dtype)
-    for found in proofs:
-        print(
-            f"read back by {found.reader}: logits differ by at most {found.difference:.3g} "
-            f"(their spread is {found.spread:.3g})"
-        )
+    print("\n".join(proofs))
     step = "" if opened.step is None else f", step {opened.step}"
     print(f"{out}: {options.format}, {options.dtype}{step}")
     return 0
@@ -74,11 +70,7 @@ def _free(out: Path) -> dict[str, bool]:
     }
 
 
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
-def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[Proof]:
+def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[str]:
     """The file, a Modelfile for Ollama, and the proof."""
     try:
         from sota_transformer.inference import gguf_file
@@ -89,8 +81,7 @@ def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[Proo
     aside = writer.path / ".part"
     gguf_file.write_gguf(aside, opened.model, dtype, opened.name)
     with writer.create(gguf_file.NAME) as file, aside.open("rb") as source:
-        while block := source.read(1 << 22):
-            file.write(block)
+        shutil.copyfileobj(source, file, 1 << 22)
     aside.unlink()
     writer.write("Modelfile", gguf_file.modelfile(opened.model.config).encode())
     back = gguf_file.read_gguf(writer.path / gguf_file.NAME, opened.model.config)
@@ -189,10 +180,7 @@ def run_import(options: Import) -> int:
     durable.write_file(out / "config.json", config.to_json().encode())
     print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
     if options.data:
-        print(f"train on:  {shlex.join(_train_command(config))}")
+        # The preset that is closest to it has the shortest command.
+        words = min((command(name, config) for name in PRESETS), key=len)
+        print(f"train on:  {shlex.join(words)}")
     return 0
-
-
-def _train_command(config: RunConfig) -> list[str]:
-    """The command whose configuration is `config`, from the preset that is closest to it."""
-    return min((command(name, make(), config) for name, make in PRESETS.items()), key=len)

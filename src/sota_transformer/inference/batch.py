@@ -9,14 +9,15 @@ its row at once.
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB
-from sota_transformer.inference.generate import EOT, Decoder, Rows, Sampler, check_finite
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.inference.generate import EOT, Rows, Sampler, check_finite
 from sota_transformer.model.transformer import Transformer
 
 Reason = Literal["stop", "length"]
@@ -64,7 +65,7 @@ class Batch:
     """At most `rows` jobs, known by keys of the caller's, that advance together."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Decoder, rows: int, size: int | None = None
+        self, model: Transformer, tokenizer: Tokenizer, rows: int, size: int | None = None
     ) -> None:
         self._rows, self._tokenizer = Rows(model, rows, size), tokenizer
         self._going: dict[int, _Going] = {}
@@ -84,7 +85,7 @@ class Batch:
         going = _Going(job, row, text, self._rows.logits(hidden[-1:])[0])
         if job.echo:
             assert len(hidden) == len(job.tokens)
-            going.left, going.hidden = len(hidden), hidden
+            going.echoing = going.echo(self._rows, hidden)
         self._going[key] = going
 
     def drop(self, key: int) -> None:
@@ -100,10 +101,7 @@ class Batch:
         told: list[tuple[int, Drawn]] = []
         moving: list[tuple[_Going, Drawn]] = []
         for key, going in list(self._going.items()):
-            if going.left:
-                results = going.echo(self._rows)
-            else:
-                results = [going.draw(self._rows.tokens[going.row])]
+            results = next(going.echoing, None) or [going.draw(self._rows.tokens[going.row])]
             told += [(key, result) for result in results]
             if results[-1].reason:
                 self.drop(key)
@@ -125,33 +123,27 @@ class _Going:
     text: "Text"
     logits: Tensor
     count: int = 0
-    left: int = 0  # tokens of the prompt still to echo
-    hidden: Tensor | None = None  # (T, D), what predicts them
+    echoing: Iterator[list[Drawn]] = field(default_factory=lambda: iter(()))
 
-    def echo(self, rows: Rows) -> list[Drawn]:
-        """The next tokens of the prompt."""
-        assert self.hidden is not None
-        begin = len(self.job.tokens) - self.left
-        end = min(begin + _ECHOED, len(self.job.tokens))
-        known: list[tuple[float | None, Likely]] = [(None, [])] * (end - begin)
-        if self.job.alternatives is not None:
-            first = max(begin, 1)  # nothing predicts the very first token
-            logits = rows.logits(self.hidden[first - 1 : end - 1])
-            known[first - begin :] = _nats(
-                logits, self.job.tokens[first:end], self.job.alternatives
-            )
-        drawn = []
-        for token, (logprob, pairs) in zip(self.job.tokens[begin:end], known, strict=True):
-            offset = self.text.length
-            text = self.text.pass_on(token)
-            drawn.append(Drawn(token, logprob, pairs, text, None, offset, True))
-        self.left -= len(drawn)
-        if not self.left:
-            self.hidden = None
-            if not self.job.max_tokens:
+    def echo(self, rows: Rows, hidden: Tensor) -> Iterator[list[Drawn]]:
+        """The tokens of the prompt, some at a time; `hidden` (T, D) predicts what follows each."""
+        tokens, count = self.job.tokens, self.job.alternatives
+        for begin in range(0, len(tokens), _ECHOED):
+            part = tokens[begin : begin + _ECHOED]
+            known: list[tuple[float | None, Likely]] = [(None, [])] * len(part)
+            if count is not None:
+                first, end = max(begin, 1), begin + len(part)  # nothing predicts the very first
+                logits = rows.logits(hidden[first - 1 : end - 1])
+                known[first - begin :] = _nats(logits, tokens[first:end], count)
+            drawn = []
+            for token, (logprob, pairs) in zip(part, known, strict=True):
+                offset = self.text.length
+                text = self.text.pass_on(token)
+                drawn.append(Drawn(token, logprob, pairs, text, None, offset, True))
+            if begin + len(part) == len(tokens) and not self.job.max_tokens:
                 shown = drawn[-1].text + self.text.finish()
                 drawn[-1] = drawn[-1]._replace(text=shown, reason="length")
-        return drawn
+            yield drawn
 
     def draw(self, history: Sequence[int]) -> Drawn:
         """The next token and what it means."""
@@ -184,7 +176,7 @@ def _nats(logits: Tensor, tokens: Sequence[int], count: int) -> list[tuple[float
 
 
 def run_jobs(
-    model: Transformer, tokenizer: Decoder, jobs: Sequence[Job], rows: int
+    model: Transformer, tokenizer: Tokenizer, jobs: Sequence[Job], rows: int
 ) -> Iterator[tuple[int, Drawn]]:
     """All tokens of all jobs as they come, with the number of their job; `rows` jobs at a time."""
     need = max((len(job.tokens) + job.max_tokens for job in jobs), default=1)
@@ -204,7 +196,7 @@ def run_jobs(
 class Text:
     """Text of one job, piece by piece: whole characters only, and nothing from a stop string on."""
 
-    def __init__(self, tokenizer: Decoder, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -232,18 +224,14 @@ class Text:
         if self.stopped:
             return ""
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            keep = min(found)
-        else:
-            keep = len(self._held) - (0 if final else self._hidden())
+        self.stopped = bool(found)
+        keep = min(found, default=len(self._held) - (0 if final else self._hidden()))
         text, self._held = self._held[:keep], self._held[keep:]
         return text
 
     def _hidden(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
-                return size
-        return 0
+        sizes = range(min(longest, len(self._held)), 0, -1)
+        begins = (n for n in sizes if any(s.startswith(self._held[-n:]) for s in self._stops))
+        return next(begins, 0)

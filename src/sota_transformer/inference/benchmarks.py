@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,17 +72,16 @@ def score(model: Transformer, pairs: Sequence[Pair]) -> list[Scored]:
 
     Where both together exceed the model's context, the oldest tokens are not seen.
     """
-    results: list[Scored | None] = [None] * len(pairs)
+    results: dict[int, Scored] = {}
     groups = _shared(model.config.seq_len, pairs)
     with Meter("evaluate", sum(map(_tokens, groups))) as meter:
         for members in _batches(groups):
             places = [place for _, group in members for place, _ in group]
             lines = [line for _, group in members for _, line in group]
             hidden, targets = _continue(model, members, lines)
-            for place, scored in zip(places, _read(model, hidden, targets, lines), strict=True):
-                results[place] = scored
+            results |= zip(places, _read(model, hidden, targets, lines), strict=True)
             meter.add(sum(map(_tokens, members)))
-    return [result for result in results if result is not None]
+    return [results[place] for place in range(len(pairs))]
 
 
 _Group = tuple[list[int], list[tuple[int, list[int]]]]
@@ -94,7 +94,7 @@ def _tokens(group: _Group) -> int:
 
 
 def _shared(seq_len: int, pairs: Sequence[Pair]) -> list[_Group]:
-    """Neighbours with one beginning together, longest beginnings first."""
+    """Pairs that follow each other and begin alike, as groups; longest beginnings first."""
     seen: list[tuple[list[int], int, list[int]]] = []
     for place, (context, continuation) in enumerate(pairs):
         whole = [*context, *continuation][-seq_len - 1 :]
@@ -111,19 +111,15 @@ def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
     """Groups whose beginnings have the same length, as many as a batch can hold."""
     for length, same in groupby(groups, key=lambda group: len(group[0])):
         batch: list[_Group] = []
-        rows = longest = 0
         for group in same:
-            rows += len(group[1])
-            longest = max(longest, *(len(line) for _, line in group[1]))
-            if batch and (
-                rows * longest > _LOGIT_ROWS or (len(batch) + 1) * length > _PREFIX_TOKENS
-            ):
+            grown = [*batch, group]
+            lines = [len(line) for _, members in grown for _, line in members]
+            full = len(lines) * max(lines) > _LOGIT_ROWS or len(grown) * length > _PREFIX_TOKENS
+            if batch and full:
                 yield batch
-                batch, rows = [], len(group[1])
-                longest = max(len(line) for _, line in group[1])
-            batch.append(group)
-        if batch:
-            yield batch
+                grown = [group]
+            batch = grown
+        yield batch
 
 
 def _continue(
@@ -169,21 +165,21 @@ def _read(
 
 
 def _share(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
-    """A share of right answers, with the standard error of a mean."""
-    n = len(right)
-    p = sum(right) / n
-    error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-    return Benchmark(name, p, error, n, protocol)
+    """A share of right answers."""
+    return Benchmark(name, *_mean(right), len(right), protocol)
 
 
 def _perplexity(name: str, nats: Sequence[float], protocol: str) -> Benchmark:
     """exp of the mean, with the delta method's error."""
-    n = len(nats)
-    mean = sum(nats) / n
+    mean, error = _mean(nats)
     value = math.exp(min(mean, 700.0))
-    spread = sum((x - mean) ** 2 for x in nats)
-    error = value * math.sqrt(spread / (n - 1) / n) if n > 1 else None
-    return Benchmark(name, value, error, n, protocol)
+    return Benchmark(name, value, error and value * error, len(nats), protocol)
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error; None for a single value."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.mean(values)), error
 
 
 def lambada(

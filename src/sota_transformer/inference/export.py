@@ -6,7 +6,7 @@ by this package's own reader, and by `transformers` where it is installed.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -19,22 +19,11 @@ from sota_transformer.inference.layout import EOT, PAD, huggingface_config, hugg
 from sota_transformer.inference.tokenizer_files import huggingface_files
 from sota_transformer.model.transformer import Transformer
 
-TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Root mean square difference allowed, as a share of the logits' spread: rounding to 24, 11 and 8
 # bits, and to 8 bits with a common scale, with room for how layers add it up. Logits of another
 # model differ by about 1.4.
 _ALLOWED = {"float32": 1e-5, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.25}
 _PROBE_TOKENS = 64
-
-
-class Proof(NamedTuple):
-    """What came of reading an export back."""
-
-    reader: str
-    difference: float
-    """Largest difference of a logit."""
-    spread: float
-    """Standard deviation of the logits, to judge the difference by."""
 
 
 def write_huggingface(writer: FolderWriter, model: Transformer, dtype: str, card: str) -> None:
@@ -46,18 +35,16 @@ def write_huggingface(writer: FolderWriter, model: Transformer, dtype: str, card
     if config.vocab_size > PAD:  # padding is never text
         generation |= {"pad_token_id": PAD, "suppress_tokens": list(range(PAD, config.vocab_size))}
     writer.write("generation_config.json", canonical_json(generation))
-    tensors = {
-        name: tensor.to(TYPES[dtype]).contiguous()
-        for name, tensor in huggingface_tensors(model).items()
-    }
+    kind = getattr(torch, dtype)
+    tensors = {n: t.to(kind).contiguous() for n, t in huggingface_tensors(model).items()}
     writer.write(WEIGHTS, save(tensors, metadata={"format": "pt"}))
     for name, data in huggingface_files(config.seq_len).items():
         writer.write(name, data)
     writer.write("README.md", card.encode())
 
 
-def prove_huggingface(folder: Path, model: Transformer, dtype: str) -> list[Proof]:
-    """Read a written folder back and compare. SotaError 70 where it is not the same model."""
+def prove_huggingface(folder: Path, model: Transformer, dtype: str) -> list[str]:
+    """Read a written folder back: what each reader found. SotaError 70 for another model."""
     ours = probe_logits(model)
     proofs = [proof("this package", ours, probe_logits(read_model(folder)), dtype)]
     try:
@@ -86,14 +73,15 @@ def probe_logits(model: Transformer) -> Tensor:
     return model.logits(model(probe(model).to(model.rope.device)))[0].cpu()
 
 
-def proof(reader: str, ours: Tensor, theirs: Tensor, dtype: str) -> Proof:
-    """Compare logits (T, V). SotaError 70 if they differ by more than the type explains."""
+def proof(reader: str, ours: Tensor, theirs: Tensor, dtype: str) -> str:
+    """Logits (T, V) compared, in words. SotaError 70 if they differ by more than the type explains.
+
+    What differs is said beside the logits' standard deviation, to judge it by.
+    """
     difference, spread = float((ours - theirs).abs().max()), float(ours.std())
     typical = float((ours - theirs).square().mean().sqrt())
+    found = f"logits differ by at most {difference:.3g} (their spread is {spread:.3g})"
     if not typical <= _ALLOWED[dtype] * max(spread, 1e-3):
-        raise SotaError(
-            f"the export is not the model: read back by {reader}, a logit differs by "
-            f"{difference:.3g} (the logits' spread is {spread:.3g}); nothing was written",
-            DIVERGED,
-        )
-    return Proof(reader, difference, spread)
+        text = f"the export is not the model: read back by {reader}, {found}; nothing was written"
+        raise SotaError(text, DIVERGED)
+    return f"read back by {reader}: {found}"

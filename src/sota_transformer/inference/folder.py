@@ -1,23 +1,23 @@
 """Reads a Hugging Face folder of this family without trusting one byte of it.
 
 The configuration has a closed list of keys, file names come from an allow-list, links are not
-followed, and every shape and offset of a safetensors header is checked against the configuration
-and the size of the file before anything is allocated. Nothing is run, nothing outside is opened.
+followed, and every name and shape in a safetensors header is checked against the configuration
+before anything is allocated (its offsets by `safetensors`, against the size of the file). Nothing
+is run, nothing outside is opened.
 """
 
-import errno
 import json
 import os
 import re
-import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sota_transformer.config import Model
+from sota_transformer.durable import open_regular
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.layout import expected_shapes, own_config, own_tensors
 from sota_transformer.model.transformer import Transformer, rotary
@@ -26,7 +26,6 @@ WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _JSON_BYTES = 4 << 20
-_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -57,12 +56,9 @@ def read_model(folder: Path) -> Transformer:
 
 
 def _open(folder: Path, name: str) -> BinaryIO:
-    """A plain file inside the folder; never a link, never a pipe."""
-    path = folder / name
+    """A plain file inside the folder. SotaError 65 or 66."""
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+        return open_regular(folder / name)
     except FileNotFoundError as error:
         raise SotaError(f"has no {name}", NO_INPUT) from error
     except OSError as error:
@@ -74,10 +70,6 @@ def _json(folder: Path, name: str) -> Any:
         data = file.read(_JSON_BYTES + 1)
     if len(data) > _JSON_BYTES:
         raise SotaError(f"{name} is larger than {_JSON_BYTES >> 20} MiB", BAD_DATA)
-    return _parse(data, name)
-
-
-def _parse(data: bytes, name: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -117,58 +109,24 @@ def _file_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of one file, each with a name and a shape that are expected."""
     with _open(folder, name) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _JSON_BYTES):
-            raise SotaError(f"{name}: not safetensors (header of {length:,} bytes)", BAD_DATA)
-        header = _parse(file.read(length), name)
-        if not isinstance(header, dict):
-            raise SotaError(f"{name}: not safetensors (the header is no object)", BAD_DATA)
-        header.pop("__metadata__", None)
-        entries = sorted(
-            (_entry(name, key, value, expected) for key, value in header.items()),
-            key=lambda entry: entry[1],
-        )
-        end = 0
-        for key, begin, count, kind in entries:  # without gaps or overlaps, up to the last byte
-            if begin != end:
-                raise SotaError(f"{name}: the offsets of {key} are wrong", BAD_DATA)
-            end = begin + count * kind.itemsize
-        if end != size - 8 - length:
-            raise SotaError(f"{name}: {size:,} bytes are not those of its header", BAD_DATA)
-        return {
-            key: _read(file, name, count, kind).reshape(expected[key])
-            for key, _, count, kind in entries
-        }
+        try:  # by its descriptor, so that what is read is the plain file that was opened
+            with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (it is no dict)
+                    _check(name, key, opened.get_slice(key), expected)
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise SotaError(f"{name}: not safetensors ({error})", BAD_DATA) from error
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise SotaError(f"{name}: holds numbers that are not finite", BAD_DATA)
+    return tensors
 
 
-def _entry(
-    name: str, key: str, value: Any, expected: dict[str, tuple[int, ...]]
-) -> tuple[str, int, int, torch.dtype]:
-    """(tensor, first byte, elements, type) of a header's entry."""
+def _check(name: str, key: str, entry: Any, expected: dict[str, tuple[int, ...]]) -> None:
+    """SotaError 65 for a tensor that the configuration does not have."""
     if key not in expected:
         raise SotaError(f"{name}: unknown tensor {key[:80]!r}", BAD_DATA)
-    shape, kind = expected[key], None
-    if isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}:
-        kind = _TYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
-    if kind is None:
+    if entry.get_dtype() not in ("F32", "F16", "BF16"):
         raise SotaError(f"{name}: {key} is not float32, float16 or bfloat16", BAD_DATA)
-    if value["shape"] != list(shape):
-        text = str(value["shape"])[:60]
-        raise SotaError(f"{name}: {key} has shape {text}, not {list(shape)}", BAD_DATA)
-    count = int(np.prod(shape))
-    begin, *end = value["data_offsets"] if isinstance(value["data_offsets"], list) else [None]
-    if not isinstance(begin, int) or end != [begin + count * kind.itemsize]:
-        raise SotaError(f"{name}: the offsets of {key} are wrong", BAD_DATA)
-    return key, begin, count, kind
-
-
-def _read(file: BinaryIO, name: str, count: int, kind: torch.dtype) -> Tensor:
-    """The next `count` elements."""
-    data = bytearray(count * kind.itemsize)
-    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
-        raise SotaError(f"{name}: cut short", BAD_DATA)
-    tensor = torch.frombuffer(data, dtype=kind)
-    if not torch.isfinite(tensor).all():
-        raise SotaError(f"{name}: holds numbers that are not finite", BAD_DATA)
-    return tensor
+    if entry.get_shape() != list(expected[key]):
+        text = f"{str(entry.get_shape())[:60]}, not {list(expected[key])}"
+        raise SotaError(f"{name}: {key} has shape {text}", BAD_DATA)

@@ -13,29 +13,20 @@ the cost stays linear and nothing depends on how the sequence was fed.
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.data.tokenizer import EOT
 from sota_transformer.errors import DIVERGED, SotaError
 from sota_transformer.model.decode import OneRow
 from sota_transformer.model.transformer import Cache, Transformer
 
-EOT = GPT2_VOCAB - 1  # <|endoftext|>
 _NUCLEUS_GUESS = 512  # likeliest tokens sorted first; nearly always they hold all of top-p
 
 Sampler = Callable[[Tensor, Sequence[int]], int]
 """(logits (V,) float32 on the CPU, the tokens so far) -> the next token."""
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that text needs."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of some tokens; not always whole characters."""
-        ...
 
 
 def probabilities(
@@ -80,13 +71,12 @@ def _penalised(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor
 
 def _nucleus_edge(chances: Tensor, top_p: float) -> float:
     """Least probability in the smallest set that holds `top_p` (Holtzman et al. 2020)."""
-    for count in (min(_NUCLEUS_GUESS, chances.shape[0]), chances.shape[0]):
-        ranked = chances.topk(count).values
-        before = ranked.double().cumsum(0) - ranked
-        inside = int((before < top_p).sum())
-        if inside < count or count == chances.shape[0]:
-            return float(ranked[max(inside, 1) - 1])
-    raise AssertionError("the whole vocabulary was ranked")
+    ranked = chances.topk(min(_NUCLEUS_GUESS, len(chances))).values
+    if ranked.double().sum() < top_p:
+        ranked = chances.sort(descending=True).values
+    before = ranked.double().cumsum(0) - ranked
+    inside = int((before < top_p).sum())
+    return float(ranked[max(inside, 1) - 1])
 
 
 def make_sampler(
@@ -156,9 +146,9 @@ class Rows:
 
     @torch.inference_mode()
     def read(self, row: int, tokens: Sequence[int]) -> Tensor:
-        """The same, but the hidden states (T, D) of the tokens that are seen.
+        """As `start`, but the hidden states (T, D) of the tokens that are seen.
 
-        Several continuations of one prompt come one after another: it is computed for the first.
+        Several continuations of one prompt begin one after another: the first alone computes them.
         """
         self.tokens[row] = list(tokens)
         seen = self.tokens[row][-self.size :]
@@ -178,26 +168,32 @@ class Rows:
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Add one token to each of `rows`; logits (len(rows), V) of the next ones, on the CPU."""
-        full = [i for i, row in enumerate(rows) if self.lengths[row] == self.size]
-        fitting = [i for i in range(len(rows)) if i not in full]
-        result: list[Tensor | None] = [None] * len(rows)
-        for i in full:
-            known = [*self.tokens[rows[i]], tokens[i]]
-            result[i] = self.start(rows[i], known[-max(1, self.size // 2) :])
-            self.tokens[rows[i]] = known
+        result: dict[int, Tensor] = {}
+        fitting = {}
+        for row, token in zip(rows, tokens, strict=True):
+            if self.lengths[row] < self.size:
+                fitting[row] = token
+                continue
+            known = [*self.tokens[row], token]
+            result[row] = self.start(row, known[-max(1, self.size // 2) :])
+            self.tokens[row] = known
         if fitting:
-            logits = self._advance([rows[i] for i in fitting], [tokens[i] for i in fitting])
-            for i, line in zip(fitting, logits, strict=True):
-                result[i] = line
-        return torch.stack([line for line in result if line is not None])
+            chosen = sorted(fitting)
+            logits = self._advance(chosen, [fitting[row] for row in chosen])
+            for row, line in zip(chosen, logits, strict=True):
+                self.tokens[row].append(fitting[row])
+                self.lengths[row] += 1
+                result[row] = line
+        return torch.stack([result[row] for row in rows])
 
     def _advance(self, rows: list[int], tokens: list[int]) -> Tensor:
-        """One forward pass of (B, 1) tokens, each at the end of its row."""
-        if len(rows) == 1:
-            return self._advance_alone(rows[0], tokens[0])
+        """One forward pass of a token at the end of each row, in their order; logits (B, V)."""
+        if len(rows) == 1:  # the same with fewer calls
+            (row,), (token,) = rows, tokens
+            if row not in self._alone:
+                self._alone[row] = OneRow(self.model, self._cache.store[:, :, row])
+            return self.logits(self._alone[row](token, self.lengths[row]))
         device = self._cache.store.device
-        order = sorted(range(len(rows)), key=rows.__getitem__)
-        rows, tokens = [rows[i] for i in order], [tokens[i] for i in order]
         lengths = [self.lengths[row] for row in rows]
         ends = torch.tensor(lengths, device=device)
         mask = None
@@ -210,20 +206,7 @@ class Rows:
             mask=mask,
             positions=ends[:, None],
         )
-        for row, token in zip(rows, tokens, strict=True):
-            self.tokens[row].append(token)
-            self.lengths[row] += 1
-        logits = self.logits(hidden[:, -1])
-        return logits[torch.tensor(order).argsort()]
-
-    def _advance_alone(self, row: int, token: int) -> Tensor:
-        """The same for one row, with fewer calls."""
-        if row not in self._alone:
-            self._alone[row] = OneRow(self.model, self._cache.store[:, :, row])
-        hidden = self._alone[row](token, self.lengths[row])
-        self.tokens[row].append(token)
-        self.lengths[row] += 1
-        return self.logits(hidden)
+        return self.logits(hidden[:, -1])
 
     def _ids(self, tokens: list[list[int]]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self._cache.store.device)

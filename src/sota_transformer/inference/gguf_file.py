@@ -4,6 +4,7 @@ Needs the package `gguf` (extra [gguf]). Names are llama.cpp's. Its `llama` rota
 pairs where ours rotates halves, so rows of q and k are interleaved; its `qwen3` rotates halves.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import numpy as np
 import torch
 
 from sota_transformer.config import Model
-from sota_transformer.inference.layout import EOT, PAD, huggingface_tensors, own_tensors
+from sota_transformer.inference.layout import (
+    EOT,
+    PAD,
+    expected_shapes,
+    huggingface_tensors,
+    own_tensors,
+)
 from sota_transformer.inference.tokenizer_files import merges, vocabulary
 from sota_transformer.model.transformer import Transformer
 
@@ -27,29 +34,16 @@ _TYPES = {
     "q8_0": (_KINDS.Q8_0, _FILES.MOSTLY_Q8_0),
 }
 _BLOCK = 32  # elements that share a scale in Q8_0
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor, from Hugging Face's."""
-    if name == "model.embed_tokens.weight":
-        return "token_embd.weight"
-    if name == "model.norm.weight":
-        return "output_norm.weight"
-    _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{_NAMES[inner]}.weight"
+def _names(config: Model, theirs: Iterable[str]) -> dict[str, str]:
+    """llama.cpp's name of each tensor by Hugging Face's."""
+    known = gguf.get_tensor_name_map(_architecture(config), config.layers)
+    return {name: f"{known[name.removesuffix('.weight')]}.weight" for name in theirs}
+
+
+def _architecture(config: Model) -> gguf.MODEL_ARCH:
+    return gguf.MODEL_ARCH.QWEN3 if config.qk_norm else gguf.MODEL_ARCH.LLAMA
 
 
 def _interleaved(config: Model, name: str, array: Array, back: bool = False) -> Array:
@@ -66,7 +60,7 @@ def write_gguf(path: Path, model: Transformer, dtype: str, name: str) -> None:
     """The whole file; matrices in `dtype`, norms in float32."""
     config = model.config
     kind, file_type = _TYPES[dtype]
-    writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_context_length(config.seq_len)
@@ -82,13 +76,15 @@ def write_gguf(path: Path, model: Transformer, dtype: str, name: str) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, config.vocab_size)
-    for theirs, tensor in huggingface_tensors(model).items():
+    tensors = huggingface_tensors(model)
+    names = _names(config, tensors)
+    for theirs, tensor in tensors.items():
         array = _interleaved(config, theirs, tensor.numpy())
         used = kind if array.ndim == 2 else _KINDS.F32
         if used == _KINDS.Q8_0 and array.shape[-1] % _BLOCK:
             used = _KINDS.F16  # its rows do not divide into blocks
         data = gguf.quants.quantize(np.ascontiguousarray(array), used)
-        writer.add_tensor(gguf_name(theirs), data, raw_dtype=used)
+        writer.add_tensor(names[theirs], data, raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -117,12 +113,12 @@ def read_gguf(path: Path, config: Model) -> Transformer:
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         for tensor in gguf.GGUFReader(path).tensors
     }
-    model = Transformer(config)
-    tensors = {}
-    for theirs, tensor in huggingface_tensors(model).items():
-        array = stored[gguf_name(theirs)].reshape(tuple(tensor.shape))
-        array = _interleaved(config, theirs, array, back=True)
+    shapes = expected_shapes(config)
+    names, tensors = _names(config, shapes), {}
+    for theirs, shape in shapes.items():
+        array = _interleaved(config, theirs, stored[names[theirs]].reshape(shape), back=True)
         tensors[theirs] = torch.from_numpy(np.array(array, np.float32))
+    model = Transformer(config)
     model.load_state_dict(own_tensors(config, tensors))
     return model.eval()
 

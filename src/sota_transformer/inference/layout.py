@@ -12,23 +12,20 @@ import torch
 from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB, MOST_VOCAB, Model
+from sota_transformer.data.tokenizer import EOT
 from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.model.transformer import Transformer
 
-EOT, PAD = GPT2_VOCAB - 1, GPT2_VOCAB
-_LARGEST = {
-    "layers": 512, "d_model": 65_536, "heads": 1024, "kv_heads": 1024, "d_ff": 262_144,
-    "seq_len": 1 << 17, "vocab_size": MOST_VOCAB,
-}  # fmt: skip
+PAD = GPT2_VOCAB
 _LARGEST_ROTARY = 1 << 26  # positions x head dimension
-_SIZES = {
-    "layers": "num_hidden_layers",
-    "d_model": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "d_ff": "intermediate_size",
-    "seq_len": "max_position_embeddings",
-    "vocab_size": "vocab_size",
+_SIZES = {  # our name: theirs, and the largest that is read
+    "layers": ("num_hidden_layers", 512),
+    "d_model": ("hidden_size", 65_536),
+    "heads": ("num_attention_heads", 1024),
+    "kv_heads": ("num_key_value_heads", 1024),
+    "d_ff": ("intermediate_size", 262_144),
+    "seq_len": ("max_position_embeddings", 1 << 17),
+    "vocab_size": ("vocab_size", MOST_VOCAB),
 }
 # What may stand in a config.json beside the sizes, and the values under which the model is ours.
 _NEEDED: dict[str, tuple[Any, ...]] = {
@@ -54,11 +51,10 @@ _ANY = {  # do not change what the model computes
 
 def huggingface_config(config: Model, dtype: str) -> dict[str, Any]:
     """The content of config.json; `dtype` is that of the tensors beside it."""
-    kind = "qwen3" if config.qk_norm else "llama"
-    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
+    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, (theirs, _) in _SIZES.items()}
     values |= {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": kind,
+        "model_type": "qwen3" if config.qk_norm else "llama",
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
         # Both spellings: transformers 5 reads the second, other programs the first.
@@ -76,15 +72,16 @@ def huggingface_config(config: Model, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    extra = {"use_sliding_window": False, "sliding_window": None} if config.qk_norm else {}
-    return values | (extra or {"mlp_bias": False})
+    if config.qk_norm:
+        return values | {"use_sliding_window": False, "sliding_window": None}
+    return values | {"mlp_bias": False}
 
 
 def own_config(values: Any) -> Model:
     """Our configuration from a config.json. SotaError 65 for any other family of models."""
     if not isinstance(values, dict):
         raise SotaError("config.json: needs a JSON object", BAD_DATA)
-    known = {*_NEEDED, *_APART, *_ANY, *_SIZES.values()}
+    known = {*_NEEDED, *_APART, *_ANY, *(theirs for theirs, _ in _SIZES.values())}
     if unknown := sorted(set(values) - known):
         raise SotaError(f"config.json: unknown keys {', '.join(map(repr, unknown[:9]))}", BAD_DATA)
     found = [
@@ -97,11 +94,13 @@ def own_config(values: Any) -> Model:
         found.append(f"model_type {kind!r} (needs 'llama' or 'qwen3')")
     if values.get("tie_word_embeddings") is not True:
         found.append("tie_word_embeddings is not true: this family ties them")
-    if any(layer != "full_attention" for layer in values.get("layer_types") or ()):
+    layers = values.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         found.append("layer_types other than full_attention")
     if found:
         raise SotaError(f"config.json is not of this family: {'; '.join(found)}"[:600], BAD_DATA)
-    sizes = {ours: _whole(values, theirs, _LARGEST[ours]) for ours, theirs in _SIZES.items()}
+    values = {"num_key_value_heads": values.get("num_attention_heads")} | values
+    sizes = {ours: _whole(values, theirs, most) for ours, (theirs, most) in _SIZES.items()}
     if sizes["vocab_size"] < GPT2_VOCAB:
         raise SotaError(
             f"config.json: vocab_size {sizes['vocab_size']} is not GPT-2's {GPT2_VOCAB:,} or a "
@@ -123,26 +122,25 @@ def _model(values: dict[str, Any], sizes: dict[str, int]) -> Model:
         qk_norm=values["model_type"] == "qwen3",
     )
     problems = model.problems()
-    if not problems and values.get("head_dim", model.head_dim) != model.head_dim:
-        problems = [f"head_dim {values['head_dim']!r} is not hidden_size / num_attention_heads"]
-    if not problems and model.seq_len * model.head_dim > _LARGEST_ROTARY:
-        problems = [f"max_position_embeddings {model.seq_len} is too long for this head_dim"]
+    if values.get("head_dim", model.head_dim) != model.head_dim:
+        problems.append(f"head_dim {values['head_dim']!r} is not hidden_size / num_attention_heads")
+    if model.seq_len * model.head_dim > _LARGEST_ROTARY:
+        problems.append(f"max_position_embeddings {model.seq_len} is too long for this head_dim")
     if problems:
         raise SotaError(f"config.json: {'; '.join(problems)}", BAD_DATA)
     return model
 
 
 def _whole(values: dict[str, Any], name: str, largest: int) -> int:
-    default = values.get("num_attention_heads") if name == "num_key_value_heads" else None
-    value = values.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= largest:
+    value = values.get(name)
+    if type(value) is not int or not 0 < value <= largest:
         text = repr(value)[:40]
         raise SotaError(f"config.json: {name} {text} must be from 1 to {largest:,}", BAD_DATA)
     return value
 
 
 def _real(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+    if type(value) not in (int, float) or not 0 < value < 1e12:
         raise SotaError(f"config.json: {name} {value!r} must be above 0", BAD_DATA)
     return float(value)
 

@@ -1,8 +1,8 @@
 """Loss, perplexity and bits per byte, with an error bar over sequences. No smoothing, no dropout.
 
 Every figure is a sum over tokens divided once. Letters of shapes: B rows, T tokens, N sequences.
-Reading order: `sequence_sums` and `sliding_sums` measure, `summarise` divides, `perplexity` does
-both for whole windows. The sums stay apart by sequence, for the error bar needs them so.
+Reading order: `sequence_sums` and `sliding_sums` measure, `summarise` divides. The sums stay apart
+by sequence, for the error bar needs them so.
 """
 
 import math
@@ -38,21 +38,6 @@ class Perplexity(NamedTuple):
     """Windows they came in."""
 
 
-def perplexity(
-    model: Transformer,
-    windows: Iterable[Array],
-    token_bytes: Array,
-    rows: int = BATCH_ROWS,
-    document_mask: bool = False,
-) -> Perplexity:
-    """Judge windows (T+1,) or (B, T+1) of ids; each predicts its last T tokens from those before.
-
-    `token_bytes` (V,) is the UTF-8 length of each token. `rows` windows go through at once. With
-    `document_mask` tokens see their own document only. Padding is not predicted.
-    """
-    return summarise(sequence_sums(model, windows, token_bytes, rows, document_mask))
-
-
 def sequence_sums(
     model: Transformer,
     windows: Iterable[Array],
@@ -60,7 +45,12 @@ def sequence_sums(
     rows: int = BATCH_ROWS,
     document_mask: bool = False,
 ) -> Array:
-    """(N, 3) float64: nats, tokens and bytes of each window."""
+    """(N, 3) float64: nats, tokens and bytes of each window (T+1,), or of each row of (B, T+1).
+
+    Its last T ids are predicted, each from those before it: of its own document only, with
+    `document_mask`. Padding is not predicted. `token_bytes` (V,) is the UTF-8 length of each token.
+    `rows` windows go through at once.
+    """
     flat = (row for window in windows for row in np.atleast_2d(window))
     return _sums(model, ((row, 0) for row in flat), token_bytes, rows, document_mask)
 

@@ -16,7 +16,6 @@ from sota_transformer.data.tokenizer import Tokenizer
 EOT_TEXT, PAD_TEXT = "<|endoftext|>", "<|pad|>"
 
 
-@cache
 def _characters() -> list[str]:
     """One printable character for each byte: itself where Latin-1 prints it, else from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -24,16 +23,12 @@ def _characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _written(token: bytes) -> str:
-    return "".join(_characters()[byte] for byte in token)
-
-
 @cache
 def vocabulary() -> list[str]:
     """All 50,258 tokens by id, each byte as a printable character."""
-    tokenizer = Tokenizer()
-    texts = [_written(tokenizer.decode_bytes([token])) for token in range(tokenizer.eot)]
-    return [*texts, EOT_TEXT, PAD_TEXT]
+    tokenizer, characters = Tokenizer(), _characters()
+    tokens = (tokenizer.decode_bytes([token]) for token in range(tokenizer.eot))
+    return [*("".join(characters[byte] for byte in token) for token in tokens), EOT_TEXT, PAD_TEXT]
 
 
 @cache
@@ -52,25 +47,21 @@ def huggingface_files(context: int) -> dict[str, bytes]:
     Special tokens inside a text stay ordinary text, as in training (`split_special_tokens`).
     """
     tokens, pairs = vocabulary(), merges()
-    special = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    added = [{"id": tokens.index(text), "content": text} | special for text in (EOT_TEXT, PAD_TEXT)]
-    bytes_to_text = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special["special"] = True
+    added = {tokens.index(text): {"content": text} | special for text in (EOT_TEXT, PAD_TEXT)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    byte_level["use_regex"] = True
     vocab = {text: token for token, text in enumerate(tokens[:-1])}
     whole = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": [{"id": token} | entry for token, entry in added.items()],
         "normalizer": None,
-        "pre_tokenizer": bytes_to_text | {"use_regex": True},
-        "post_processor": bytes_to_text | {"use_regex": True},
-        "decoder": bytes_to_text | {"use_regex": True},
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level,
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -94,9 +85,7 @@ def huggingface_files(context: int) -> dict[str, bytes]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
-        "added_tokens_decoder": {
-            str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
-        },
+        "added_tokens_decoder": added,
     }
     lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs), ""]
     return {

@@ -7,8 +7,8 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import HTTPException, Request
+from fastapi.responses import Response, StreamingResponse
 
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Drawn, Job
@@ -16,14 +16,7 @@ from sota_transformer.inference.generate import EOT, make_sampler
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.serve.engine import Deliver, Engine
 from sota_transformer.serve.guard import error_body
-from sota_transformer.serve.schema import (
-    MOST_PROMPTS,
-    Answer,
-    Choice,
-    Completion,
-    Usage,
-    logprobs_of,
-)
+from sota_transformer.serve.schema import Answer, Choice, Completion, Usage, logprobs_of
 
 SECONDS = 60.0  # of one request
 _LOOK_SECONDS = 0.5  # between two looks whether the client is still there
@@ -45,12 +38,9 @@ class _Going:
     drawn: int = 0  # tokens of all continuations
 
 
-class _RequestError(Exception):
-    """Something to tell the client; `status` is that of the answer."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+def _unavailable(text: str) -> HTTPException:
+    """What the same request may meet no more in a moment."""
+    return HTTPException(503, text, {"retry-after": "1"})
 
 
 class Completions:
@@ -61,30 +51,24 @@ class Completions:
         self._name, self._engine = name, engine
 
     async def answer(self, wanted: Completion, request: Request) -> Response:
-        """A whole answer, a stream, or an error."""
-        try:
-            going = await self._start(wanted)
-            if wanted.stream:
-                return StreamingResponse(self._stream(going), media_type="text/event-stream")
-            drawn = await self._collect(going, request)
-            # Seconds of work where prompts are echoed with many alternatives.
-            return await asyncio.to_thread(self._whole, going, drawn)
-        except _RequestError as problem:
-            retry = {"retry-after": "1"} if problem.status == 503 else None
-            body = error_body(problem.status, str(problem))
-            return JSONResponse(body, problem.status, headers=retry)
+        """A whole answer, or a stream. HTTPException."""
+        going = await self._start(wanted)
+        if wanted.stream:
+            return StreamingResponse(self._stream(going), media_type="text/event-stream")
+        drawn = await self._collect(going, request)
+        # Seconds of work where prompts are echoed with many alternatives.
+        return await asyncio.to_thread(self._whole, going, drawn)
 
     async def _start(self, wanted: Completion) -> _Going:
         """Hand the jobs to the engine."""
         if not (wanted.max_tokens or wanted.echo):
-            raise _RequestError(422, "max_tokens: 0 without echo leaves nothing to answer")
+            raise HTTPException(422, "max_tokens: 0 without echo leaves nothing to answer")
         prompts = await asyncio.to_thread(self._prompts, wanted)
         seed = wanted.seed if wanted.seed is not None else secrets.randbits(62)
         stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
         jobs = []
-        for tokens in (tokens for tokens in prompts for _ in range(wanted.n)):
-            number = len(jobs)
+        for number, tokens in enumerate(tokens for tokens in prompts for _ in range(wanted.n)):
             sampler = make_sampler(
                 wanted.temperature,
                 wanted.top_k,
@@ -104,7 +88,7 @@ class Completions:
             jobs.append((job, _deliver(loop, queue, number)))
         keys = self._engine.submit(jobs)
         if keys is None:
-            raise _RequestError(503, "all places are taken; try again in a moment")
+            raise _unavailable("all places are taken; try again in a moment")
         return _Going(wanted, sum(map(len, prompts)), keys, queue)
 
     def _prompts(self, wanted: Completion) -> list[list[int]]:
@@ -115,10 +99,9 @@ class Completions:
             (self._tokenizer.encode(part) if isinstance(part, str) else part) or [EOT]
             for part in whole
         ]
-        assert len(prompts) <= MOST_PROMPTS
         for tokens in prompts:
             if len(tokens) + min(wanted.max_tokens, 1) > self._context:
-                raise _RequestError(
+                raise HTTPException(
                     422,
                     f"a prompt of {len(tokens):,} tokens leaves no room in the context of "
                     f"{self._context:,} tokens",
@@ -135,12 +118,12 @@ class Completions:
                     if drawn is None:
                         stopping = self._engine.stopping
                         text = "the server is stopping" if stopping else "the model failed"
-                        raise _RequestError(503, f"{text}; try again")
+                        raise _unavailable(f"{text}; try again")
                     left -= drawn.reason is not None
                     going.drawn += not drawn.echoed
                     yield number, drawn
         except TimeoutError:
-            raise _RequestError(504, f"not done after {SECONDS:.0f} seconds") from None
+            raise HTTPException(504, f"not done after {SECONDS:.0f} seconds") from None
         finally:
             self._engine.cancel(going.keys)
 
@@ -156,7 +139,7 @@ class Completions:
         try:
             while not (await asyncio.wait({work}, timeout=_LOOK_SECONDS))[0]:
                 if await request.is_disconnected():
-                    raise _RequestError(503, "the client has left")
+                    raise _unavailable("the client has left")
             await work
         finally:
             work.cancel()
@@ -184,16 +167,15 @@ class Completions:
             options = going.wanted.stream_options
             if options is not None and options.include_usage:
                 yield _event(self._answer(going, [], self._usage(going)).model_dump_json())
-        except _RequestError as problem:
-            yield _event(json.dumps(error_body(problem.status, str(problem))))
+        except HTTPException as problem:
+            yield _event(json.dumps(error_body(problem.status_code, problem.detail)))
         yield _event("[DONE]")
 
     def _choice(self, going: _Going, number: int, drawn: list[Drawn]) -> Choice:
         """Some tokens of one continuation."""
         text = "".join(piece.text for piece in drawn)
-        logprobs = None
-        if going.wanted.logprobs is not None:
-            logprobs = logprobs_of(self._tokenizer, drawn)
+        asked = going.wanted.logprobs is not None
+        logprobs = logprobs_of(self._tokenizer, drawn) if asked else None
         return Choice(text=text, index=number, logprobs=logprobs, finish_reason=drawn[-1].reason)
 
     def _usage(self, going: _Going) -> Usage:

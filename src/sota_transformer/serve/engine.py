@@ -9,8 +9,8 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Batch, Drawn, Job
-from sota_transformer.inference.generate import Decoder
 from sota_transformer.model.transformer import Transformer
 
 Deliver = Callable[[Drawn | None], Any]
@@ -20,7 +20,7 @@ Deliver = Callable[[Drawn | None], Any]
 class Engine:
     """At most `rows` jobs run together, `waiting` more stand in line, others are turned away."""
 
-    def __init__(self, model: Transformer, tokenizer: Decoder, rows: int, waiting: int) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, waiting: int) -> None:
         self._make = lambda: Batch(model, tokenizer, rows)
         self._batch = self._make()
         self._limit = rows + waiting
@@ -70,8 +70,10 @@ class Engine:
         self._thread.join(timeout=30)
 
     def _loop(self) -> None:
-        while self._take():
+        while (chosen := self._take()) is not None:
             try:
+                for key, job in chosen:
+                    self._batch.add(key, job)
                 drawn = self._batch.step()
             except Exception:  # a request that breaks the model must not end the server
                 self._fail()
@@ -85,25 +87,18 @@ class Engine:
                     deliver(result)
         self._fail()
 
-    def _take(self) -> bool:
-        """Wait for work and bring the batch up to date; False when it is time to stop."""
+    def _take(self) -> list[tuple[int, Job]] | None:
+        """Wait for work and drop what was cancelled; the jobs to add, None when it ends."""
         with self._wake:
             while not (self._deliver or self._dropped or self.stopping):
                 self._wake.wait()
             if self.stopping:
-                return False
+                return None
             for key in self._dropped:
                 self._batch.drop(key)
             self._new = deque(item for item in self._new if item[0] not in self._dropped)
             self._dropped.clear()
-            chosen = [self._new.popleft() for _ in range(min(self._batch.free, len(self._new)))]
-        for key, job in chosen:
-            try:
-                self._batch.add(key, job)
-            except Exception:
-                self._fail()
-                break
-        return True
+            return [self._new.popleft() for _ in range(min(self._batch.free, len(self._new)))]
 
     def _fail(self) -> None:
         """Tell everyone, and begin with an empty batch."""

@@ -7,11 +7,12 @@ starts anew with each byte. `Guard` is ASGI middleware that refuses what no hand
 import asyncio
 import hmac
 import ipaddress
-import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, ClassVar
 
 import h11
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 RECEIVE_SECONDS = 10.0
@@ -19,22 +20,17 @@ HEADER_BYTES = 16 << 10
 UNWANTED_BYTES = 16 << 20  # read of a body that is refused
 BODY_BYTES = 1 << 20
 UNFINISHED = 64  # connections whose request has not arrived yet
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+_TOO_LARGE = (413, f"a request may have {BODY_BYTES:,} bytes")
 
 
 class Protocol(H11Protocol):
     """HTTP/1.1 in which a request must arrive whole in time, and idlers make way for newcomers."""
 
-    unfinished: ClassVar[dict["Protocol", None]] = {}  # oldest first
+    unfinished: ClassVar[dict["Protocol", asyncio.TimerHandle]] = {}  # oldest first
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock; the oldest connection that still has not said anything whole goes."""
         super().connection_made(transport)
-        self._deadline: asyncio.TimerHandle | None = None
         self._await_request()
         if len(self.unfinished) > UNFINISHED:
             next(iter(self.unfinished))._abort()
@@ -53,15 +49,12 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _await_request(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(RECEIVE_SECONDS, self._abort)
-            self.unfinished[self] = None
+        if self not in self.unfinished:
+            self.unfinished[self] = self.loop.call_later(RECEIVE_SECONDS, self._abort)
 
     def _arrived(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        self.unfinished.pop(self, None)
+        if deadline := self.unfinished.pop(self, None):
+            deadline.cancel()
 
     def _abort(self) -> None:
         self._arrived()
@@ -89,7 +82,7 @@ class Guard:
     }
     OPEN: ClassVar[set[str]] = {"/", "/healthz", "/openapi.json"}  # need no key
 
-    def __init__(self, app: App, host: str, key: str, policy: str) -> None:
+    def __init__(self, app: ASGIApp, host: str, key: str, policy: str) -> None:
         self._app, self._key = app, key
         self._headers = self.HEADERS | {"content-security-policy": policy}
         self._hosts = {"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"}
@@ -100,48 +93,56 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name.lower(): value for name, value in scope["headers"]}
 
-        async def answer(message: MutableMapping[str, Any]) -> None:
+        async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                extra = [(k.encode(), v.encode()) for k, v in self._headers.items()]
-                message["headers"] = [*message.get("headers", ()), *extra]
+                MutableHeaders(scope=message).update(self._headers)
             await send(message)
 
-        if refusal := self._refuse(scope, headers):
+        refusal = self._refuse(scope, Headers(scope=scope))
+        body = None
+        if refusal:
             await _body(receive, 0)  # closed while it still sends, a client would see no answer
-            await _error(answer, *refusal)
+        elif scope["method"] == "POST":
+            body = await _body(receive, BODY_BYTES)
+            refusal = _TOO_LARGE if body is None else None
+        if refusal:
+            status, text = refusal
+            headers = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}}
+            error = JSONResponse(error_body(status, text), status, headers.get(status))
+            await error(scope, receive, answer)
             return
-        if scope["method"] != "POST":
-            await self._app(scope, receive, answer)
-            return
-        body = await _body(receive, BODY_BYTES)
-        if body is None:
-            await _error(answer, 413, f"a request may have {BODY_BYTES:,} bytes")
-            return
-        await self._app(scope, _replay(body, receive), answer)
+        pending = [] if body is None else [body]
 
-    def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        async def again() -> Message:
+            """The body in one piece, then what comes after it: the disconnect."""
+            if pending:
+                return {"type": "http.request", "body": pending.pop(), "more_body": False}
+            return await receive()
+
+        await self._app(scope, again, answer)
+
+    def _refuse(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         """Status and reason, or None for a request that may pass."""
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
             return 431, f"headers may have {HEADER_BYTES:,} bytes"
-        host = headers.get(b"host", b"").decode("latin-1")
+        host = headers.get("host", "")
         if not self._any_host and _without_port(host) not in self._hosts:
             return 421, "this server does not answer for that host"
-        origin = headers.get(b"origin")
-        if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
             return 403, "requests from other sites are refused"
         if self._key and scope["path"] not in self.OPEN:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self._key.encode()):
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
                 return 401, "needs the header Authorization: Bearer KEY"
         if scope["method"] == "POST":
-            kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-            if scope["path"] == "/v1/completions" and kind != b"application/json":
+            kind = headers.get("content-type", "").split(";")[0].strip().lower()
+            if scope["path"] == "/v1/completions" and kind != "application/json":
                 return 415, "needs Content-Type: application/json"
-            length = headers.get(b"content-length", b"0")
-            if not length.isdigit() or len(length) > 12 or int(length) > BODY_BYTES:
-                return 413, f"a request may have {BODY_BYTES:,} bytes"
+            length = headers.get("content-length", "0")
+            if not length.isdecimal() or len(length) > 12 or int(length) > BODY_BYTES:
+                return _TOO_LARGE
         return None
 
 
@@ -166,31 +167,6 @@ async def _body(receive: Receive, most: int) -> bytes | None:
         if not message.get("more_body"):
             break
     return b"".join(parts) if size <= most else None
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body again in one piece, then what comes after it: the disconnect."""
-    pending = [body]
-
-    async def again() -> MutableMapping[str, Any]:
-        if pending:
-            return {"type": "http.request", "body": pending.pop(), "more_body": False}
-        return await receive()
-
-    return again
-
-
-async def _error(send: Send, status: int, text: str) -> None:
-    kind = b"application/json"
-    headers = [(b"content-type", kind)]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if status == 413:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send(
-        {"type": "http.response.body", "body": json.dumps(error_body(status, text)).encode()}
-    )
 
 
 def error_body(status: int, text: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from sota_transformer.serve.engine import Engine
 from sota_transformer.serve.guard import HEADER_BYTES, Guard, Protocol, error_body, is_loopback
 from sota_transformer.serve.schema import Answer, Completion, Curve, Entry, Error, Health, ModelList
 
+_PAGE = files("sota_transformer.serve").joinpath("page.html").read_text("utf-8")
 WAITING = 16  # continuations that stand in line
 CONNECTIONS = 512
 GRACE_SECONDS = 3.0  # for requests under way when a signal comes; then they are told
@@ -70,12 +71,11 @@ def build_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    page = files("sota_transformer.serve").joinpath("page.html").read_text("utf-8")
     completions = Completions(model, tokenizer, name, engine)
 
     @app.get("/", include_in_schema=False)
     async def _page() -> HTMLResponse:
-        return HTMLResponse(page)
+        return HTMLResponse(_PAGE)
 
     @app.get("/healthz", responses={421: _REFUSALS[421], 403: _REFUSALS[403]})
     async def healthz() -> Health:
@@ -140,10 +140,9 @@ class _Server(uvicorn.Server):
 
 def content_policy() -> str:
     """What the page may do: run its own script and style, known by their hashes, and ask us."""
-    page = files("sota_transformer.serve").joinpath("page.html").read_text("utf-8")
 
     def allowed(tag: str) -> str:
-        (inner,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        (inner,) = re.findall(f"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
         return base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
 
     return (
