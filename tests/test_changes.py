@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sota_transformer import cli
 from sota_transformer.commands.evaluate import run_evaluate
@@ -247,16 +248,24 @@ def test_who_judges_on_other_data_than_the_runs_is_told(
         shutil.copytree(other_data, tmp_path / "data")
 
 
-def test_a_run_imported_without_data_takes_what_it_is_given(
-    begun: RunConfig, tmp_path: Path
+def test_of_an_imported_run_the_model_alone_has_to_fit(
+    begun: RunConfig, make_run: MakeRun, other_data: Path, tmp_path: Path
 ) -> None:
+    """Made of a run or of its export, with data or without; its first step decides the rest."""
     run_export(Export(run=begun.run.out, out=tmp_path / "model"))
-    run_import(Import(model=tmp_path / "model", out=tmp_path / "imported", steps=2))
-    config = dataclasses.replace(read_config(tmp_path / "imported"), data=begun.data)
-    config = run_options(config, device="cpu", threads=1, exact=True)
-    train(config)
-    assert checkpoint.load(config.run.out, 2).manifest["data"] is not None
-    assert changed(config) == []
+    weights = checkpoint.load(begun.run.out, 6).model
+    for source, data in ((tmp_path / "model", None), (begun.run.out, other_data)):
+        out = tmp_path / f"of-{source.name}"
+        run_import(Import(model=source, out=out, data=data))
+        imported = checkpoint.load(out, 0).model
+        assert all(torch.equal(imported[name], tensor) for name, tensor in weights.items())
+        refused(run_options(make_run(layers=3), out=out), BAD_DATA, "model.layers was 2, is 3")
+        config = run_options(make_run(steps=2, batch_rows=2, learning_rate=1e-4), out=out)
+        train(config)
+        assert "train.batch_rows was 16, is 2" in changed(config)
+        assert checkpoint.load(out, 2).manifest["data"] is not None
+        other = run_options(make_run(steps=3, batch_rows=4, learning_rate=1e-4), out=out)
+        refused(other, USAGE, "--override train.steps=VALUE --override train.batch_rows=VALUE")
 
 
 def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_path: Path) -> None:

@@ -154,14 +154,19 @@ def _figures(folder: Path, step: int | None) -> str:
 def run_import(options: Import) -> int:
     """A run at step 0 with the folder's weights, to evaluate, use or train on."""
     check(_free(options.out))
-    model, out = read_model(options.model), options.out.absolute()
+    if checkpoint.steps(options.model):  # of ours
+        model = open_model(options.model, "cpu", None).model
+    else:
+        model = read_model(options.model)
+    out = options.out.absolute()
     if options.data and model.config.vocab_size < VOCAB:
         raise SotaError(
             f"{options.model} has {model.config.vocab_size:,} ids and prepared data {VOCAB:,}, so "
             "it cannot be trained on; leave --data out to evaluate, use or export it"
         )
     data = options.data.absolute() if options.data else Path()
-    fingerprint = load_manifest(data)["fingerprint"] if options.data else None
+    if options.data:
+        load_manifest(data)  # says what is wrong with it
     config = RunConfig(
         model=model.config,
         data=Data(path=data),
@@ -178,11 +183,7 @@ def run_import(options: Import) -> int:
         model=model.state_dict(),
         optim={},
         trainer={"updates": 0, "guard": Guard().state()},
-        manifest={
-            "data": fingerprint,
-            "numerics": {},
-            "model": dataclasses.asdict(model.config),
-        },
+        manifest={"model": dataclasses.asdict(model.config)},
     )
     checkpoint.save(out, state)
     # config.json last: it is what makes the folder a run.
