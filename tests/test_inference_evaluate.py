@@ -188,6 +188,31 @@ def test_text_files_context_and_stride(run: Path, tmp_path: Path) -> None:
     assert judged(run, text=(tmp_path,), tokens=10)["tokens"] == 10
 
 
+def test_records_are_judged_by_their_text(run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Not by braces and names of fields, which a text file with them would be."""
+    one, two = "The ship saw the harbour.", "Winter followed the river."
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(one)
+    (texts / "b.txt").write_text(two)
+    expected = judged(run, text=(texts,))
+    lines = [json.dumps({"text": one}), '{"other": 1}', json.dumps({"id": 7, "text": two})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.csv").write_text(f"id,text\n1,{one}\n2,{two}\n")
+    capsys.readouterr()
+    for name, told in (("a.jsonl", "1 item; the first is a.jsonl: byte 38: no field"), ("a.csv", "")):
+        found = judged(run, text=(tmp_path / name,))
+        assert found["nats"] == pytest.approx(expected["nats"]), name
+        assert (found["tokens"], found["sequences"]) == (expected["tokens"], 2)
+        err = capsys.readouterr().err
+        assert told in err and bool(err) == bool(told)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(one.encode())))
+    assert judged(run, text=(Path("-"),))["tokens"] == len(TOKENIZER.encode(one))
+    (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(SotaError, match="unpack it first"):
+        judged(run, text=(tmp_path / "a.txt.gz",))
+
+
 def test_what_takes_long_says_how_far_it_is(
     run: Path, lambada_file: Path, hellaswag_file: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
