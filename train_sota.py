@@ -109,8 +109,9 @@ def ask(options: Options) -> Options:
 
 def named(answer: str) -> str:
     """The path of an answer; a name that was dropped on the terminal comes as a shell's word."""
-    path = Path(answer).expanduser()
-    with contextlib.suppress(ValueError):  # a lone quote
+    path = Path(answer)
+    with contextlib.suppress(ValueError, RuntimeError):  # a lone quote; ~ before nobody's name
+        path = path.expanduser()
         words = shlex.split(answer)
         if not path.exists() and len(words) == 1:
             path = Path(words[0]).expanduser()

@@ -21,7 +21,7 @@ from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.report import write_report
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, trainer
-from sota_transformer.training.runlog import RunLog, read_config, read_metrics
+from sota_transformer.training.runlog import RunLog, read_metrics
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
 from tests.training_runs import InterruptError, final_hash, stop_after

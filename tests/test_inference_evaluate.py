@@ -200,7 +200,7 @@ def test_records_are_judged_by_their_text(run: Path, tmp_path: Path, capsys, mon
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "a.csv").write_text(f"id,text\n1,{one}\n2,{two}\n")
     capsys.readouterr()
-    for name, told in (("a.jsonl", "1 item; the first is a.jsonl: byte 38: no field"), ("a.csv", "")):
+    for name, told in (("a.jsonl", "1 item; the first is a.jsonl: byte 38:"), ("a.csv", "")):
         found = judged(run, text=(tmp_path / name,))
         assert found["nats"] == pytest.approx(expected["nats"]), name
         assert (found["tokens"], found["sequences"]) == (expected["tokens"], 2)
@@ -342,9 +342,13 @@ def greedy(prompt: str, count: int) -> str:
     return TOKENIZER.decode(ids)
 
 
-def test_generate_prints_the_prompt_and_its_continuation(run: Path) -> None:
-    options = Generate(run=run, prompt=("Once upon",), max_tokens=9, temperature=0, device="cpu")
-    assert printed(run_generate, options) == "Once upon" + greedy("Once upon", 9) + "\n"
+def test_generate_prints_the_prompt_and_its_continuation(run: Path, capsys) -> None:
+    long = "The river. " * MODEL.config.seq_len
+    for prompt, told in (("Once upon", False), (long, True)):
+        options = Generate(run=run, prompt=(prompt,), max_tokens=9, temperature=0, device="cpu")
+        assert printed(run_generate, options) == prompt + greedy(prompt, 9) + "\n"
+        seen = f"the model sees the last {MODEL.config.seq_len:,} of them"
+        assert (seen in capsys.readouterr().err) == told
 
 
 def test_generate_in_bfloat16_is_deterministic_and_nearly_the_same(run: Path) -> None:

@@ -100,6 +100,7 @@ def test_a_name_that_was_dropped_on_the_terminal_is_a_path(launcher: types.Modul
     assert [launcher.named(answer) for answer in dropped] == ["my 'texts'"] * 3
     assert launcher.named("it's") == "it's" and launcher.named("none's") == "none's"
     assert launcher.named("~/a b") == str(Path.home() / "a b")
+    assert launcher.named("~nobody here/a") == "~nobody here/a"
 
 
 def test_a_run_that_lies_amid_its_text_is_no_text(launcher: types.ModuleType, make_run) -> None:

@@ -152,7 +152,9 @@ def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
     """
     for source in sources:
         if source.kind in ARCHIVES or source.codec in CODECS:
-            raise SotaError(f"{source.path}: unpack it first; --text - reads what is piped in", BAD_DATA)
+            raise SotaError(
+                f"{source.path}: unpack it first; --text - reads what is piped in", BAD_DATA
+            )
         if source.kind in ("text", "code") or source.codec:
             data = sys.stdin.buffer.read() if source.codec else Path(source.path).read_bytes()
             yield decoded(data, Path(source.path))
