@@ -162,8 +162,12 @@ def configure(options: Options, data: Path) -> config.RunConfig:
     flags = ["--data", str(data), "--out", str(out), "--device", options.device]
     resolved = cli.resolve([name, "--recipe", recipe, *flags], "train")
     if (out / "config.json").exists():
+        kept = going_on(out, options, data)
+        if kept.model.d_model != resolved.model.d_model:
+            held = f"{out} holds a model of {kept.model.parameter_count:,} parameters, not {name}"
+            raise cli.SotaError(f"{held}; --resume {out} goes on with it, or give another --out")
         print(f"{out} is there: going on with it (remove the folder to start anew)")
-        return going_on(out, options, data)
+        return kept
     from sota_transformer import plan
     from sota_transformer.data.shards import TokenWindows
     from sota_transformer.training.start import check_folders, check_room

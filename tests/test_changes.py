@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,13 +250,16 @@ def test_who_judges_on_other_data_than_the_runs_is_told(
 
 
 def test_of_an_imported_run_the_model_alone_has_to_fit(
-    begun: RunConfig, make_run: MakeRun, other_data: Path, tmp_path: Path
+    begun: RunConfig, make_run: MakeRun, other_data: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """Made of a run or of its export, with data or without; its first step decides the rest."""
     run_export(Export(run=begun.run.out, out=tmp_path / "model"))
     weights = checkpoint.load(begun.run.out, 6).model
     for source, data in ((tmp_path / "model", None), (begun.run.out, other_data)):
         out = tmp_path / f"of-{source.name}"
+        with monkeypatch.context() as patch, pytest.raises(SotaError, match="the same command"):
+            patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+            run_import(Import(model=source, out=out, data=data))
         run_import(Import(model=source, out=out, data=data))
         imported = checkpoint.load(out, 0).model
         assert all(torch.equal(imported[name], tensor) for name, tensor in weights.items())

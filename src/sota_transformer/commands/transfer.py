@@ -174,7 +174,8 @@ def run_import(options: Import) -> int:
         train=Train(steps=options.steps, batch_rows=16),
         run=Run(out=out),
     )
-    try:
+    try:  # before anything lies where the same command would find it
+        checkpoint.check_room(_existing(out), 4 * model.config.parameter_count)
         durable.make_folder(out)
     except OSError as error:
         raise SotaError(f"cannot make {out}: {error.strerror}", LOCKED) from error
