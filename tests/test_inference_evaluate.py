@@ -206,8 +206,9 @@ def test_records_are_judged_by_their_text(run: Path, tmp_path: Path, capsys, mon
         assert (found["tokens"], found["sequences"]) == (expected["tokens"], 2)
         err = capsys.readouterr().err
         assert told in err and bool(err) == bool(told)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(one.encode())))
-    assert judged(run, text=(Path("-"),))["tokens"] == len(TOKENIZER.encode(one))
+    for data in (one, lines[0]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+        assert judged(run, text=(Path("-"),))["tokens"] == len(TOKENIZER.encode(one))
     (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(SotaError, match="unpack it first"):
         judged(run, text=(tmp_path / "a.txt.gz",))

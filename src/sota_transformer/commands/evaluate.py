@@ -1,8 +1,10 @@
 """`sota evaluate`: every figure that was asked for, as one table or one JSON object."""
 
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -155,9 +157,14 @@ def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
             raise SotaError(
                 f"{source.path}: unpack it first; --text - reads what is piped in", BAD_DATA
             )
-        if source.kind in ("text", "code") or source.codec:
-            data = sys.stdin.buffer.read() if source.codec else Path(source.path).read_bytes()
-            yield decoded(data, Path(source.path))
+        if source.codec:  # standard input
+            with NamedTemporaryFile() as spool:
+                shutil.copyfileobj(sys.stdin.buffer, spool)
+                spool.flush()
+                yield from _texts(find((spool.name,))[0], passed)
+            continue
+        if source.kind in ("text", "code"):
+            yield decoded(Path(source.path).read_bytes(), Path(source.path))
             continue
         for document in documents(whole(source), "text", Tables()):
             if isinstance(document, Skipped):
