@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from sota_transformer.report import write_report
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.runlog import RunLog, read_metrics
+from sota_transformer.training.signals import Stopped
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
 from tests.training_runs import InterruptError, final_hash, stop_after
@@ -270,6 +272,12 @@ def test_of_an_imported_run_the_model_alone_has_to_fit(
         assert checkpoint.load(out, 2).manifest["data"] is not None
         other = run_options(make_run(steps=3, batch_rows=4, learning_rate=1e-4), out=out)
         refused(other, USAGE, "--override train.steps=VALUE --override train.batch_rows=VALUE")
+    stopped = make_run("stopped")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "_train_step", lambda _: signal.raise_signal(signal.SIGTERM))
+        train(stopped)
+    assert checkpoint.steps(stopped.run.out) == [0]  # whose weights follow from its seed
+    refused(run_options(stopped, seed=7), USAGE, "run.seed was 1337, is 7")
 
 
 def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ seed, batch, schedule, steps, window     error 2, unless --override names the fi
 micro-batch, ranks, threads, versions    said; error 2 with --exact
 how often to log, judge, save; paths     free
 
-Before the first checkpoint all of it is free, and said; of one that no step led to, as an import
-makes it, the model alone has to fit.
+Before the first checkpoint all of it is free, and said; of an imported one the model alone has to
+fit.
 """
 
 import dataclasses
 from pathlib import Path
 
+from sota_transformer import durable
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.training import checkpoint
@@ -69,7 +70,7 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
             BAD_DATA,
         )
     refused = [name for name in changed if name not in config.run.override.split(",")]
-    if any(steps) and refused:
+    if refused and steps and not _imported(folder, steps):
         asked = " ".join(f"--override {name}=VALUE" for name in refused)
         raise SotaError(
             f"{folder} holds a run with another configuration: "
@@ -78,6 +79,12 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
             USAGE,
         )
     return list(changed.values())
+
+
+def _imported(folder: Path, steps: list[int]) -> bool:
+    """Whether nothing but an import made these checkpoints: no seed and no machine led to it."""
+    manifest = checkpoint.path_of(folder, 0) / durable.MANIFEST
+    return steps == [0] and not durable.read_manifest(manifest).get("numerics")
 
 
 def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> list[str]:
