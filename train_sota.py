@@ -109,8 +109,9 @@ def ask(options: Options) -> Options:
 
 def named(answer: str) -> str:
     """The path of an answer; a name that was dropped on the terminal comes as a shell's word."""
-    path = Path(answer).expanduser()
-    with contextlib.suppress(ValueError):  # a lone quote
+    path = Path(answer)
+    with contextlib.suppress(ValueError, RuntimeError):  # a lone quote; ~ before nobody's name
+        path = path.expanduser()
         words = shlex.split(answer)
         if not path.exists() and len(words) == 1:
             path = Path(words[0]).expanduser()
@@ -161,8 +162,12 @@ def configure(options: Options, data: Path) -> config.RunConfig:
     flags = ["--data", str(data), "--out", str(out), "--device", options.device]
     resolved = cli.resolve([name, "--recipe", recipe, *flags], "train")
     if (out / "config.json").exists():
+        kept = going_on(out, options, data)
+        if kept.model.d_model != resolved.model.d_model:
+            held = f"{out} holds a model of {kept.model.parameter_count:,} parameters, not {name}"
+            raise cli.SotaError(f"{held}; --resume {out} goes on with it, or give another --out")
         print(f"{out} is there: going on with it (remove the folder to start anew)")
-        return going_on(out, options, data)
+        return kept
     from sota_transformer import plan
     from sota_transformer.data.shards import TokenWindows
     from sota_transformer.training.start import check_folders, check_room

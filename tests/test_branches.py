@@ -31,21 +31,28 @@ def test_the_first_save_of_a_branch_removes_the_other_one_before_it_too(
 
 
 @pytest.mark.parametrize(
-    ("section", "field", "value"), [("model", "seq_len", 16), ("data", "document_mask", True)]
+    ("section", "field", "value"),
+    [("model", "seq_len", 16), ("data", "document_mask", True), ("train", "eval_tokens", 256)],
 )
 def test_losses_of_before_an_override_of_what_a_token_sees_do_not_compare(
     make_run: MakeRun, capsys, section: str, field: str, value: object
 ) -> None:
-    """The number of tokens judged is the same, and with other windows no command takes the best."""
+    """The number of tokens judged is the same, and with other windows no command takes the best.
+
+    Nor do those over fewer tokens. Whoever wants to keep the best one is told.
+    """
     config = make_run(steps=4, eval_every=2, eval_tokens=512)
     train(config)
+    assert "no longer counts" not in capsys.readouterr().out
     longer = change(config, steps=8)
     other = dataclasses.replace(getattr(longer, section), **{field: value})
     override = f"train.steps,optim.learning_rate,{section}.{field}"
     spoilt = dataclasses.replace(longer.optim, learning_rate=100.0)
     run = dataclasses.replace(longer.run, override=override)
     train(dataclasses.replace(longer, **{section: other}, optim=spoilt, run=run))
-    assert "validation was lowest at step 4" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "validation was lowest at step 4" not in said
+    assert "step 4 no longer counts as the lowest" in said
     assert 4 not in checkpoint.steps(config.run.out)
 
 

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sota_transformer import cli
 from sota_transformer.commands.evaluate import run_evaluate
@@ -20,7 +23,8 @@ from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.report import write_report
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, trainer
-from sota_transformer.training.runlog import RunLog, read_config, read_metrics
+from sota_transformer.training.runlog import RunLog, read_metrics
+from sota_transformer.training.signals import Stopped
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
 from tests.training_runs import InterruptError, final_hash, stop_after
@@ -247,16 +251,33 @@ def test_who_judges_on_other_data_than_the_runs_is_told(
         shutil.copytree(other_data, tmp_path / "data")
 
 
-def test_a_run_imported_without_data_takes_what_it_is_given(
-    begun: RunConfig, tmp_path: Path
+def test_of_an_imported_run_the_model_alone_has_to_fit(
+    begun: RunConfig, make_run: MakeRun, other_data: Path, tmp_path: Path, monkeypatch
 ) -> None:
+    """Made of a run or of its export, with data or without; its first step decides the rest."""
     run_export(Export(run=begun.run.out, out=tmp_path / "model"))
-    run_import(Import(model=tmp_path / "model", out=tmp_path / "imported", steps=2))
-    config = dataclasses.replace(read_config(tmp_path / "imported"), data=begun.data)
-    config = run_options(config, device="cpu", threads=1, exact=True)
-    train(config)
-    assert checkpoint.load(config.run.out, 2).manifest["data"] is not None
-    assert changed(config) == []
+    weights = checkpoint.load(begun.run.out, 6).model
+    for source, data in ((tmp_path / "model", None), (begun.run.out, other_data)):
+        out = tmp_path / f"of-{source.name}"
+        with monkeypatch.context() as patch, pytest.raises(SotaError, match="the same command"):
+            patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+            run_import(Import(model=source, out=out, data=data))
+        run_import(Import(model=source, out=out, data=data))
+        imported = checkpoint.load(out, 0).model
+        assert all(torch.equal(imported[name], tensor) for name, tensor in weights.items())
+        refused(run_options(make_run(layers=3), out=out), BAD_DATA, "model.layers was 2, is 3")
+        config = run_options(make_run(steps=2, batch_rows=2, learning_rate=1e-4), out=out)
+        train(config)
+        assert "train.batch_rows was 16, is 2" in changed(config)
+        assert checkpoint.load(out, 2).manifest["data"] is not None
+        other = run_options(make_run(steps=3, batch_rows=4, learning_rate=1e-4), out=out)
+        refused(other, USAGE, "--override train.steps=VALUE --override train.batch_rows=VALUE")
+    stopped = make_run("stopped")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "_train_step", lambda _: signal.raise_signal(signal.SIGTERM))
+        train(stopped)
+    assert checkpoint.steps(stopped.run.out) == [0]  # whose weights follow from its seed
+    refused(run_options(stopped, seed=7), USAGE, "run.seed was 1337, is 7")
 
 
 def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_path: Path) -> None:

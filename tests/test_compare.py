@@ -179,6 +179,12 @@ def test_other_data_on_the_way_begins_anew_and_is_said(two: list[Path]) -> None:
     text = write_comparison(two, two[0] / "page.html")
     assert cells(text)["last validation, nats"] == ["-", "3.5000 +- 0.0100"]
     assert "cold has no validation yet." in text and "cold" not in cells(text)
+    record["attempts"].append({"from_step": 100, "changed": []})  # back to before both
+    record["attempts"].insert(1, {"from_step": 0, "changed": ["optim.eps was 2, is 1"]})
+    (two[0] / "run.json").write_text(json.dumps(record))
+    text = write_comparison(two, two[0] / "page.html")
+    assert cells(text)["best validation, nats"][0] == "1.0000 +- 0.0100"
+    assert "at step 0" not in text
 
 
 def test_curves_are_over_tokens_and_told_apart(tmp_path: Path) -> None:

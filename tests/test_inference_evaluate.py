@@ -175,19 +175,6 @@ def test_the_validation_split_equals_transformers(run: Path, data: Path) -> None
     assert found["nats"] == pytest.approx(total / (windows.tokens - 1), rel=1e-6)
 
 
-def test_text_files_context_and_stride(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("The ship saw the harbour. " * 20)
-    (tmp_path / "a.md").write_text("Winter followed the river.")
-    (tmp_path / "c.bin").write_bytes(b"\xff\xff")
-    whole = judged(run, text=(tmp_path,))
-    count = sum(len(TOKENIZER.encode((tmp_path / n).read_text())) for n in ("a.md", "b.txt"))
-    assert whole["tokens"] == count and whole["files"] == 2
-    sliding = judged(run, text=(tmp_path,), context=16, stride=4)
-    assert sliding["tokens"] == count
-    assert sliding["sequences"] > whole["sequences"]
-    assert judged(run, text=(tmp_path,), tokens=10)["tokens"] == 10
-
-
 def test_what_takes_long_says_how_far_it_is(
     run: Path, lambada_file: Path, hellaswag_file: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -318,9 +305,11 @@ def greedy(prompt: str, count: int) -> str:
     return TOKENIZER.decode(ids)
 
 
-def test_generate_prints_the_prompt_and_its_continuation(run: Path) -> None:
-    options = Generate(run=run, prompt=("Once upon",), max_tokens=9, temperature=0, device="cpu")
-    assert printed(run_generate, options) == "Once upon" + greedy("Once upon", 9) + "\n"
+def test_generate_prints_the_prompt_and_its_continuation(run: Path, capsys) -> None:
+    for prompt in ("Once upon", "The river. " * MODEL.config.seq_len):  # too long to be seen whole
+        options = Generate(run=run, prompt=(prompt,), max_tokens=9, temperature=0, device="cpu")
+        assert printed(run_generate, options) == prompt + greedy(prompt, 9) + "\n"
+        assert ("the model sees the last" in capsys.readouterr().err) == (len(prompt) > 9)
 
 
 def test_generate_in_bfloat16_is_deterministic_and_nearly_the_same(run: Path) -> None:

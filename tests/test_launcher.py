@@ -100,6 +100,7 @@ def test_a_name_that_was_dropped_on_the_terminal_is_a_path(launcher: types.Modul
     assert [launcher.named(answer) for answer in dropped] == ["my 'texts'"] * 3
     assert launcher.named("it's") == "it's" and launcher.named("none's") == "none's"
     assert launcher.named("~/a b") == str(Path.home() / "a b")
+    assert launcher.named("~nobody here/a") == "~nobody here/a"
 
 
 def test_a_run_that_lies_amid_its_text_is_no_text(launcher: types.ModuleType, make_run) -> None:
@@ -142,8 +143,11 @@ def test_what_a_run_that_goes_on_cannot_use_is_said_or_refused(
         resume = ["--resume", str(config.run.out)]
         assert launcher.main([*resume, "--recipe", other]) == 2
         assert launcher.main([*resume, "--out", "elsewhere"]) == 2
-        first, second = capsys.readouterr().err.splitlines()
+        size = ["--full", "--data", str(config.data.path), "--recipe", recipe]
+        assert launcher.main([*size, "--out", str(config.run.out)]) == 2
+        first, second, third = capsys.readouterr().err.splitlines()
         assert f"begun with --recipe {recipe}, not {other}" in first and "--out" in second
+        assert "parameters, not 125m" in third
 
 
 def test_a_mistake_names_the_help_of_the_script(launcher: types.ModuleType, capsys) -> None:

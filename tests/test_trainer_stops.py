@@ -55,9 +55,11 @@ def test_a_disk_that_no_checkpoint_fits_on_is_said_before_the_first_step(
         assert caught.value.code == IO_FAILED
         assert not losses(config)
     train(config)
+    assert "may come to take" not in capsys.readouterr().out
     patched = types.SimpleNamespace(free=int(1.2 * size))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: patched)
     train(make_run("other", steps=3))
+    assert "may come to take 0.08 GB more" in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     assert train(config) is None and "complete" in capsys.readouterr().out
 

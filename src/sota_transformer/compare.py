@@ -86,12 +86,13 @@ class _Run:
     @cached_property
     def judged(self) -> list[dict[str, Any]]:
         """Every validation since the data last changed."""
-        since = -math.inf
+        since = [-math.inf]
         for start in starts_of(self.record):
             at, changed = start.get("from_step"), words(start.get("changed"))
-            if "data fingerprint" in changed and isinstance(at, int):
-                since = at
-        return [line for line in validations(self.metrics) if line["step"] > since]
+            if isinstance(at, int):
+                since = [step for step in since if step < at]  # of later ones the branch was left
+                since += [at] * ("data fingerprint" in changed)
+        return [line for line in validations(self.metrics) if line["step"] > since[-1]]
 
     @cached_property
     def alike(self) -> dict[int, dict[str, Any]]:
@@ -263,7 +264,10 @@ def _doubts(runs: Sequence[_Run]) -> Iterator[str]:
 def _changes(run: _Run) -> list[str]:
     """What was changed on the way, by start."""
     told = ((start.get("from_step"), start.get("changed")) for start in starts_of(run.record))
-    return [f"at step {words(step)}: {words(changed)}" for step, changed in told if changed]
+    # Before the first step there was no way to change anything on.
+    return [
+        f"at step {words(step)}: {words(changed)}" for step, changed in told if changed and step
+    ]
 
 
 def _notes(runs: Sequence[_Run]) -> Iterator[str]:

@@ -148,7 +148,8 @@ class Evaluate:
     run: Path
     """Folder of a run or of a Hugging Face model of this family."""
     text: tuple[Path, ...] = ()
-    """Text files or folders to judge on, each file a text; without any, the validation split."""
+    """Files or folders to judge on, - is standard input; a text file is one text, JSON lines and
+    tables are read as `sota prepare` reads them. Without any, the validation split."""
     against: Path | None = None
     """Another run or model, judged on the same text: the difference, with a paired error."""
     step: int | None = None
@@ -191,10 +192,10 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Make a run of a Hugging Face Llama or Qwen3 folder of this family."""
+    """Make a run, at step 0, of a Hugging Face Llama or Qwen3 folder of this family."""
 
     model: Path
-    """Folder with config.json and safetensors."""
+    """Folder with config.json and safetensors, or of another run: its newest checkpoint."""
     out: Path = Path()
     """Folder of the new run; what is there already must be an empty folder."""
     data: Path | None = None

@@ -97,7 +97,10 @@ def expected(parameters: int, tokens: int, there: int) -> str:
     """The loss that the law predicts, or why it says nothing."""
     loss = _predicted(parameters, tokens, there)
     if loss is None:
-        return "expected loss: no number; under one token a parameter the scaling law is not fitted"
+        told = "under one token a parameter the scaling law is not fitted"
+        repeated = there and tokens > _FRESH_EPOCHS * there
+        more = f", and past {_FRESH_EPOCHS} readings repeats teach nothing new" * bool(repeated)
+        return f"expected loss: no number; {told}{more}"
     return (
         f"expected loss: {loss:.2f} +- {_LAW_ERROR} nats on web text (Chinchilla's law, annealed, "
         f"without label smoothing), perplexity {math.exp(loss):.0f}"

@@ -1,17 +1,23 @@
 """`sota evaluate`: every figure that was asked for, as one table or one JSON object."""
 
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 
 from sota_transformer.commands import examples
 from sota_transformer.commands.common import Opened, check, decoded, open_model, warn
-from sota_transformer.data.progress import Meter
+from sota_transformer.data.documents import documents
+from sota_transformer.data.progress import Meter, printable
 from sota_transformer.data.shards import TokenWindows
+from sota_transformer.data.sources import ARCHIVES, CODECS, Skipped, Source, find
+from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.units import whole
 from sota_transformer.durable import MANIFEST, read_manifest
 from sota_transformer.errors import BAD_DATA, NO_INPUT, USAGE, SotaError
 from sota_transformer.inference import benchmarks
@@ -62,12 +68,15 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     longest = min(each.model.config.seq_len for each in models)
     context = min(options.context or longest, longest)
     stride = min(options.stride or context, context)
-    most = options.tokens or sys.maxsize
-    files = _text_files(options.text) if options.text else []
-    if files:
+    most, files = options.tokens or sys.maxsize, list[Source]()
+    if options.text:
         name = ", ".join(map(str, options.text))
-        decode = (tokenizer.encode(decoded(path.read_bytes(), path)) for path in files)
-        texts = _first((np.array([EOT, *ids], np.uint16) for ids in decode), most)
+        files, passed = find(tuple(map(str, options.text)))
+        encoded = map(tokenizer.encode, _texts(files, passed))
+        texts = _first((np.array([EOT, *ids], np.uint16) for ids in encoded), most)
+        if passed:
+            first = f"the first is {printable(passed[0].where)}: {passed[0].reason}"
+            warn(f"not judged: {counted(len(passed), 'item')}; {first}")
     else:
         windows = _validation_split(opened, context)
         name = f"validation split of {opened.data}"
@@ -136,20 +145,29 @@ def _warn_of_other_data(opened: Opened, judged: Opened, fingerprint: str) -> Non
         warn(f"{judged.data} is not what {run} was trained on: what is judged here may have been")
 
 
-def _text_files(paths: tuple[Path, ...]) -> list[Path]:
-    """The files themselves, and the .txt, .md and .py files of folders, sorted."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py")]
-            found += sorted(p for p in inside if p.is_file())
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise SotaError(f"{path}: no such file or folder", NO_INPUT)
-    if not found:
-        raise SotaError(f"{', '.join(map(str, paths))}: no .txt, .md or .py file inside", NO_INPUT)
-    return found
+def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
+    """The texts of files: of a text or code the whole, else what `sota prepare` takes as documents;
+    what is none goes to `passed`.
+    """
+    for source in sources:
+        if source.kind in ARCHIVES or source.codec in CODECS:
+            raise SotaError(
+                f"{source.path}: unpack it first; --text - reads what is piped in", BAD_DATA
+            )
+        if source.codec:  # standard input
+            with NamedTemporaryFile() as spool:
+                shutil.copyfileobj(sys.stdin.buffer, spool)
+                spool.flush()
+                yield from _texts(find((spool.name,))[0], passed)
+            continue
+        if source.kind in ("text", "code"):
+            yield decoded(Path(source.path).read_bytes(), Path(source.path))
+            continue
+        for document in documents(whole(source), "text", Tables()):
+            if isinstance(document, Skipped):
+                passed.append(document)
+            else:
+                yield document.decode()
 
 
 def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:

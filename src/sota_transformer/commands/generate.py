@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sota_transformer.commands.common import check, decoded, open_to_generate
+from sota_transformer.commands.common import check, decoded, open_to_generate, warn
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.batch import Drawn, Job, run_jobs
@@ -53,6 +53,9 @@ def run_generate(options: Generate) -> int:
         )
         for number, prompt in enumerate(prompts)
     ]
+    longest, context = max(len(job.tokens) for job in jobs), opened.model.config.seq_len
+    if longest > context:
+        warn(f"a prompt has {longest:,} tokens; the model sees the last {context:,} of them")
     pieces = run_jobs(opened.model, tokenizer, jobs, _ROWS)
     if len(jobs) == 1 and not options.json:
         print(prompts[0], end="", flush=True)

@@ -39,8 +39,7 @@ def run_export(options: Export) -> int:
     opened = open_model(options.run, "cpu", options.step)
     model, out = opened.model, options.out.absolute()
     size = 4 * model.config.parameter_count
-    there = next(folder for folder in (out, *out.parents) if folder.is_dir())
-    if shutil.disk_usage(there).free < 1.2 * size:
+    if shutil.disk_usage(_existing(out)).free < 1.2 * size:
         raise SotaError(f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk", IO_FAILED)
     durable.make_folder(out.parent)
     for left in out.parent.glob(f".tmp-{glob.escape(out.name)}-????????"):  # by a killed export
@@ -68,6 +67,10 @@ def _free(out: Path) -> dict[str, bool]:
             checkpoint.is_utf8(out)
         ),
     }
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[str]:
@@ -145,14 +148,19 @@ def _figures(folder: Path, step: int | None) -> str:
 def run_import(options: Import) -> int:
     """A run at step 0 with the folder's weights, to evaluate, use or train on."""
     check(_free(options.out))
-    model, out = read_model(options.model), options.out.absolute()
+    if checkpoint.steps(options.model):  # of ours
+        model = open_model(options.model, "cpu", None).model
+    else:
+        model = read_model(options.model)
+    out = options.out.absolute()
     if options.data and model.config.vocab_size < VOCAB:
         raise SotaError(
             f"{options.model} has {model.config.vocab_size:,} ids and prepared data {VOCAB:,}, so "
             "it cannot be trained on; leave --data out to evaluate, use or export it"
         )
     data = options.data.absolute() if options.data else Path()
-    fingerprint = load_manifest(data)["fingerprint"] if options.data else None
+    if options.data:
+        load_manifest(data)  # says what is wrong with it
     config = RunConfig(
         model=model.config,
         data=Data(path=data),
@@ -160,7 +168,8 @@ def run_import(options: Import) -> int:
         train=Train(steps=options.steps, batch_rows=16),
         run=Run(out=out),
     )
-    try:
+    try:  # before anything lies where the same command would find it
+        checkpoint.check_room(_existing(out), 4 * model.config.parameter_count)
         durable.make_folder(out)
     except OSError as error:
         raise SotaError(f"cannot make {out}: {error.strerror}", LOCKED) from error
@@ -169,11 +178,7 @@ def run_import(options: Import) -> int:
         model=model.state_dict(),
         optim={},
         trainer={"updates": 0, "guard": Guard().state()},
-        manifest={
-            "data": fingerprint,
-            "numerics": {},
-            "model": dataclasses.asdict(model.config),
-        },
+        manifest={"model": dataclasses.asdict(model.config)},
     )
     checkpoint.save(out, state)
     # config.json last: it is what makes the folder a run.

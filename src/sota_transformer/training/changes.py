@@ -6,12 +6,14 @@ seed, batch, schedule, steps, window     error 2, unless --override names the fi
 micro-batch, ranks, threads, versions    said; error 2 with --exact
 how often to log, judge, save; paths     free
 
-Before the first checkpoint all of it is free, and said.
+Before the first checkpoint all of it is free, and said; of an imported one the model alone has to
+fit.
 """
 
 import dataclasses
 from pathlib import Path
 
+from sota_transformer import durable
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.training import checkpoint
@@ -59,24 +61,30 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
         if name not in _FREE.get(section, ())
         and (old := getattr(getattr(before, section), name)) != value
     }
-    if not checkpoint.steps(folder):  # there is nothing yet that has to fit
-        return list(changed.values())
+    steps = checkpoint.steps(folder)  # without any there is nothing yet that has to fit
     fixed = [name for name in changed if name.startswith("model.") and name != _WEIGHTLESS]
-    if fixed:
+    if steps and fixed:
         raise SotaError(
             f"{folder} holds another model: {'; '.join(changed[name] for name in fixed)}. "
             "Give the same options, or another --out",
             BAD_DATA,
         )
     refused = [name for name in changed if name not in config.run.override.split(",")]
-    if refused:
+    if refused and steps and not _imported(folder, steps):
+        asked = " ".join(f"--override {name}=VALUE" for name in refused)
         raise SotaError(
             f"{folder} holds a run with another configuration: "
             f"{'; '.join(changed[name] for name in refused)}. Give the same options, or another "
-            f"--out; to go on all the same: --override {refused[0]}=VALUE",
+            f"--out; to go on all the same: {asked}",
             USAGE,
         )
     return list(changed.values())
+
+
+def _imported(folder: Path, steps: list[int]) -> bool:
+    """Whether nothing but an import made these checkpoints: no seed and no machine led to it."""
+    manifest = checkpoint.path_of(folder, 0) / durable.MANIFEST
+    return steps == [0] and not durable.read_manifest(manifest).get("numerics")
 
 
 def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> list[str]:

@@ -62,15 +62,20 @@ class Judge:
         A run's last step is saved first and judged then, so that stands in the log alone.
         """
         self.best, folder = state.trainer.get("best"), self.config.run.out
-        if state.trainer.get("view", self.view) != self.view:
-            self.best = None
-            return
         if self.best and not checkpoint.path_of(folder, self.best["step"]).is_dir():
             self.best = None  # deleted by a branch that was left
         for line in read_metrics(folder) if "best" in state.trainer else ():
             nats, tokens = line.get("val_loss"), line.get("val_tokens")
             if line["step"] == state.step and isinstance(nats, float) and isinstance(tokens, int):
                 self._compare(state.step, nats, tokens)
+        same = state.trainer.get("view", self.view) == self.view
+        tokens = len(self._windows()) * self.windows.seq_len
+        if self.best and not (same and self.best["tokens"] == tokens):
+            self.log.say(
+                f"note: validation is over other windows than before: step {self.best['step']} no "
+                "longer counts as the lowest; copy its checkpoint to keep it"
+            )
+        self.best = self.best if same else None
 
     @property
     def best_step(self) -> int | None:

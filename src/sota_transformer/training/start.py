@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -181,6 +182,13 @@ def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
         log.say(
             f"note: the data is read {total / there:.0f} times; past four epochs it over-fits: "
             "more text or fewer --steps would serve better"
+        )
+    folder, free = config.run.out, shutil.disk_usage(config.run.out).free
+    more = config.train.keep_checkpoints + 2 - len(checkpoint.steps(folder))  # as `sota plan` says
+    if free < (needed := more * config.state_bytes):
+        log.say(
+            f"note: {folder} may come to take {needed / 1e9:.2f} GB more, of which "
+            f"{free / 1e9:.2f} GB are free; the run ends when a checkpoint finds no room"
         )
 
 

@@ -1,0 +1,72 @@
+"""`sota evaluate RUN --text`: what of the files given is judged."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sota_transformer.commands.evaluate import run_evaluate
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.errors import SotaError
+from sota_transformer.options import Evaluate
+from tests.inference_models import FULL, small_model, write_run
+
+TOKENIZER = Tokenizer()
+
+
+@pytest.fixture
+def judged(data: Path, tmp_path: Path, capsys) -> Callable[..., dict[str, Any]]:
+    run = write_run(tmp_path / "run", small_model(FULL), data)
+
+    def judged(path: Path, **options: Any) -> dict[str, Any]:
+        asked = Evaluate(run=run, text=(path,), json=True, device="cpu", **options)
+        assert run_evaluate(asked) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out) | {"told": err}
+
+    return judged
+
+
+def test_text_files_context_and_stride(judged: Callable[..., Any], tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "b.txt").write_text("The ship saw the harbour. " * 20)
+    (texts / "a.md").write_text("Winter followed the river.")
+    (texts / "c.bin").write_bytes(b"\xff\xff")
+    whole = judged(texts)
+    count = sum(len(TOKENIZER.encode((texts / n).read_text())) for n in ("a.md", "b.txt"))
+    assert whole["tokens"] == count and whole["files"] == 2
+    sliding = judged(texts, context=16, stride=4)
+    assert sliding["tokens"] == count
+    assert sliding["sequences"] > whole["sequences"]
+    assert judged(texts, tokens=10)["tokens"] == 10
+
+
+def test_records_are_judged_by_their_text(
+    judged: Callable[..., Any], tmp_path: Path, monkeypatch
+) -> None:
+    """Not by braces and names of fields, which a text file with them would be."""
+    one, two = "The ship saw the harbour.", "Winter followed the river."
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(one)
+    (texts / "b.txt").write_text(two)
+    expected = judged(texts)
+    lines = [json.dumps({"text": one}), '{"other": 1}', json.dumps({"id": 7, "text": two})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.csv").write_text(f"id,text\n1,{one}\n2,{two}\n")
+    for name, told in (("a.jsonl", "1 item; the first is a.jsonl: byte 38:"), ("a.csv", "")):
+        found = judged(tmp_path / name)
+        assert found["nats"] == pytest.approx(expected["nats"]), name
+        assert (found["tokens"], found["sequences"]) == (expected["tokens"], 2)
+        assert told in found["told"] and bool(found["told"]) == bool(told)
+    for piped in (one, lines[0]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
+        assert judged(Path("-"))["tokens"] == len(TOKENIZER.encode(one))
+    (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(SotaError, match="unpack it first"):
+        judged(tmp_path / "a.txt.gz")
