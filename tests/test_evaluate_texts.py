@@ -67,6 +67,10 @@ def test_records_are_judged_by_their_text(
     for piped in (one, lines[0]):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
         assert judged(Path("-"))["tokens"] == len(TOKENIZER.encode(one))
+    for bad, told in ((b"\xff", "stdin is neither"), (b"", "-: no token"), (b'{"a": 1}', "-: no")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bad)))
+        with pytest.raises(SotaError, match=f"^{told}"):
+            judged(Path("-"))
     (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(SotaError, match="unpack it first"):
         judged(tmp_path / "a.txt.gz")

@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from sota_transformer.data.tokenizer import EOT
 from sota_transformer.inference.perplexity import Perplexity
+from sota_transformer.model.loss import PAD
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, judge
@@ -98,3 +102,21 @@ def test_a_best_that_a_branch_deleted_is_not_named(make_run: MakeRun, capsys) ->
     train(config)
     assert best_of(config, 12) == {"step": 8, "nats": 4.5, "tokens": 512}
     assert "validation was lowest at step 8, 4.5000 nats" in capsys.readouterr().out
+
+
+def test_padding_in_files_of_others_is_no_change_of_what_is_judged(
+    make_run: MakeRun, tmp_path: Path, capsys
+) -> None:
+    """It is never judged; that the best no longer counts was said at every start."""
+    for name, ids in (("train", [EOT, 1, 2, 3] * 64), ("val", [EOT, 1, 2, PAD] * 64)):
+        np.array(ids, "<u2").tofile(tmp_path / f"{name}.bin")
+    config = make_run(path=tmp_path)
+    config.run.out.mkdir()
+    with RunLog(config.run.out, 1, silent=False) as log:
+        trainer = Trainer(config, Runtime.detect(config.run, 1), log)
+        trainer.judge.validate(trainer.model, 0)
+        state = trainer.state()
+        checkpoint.save(config.run.out, state)
+        trainer.judge.recall(state)
+    assert "no longer counts" not in capsys.readouterr().out
+    assert trainer.judge.best_step == 0

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -14,7 +15,7 @@ from sota_transformer.commands.common import Opened, check, decoded, open_model,
 from sota_transformer.data.documents import documents
 from sota_transformer.data.progress import Meter, printable
 from sota_transformer.data.shards import TokenWindows
-from sota_transformer.data.sources import ARCHIVES, CODECS, Skipped, Source, find
+from sota_transformer.data.sources import ARCHIVES, CODECS, Skipped, Source, find, looks_like
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.data.units import whole
@@ -129,7 +130,7 @@ def _sums(
     model, masked = opened.model, bool(opened.config and opened.config.data.document_mask)
     with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
         sums = (sliding_sums(model, t, token_bytes, context, stride, masked, meter) for t in texts)
-        return np.concatenate(list(sums))
+        return np.concatenate([np.zeros((0, 3)), *sums])
 
 
 def _warn_of_other_data(opened: Opened, judged: Opened, fingerprint: str) -> None:
@@ -157,11 +158,14 @@ def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
         if source.codec:  # standard input
             with NamedTemporaryFile() as spool:
                 shutil.copyfileobj(sys.stdin.buffer, spool)
-                spool.flush()
-                yield from _texts(find((spool.name,))[0], passed)
+                size = spool.tell()
+                spool.seek(0)
+                kind = looks_like(spool.read(4096))
+                piped = replace(source, path=spool.name, kind=kind, codec="", size=size)
+                yield from _texts([piped], passed)
             continue
         if source.kind in ("text", "code"):
-            yield decoded(Path(source.path).read_bytes(), Path(source.path))
+            yield decoded(Path(source.path).read_bytes(), Path(source.name))
             continue
         for document in documents(whole(source), "text", Tables()):
             if isinstance(document, Skipped):

@@ -15,6 +15,7 @@ from sota_transformer.inference.perplexity import (
     sequence_sums,
     summarise,
 )
+from sota_transformer.model.loss import PAD
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
@@ -69,8 +70,7 @@ class Judge:
             if line["step"] == state.step and isinstance(nats, float) and isinstance(tokens, int):
                 self._compare(state.step, nats, tokens)
         same = state.trainer.get("view", self.view) == self.view
-        tokens = len(self._windows()) * self.windows.seq_len
-        if self.best and not (same and self.best["tokens"] == tokens):
+        if self.best and not (same and self.best["tokens"] == self._tokens()):
             self.log.say(
                 f"note: validation is over other windows than before: step {self.best['step']} no "
                 "longer counts as the lowest; copy its checkpoint to keep it"
@@ -110,6 +110,10 @@ class Judge:
         windows = self.windows
         wanted = max(1, min(len(windows), self.config.train.eval_tokens // windows.seq_len))
         return np.linspace(0, len(windows) - 1, wanted).astype(int).tolist()
+
+    def _tokens(self) -> int:
+        """Tokens that are judged: files of others may hold padding, which is not."""
+        return sum(int((self.windows[i][1:] != PAD).sum()) for i in self._windows())
 
     def sample(self, model: Transformer, step: int) -> None:
         """A continuation of the first words of the validation text; the same seed every time."""
