@@ -155,12 +155,14 @@ def test_an_archive_ends_where_it_says(tmp_path: Path) -> None:
     damaged = data[:size] + b"?" + data[size + 1 :]
     path = tmp_path / "a.tar"
     cut = [(1, data[:size]), (2, data[: 2 * size]), (1, data[: size + 99])]
-    for found, whole in (*cut, (1, damaged), (2, data + data)):
+    padded = data + bytes(3 << 20)  # as `tar -b 6144` does
+    for found, whole in (*cut, (1, damaged), (2, data + data), (2, padded + data)):
         path.write_bytes(whole)
         texts, refused = read(path, tmp_path)
         assert (len(texts), len(refused)) == (found, 1) and "damaged" in refused[0].reason
-    path.write_bytes(data[: 2 * size + 512])
-    assert [len(read(path, tmp_path)[i]) for i in (0, 1)] == [2, 0]
+    for whole in (data[: 2 * size + 512], padded):
+        path.write_bytes(whole)
+        assert [len(read(path, tmp_path)[i]) for i in (0, 1)] == [2, 0]
 
 
 def test_lines_and_documents_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
