@@ -133,17 +133,21 @@ def test_memory_is_renewed_without_changing_ids(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(f"{module}._BLIND_BYTES", 100)
     much = 1 << 40  # what was there at the first look is the readers' memory: an open parquet file
     for at_start, at_looks, renewed in (
-        (10, [10, 10, 10], False),
-        (10, [10, much, much], True),
-        (10, [much, much, much], False),
-        (0, [0, 0, 0], True),
+        (10, [10, 10, 10], 0),
+        (10, [10, much, 10, much, 10], 2),  # at each look, and behind each renewal
+        (10, [10, much, much, much], 1),  # what is there even then is the readers', too
+        (10, [much, much, much], 0),
+        (0, [0, 0, 0, 0, 0], 2),
     ):
         monkeypatch.setattr(f"{module}._resident", lambda at_start=at_start: at_start)
         encode = Encoder("gigatoken")
-        first, sizes = encode._encode, iter(at_looks)
+        sizes, ids, encoders = iter(at_looks), set(), [encode._encode]
         monkeypatch.setattr(f"{module}._resident", lambda sizes=sizes: next(sizes))
-        assert len({tuple(encode(b"The same text again and again. " * 4)) for _ in range(4)}) == 1
-        assert (encode._encode is not first) == renewed
+        for _ in range(4):
+            ids.add(tuple(encode(b"The same text again and again. " * 4)))
+            encoders.append(encode._encode)
+        assert len(ids) == 1
+        assert len(set(map(id, encoders))) == 1 + renewed
 
 
 def test_falls_back_where_gigatoken_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,8 @@ def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
 def _allow_files(count: int) -> None:
     """Let this process open so many files, as far as it may: macOS begins with 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < count:  # else without a limit
+    count = count if hard < 0 else min(count, hard)  # below zero is no limit
+    if 0 <= soft < count:
         with suppress(OSError, ValueError):  # then opening says so
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 

@@ -303,7 +303,9 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                         yield name, kind, _guarded(unpacked(member, codec), name, packed, refused)
                 if nothing:
                     refused(Skipped(NOTHING, source.name))
-                if vars(archive)["fileobj"].read(CHUNK).strip(b"\0"):
+                blocks, zeros = vars(archive)["fileobj"], bytes(CHUNK)
+                padding = (blocks.read(CHUNK) for _ in range(_BOMB_BYTES // CHUNK))
+                if next((data for data in padding if data != zeros), b"").strip(b"\0"):
                     raise tarfile.ReadError("it goes on behind its end, as two put together do")
     except damage() as error:
         refused(

@@ -116,9 +116,10 @@ class Encoder:
 
     gigatoken remembers every word it has met, for good, and is a fifth slower until it has met the
     usual ones. So it gets a fresh memory only where this process has grown much since its first
-    few MB of text, when whoever reads and writes had the memory they need. That is looked at often;
-    where the system does not tell it, the memory is fresh after so much text that building it anew
-    costs little beside the work done.
+    few MB of text, when whoever reads and writes had the memory they need; what a renewal leaves
+    is theirs, too, and no reason for the next. That is looked at often; where the system does not
+    tell it, the memory is fresh after so much text that building it anew costs little beside the
+    work done.
     """
 
     def __init__(self, kind: str = "auto") -> None:
@@ -135,6 +136,8 @@ class Encoder:
                 self._limit = now and now + _GROWN_BYTES
             elif now >= self._limit:
                 self._encode = _gigatoken()
+                now = _resident()  # without what the last one remembered
+                self._limit = now and max(self._limit, now + _GROWN_BYTES)
             self._seen, self._look = 0, _LOOK_BYTES if self._limit else _BLIND_BYTES
         self._seen += len(text)
         return self._encode(text)

@@ -24,6 +24,7 @@ _UNIT_FILES = 500
 _CUT_KINDS = ("jsonl", "text", "csv", "tsv")  # the others stay in one piece
 _TEXT_SLACK = 64 << 10  # how far a cut of plain text looks for a line end
 _HEADER_BYTES = 1 << 20  # all of a first chunk
+_ROW_ENDS = re.compile(rb"[\r\n]")  # of both, the second is an empty row, or ends the header
 _INSIDE_QUOTES = re.compile(rb'[^"]*+(?:""[^"]*+)*+')
 
 
@@ -177,18 +178,11 @@ class _Rows:
 
     def __init__(self, kind: str) -> None:
         self._starts = b"\t\r\n" if kind == "tsv" else b",\r\n"
-        self._ending = b"\n"
         self.reset()
 
     def first(self, data: bytes) -> bytes:
-        """The first row of a table that begins so, b"" if it goes on behind. Where a carriage
-        return alone ends it, rows are cut at those.
-        """
-        line, self._ending = self.end(data, 0, 0), b"\r"
-        self.reset()
-        end = self.end(data[: line - 1] if line > 0 else data, 0, 0)
-        if end < 0:
-            end, self._ending = line, b"\n"
+        """The first row of a table that begins so, b"" if it goes on behind."""
+        end = self.end(data, 0, 0)
         self.reset()
         return data[: end + 1]
 
@@ -213,8 +207,8 @@ class _Rows:
                 self._inside, self._opens = False, True  # if the next chunk begins with the other
             quote = chunk.find(b'"', place)
             stop = len(chunk) if quote < 0 else quote
-            if stop > at and (line := chunk.find(self._ending, max(place, at), stop)) >= 0:
-                return line
+            if stop > at and (line := _ROW_ENDS.search(chunk, max(place, at), stop)):
+                return line.start()
             if quote < 0:
                 if place < len(chunk):
                     self._opens = chunk[-1] in self._starts
