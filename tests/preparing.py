@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sota_transformer.data import documents as reading
+from sota_transformer.data import units
 from sota_transformer.data.prepare import prepare
+from sota_transformer.data.sources import Skipped, Source, find
+from sota_transformer.data.tables import Tables, probe
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Prepare
@@ -71,3 +75,22 @@ def refused(code: int, *words: str, out: Path, inputs: tuple[Any, ...], **option
     assert caught.value.code == code, caught.value
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+
+
+def read(path: Path, spool: Path) -> tuple[list[str], list[Skipped]]:
+    """Documents of one file and what was refused, without worker processes."""
+    found: list[str] = []
+    refused: list[Skipped] = []
+    tables = Tables()
+
+    def pieces(source: Source) -> list[tuple[int, int, int]]:
+        return probe(source, "text")
+
+    for segments, _ in units.cut(find((str(path),))[0], spool, refused.append, pieces):
+        for segment in segments:
+            for document in reading.documents(segment, "text", tables):
+                if isinstance(document, Skipped):
+                    refused.append(document)
+                else:
+                    found.append(document.decode())
+    return found, refused

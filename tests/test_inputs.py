@@ -16,10 +16,9 @@ from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.streams import streams
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Merge
-from tests.preparing import everything, jsonl, run
+from tests.preparing import everything, jsonl, read, run
 from tests.preparing import refused as fails
 from tests.preparing import texts as some
-from tests.test_data_hostile import read
 
 RUN = ("config.json", "run.json", "metrics.jsonl", "samples.txt")
 MODEL = ("tokenizer_config.json", "merges.txt", "README.md")

@@ -34,7 +34,7 @@ _VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")  # a word: not 
 def foreign_files(folder: Path) -> list[Path]:
     """The token files of a folder, sorted by name; what is hidden is none, as macOS' `._NAME`."""
     found = (path for path in folder.iterdir() if path.suffix in ENDINGS)
-    return sorted(path for path in found if not path.name.startswith("."))
+    return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
 
 
 def foreign_manifest(folder: Path) -> dict[str, Any]:

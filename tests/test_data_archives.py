@@ -1,0 +1,91 @@
+"""Archives made to break a reader: cut, damaged, empty, bombs, names that lead elsewhere."""
+
+import gzip
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from sota_transformer.data import streams
+from tests.preparing import read
+
+
+def test_an_archive_ends_where_it_says(tmp_path: Path) -> None:
+    """To the standard library a tar ends where no header is, be it damaged or cut off."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 1024
+            archive.addfile(info, io.BytesIO(name[0].encode() * 1024))
+    data, size = packed.getvalue(), 3 * 512  # of a member
+    damaged = data[:size] + b"?" + data[size + 1 :]
+    path = tmp_path / "a.tar"
+    cut = [(1, data[:size]), (2, data[: 2 * size]), (1, data[: size + 99])]
+    padded = data + bytes(3 << 20)  # as `tar -b 6144` does
+    for found, whole in (*cut, (1, damaged), (2, data + data), (2, padded + data)):
+        path.write_bytes(whole)
+        texts, refused = read(path, tmp_path)
+        assert (len(texts), len(refused)) == (found, 1) and "damaged" in refused[0].reason
+    for whole in (data[: 2 * size + 512], padded):
+        path.write_bytes(whole)
+        assert [len(read(path, tmp_path)[i]) for i in (0, 1)] == [2, 0]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "zip"])
+def test_bombs_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setattr(streams, "_BOMB_BYTES", 4 << 20)
+    bomb = b"\n" * (64 << 20)
+    path = tmp_path / f"bomb.txt.{ending}"
+    if ending == "zip":
+        path = tmp_path / "bomb.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("bomb.txt", bomb)
+    else:
+        path.write_bytes((gzip.compress if ending == "gz" else zstandard.compress)(bomb))
+    (tmp_path / "spool").mkdir()
+    _, refused = read(path, tmp_path / "spool")
+    assert any("expands over" in item.reason for item in refused)
+    taken = sum(file.stat().st_size for file in (tmp_path / "spool").iterdir())
+    assert taken < 500 * path.stat().st_size + (8 << 20) < len(bomb)
+
+
+def test_member_names_lead_nowhere(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("../../escape.txt", "outside " * 20)
+        archive.writestr("/etc/absolute.txt", "root " * 20)
+    (tmp_path / "spool").mkdir()
+    assert len(read(tmp_path / "a.zip", tmp_path / "spool")[0]) == 2
+    assert not (tmp_path.parent / "escape.txt").exists()
+
+
+def test_a_broken_member_name_costs_no_text(tmp_path: Path) -> None:
+    """Names that claim to be UTF-8; one of them is not, and belongs to what is no text."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in ("a.txt", "\u00e9\u00e9\u00e9.txt", "\u00e8.txt", "\u00e9\u00e9\u00e9.bin"):
+            archive.writestr(name, f"{len(name)} and more")
+    data = packed.getvalue().replace("\u00e9".encode() * 3, b"b\xe9d\xff/x")
+    (tmp_path / "a.zip").write_bytes(data)
+    found, refused = read(tmp_path / "a.zip", tmp_path)
+    assert found == ["5 and more", "7 and more", "5 and more"]
+    assert [item.where for item in refused] == ["a.zip!b\\xe9d\\xff/x.bin"]
+
+
+@pytest.mark.parametrize("folders", [0, 2])
+def test_an_archive_that_holds_nothing_is_counted(tmp_path: Path, folders: int) -> None:
+    with (
+        zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped,
+        tarfile.open(tmp_path / "a.tar.gz", "w:gz") as rolled,
+    ):
+        for name in ("one/", "two/")[:folders]:
+            zipped.writestr(name, b"")
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE
+            rolled.addfile(member)
+    for name in ("a.zip", "a.tar.gz"):
+        found, refused = read(tmp_path / name, tmp_path)
+        assert (found, [item.reason for item in refused]) == ([], ["no document inside"])
