@@ -161,6 +161,11 @@ class Train:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; the one of the lowest validation loss stays, too."""
 
+    @property
+    def most_checkpoints(self) -> int:
+        """What a run may come to hold: also the best one, and one that is being written."""
+        return self.keep_checkpoints + 2
+
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
         counts = ("micro_rows", "eval_every", "sample_every", "save_every_steps")

@@ -87,7 +87,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
         over = "; past four times it over-fits: more text or fewer steps"
         read = f"data: {there:,} training tokens, read {epochs:.2f} times"
         yield read + over * (epochs > _FRESH_EPOCHS)
-    keep = config.train.keep_checkpoints + 2  # the best, and one that is being written
+    keep = config.train.most_checkpoints
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
     yield expected(parameters, total, there)

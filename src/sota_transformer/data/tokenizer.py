@@ -167,10 +167,8 @@ def _choose(kind: str) -> tuple[str, Callable[[Any], NDArray[np.uint32]]]:
         try:
             encode = makers[name]()
             works = _knows_its_ids(encode)
-        except (ImportError, OSError):  # not installed, or no room for a temporary file
-            continue
-        except (TypeError, ValueError, AttributeError):  # it has changed its ways (gigatoken#42)
-            continue
+        except (ImportError, OSError, TypeError, ValueError, AttributeError):
+            continue  # not installed, no room for its file, or called otherwise (gigatoken#42)
         if works:
             return name, encode
     raise SotaError("no working encoder; `pip install gigatoken tiktoken` and try again", BAD_DATA)

@@ -10,7 +10,6 @@ Before the first checkpoint all of it is free, and said; of an imported one the 
 fit.
 """
 
-import dataclasses
 from pathlib import Path
 
 from sota_transformer import durable
@@ -22,29 +21,25 @@ from sota_transformer.training.trainer import Trainer
 
 # None of it decides which samples are seen or what they count.
 _FREE = {
-    "data": {"path"},
-    "train": {
-        "micro_rows",
-        "gradient_checkpointing",
-        "log_every",
-        "eval_every",
-        "eval_tokens",
-        "sample_every",
-        "save_every_minutes",
-        "save_every_steps",
-        "keep_checkpoints",
-    },
-    "run": {
-        "out",
-        "resume",
-        "exact",
-        "override",
-        "data_change",
-        "device",
-        "dtype",
-        "compile",
-        "threads",
-    },
+    "data.path",
+    "train.micro_rows",
+    "train.gradient_checkpointing",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.sample_every",
+    "train.save_every_minutes",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+    "run.out",
+    "run.resume",
+    "run.exact",
+    "run.override",
+    "run.data_change",
+    "run.device",
+    "run.dtype",
+    "run.compile",
+    "run.threads",
 }
 _WEIGHTLESS = "model.seq_len"  # the one field of the model that no weight depends on
 
@@ -53,13 +48,11 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
     """What --override changes in the run of `folder`. SotaError 65 or 2 for what may not change."""
     if not (folder / "config.json").exists():
         return []
-    before = read_config(folder)
+    before = read_config(folder).fields()
     changed = {
-        f"{section}.{name}": f"{section}.{name} was {old}, is {value}"
-        for section, values in dataclasses.asdict(config).items()
-        for name, value in values.items()
-        if name not in _FREE.get(section, ())
-        and (old := getattr(getattr(before, section), name)) != value
+        name: f"{name} was {before[name]}, is {value}"
+        for name, value in config.fields().items()
+        if name not in _FREE and before[name] != value
     }
     steps = checkpoint.steps(folder)  # without any there is nothing yet that has to fit
     fixed = [name for name in changed if name.startswith("model.") and name != _WEIGHTLESS]
@@ -90,7 +83,7 @@ def _imported(folder: Path, steps: list[int]) -> bool:
 def of_data(config: RunConfig, state: checkpoint.State, trainer: Trainer) -> list[str]:
     """What --data-change admits, applied to `state`. SotaError 65 for other data without it."""
     old, new = state.manifest.get("data"), trainer.windows.fingerprint
-    # None: imported without data. Behind it stood once how it was cut.
+    # None: imported. Behind it stood once how it was cut.
     if old is None or str(old).startswith(new):
         return []
     files = state.manifest.get("data_files", {})

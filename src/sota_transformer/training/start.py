@@ -184,7 +184,7 @@ def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
             "more text or fewer --steps would serve better"
         )
     folder, free = config.run.out, shutil.disk_usage(config.run.out).free
-    more = config.train.keep_checkpoints + 2 - len(checkpoint.steps(folder))  # as `sota plan` says
+    more = config.train.most_checkpoints - len(checkpoint.steps(folder))
     if free < (needed := more * config.state_bytes):
         log.say(
             f"note: {folder} may come to take {needed / 1e9:.2f} GB more, of which "
