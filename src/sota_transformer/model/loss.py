@@ -6,6 +6,7 @@ pass only scales. That is three matrix products a token, the fewest possible.
 Losses are sums; the caller divides once by the global token count.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -157,11 +158,7 @@ def chunk_losses(
     return sums
 
 
-_COMPILED: list[Any] = []
-
-
+@cache
 def _compiled_losses() -> Any:
     """`chunk_losses` compiled, once a process."""
-    if not _COMPILED:
-        _COMPILED.append(torch.compile(chunk_losses, dynamic=False))
-    return _COMPILED[0]
+    return torch.compile(chunk_losses, dynamic=False)

@@ -22,28 +22,21 @@ def optimizers(model: Transformer, config: Optim) -> list[torch.optim.Optimizer]
     AdamW decays matrices and leaves the gains of norms alone. The learning rate is set by the
     trainer before each update.
     """
-    parameters = list(model.parameters())
+    found, rest = list[torch.optim.Optimizer](), list(model.parameters())
+    decay, gains = config.weight_decay, 1.0
+    if config.matrix_rate:
+        # On MPS its products in bfloat16 have given NaN (autoresearch#205).
+        products = torch.float32 if model.embedding.weight.is_mps else model.dtype
+        muon = NorMuon(model.matrices(), config.weight_decay, products)
+        muon.param_groups[0]["relative_rate"] = config.matrix_rate / config.learning_rate
+        taken = {id(p) for p in muon.param_groups[0]["params"]}
+        rest = [p for p in rest if id(p) not in taken]
+        found, decay, gains = [muon], 0.0, _GAINS
+    matrices = {"params": [p for p in rest if p.ndim >= 2], "relative_rate": 1.0}
+    vectors = {"params": [p for p in rest if p.ndim < 2], "relative_rate": gains}
+    groups = [matrices | {"weight_decay": decay}, vectors | {"weight_decay": 0.0}]
     betas, eps = (config.beta1, config.beta2), config.eps
-    if not config.matrix_rate:
-        matrices = {"params": [p for p in parameters if p.ndim >= 2], "relative_rate": 1.0}
-        gains = {"params": [p for p in parameters if p.ndim < 2], "relative_rate": 1.0}
-        groups = [
-            matrices | {"weight_decay": config.weight_decay},
-            gains | {"weight_decay": 0.0},
-        ]
-        return [torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)]
-    # On MPS its products in bfloat16 have given NaN (autoresearch#205).
-    products = torch.float32 if model.embedding.weight.is_mps else model.dtype
-    muon = NorMuon(model.matrices(), config.weight_decay, products)
-    muon.param_groups[0]["relative_rate"] = config.matrix_rate / config.learning_rate
-    taken = {id(p) for p in muon.param_groups[0]["params"]}
-    rest = [p for p in parameters if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "relative_rate": 1.0},
-        {"params": [p for p in rest if p.ndim < 2], "relative_rate": _GAINS},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
-    return [muon, adamw]
+    return [*found, torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -315,11 +315,8 @@ class Transformer(nn.Module):
         (B, T) by row, says where the tokens stand when that is not simply behind the cached ones.
         """
         start = cache.length if cache is not None else 0
-        rope = (
-            self.rope[:, start : start + tokens.shape[1]]
-            if positions is None
-            else self.rope[:, positions]
-        )
+        behind = slice(start, start + tokens.shape[1])
+        rope = self.rope[:, behind if positions is None else positions]
         if rope.ndim == 4:  # by row: (2, B, T, h) -> (2, B, 1, T, h)
             rope = rope.unsqueeze(2)
         if cache is not None and mask is None and start and tokens.shape[1] > 1:
@@ -331,20 +328,11 @@ class Transformer(nn.Module):
         x = self.begin(x, dropout)  # (B, T, D) float32
         for layer, block in enumerate(self.blocks, start=1):
             inner = dropout and Dropout(dropout.rate, dropout.keys + layer * 0x51ED27)
+            given = (x, self.dtype, rope, inner, cache, mask)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(
-                    block,
-                    x,
-                    self.dtype,
-                    rope,
-                    inner,
-                    None,
-                    mask,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, self.dtype, rope, inner, cache, mask)
+                x = block(*given)
         if cache is not None:
             cache.length += tokens.shape[1]
         return self.end(x)
