@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.config import RunConfig
-from sota_transformer.data.page import document, save, table
+from sota_transformer.data.page import document, save, section, table
 from sota_transformer.data.progress import printable
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Report
@@ -167,7 +167,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> str:
     doubts, notes = list(_doubts(runs)), [*_notes(runs), *(_EXPLAINED if judged else ())]
     body = [f"<h1>{len(runs)} runs</h1>", *(f"<p><b>{escape(line)}</b></p>" for line in doubts)]
     body += [table(rows[0], rows[1:]), *_charts(runs, settings)]
-    body += ["<h2>Last validation</h2>", table(_SETTING, judged)] if judged else []
+    body.append(section("Last validation", _SETTING, judged))
     body += [f"<p>{escape(line)}</p>" for line in notes]
     save(out, document(f"Runs: {', '.join(rows[0][1:])}", body))
     tables = [_text(rows), _text([_SETTING, *judged])] if judged else [_text(rows)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sota_transformer.config import RunConfig
-from sota_transformer.data.page import document, save, table
+from sota_transformer.data.page import document, save, section, table
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.schedules import describe
 from sota_transformer.training.runlog import (
@@ -56,9 +56,9 @@ def write_report(folder: Path, out: Path) -> Path:
         *(f"<p>{escape(line)}</p>" for line in described),
         *_summary(config, metrics),
         *_charts(config, metrics),
-        *_validations(metrics),
+        _validations(metrics),
         *_starts(record),
-        *_events(metrics),
+        _events(metrics),
         *_samples(folder, metrics[-1]["step"]),
         f"<details><summary>Configuration</summary><pre>{text}</pre></details>",
     ]
@@ -215,10 +215,9 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _validations(metrics: list[dict[str, Any]]) -> Iterator[str]:
+def _validations(metrics: list[dict[str, Any]]) -> str:
     rows = [(f"{line['step']:,}", judgement(line)) for line in validations(metrics)]
-    if rows:
-        yield "<h2>Validation</h2>" + table(("step", "plain loss"), rows)
+    return section("Validation", ("step", "plain loss"), rows)
 
 
 def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -229,10 +228,10 @@ def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _starts(run: dict[str, Any]) -> Iterator[str]:
     names = ("from_step", "started", "machine", "changed", "command")
-    rows = [tuple(words(start.get(name)) for name in names) for start in starts_of(run)]
-    if rows:
-        yield "<h2>Starts</h2>"
-        yield table(("from step", "at", "machine", "changed since the one before", "command"), rows)
+    head = ("from step", "at", "machine", "changed since the one before", "command")
+    if starts := starts_of(run):
+        rows = [tuple(words(start.get(name)) for name in names) for start in starts]
+        yield section("Starts", head, rows)
         yield f"<p>Data: fingerprint <code>{escape(words(run.get('data')))}</code></p>"
 
 
@@ -243,14 +242,13 @@ def words(value: Any) -> str:
     return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
 
 
-def _events(metrics: list[dict[str, Any]]) -> Iterator[str]:
+def _events(metrics: list[dict[str, Any]]) -> str:
     rows = [
         (f"{line['step']:,}", str(line["event"]), str(line.get("reason", "")))
         for line in metrics
         if "event" in line
     ]
-    if rows:
-        yield "<h2>What happened</h2>" + table(("step", "event", "reason"), rows)
+    return section("What happened", ("step", "event", "reason"), rows)
 
 
 def _samples(folder: Path, step: int) -> Iterator[str]:

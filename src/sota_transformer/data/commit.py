@@ -24,10 +24,7 @@ def complete(part: dict[str, Any], threshold: int) -> dict[str, Any]:
         "fingerprint": fingerprint(part),
         "dtype": "uint16",
         "end_of_text": "after each document",
-        "split_rule": {
-            "hash": HASH_RULE,
-            "val_below": threshold,
-        },
+        "split_rule": {"hash": HASH_RULE, "val_below": threshold},
     }
 
 
@@ -55,17 +52,11 @@ def commit_append(shards: Path, out: Path, manifest: dict[str, Any]) -> None:
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a prepared folder and what is appended to it."""
-    splits = {
-        name: {
-            "shards": part["shards"] + new["splits"][name]["shards"],
-            **{
-                key: part[key] + new["splits"][name][key]
-                for key in ("tokens", "documents", "text_bytes")
-            },
-        }
-        for name, part in old["splits"].items()
+    splits = {  # more shards, and larger counts
+        name: {key: old["splits"][name][key] + more for key, more in part.items()}
+        for name, part in new["splits"].items()
     }
-    rejects = {reason: dict(entry) for reason, entry in old["rejects"].items()}
+    rejects = dict(old["rejects"])
     for reason, entry in new["rejects"].items():
         before = rejects.get(reason, {"count": 0, "examples": []})
         rejects[reason] = {
@@ -73,13 +64,11 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             "examples": (before["examples"] + entry["examples"])[:EXAMPLES],
         }
     both = {"files": old["files"] | new["files"], "splits": splits}
-    return (
-        old
-        | both
-        | {
-            "rejects": rejects,
-            "inputs": old["inputs"] + new["inputs"],
-            "requests": old["requests"] + new["requests"],
-            "fingerprint": fingerprint(both),
-        }
-    )
+    return {
+        **old,
+        **both,
+        "rejects": rejects,
+        "inputs": old["inputs"] + new["inputs"],
+        "requests": old["requests"] + new["requests"],
+        "fingerprint": fingerprint(both),
+    }

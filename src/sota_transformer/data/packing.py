@@ -49,8 +49,7 @@ class BestFit:
         """As `TokenWindows`; SotaError 65 as there."""
         self._stream = TokenWindows(folder, split, 1)
         self.seq_len, self.tokens = seq_len, self._stream.tokens
-        self.text_bytes, self.documents = self._stream.text_bytes, self._stream.documents
-        self.fingerprint = self._stream.fingerprint
+        self.documents, self.fingerprint = self._stream.documents, self._stream.fingerprint
         starts, lengths = _pieces(document_ends(self._stream), seq_len + 1)
         starts, lengths = starts[lengths > 1], lengths[lengths > 1]  # a lone token predicts nothing
         if not len(starts):

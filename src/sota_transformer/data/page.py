@@ -34,48 +34,41 @@ def page(
     samples: list[tuple[str, int, str]],
 ) -> str:
     """HTML that shows a prepared folder: tables, histograms of lengths, rejects, samples."""
-    rows: list[tuple[str, ...]]
-    body = [f"<h1>{escape(str(folder))}</h1>"]
-    body.append(f"<p>Fingerprint <code>{manifest['fingerprint']}</code></p>")
-    body.append(
-        table(
-            ("split", "documents", "tokens", "MB of text", "bytes per token"),
-            [
-                (
-                    split,
-                    f"{part['documents']:,}",
-                    f"{part['tokens']:,}",
-                    f"{part['text_bytes'] / 1e6:,.2f}",
-                    f"{part.get('bytes_per_token', 0):.2f}",
-                )
-                for split, part in figures.items()
-                if split != "leakage"
-            ],
+    splits = {name: part for name, part in figures.items() if name != "leakage"}
+    sides = [
+        (
+            split,
+            f"{part['documents']:,}",
+            f"{part['tokens']:,}",
+            f"{part['text_bytes'] / 1e6:,.2f}",
+            f"{part.get('bytes_per_token', 0):.2f}",
         )
-    )
+        for split, part in splits.items()
+    ]
+    inputs = [
+        (row["input"], f"{row['files']:,}", f"{row['documents']:,}", f"{row['tokens']:,}")
+        for row in manifest["inputs"]
+    ]
+    rejects = [
+        (reason, f"{entry['count']:,}", "; ".join(entry["examples"])[:300])
+        for reason, entry in manifest["rejects"].items()
+    ]
+    body = [
+        f"<h1>{escape(str(folder))}</h1>",
+        f"<p>Fingerprint <code>{manifest['fingerprint']}</code></p>",
+        table(("split", "documents", "tokens", "MB of text", "bytes per token"), sides),
+    ]
     if "leakage" in figures:
         share = figures["leakage"]
         body.append(f"<p>{share:.3%} of validation's 13-grams also stand in training.</p>")
-    for split, part in figures.items():
-        if split != "leakage" and part["tokens"]:
+    for split, part in splits.items():
+        if part["tokens"]:
             body.append(f"<h2>{split}: documents by length in tokens</h2>")
             body.append(_histogram(part["length_histogram"]))
             scripts = ", ".join(f"{name} {share:.1%}" for name, share in part["scripts"].items())
             body.append(f"<p>Letters: {escape(scripts)}</p>")
-    if manifest["inputs"]:
-        body.append("<h2>Inputs</h2>")
-        rows = [
-            (row["input"], f"{row['files']:,}", f"{row['documents']:,}", f"{row['tokens']:,}")
-            for row in manifest["inputs"]
-        ]
-        body.append(table(("input", "files", "documents", "tokens"), rows))
-    if manifest["rejects"]:
-        body.append("<h2>Not taken</h2>")
-        rows = [
-            (str(reason), f"{entry['count']:,}", "; ".join(entry["examples"])[:300])
-            for reason, entry in manifest["rejects"].items()
-        ]
-        body.append(table(("reason", "count", "for example"), rows))
+    body.append(section("Inputs", ("input", "files", "documents", "tokens"), inputs))
+    body.append(section("Not taken", ("reason", "count", "for example"), rejects))
     for split, number, text in samples:
         body.append(f"<h2>{split} document {number:,}</h2><pre>{escape(text[:3000])}</pre>")
     return document(f"Data: {folder}", body)
@@ -97,6 +90,11 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
     inner = line("th", head) + "".join(line("td", row) for row in rows)
     return f'<div class="wide"><table>{inner}</table></div>'
+
+
+def section(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A heading and its table; nothing where that would be empty."""
+    return f"<h2>{title}</h2>{table(head, rows)}" if rows else ""
 
 
 def _histogram(bars: list[list[int]]) -> str:

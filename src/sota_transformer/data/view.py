@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,20 +113,15 @@ def _lengths(stream: TokenWindows, ends: NDArray[np.int64]) -> NDArray[np.int64]
 
 def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
     """Share of letters by script, in documents spread over the split."""
-    counts = dict.fromkeys((name for name, _, _ in _SCRIPTS), 0)
-    other = 0
+    counts, total = Counter[str](), 0
     for number in np.unique(np.linspace(0, len(ends) - 1, _SAMPLED).astype(int)).tolist():
         text = "".join(filter(str.isalpha, _text(stream, ends, number, 2000)))
         letters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        known = 0
+        total += len(letters)
         for name, low, high in _SCRIPTS:
-            found = int(((letters >= low) & (letters <= high)).sum())
-            counts[name] += found
-            known += found
-        other += len(letters) - known
-    total = max(1, sum(counts.values()) + other)
-    shares = {name: count / total for name, count in (counts | {"other": other}).items() if count}
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+            counts[name] += int(((letters >= low) & (letters <= high)).sum())
+    counts["other"] = total - counts.total()
+    return {name: count / total for name, count in counts.most_common() if count}
 
 
 def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int = 1 << 30) -> str:
