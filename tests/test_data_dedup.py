@@ -89,12 +89,9 @@ def stays_of(a: np.ndarray, b: np.ndarray, threshold: float) -> list[bool]:
     """Which of two documents' ids stay."""
     tokens = np.concatenate([a, [50_256], b, [50_256]]).astype(np.uint16)
     lengths = np.array([len(a) + 1, len(b) + 1], np.uint32)
-    every, place = np.ones(2, bool), near.Place(Path("none"), 0)
-    return (
-        near.Similar(threshold)
-        .new(tokens, lengths, *sketch(tokens, lengths), every, place)
-        .tolist()
-    )
+    place = near.Place(Path("none"), 0)
+    batch = near.Batch(tokens, lengths, *sketch(tokens, lengths), place)
+    return near.Similar(threshold).new(batch, np.ones(2, bool)).tolist()
 
 
 def test_long_documents_near_the_threshold_are_decided_by_all_their_grams() -> None:

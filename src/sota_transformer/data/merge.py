@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
-from sota_transformer.data.near import Place, Similar
+from sota_transformer.data.near import Batch, Place, Similar
 from sota_transformer.data.shards import HEADER_BYTES, SPLITS, load_array, npy_header
 from sota_transformer.data.sketch import sketch
 from sota_transformer.data.tokenizer import Tokenizer
@@ -54,8 +54,8 @@ class SplitWriter:
     """The shards of one split, each closed at the first document end behind SHARD_TOKENS."""
 
     def __init__(self, folder: Path, split: str, first: int = 0) -> None:
-        self.tokens = self.documents = self.text_bytes = 0
         self.shards: list[str] = []
+        self.counts = {"tokens": 0, "documents": 0, "text_bytes": 0}
         self.files: dict[str, Future[dict[str, Any]]] = {}
         self._folder, self._split, self._next = folder, split, first
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
@@ -99,9 +99,9 @@ class SplitWriter:
         self._hashes.append(encoded.hashes[chosen])
         added = int(lengths.sum())
         self._held += added
-        self.tokens += added
-        self.documents += len(chosen)
-        self.text_bytes += int(encoded.text_bytes[chosen].sum(dtype=np.int64))
+        self.counts["tokens"] += added
+        self.counts["documents"] += len(chosen)
+        self.counts["text_bytes"] += int(encoded.text_bytes[chosen].sum(dtype=np.int64))
 
     def _open(self) -> Any:
         """The next shard, with room for its header."""
@@ -195,7 +195,7 @@ class Merger:
                     lengths = np.diff(part, prepend=start).astype(np.uint32)
                     ids = np.asarray(tokens[start : int(part[-1])])
                     place = Place(folder / name, HEADER_BYTES + 2 * start)
-                    self._similar.know(ids, lengths, *sketch(ids, lengths), place)
+                    self._similar.know(Batch(ids, lengths, *sketch(ids, lengths), place))
 
     def add(self, encoded: Encoded) -> None:
         """The next unit."""
@@ -219,9 +219,8 @@ class Merger:
     def _unlike(self, encoded: Encoded, fresh: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Without the near-duplicates of what came before."""
         assert self._similar is not None and encoded.place is not None
-        stays = self._similar.new(
-            encoded.tokens, encoded.lengths, encoded.keys, encoded.marks, fresh, encoded.place
-        )
+        sketched = (encoded.tokens, encoded.lengths, encoded.keys, encoded.marks)
+        stays = self._similar.new(Batch(*sketched, encoded.place), fresh)
         if dropped := int((fresh & ~stays).sum()):
             self.rejects.add(NEAR_DUPLICATE, "", dropped)
         return stays
@@ -232,33 +231,20 @@ class Merger:
         for writer in self.splits.values():
             files |= writer.close()
         if self._similar is not None and NEAR_DUPLICATE in self.rejects.examples:
-            self.rejects.examples[NEAR_DUPLICATE] = self._near_examples()
+            decode = Tokenizer().decode
+            self.rejects.examples[NEAR_DUPLICATE] = [
+                f"{jaccard:.2f}: {decode(a[:16])!r} is like {decode(b[:16])!r}"
+                for jaccard, a, b in self._similar.examples
+            ]
         splits = {
-            split: {
-                "shards": writer.shards,
-                "tokens": writer.tokens,
-                "documents": writer.documents,
-                "text_bytes": writer.text_bytes,
-            }
+            split: {"shards": writer.shards, **writer.counts}
             for split, writer in self.splits.items()
         }
-        return {
-            "files": files,
-            "splits": splits,
-            "rejects": {
-                reason: {"count": self.rejects.counts[reason], "examples": examples}
-                for reason, examples in sorted(self.rejects.examples.items())
-            },
+        rejects = {
+            reason: {"count": self.rejects.counts[reason], "examples": examples}
+            for reason, examples in sorted(self.rejects.examples.items())
         }
-
-    def _near_examples(self) -> list[str]:
-        """The first pairs that were found alike, as text."""
-        assert self._similar is not None
-        decode = Tokenizer().decode
-        return [
-            f"{jaccard:.2f}: {decode(a[:16])!r} is like {decode(b[:16])!r}"
-            for jaccard, a, b in self._similar.examples
-        ]
+        return {"files": files, "splits": splits, "rejects": rejects}
 
     def abandon(self) -> None:
         """Give up after an error."""

@@ -51,6 +51,17 @@ class Place:
     """Byte of the first token."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Documents one behind another, as `sketch` takes them, and what it gives."""
+
+    tokens: NDArray[np.uint16]
+    lengths: NDArray[np.uint32]
+    keys: NDArray[np.uint32]
+    marks: NDArray[np.uint8]
+    place: Place
+
+
 class Similar:
     """All documents so far, about 400 bytes each; found by their keys are those that stayed."""
 
@@ -67,19 +78,11 @@ class Similar:
         self._cached = lru_cache(_CACHED)(self._finer)
         self.examples: list[tuple[float, NDArray[np.uint16], NDArray[np.uint16]]] = []
 
-    def new(
-        self,
-        tokens: NDArray[np.uint16],
-        lengths: NDArray[np.uint32],
-        keys: NDArray[np.uint32],
-        marks: NDArray[np.uint8],
-        candidates: NDArray[np.bool_],
-        place: Place,
-    ) -> NDArray[np.bool_]:
+    def new(self, batch: Batch, candidates: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of `candidates` are like no earlier document that stayed: (documents,)."""
-        looked = np.flatnonzero(candidates & marks.any(axis=1))
-        first, keys = self._count, keys[looked]
-        self._add(looked, tokens, lengths, marks, place)
+        looked = np.flatnonzero(candidates & batch.marks.any(axis=1))
+        first, keys = self._count, batch.keys[looked]
+        self._add(batch, looked)
         stayed = np.ones(len(looked), bool)
         # Nearly all documents share no key with any other: there is nothing to be done for them.
         before = self._before(keys)
@@ -99,27 +102,13 @@ class Similar:
         stays[looked] = stayed
         return stays
 
-    def know(
-        self,
-        tokens: NDArray[np.uint16],
-        lengths: NDArray[np.uint32],
-        keys: NDArray[np.uint32],
-        marks: NDArray[np.uint8],
-        place: Place,
-    ) -> None:
+    def know(self, batch: Batch) -> None:
         """Documents that are there whatever they are like."""
-        looked, first = np.flatnonzero(marks.any(axis=1)), self._count
-        self._add(looked, tokens, lengths, marks, place)
-        self._remember(keys[looked], np.arange(first, self._count))
+        looked, first = np.flatnonzero(batch.marks.any(axis=1)), self._count
+        self._add(batch, looked)
+        self._remember(batch.keys[looked], np.arange(first, self._count))
 
-    def _add(
-        self,
-        looked: NDArray[np.int64],
-        tokens: NDArray[np.uint16],
-        lengths: NDArray[np.uint32],
-        marks: NDArray[np.uint8],
-        place: Place,
-    ) -> None:
+    def _add(self, batch: Batch, looked: NDArray[np.int64]) -> None:
         """Those of the documents get the next numbers, whether they will stay or not."""
         start, self._count = self._count, self._count + len(looked)
         if self._count > len(self._where):
@@ -127,11 +116,12 @@ class Similar:
             for array in (self._where, self._marks):  # in place: no second copy for a while
                 array.resize((room, array.shape[1]), refcheck=False)
         rows = self._where[start : self._count]
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        rows[:, 0], rows[:, 1], rows[:, 2] = len(self._places), starts[looked], lengths[looked]
-        self._marks[start : self._count] = marks[looked]
-        self._places.append(place)
-        self._tokens = tokens
+        starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
+        rows[:, 0], rows[:, 1] = len(self._places), starts[looked]
+        rows[:, 2] = batch.lengths[looked]
+        self._marks[start : self._count] = batch.marks[looked]
+        self._places.append(batch.place)
+        self._tokens = batch.tokens
 
     def _before(self, keys: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Documents (numbered from 0) and earlier ones with a key of theirs, two numbers in one, in
