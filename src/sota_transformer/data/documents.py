@@ -32,16 +32,10 @@ _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
 _DEEP_PAGE = 5000
 _END = "\0sota: the end of the table\0"  # inside a quote that is open it is part of a cell
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+# Python refuses integers of thousands of digits; which number it is does not matter here.
+_LENIENT = json.JSONDecoder(parse_int=lambda _: 0)
 
 Document = bytes | Skipped
-
-
-def _any_integer(_: str) -> int:
-    """Python refuses integers of thousands of digits; which number it is does not matter here."""
-    return 0
-
-
-_LENIENT = json.JSONDecoder(parse_int=_any_integer)
 
 
 def documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:

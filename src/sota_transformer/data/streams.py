@@ -38,6 +38,7 @@ NOTHING = "no document inside"
 _DECOMPRESSORS = {"bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
 _PACKED = 8 << 10  # given to a decompressor at a time: damage there takes what came before it along
 _LINK = "link or device inside an archive"
+_STARTED = "only its readable start was taken"
 _SEAL = b"\0sota: the whole stream was read\0"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -79,7 +80,7 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
             refused(Skipped("empty file", name))
     except damage() as error:
         where = f"{name}: {(str(error).splitlines() or [''])[0][:80]}"
-        refused(Skipped("damaged stream; only its readable start was taken", where))
+        refused(Skipped(f"damaged stream; {_STARTED}", where))
 
 
 def utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -110,12 +111,10 @@ codecs.register_error("sota-escape", _escape)
 
 def damage() -> tuple[type[BaseException], ...]:
     """What a damaged stream or archive may raise."""
-    errors: list[type[BaseException]] = [OSError, EOFError, ValueError, RuntimeError]
-    errors += [NotImplementedError, zlib.error, lzma.LZMAError, zipfile.BadZipFile]
-    errors.append(tarfile.TarError)
-    if "zstandard" in sys.modules:
-        errors.append(sys.modules["zstandard"].ZstdError)
-    return tuple(errors)
+    errors = (OSError, EOFError, ValueError, RuntimeError)
+    errors += (zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
+    zstandard = sys.modules.get("zstandard")
+    return (*errors, zstandard.ZstdError) if zstandard else errors
 
 
 def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
@@ -293,8 +292,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                         continue
                     nothing = False
                     if not info.isreg():
-                        where = f"{source.name}!{info.name}"
-                        refused(Skipped(_LINK, where))
+                        refused(Skipped(_LINK, f"{source.name}!{info.name}"))
                         continue
                     found = _member(source.name, info.name, refused)
                     if found and (member := archive.extractfile(info)):
@@ -308,12 +306,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                 if next((data for data in padding if data != zeros), b"").strip(b"\0"):
                     raise tarfile.ReadError("it goes on behind its end, as two put together do")
     except damage() as error:
-        refused(
-            Skipped(
-                "damaged archive; only its readable start was taken",
-                f"{source.name}: {error}"[:200],
-            )
-        )
+        refused(Skipped(f"damaged archive; {_STARTED}", f"{source.name}: {error}"[:200]))
 
 
 class _Header(tarfile.TarInfo):

@@ -118,10 +118,12 @@ class Tables:
 
     def _range(self, segment: Segment, field: str) -> Iterator[Row]:
         """Rows start..stop, from where the reader stands if that is before."""
+        import pyarrow
+
         place = (segment.path, segment.offset)
         if self._place != place or self._row > segment.start:
             self._batches, self._rest = iter(()), []  # what is read goes before more comes
-            _release()
+            pyarrow.default_memory_pool().release_unused()
             self._row, self._batches = self._open(segment, field)
             self._place = place
         while self._row < segment.stop:
@@ -152,13 +154,6 @@ class Tables:
             self._ends = list(accumulate(group.num_rows for group in groups))
             self._path = segment.path
         return _parquet(self._file, self._ends, segment, field)
-
-
-def _release() -> None:
-    """Give back what Arrow's allocator keeps of memory that is free."""
-    import pyarrow
-
-    pyarrow.default_memory_pool().release_unused()
 
 
 def _parquet(file: Any, ends: list[int], segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
@@ -205,5 +200,5 @@ def _column(batch: Any, field: str) -> Any:
     Strings are bytes in it, which copies nothing: one that is no UTF-8 would take others along.
     """
     column = batch.column(batch.schema.names.index(field))
-    bytes_ = _BYTES.get(str(column.type))
-    return column.view(bytes_) if bytes_ else column
+    raw = _BYTES.get(str(column.type))
+    return column.view(raw) if raw else column
