@@ -1,6 +1,5 @@
 """A small deterministic corpus, and runs of the real trainer on it."""
 
-import dataclasses
 import os
 import random
 import signal
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from sota_transformer.config import RunConfig
-from sota_transformer.options import Prepare
 from sota_transformer.presets import PRESETS
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,21 +51,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sota_transformer.data.prepare import prepare
+    from tests.preparing import run
 
     out = tmp_path_factory.mktemp("data") / "small"
-    prepare(Prepare(inputs=(str(corpus),), out=out, val_fraction=0.1, workers=1))
+    run(out, corpus)
     return out
 
 
 @pytest.fixture(scope="session")
 def few(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data of which a few short steps read all."""
-    from sota_transformer.data.prepare import prepare
+    from tests.preparing import run
 
     out = tmp_path_factory.mktemp("data") / "few"
-    texts = sorted(map(str, corpus.iterdir()))[:24]
-    prepare(Prepare(inputs=tuple(texts), out=out, val_fraction=0.1, workers=1))
+    run(out, *sorted(corpus.iterdir())[:24])
     return out
 
 
@@ -79,22 +76,17 @@ def make_run(
 
     Its samples are short, for they would take more time than the steps. The command line's are not.
     """
+    from tests.training_runs import change
+
     monkeypatch.setattr("sota_transformer.training.judge._SAMPLE_TOKENS", 4)
 
     def make(name: str = "run", recipe: str = "seed", **changes: object) -> RunConfig:
-        config = PRESETS["tiny"](recipe)
         defaults: dict[str, object] = {
             "d_model": 32, "d_ff": 64, "seq_len": 32, "steps": 12, "batch_rows": 4,
             "log_every": 1, "eval_every": 0, "eval_tokens": 512, "sample_every": 0,
             "save_every_minutes": 0.0, "threads": 1, "device": "cpu", "path": data,
             "out": tmp_path / name, "dtype": "float32",
         }  # fmt: skip
-        values = defaults | changes
-        sections = {}
-        for field in dataclasses.fields(config):
-            section = getattr(config, field.name)
-            mine = {f.name for f in dataclasses.fields(section)} & set(values)
-            sections[field.name] = dataclasses.replace(section, **{n: values[n] for n in mine})
-        return RunConfig(**sections)
+        return change(PRESETS["tiny"](recipe), **(defaults | changes))
 
     return make

@@ -12,6 +12,7 @@ import pytest
 from sota_transformer.data import documents as reading
 from sota_transformer.data import units
 from sota_transformer.data.prepare import prepare
+from sota_transformer.data.shards import load_manifest
 from sota_transformer.data.sources import Skipped, Source, find
 from sota_transformer.data.tables import Tables, probe
 from sota_transformer.data.tokenizer import EOT, Tokenizer
@@ -52,6 +53,12 @@ def documents(folder: Path, split: str) -> list[str]:
         assert all(ids[end - 1] == EOT for end in ends[1:])
         found += [tokenizer.decode(ids[a : b - 1]) for a, b in itertools.pairwise(ends)]
     return found
+
+
+def stream(folder: Path, split: str) -> np.ndarray:
+    """Ids of one side, over all its shards."""
+    names = load_manifest(folder)["splits"][split]["shards"]
+    return np.concatenate([np.load(folder / name) for name in names])
 
 
 def everything(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from tests.training_runs import InterruptError, MakeRun, change, stop_after
 
 
 def resumed(config, word: str):
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=word))
+    return change(config, resume=word)
 
 
 def test_the_first_save_of_a_branch_removes_the_other_one_before_it_too(
@@ -64,7 +64,7 @@ def test_a_complete_run_is_not_called_complete_on_other_data(
     train(config)
     more = tmp_path / "more"
     prepare(Prepare(inputs=(str(corpus),), out=more, val_fraction=0.2, workers=1))
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, path=more))
+    other = change(config, path=more)
     with pytest.raises(SotaError, match="is not the data this run was trained on") as caught:
         train(other)
     assert caught.value.code == BAD_DATA

@@ -15,7 +15,7 @@ import torch
 from sota_transformer import cli
 from sota_transformer.commands.evaluate import run_evaluate
 from sota_transformer.commands.transfer import run_export, run_import
-from sota_transformer.config import Data, RunConfig
+from sota_transformer.config import RunConfig
 from sota_transformer.data.loader import BatchLoader
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
@@ -23,11 +23,12 @@ from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.report import write_report
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, trainer
-from sota_transformer.training.runlog import RunLog, read_metrics
+from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.signals import Stopped
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
-from tests.training_runs import InterruptError, final_hash, stop_after
+from tests.preparing import run
+from tests.training_runs import InterruptError, change, final_hash, logged, stop_after
 
 MakeRun = Callable[..., RunConfig]
 
@@ -68,19 +69,15 @@ def changed(config: RunConfig) -> Any:
     return json.loads((config.run.out / "run.json").read_text())["attempts"][-1]["changed"]
 
 
-def run_options(config: RunConfig, **fields: object) -> RunConfig:
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, **fields))
-
-
 def test_another_model_is_refused_even_if_it_is_asked_for(
     begun: RunConfig, make_run: MakeRun
 ) -> None:
     other = make_run(save_every_steps=3, layers=3, d_ff=32)
     refused(other, BAD_DATA, "model.layers was 2, is 3", "model.d_ff was 64, is 32")
-    asked = run_options(other, override="model.layers,model.d_ff")
+    asked = change(other, override="model.layers,model.d_ff")
     refused(asked, BAD_DATA, "model.layers was 2, is 3")
     other = make_run(save_every_steps=3, matrix_rate=0.02)
-    asked = run_options(other, override="optim.matrix_rate")
+    asked = change(other, override="optim.matrix_rate")
     refused(asked, BAD_DATA, "no momentum.blocks.0", "optim.matrix_rate", "another --out")
 
 
@@ -91,15 +88,13 @@ def test_before_the_first_checkpoint_all_may_change(make_run: MakeRun, monkeypat
         train(make_run())
     other = make_run(layers=1, batch_rows=2, steps=2)
     with pytest.raises(SotaError, match=r"--exact: model\.layers was 2, is 1"):
-        train(run_options(other, exact=True))
+        train(change(other, exact=True))
     train(other)
     assert changed(other) == [
         "model.layers was 2, is 1", "train.steps was 12, is 2", "train.batch_rows was 4, is 2",
     ]  # fmt: skip
     assert "changed: model.layers was 2, is 1" in capsys.readouterr().out
-    lines = [
-        (line["step"], line["tokens"]) for line in read_metrics(other.run.out) if "loss" in line
-    ]
+    lines = [(line["step"], line["tokens"]) for line in logged(other, "loss")]
     assert lines == [(1, 64), (2, 128)]
 
 
@@ -120,8 +115,8 @@ def test_what_decides_the_result_needs_an_override(
 ) -> None:
     other = make_run(save_every_steps=3, **{field.split(".")[1]: value})
     refused(other, USAGE, f"{field} was ", f", is {value}", f"--override {field}=")
-    refused(run_options(other, override="optim.eps"), USAGE, field)
-    train(run_options(other, override=f"optim.eps,{field}"))
+    refused(change(other, override="optim.eps"), USAGE, field)
+    train(change(other, override=f"optim.eps,{field}"))
     (line,) = changed(other)
     assert line.startswith(f"{field} was ") and line.endswith(f", is {value}")
     assert f"changed: {line}" in capsys.readouterr().out
@@ -142,10 +137,10 @@ def test_what_is_said_counts_the_tokens_that_were_and_will_be_learned_from(
     other = make_run(steps=2000, windows=windows, batch_rows=8)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptError):
         stop_after(patch, 8)
-        train(run_options(other, override="train.steps,train.batch_rows"))
+        train(change(other, override="train.steps,train.batch_rows"))
     cut = Trainer(other, Runtime.detect(other.run, 1), RunLog(tmp_path, 2000, silent=True))
     first = checkpoint.load(begun.run.out, 6).trainer["tokens"]
-    now = [line["tokens"] for line in read_metrics(begun.run.out) if "loss" in line][-1]
+    now = logged(begun, "loss")[-1]["tokens"]
     expected, there = first + 1994 * cut.step_tokens, cut.windows.tokens
     said = capsys.readouterr().out
     assert (f"run: 6 steps x 128 tokens = {first:,} tokens" in before) == (windows == "stream")
@@ -167,7 +162,7 @@ def test_what_goes_back_to_its_last_step_leaves_no_later_one(
 ) -> None:
     """The later one would be what `sota generate` and the next start take."""
     other = make_run(save_every_steps=3, steps=3)
-    train(run_options(other, override="train.steps", resume="step:3"))
+    train(change(other, override="train.steps", resume="step:3"))
     assert checkpoint.steps(begun.run.out) == [3]
     assert train(other) is None
 
@@ -177,7 +172,7 @@ def test_nor_does_what_was_judged_there_before(make_run: MakeRun) -> None:
     config = make_run(steps=6, **judged)
     train(config)
     other = make_run(steps=3, **judged)
-    train(run_options(other, override="train.steps", resume="step:3"))
+    train(change(other, override="train.steps", resume="step:3"))
     assert checkpoint.steps(config.run.out) == [3]
 
 
@@ -199,15 +194,13 @@ def test_the_command_line_overrides_a_field_and_its_value() -> None:
 
 @pytest.fixture
 def other_data(tmp_path: Path) -> Path:
-    from sota_transformer.data.prepare import prepare
-    from sota_transformer.options import Prepare
     from tests.conftest import pseudo_text
 
     folder = tmp_path / "texts"
     folder.mkdir()
     for i, text in enumerate(pseudo_text(8, 120)):
         (folder / f"{i}.txt").write_text(text)
-    prepare(Prepare(inputs=(str(folder),), out=tmp_path / "other", val_fraction=0.1, workers=1))
+    run(tmp_path / "other", folder)
     return tmp_path / "other"
 
 
@@ -217,9 +210,9 @@ def test_other_data_is_refused_or_admitted_in_two_ways(
 ) -> None:
     windows = TokenWindows(other_data, "train", 32)
     old = TokenWindows(begun.data.path, "train", 32).fingerprint
-    other = dataclasses.replace(begun, data=dataclasses.replace(begun.data, path=other_data))
+    other = change(begun, path=other_data)
     refused(other, BAD_DATA, old[:12], windows.fingerprint[:12], "train-00000.npy", "--data-change")
-    train(run_options(other, data_change=how))
+    train(change(other, data_change=how))
     (line,) = changed(other)
     assert old[:12] in line and f"changed: {line}" in capsys.readouterr().out
     assert rows[6][0] == (24 if how == "continue" else len(windows))
@@ -234,8 +227,8 @@ def test_a_loss_on_other_data_is_no_leap(begun: RunConfig, other_data: Path) -> 
     state = checkpoint.load(begun.run.out, 6)
     state.trainer["guard"]["losses"] = [1.0] * 64
     checkpoint.save(begun.run.out, state)
-    other = dataclasses.replace(begun, data=Data(path=other_data))
-    train(run_options(other, data_change="continue"))
+    other = change(begun, path=other_data)
+    train(change(other, data_change="continue"))
     assert checkpoint.load(begun.run.out, 12).trainer["updates"] == 12
 
 
@@ -243,7 +236,7 @@ def test_who_judges_on_other_data_than_the_runs_is_told(
     begun: RunConfig, other_data: Path, tmp_path: Path, capsys
 ) -> None:
     shutil.copytree(begun.data.path, tmp_path / "data")
-    train(dataclasses.replace(begun, data=Data(path=tmp_path / "data")))
+    train(change(begun, path=tmp_path / "data"))
     for told in (False, True):
         run_evaluate(Evaluate(run=begun.run.out, tokens=40, device="cpu"))
         assert ("is not what" in capsys.readouterr().err) == told
@@ -265,19 +258,19 @@ def test_of_an_imported_run_the_model_alone_has_to_fit(
         run_import(Import(model=source, out=out, data=data))
         imported = checkpoint.load(out, 0).model
         assert all(torch.equal(imported[name], tensor) for name, tensor in weights.items())
-        refused(run_options(make_run(layers=3), out=out), BAD_DATA, "model.layers was 2, is 3")
-        config = run_options(make_run(steps=2, batch_rows=2, learning_rate=1e-4), out=out)
+        refused(change(make_run(layers=3), out=out), BAD_DATA, "model.layers was 2, is 3")
+        config = change(make_run(steps=2, batch_rows=2, learning_rate=1e-4), out=out)
         train(config)
         assert "train.batch_rows was 16, is 2" in changed(config)
         assert checkpoint.load(out, 2).manifest["data"] is not None
-        other = run_options(make_run(steps=3, batch_rows=4, learning_rate=1e-4), out=out)
+        other = change(make_run(steps=3, batch_rows=4, learning_rate=1e-4), out=out)
         refused(other, USAGE, "--override train.steps=VALUE --override train.batch_rows=VALUE")
     stopped = make_run("stopped")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(Trainer, "_train_step", lambda _: signal.raise_signal(signal.SIGTERM))
         train(stopped)
     assert checkpoint.steps(stopped.run.out) == [0]  # whose weights follow from its seed
-    refused(run_options(stopped, seed=7), USAGE, "run.seed was 1337, is 7")
+    refused(change(stopped, seed=7), USAGE, "run.seed was 1337, is 7")
 
 
 def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_path: Path) -> None:
@@ -286,7 +279,7 @@ def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_p
     train(reference)
     shutil.copytree(begun.data.path, tmp_path / "moved-data")
     shutil.move(begun.run.out, tmp_path / "moved-run")
-    moved = run_options(begun, out=tmp_path / "moved-run", exact=True)
+    moved = change(begun, out=tmp_path / "moved-run", exact=True)
     moved = dataclasses.replace(
         moved, data=dataclasses.replace(moved.data, path=tmp_path / "moved-data")
     )
@@ -306,7 +299,7 @@ def test_what_may_cost_a_bit_is_said_and_exact_refuses_it(
     monkeypatch.setattr(
         trainer.Runtime, "describe", lambda self: original(self) | {"torch": "3.0", "world": 3}
     )
-    refused(run_options(other, exact=True), USAGE, "--exact", "torch was ", *said)
+    refused(change(other, exact=True), USAGE, "--exact", "torch was ", *said)
     train(other)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("not bit-exact")]
     assert all(text in line for text in said) and changed(other) == []
@@ -314,7 +307,7 @@ def test_what_may_cost_a_bit_is_said_and_exact_refuses_it(
 
 def test_exact_refuses_an_override_too(begun: RunConfig, make_run: MakeRun) -> None:
     other = make_run(save_every_steps=3, steps=15)
-    refused(run_options(other, override="train.steps", exact=True), USAGE, "train.steps was 12")
+    refused(change(other, override="train.steps", exact=True), USAGE, "train.steps was 12")
 
 
 def test_what_nothing_depends_on_is_free(begun: RunConfig, make_run: MakeRun, capsys) -> None:

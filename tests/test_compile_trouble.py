@@ -17,11 +17,10 @@ from sota_transformer.options import Doctor
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, in_short, out_of_memory
 from sota_transformer.training import judge, trainer
-from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 from tests.pretended import pretended
+from tests.training_runs import MakeRun, logged
 
-MakeRun = Callable[..., RunConfig]
 KINDS = ["cpu", "cuda", "mps"]
 SHAPE = Model(layers=2, d_model=64, heads=2, kv_heads=2, d_ff=64, seq_len=24, vocab_size=300)
 
@@ -70,8 +69,7 @@ def faulty(kind: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 def figures(config: RunConfig) -> list[float]:
-    names = ("loss", "val_loss")
-    return [line[n] for line in read_metrics(config.run.out) for n in names if n in line]
+    return [line[name] for name in ("loss", "val_loss") for line in logged(config, name)]
 
 
 @pytest.mark.usefixtures("faulty")
@@ -87,7 +85,7 @@ def test_what_cannot_be_compiled_is_trained_without(
     config = make_run("on", compile="on", **common)
     train(config)
     said = [x for x in capsys.readouterr().out.splitlines() if "torch.compile failed" in x]
-    event = next(m for m in read_metrics(config.run.out) if m.get("event") == "not compiled")
+    event = logged(config, "not compiled")[0]
     assert figures(config) == figures(plain)
     assert len(said) == 1 and event["step"] == 0 and event["reason"] in said[0]
     assert ("no Triton" if fault == "raises" else "resource: shared memory, Req") in said[0]

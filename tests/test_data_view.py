@@ -17,7 +17,7 @@ from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.data.view import describe, leakage
 from sota_transformer.errors import SotaError
 from sota_transformer.options import DataView
-from tests.preparing import documents, jsonl, run, texts
+from tests.preparing import documents, jsonl, run, stream, texts
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "a.jsonl").write_bytes(jsonl(texts(400)) + b"not json\n")
     run(root / "data", root / "a.jsonl")
     return root / "data"
-
-
-def stream(folder: Path, split: str) -> np.ndarray:
-    names = load_manifest(folder)["splits"][split]["shards"]
-    return np.concatenate([np.load(folder / name) for name in names])
 
 
 def test_figures_are_those_of_the_documents(

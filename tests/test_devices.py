@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,10 @@ from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, out_of_memory
 from sota_transformer.training import judge, trainer
 from sota_transformer.training.micro_batch import micro_rows
-from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 from tests.pretended import Away, Pretended, pretended
+from tests.training_runs import MakeRun, change, logged
 
-MakeRun = Callable[..., RunConfig]
 SHAPE = Model(layers=2, d_model=128, heads=2, kv_heads=1, d_ff=64, seq_len=24, vocab_size=300)
 PACKED = {
     "windows": "best-fit", "document_mask": True, "gradient_checkpointing": True, "micro_rows": 2,
@@ -45,10 +44,6 @@ def small() -> Transformer:
     model = Transformer(dataclasses.replace(SHAPE, qk_norm=True))
     model.init_weights(torch.Generator().manual_seed(1))
     return model.eval()
-
-
-def figures(config: RunConfig, name: str) -> list[float]:
-    return [line[name] for line in read_metrics(config.run.out) if name in line]
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
@@ -92,7 +87,7 @@ def test_a_run_and_its_resumption_are_the_cpus(
         compile="off",
         **common,
     )
-    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:2"))
+    again = change(config, resume="step:2")
     monkeypatch.setattr(judge, "_SAMPLE_TOKENS", 3)
     train(plain)
     waits, original = [], trainer.Trainer._train_step
@@ -114,7 +109,7 @@ def test_a_run_and_its_resumption_are_the_cpus(
     assert first == second and len(waits) == 4
     rounding = 3e-4 if dtype == "float16" else 1e-4
     for name in ("loss", "val_loss"):
-        there, here = figures(config, name), figures(plain, name)
+        there, here = ([line[name] for line in logged(c, name)] for c in (config, plain))
         assert there[: len(here)] == pytest.approx(here, rel=rounding)
     copies = 0 if kind == "cuda" else 3 + ("document_mask" in more)  # MPS copies at once
     assert [sorted(found) for found in waits] == [["copy to the device"] * copies + ["tolist"]] * 4

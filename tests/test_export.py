@@ -1,7 +1,6 @@
 """Exports judged by the programs that read them, hostile folders, and kill -9 in between."""
 
 import contextlib
-import dataclasses
 import random
 import shlex
 import shutil
@@ -29,6 +28,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.training.start import train
 from tests.inference_models import KINDS, WIDE, small_model, write_run
+from tests.training_runs import change
 
 TOKENIZER = Tokenizer()
 PROMPTS = ["The", "Once upon a time", "def main(", "漢字 and é", "1 2 3 4 5 6 7 8"]
@@ -202,8 +202,7 @@ def test_an_imported_run_trains_on(
     command = capsys.readouterr().out.partition("train on:")[2]
     config = resolve([*shlex.split(command)[2:], "--train.batch-rows=16"], "train")
     assert config.model == model.config and config.run.out == out
-    quick = dataclasses.replace(config.run, device="cpu", threads=1)
-    train(dataclasses.replace(config, run=quick))
+    train(change(config, device="cpu", threads=1))
     before, after = model.state_dict(), open_model(out, "cpu", 2).model.state_dict()
     moved = [float((after[name] - tensor).abs().max()) for name, tensor in before.items()]
     assert 0 < max(moved) < 0.01  # two steps away from the imported weights, not from new ones

@@ -1,7 +1,6 @@
 """Folders that are whole by every checksum, but that we have not written."""
 
 import copy
-import dataclasses
 import functools
 import hashlib
 import io
@@ -28,7 +27,7 @@ from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
 from tests.preparing import jsonl, run, texts
-from tests.training_runs import MakeRun
+from tests.training_runs import MakeRun, change
 
 VALUES = [None, True, -1, 0.5, 10**30, "", "../x", "/etc/hostname", [], [None], {}, {"x": {}}]
 
@@ -180,7 +179,5 @@ def test_odd_records_of_a_run_stop_nobody(make_run: MakeRun, tmp_path: Path) -> 
     for steps, content in enumerate((b'{"attempts": [NaN]}', b"[" * 100_000), 2):
         (out / "run.json").write_bytes(content)
         longer = make_run(steps=steps)
-        train(
-            dataclasses.replace(longer, run=dataclasses.replace(longer.run, override="train.steps"))
-        )
+        train(change(longer, override="train.steps"))
         assert len(json.loads((out / "run.json").read_text())["attempts"]) == 1

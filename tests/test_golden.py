@@ -4,13 +4,10 @@ They hold for data order, initialisation, dropout masks, schedule, loss and opti
 A change that moves them on purpose says so in CHANGELOG.md.
 """
 
-from collections.abc import Callable
-
 import pytest
 
-from sota_transformer.config import RunConfig
-from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
+from tests.training_runs import MakeRun, losses
 
 LOSSES = [
     10.807686,
@@ -45,10 +42,9 @@ FAST_LOSSES = [
     ("recipe", "expected", "tolerance"), [("seed", LOSSES, 2e-5), ("fast", FAST_LOSSES, 1e-3)]
 )
 def test_ten_losses(
-    make_run: Callable[..., RunConfig], recipe: str, expected: list[float], tolerance: float
+    make_run: MakeRun, recipe: str, expected: list[float], tolerance: float
 ) -> None:
     shape = {"d_model": 64, "d_ff": 176, "seq_len": 64, "steps": 10, "batch_rows": 8}
     config = make_run(recipe=recipe, **shape)
     train(config)
-    losses = [line["loss"] for line in read_metrics(config.run.out) if "loss" in line]
-    assert losses == pytest.approx(expected, rel=tolerance)
+    assert losses(config) == pytest.approx(expected, rel=tolerance)

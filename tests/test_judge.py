@@ -16,7 +16,7 @@ from sota_transformer.training import checkpoint, judge
 from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
-from tests.training_runs import InterruptError, MakeRun, stop_after
+from tests.training_runs import InterruptError, MakeRun, change, stop_after
 
 LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
 
@@ -88,7 +88,7 @@ def test_the_last_step_of_a_run_that_is_continued_may_be_the_best(
     monkeypatch.setitem(LOSSES, 6, 2.0)
     train(make_run(eval_every=2, steps=6))
     config = make_run(eval_every=2, save_every_steps=1)
-    train(dataclasses.replace(config, run=dataclasses.replace(config.run, override="train.steps")))
+    train(change(config, override="train.steps"))
     assert checkpoint.steps(config.run.out) == [6, 11, 12]
 
 

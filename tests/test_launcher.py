@@ -1,6 +1,5 @@
 """train_sota.py: what it asks, where it puts prepared data, and how it goes on."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ from sota_transformer import plan
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import BAD_DATA, INTERRUPTED, IO_FAILED, LOCKED, SotaError
 from sota_transformer.training.start import train
+from tests.training_runs import change
 
 SCRIPT = Path(__file__).parents[1] / "train_sota.py"
 
@@ -109,7 +109,7 @@ def test_a_run_that_lies_amid_its_text_is_no_text(launcher: types.ModuleType, ma
     os.chdir("here")
     assert launcher.prepared(".") == Path("data/here")
     config = make_run(steps=1)
-    train(dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path("runs/x"))))
+    train(change(config, out=Path("runs/x")))
     assert Path("runs/x/samples.txt").stat().st_size
     assert launcher.prepared(".") == Path("data/here")
 

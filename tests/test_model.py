@@ -19,6 +19,7 @@ from sota_transformer.model.transformer import (
     same_document,
 )
 from sota_transformer.presets import PRESETS
+from tests.inference_models import as_transformers
 
 SMALL = Model(layers=3, d_model=64, heads=4, kv_heads=2, d_ff=96, seq_len=48, vocab_size=211)
 
@@ -33,67 +34,12 @@ def build(config: Model, seed: int = 0) -> Transformer:
     return model
 
 
-def reference(config: Model, model: Transformer):
-    """The same weights in transformers' own class."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    kind, make = (
-        (Qwen3Config, Qwen3ForCausalLM) if config.qk_norm else (LlamaConfig, LlamaForCausalLM)
-    )
-    theirs = make(
-        kind(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_base,
-            tie_word_embeddings=True,
-            attention_bias=False,
-        )
-    )
-    h, q, kv = config.head_dim, config.heads, config.kv_heads
-    state = {}
-    for name, value in model.state_dict().items():
-        parts = name.split(".")
-        if parts[0] == "embedding":
-            state["model.embed_tokens.weight"] = state["lm_head.weight"] = value
-        elif parts[0] == "norm":
-            state["model.norm.weight"] = value
-        else:
-            layer, rest = f"model.layers.{parts[1]}.", ".".join(parts[2:])
-            split = {"attention.qkv.weight": ([q * h, kv * h, kv * h], "self_attn.{}_proj", "qkv")}
-            if rest == "attention.qkv.weight":
-                sizes, pattern, letters = split[rest]
-                for letter, piece in zip(letters, value.split(sizes), strict=True):
-                    state[layer + pattern.format(letter) + ".weight"] = piece
-            elif rest == "mlp.gate_up.weight":
-                for word, piece in zip(("gate", "up"), value.chunk(2), strict=True):
-                    state[f"{layer}mlp.{word}_proj.weight"] = piece
-            else:
-                names = {
-                    "attention.out.weight": "self_attn.o_proj.weight",
-                    "attention.q_norm.weight": "self_attn.q_norm.weight",
-                    "attention.k_norm.weight": "self_attn.k_norm.weight",
-                    "mlp.down.weight": "mlp.down_proj.weight",
-                    "attention_norm.weight": "input_layernorm.weight",
-                    "mlp_norm.weight": "post_attention_layernorm.weight",
-                }
-                state[layer + names[rest]] = value
-    theirs.load_state_dict(state, strict=True)
-    return theirs
-
-
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_logits_and_gradients_equal_transformers(qk_norm: bool, kv_heads: int) -> None:
     config = dataclasses.replace(SMALL, qk_norm=qk_norm, kv_heads=kv_heads)
     model = build(config)
-    theirs = reference(config, model)
+    theirs = as_transformers(model)
     tokens = torch.randint(
         0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1)
     )

@@ -21,7 +21,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
 from sota_transformer.training.start import train
-from tests.training_runs import InterruptError, stop_after
+from tests.training_runs import InterruptError, change, stop_after
 
 SPEED = plan.Speed(seconds=32.0, tokens=32_768, memory=3_000_000_000)
 
@@ -161,12 +161,11 @@ def test_other_presets_are_measured_as_the_run_is(monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(plan, "measure", lambda config: seen.append(config) or SPEED)
     config = PRESETS["16m"]()
-    run = dataclasses.replace(config.run, device="cpu", threads=1, dtype="float32")
-    data = dataclasses.replace(config.data, document_mask=True)
-    asked = dataclasses.replace(config, run=run, data=data)
+    here = {"device": "cpu", "threads": 1, "dtype": "float32"}
+    asked = change(config, document_mask=True, **here)
     list(plan.compare(asked, "16m", SPEED, hours=1.0, there=0))
     assert len(seen) == 2
-    assert all((other.run, other.data) == (run, data) for other in seen)
+    assert all((other.run, other.data) == (asked.run, asked.data) for other in seen)
 
 
 def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data, tmp_path) -> None:
@@ -182,7 +181,7 @@ def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data
     words = shlex.split(lines[-1].partition("best: ")[2])
     assert words[:2] == ["sota", "train"]
     own, best = resolve(asked, "train"), resolve(words[2:], "train")
-    assert best == dataclasses.replace(own, train=dataclasses.replace(own.train, steps=180))
+    assert best == change(own, steps=180)
     assert main(["plan", *asked, "--hours", "0.0001"]) == 0
     assert "best: none; not one step" in capsys.readouterr().out
 
@@ -191,8 +190,7 @@ def test_recomputed_activations_are_measured_so(monkeypatch) -> None:
     seen, config = [], PRESETS["tiny"]()
     monkeypatch.setattr(Runtime, "optimize", lambda _, model, masked: seen.append(model))
     for recomputed in (True, False):
-        train = dataclasses.replace(config.train, gradient_checkpointing=recomputed)
-        plan.measure(dataclasses.replace(config, train=train))
+        plan.measure(change(config, gradient_checkpointing=recomputed))
         assert seen.pop().gradient_checkpointing == recomputed
 
 
@@ -224,7 +222,7 @@ def test_the_budget_is_kept_by_fewer_rows(monkeypatch, capsys) -> None:
     times = {4: (0.06, 0.0), 8: (0.10, 0.0)}
     monkeypatch.setattr(plan, "step_seconds", lambda _config, _runtime, rows: times[rows])
     config = PRESETS["16m"]()  # not compiled: even to try it takes seconds
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, compile="off"))
+    config = change(config, compile="off")
     fitted = plan.fit_budget(config, seconds=300)
     assert fitted.train.batch_rows == 24
     assert not capsys.readouterr().out

@@ -1,7 +1,6 @@
 """Windows over shards against plain slices; whatever is damaged is refused by name."""
 
 import itertools
-import json
 import os
 from pathlib import Path
 
@@ -9,29 +8,23 @@ import numpy as np
 import pytest
 
 from sota_transformer.data import merge, shards
-from sota_transformer.data.prepare import prepare
 from sota_transformer.data.shards import TokenWindows, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.durable import canonical_json, read_manifest, seal, verify
 from sota_transformer.errors import SotaError
-from sota_transformer.options import Prepare
+from tests.preparing import jsonl, run, stream
 
 TEXTS = [f"Document {i}: " + "the quick brown fox jumps. " * (i % 9 + 1) for i in range(300)]
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared with shards of 1,000 tokens, so that windows span several."""
     root = tmp_path_factory.mktemp("shards")
-    source = write_jsonl(root / "in.jsonl", TEXTS)
+    (root / "in.jsonl").write_bytes(jsonl(TEXTS))
     small, merge.SHARD_TOKENS = merge.SHARD_TOKENS, 1000
     try:
-        prepare(Prepare(inputs=(str(source),), out=root / "data", val_fraction=0.1, workers=1))
+        run(root / "data", root / "in.jsonl")
     finally:
         merge.SHARD_TOKENS = small
     return root / "data"
@@ -45,11 +38,6 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     for path in folder.glob("[!.]*"):
         (target / path.name).write_bytes(path.read_bytes())
     return target
-
-
-def stream(folder: Path, split: str) -> np.ndarray:
-    parts = [np.load(folder / name) for name in load_manifest(folder)["splits"][split]["shards"]]
-    return np.concatenate(parts)
 
 
 def rewrite(folder: Path, **changes: object) -> None:

@@ -1,6 +1,5 @@
 """The trainer's laws: resumed equals undisturbed, any micro-batch, any ranks, no bad update."""
 
-import dataclasses
 import signal
 import subprocess
 import sys
@@ -21,9 +20,10 @@ from sota_transformer.training.start import train
 from tests.training_runs import (
     InterruptError,
     MakeRun,
+    change,
     command,
     final_hash,
-    last_validation,
+    logged,
     losses,
     stop_after,
 )
@@ -81,7 +81,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(
         patch.setattr(trainer.Transformer, "forward", crowded)
         train(large)
     assert final_hash(large) == final_hash(small)
-    events = [line for line in read_metrics(large.run.out) if line.get("event") == "micro-batch"]
+    events = logged(large, "micro-batch")
     assert events[-1]["rows"] == 2
     assert "a micro-batch of 2" in capsys.readouterr().out
 
@@ -98,8 +98,7 @@ def test_not_one_window_fits(make_run: MakeRun, monkeypatch) -> None:
 
 def test_float16_trains_with_a_scaled_loss(make_run: MakeRun, monkeypatch) -> None:
     """An overflow costs one update and no patience; the scale survives a resume."""
-    config = make_run("half", steps=12, save_every_steps=4)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dtype="float16"))
+    config = make_run("half", steps=12, save_every_steps=4, dtype="float16")
     scales = []
     original = trainer.Trainer._update
 
@@ -121,14 +120,13 @@ def test_float16_trains_with_a_scaled_loss(make_run: MakeRun, monkeypatch) -> No
     assert found[-1] < found[0] - 0.2
     assert scales[2] == scales[1] / 2
     assert scales[9] == scales[7]  # at step 8, where the run went on
-    events = [line for line in read_metrics(config.run.out) if line.get("event") == "skipped"]
+    events = logged(config, "skipped")
     assert len(events) == 1
     assert "float16" in events[0]["reason"]
 
 
 def test_float16_that_no_scale_helps_ends_the_run(make_run: MakeRun, monkeypatch) -> None:
-    config = make_run("half", steps=100)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dtype="float16"))
+    config = make_run("half", steps=100, dtype="float16")
     original = trainer.Trainer._update
 
     def update(self, sums):
@@ -195,8 +193,7 @@ def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun, monkey
     assert done.returncode == 0, done.stderr
     assert final_hash(one) == final_hash(two)
     assert losses(one) == losses(two)
-    lines = [[m for m in read_metrics(c.run.out) if "val_loss" in m] for c in (one, two)]
-    judged = [{line["step"]: line for line in found} for found in lines]
+    judged = [{line["step"]: line for line in logged(c, "val_loss")} for c in (one, two)]
     assert [line["val_tokens"] for line in judged[0].values()] == [864, 864, 864]
     for step, line in judged[0].items():
         assert all(judged[1][step][name] == value for name, value in line.items() if "val" in name)
@@ -209,7 +206,7 @@ def test_the_plain_loss_is_reported_and_the_smoothed_one_optimised(make_run: Mak
     uniform = torch.log(torch.tensor(50_258.0)).item()
     assert first["loss"] == pytest.approx(uniform, abs=0.1)
     assert first["smoothed_loss"] != first["loss"]
-    validation = [line for line in read_metrics(config.run.out) if "val_loss" in line]
+    validation = logged(config, "val_loss")
     assert len(validation) == 1 and validation[0]["step"] == 2
     assert 1.5 < validation[0]["val_bits_per_byte"] < 6
 
@@ -275,7 +272,7 @@ def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
             train(config)
     result = train(config)
     assert result is not None and result.nats < 10.5
-    events = [line for line in read_metrics(config.run.out) if line.get("event") == "returned"]
+    events = logged(config, "returned")
     assert len(events) == 1
     assert events[0]["step"] == 10 and events[0]["from"] == 20 and events[0]["shift"] == 40
     state = checkpoint.load(config.run.out, steps)
@@ -301,15 +298,14 @@ def test_a_leap_of_the_loss_is_not_applied() -> None:
 def test_tokens_are_those_that_were_learned_from(make_run: MakeRun) -> None:
     train(make_run(steps=4))
     config = make_run(steps=6, batch_rows=2)
-    run = dataclasses.replace(config.run, override="train.steps,train.batch_rows")
-    train(dataclasses.replace(config, run=run))
-    tokens = [line["tokens"] for line in read_metrics(config.run.out) if "loss" in line]
+    train(change(config, override="train.steps,train.batch_rows"))
+    tokens = [line["tokens"] for line in logged(config, "loss")]
     assert tokens == [128, 256, 384, 512, 576, 640]
 
 
 def test_one_window_of_validation_has_no_error(make_run: MakeRun, capsys) -> None:
     config = make_run(steps=1, eval_tokens=1)
     train(config)
-    assert last_validation(config)["val_error"] is None
+    assert logged(config, "val_loss")[-1]["val_error"] is None
     assert "+-" not in capsys.readouterr().out
     assert write_report(config.run.out, config.run.out / "r.html").is_file()

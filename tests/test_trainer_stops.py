@@ -1,6 +1,5 @@
 """How a run ends and goes on: complete, stopped, killed, refused, resumed from a chosen step."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from tests.training_runs import (
     change,
     command,
     final_hash,
-    last_validation,
+    logged,
     losses,
     stop_after,
 )
@@ -67,7 +66,7 @@ def test_a_disk_that_no_checkpoint_fits_on_is_said_before_the_first_step(
 def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
     def resumed(word: str) -> RunConfig:
         config = make_run(steps=4, save_every_steps=2, keep_checkpoints=3)
-        return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=word))
+        return change(config, resume=word)
 
     with pytest.raises(SotaError, match="no checkpoint"):
         train(resumed("latest"))
@@ -93,7 +92,7 @@ def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun, m
     config = make_run(steps=8, save_every_steps=2, keep_checkpoints=9, sample_every=4)
     train(config)
     before = read_metrics(config.run.out)
-    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:4"))
+    again = change(config, resume="step:4")
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
         stop_after(patch, 6)
         train(again)
@@ -109,14 +108,14 @@ def test_a_start_stopped_at_once_hides_nothing(make_run: MakeRun, monkeypatch) -
     """It goes on from step 4, saves nothing, and so leaves step 8 and its lines as they are."""
     config = make_run(steps=8, save_every_steps=2, keep_checkpoints=9)
     train(config)
-    before = [m["step"] for m in read_metrics(config.run.out) if "loss" in m]
-    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:4"))
+    before = [line["step"] for line in logged(config, "loss")]
+    again = change(config, resume="step:4")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(trainer.Trainer, "_train_step", stop)
         train(again)
     train(config)
     assert checkpoint.steps(config.run.out)[-1] == 8
-    assert [m["step"] for m in read_metrics(config.run.out) if "loss" in m] == before
+    assert [line["step"] for line in logged(config, "loss")] == before
 
 
 def test_bad_steps_do_not_lead_back_to_a_branch_that_was_left(
@@ -135,9 +134,9 @@ def test_bad_steps_do_not_lead_back_to_a_branch_that_was_left(
         original(self, sums * float("nan") if bad else sums)
 
     monkeypatch.setattr(trainer.Trainer, "_update", update)
-    again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="step:4"))
+    again = change(config, resume="step:4")
     train(change(again, save_every_steps=0))
-    (event,) = (m for m in read_metrics(config.run.out) if m.get("event") == "returned")
+    (event,) = logged(config, "returned")
     assert (event["step"], event["from"]) == (4, 15)
 
 
@@ -232,7 +231,7 @@ def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
         patch.setattr(judge.Judge, amid, interrupt)
         train(config)
     result = train(config)
-    assert result is not None and result.nats == last_validation(config)["val_loss"]
+    assert result is not None and result.nats == logged(config, "val_loss")[-1]["val_loss"]
     assert (config.run.out / "samples.txt").read_text().count("--- step 3\n") == 1
     assert train(config) is None
 

@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from sota_transformer.config import RunConfig
+from sota_transformer.presets import _flag
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.runlog import read_metrics
 
@@ -20,30 +22,29 @@ def final_hash(config: RunConfig) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def logged(config: RunConfig, what: str) -> list[dict[str, Any]]:
+    """The lines of the log that have this figure, or are this event."""
+    lines = read_metrics(config.run.out)
+    return [line for line in lines if what in line or line.get("event") == what]
+
+
 def losses(config: RunConfig) -> list[float]:
-    return [line["loss"] for line in read_metrics(config.run.out) if "loss" in line]
+    return [line["loss"] for line in logged(config, "loss")]
 
 
-def change(config: RunConfig, **train_fields: object) -> RunConfig:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train_fields))
+def change(config: RunConfig, **fields: object) -> RunConfig:
+    """The same run with other values of these fields, each in the section that has it."""
+    sections = {}
+    for name, section in vars(config).items():
+        mine = vars(section).keys() & fields.keys()
+        sections[name] = dataclasses.replace(section, **{field: fields[field] for field in mine})
+    return RunConfig(**sections)
 
 
 def command(config: RunConfig, *more: str) -> list[str]:
     """The same run from the command line, in a process of its own."""
-    flat = {
-        f"--{section}.{name.replace('_', '-')}": value
-        for section, values in dataclasses.asdict(config).items()
-        for name, value in values.items()
-    }
-    booleans = {True: "", False: "no-"}
-    arguments = []
-    for flag, value in flat.items():
-        if isinstance(value, bool):
-            section, name = flag.removeprefix("--").split(".")
-            arguments.append(f"--{section}.{booleans[value]}{name}")
-        else:
-            arguments += [flag, str(value)]
-    return [sys.executable, "-m", "sota_transformer", "train", "tiny", *arguments, *more]
+    flags = (_flag(*field) for field in config.fields().items())
+    return [sys.executable, "-m", "sota_transformer", "train", "tiny", *flags, *more]
 
 
 class InterruptError(Exception):
@@ -60,7 +61,3 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
             raise InterruptError
 
     monkeypatch.setattr(trainer.Trainer, "_update", update)
-
-
-def last_validation(config: RunConfig) -> dict:
-    return [line for line in read_metrics(config.run.out) if "val_loss" in line][-1]
