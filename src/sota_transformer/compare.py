@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sota_transformer.config import RunConfig
+from sota_transformer.config import HABITS, RunConfig
 from sota_transformer.data.page import document, save, section, table
 from sota_transformer.data.progress import printable
 from sota_transformer.errors import SotaError
@@ -46,12 +46,7 @@ from sota_transformer.words import perplexity
 # Okabe and Ito's colours, which the colour-blind tell apart; with five dashes, thirty looks.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2")
-# Which run of a setting it is, where it lies and how often it speaks.
-_QUIET = {
-    "run.seed", "run.out", "data.path", "train.log_every", "train.eval_every", "train.eval_tokens",
-    "train.sample_every", "train.save_every_minutes", "train.save_every_steps",
-    "train.keep_checkpoints",
-}  # fmt: skip
+_QUIET = HABITS | {"run.seed"}
 _SETTING = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds", "+- text")
 _EXPLAINED = (
     "+- beside a loss is its standard error over the windows of validation. Runs that compare were "

@@ -213,6 +213,14 @@ class Run:
         return found
 
 
+# Where a run lies and how often it speaks, judges and saves: it learns the same all the same.
+HABITS = {
+    "data.path", "run.out", "train.log_every", "train.eval_every", "train.eval_tokens",
+    "train.sample_every", "train.save_every_minutes", "train.save_every_steps",
+    "train.keep_checkpoints",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a training run."""

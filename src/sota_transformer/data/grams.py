@@ -14,7 +14,7 @@ def gram_hashes(ids: NDArray[Any], size: int) -> NDArray[np.uint64]:
     """Hash of each run of `size` ids: (n - size + 1,); empty if there is none."""
     out = np.empty(max(0, len(ids) - size + 1), np.uint64)
     for chunk, numbers in _chunks(ids, size, out, add=1):
-        np.copyto(chunk, _mixed(numbers, np.uint64))
+        np.copyto(chunk, _mix(numbers))
     return out
 
 
@@ -29,9 +29,9 @@ def gram_order(ids: NDArray[Any], size: int) -> NDArray[np.uint32]:
     return out
 
 
-def mixed(order: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Hashes of numbers of `gram_order`, different ones of different numbers."""
-    return _mixed(order.copy(), np.uint32)
+def mixed(numbers: NDArray[Any]) -> NDArray[Any]:
+    """Hashes of uint32 or uint64, such as `gram_order`'s; different ones of different numbers."""
+    return _mix(numbers.copy())
 
 
 def _chunks(
@@ -68,8 +68,9 @@ def _polynomial(ids: NDArray[Any], size: int, rows: NDArray[Any]) -> NDArray[Any
     return out
 
 
-def _mixed(x: NDArray[Any], dtype: type) -> NDArray[Any]:
-    """Every bit of the result depends on every bit of x, in place."""
+def _mix(x: NDArray[Any]) -> NDArray[Any]:
+    """Every bit of the result depends on every bit of x, in place; of uint64 as in splitmix64."""
+    dtype = x.dtype.type
     if dtype is np.uint32:
         steps, factors = (16, 15, 16), (0x7FEB352D, 0x846CA68B)
     else:

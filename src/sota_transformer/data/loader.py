@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sota_transformer.data.grams import mixed
+
 _ROUNDS = 6
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64
 _GOLDEN = 0x9E3779B97F4A7C15
 _U64 = (1 << 64) - 1
 
@@ -25,13 +26,6 @@ class Windows(Protocol):
     def __getitem__(self, index: int, /) -> NDArray[np.uint16]: ...
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser: every output bit depends on every input bit."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
-
-
 def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Where each position of an epoch of `size` windows leads: a permutation without state.
 
@@ -39,14 +33,14 @@ def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> N
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    key = _mix(np.array([(seed * _GOLDEN + epoch) & _U64], np.uint64))
-    keys = _mix(key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+    key = mixed(np.array([(seed * _GOLDEN + epoch) & _U64], np.uint64))
+    keys = mixed(key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
     values = positions.astype(np.uint64)
     outside = np.ones(len(values), bool)
     while outside.any():
         left, right = values[outside] >> shift, values[outside] & mask
         for round_key in keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
+            left, right = right, left ^ (mixed(right + round_key) & mask)
         values[outside] = (left << shift) | right
         outside = values >= np.uint64(size)
     return values.astype(np.int64)

@@ -70,18 +70,13 @@ def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArra
         chosen = np.flatnonzero(small)
         kept = order[chosen]
         cell = np.repeat(left * MARKS, np.diff(np.searchsorted(chosen, ends[left]), prepend=0))
-        cell += _bins(kept)
+        cell += kept * np.uint32(_STEP) >> np.uint32(32 - _MARK_BITS)  # the bin of each
         np.minimum.at(smallest.reshape(-1), cell, kept)
         # A text that says the same again and again has fewer than it seems.
         empty = np.count_nonzero(smallest[left] == _EMPTY, axis=1)
         left = left[(empty > _PER_MARK) & (share[left] < 1)]
         share[left] = np.minimum(1, _MORE * share[left])
     return smallest
-
-
-def _bins(order: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The bin of each 5-gram."""
-    return order * np.uint32(_STEP) >> np.uint32(32 - _MARK_BITS)
 
 
 def _dense(smallest: NDArray[np.uint32]) -> NDArray[np.uint32]:

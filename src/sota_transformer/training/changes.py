@@ -13,34 +13,17 @@ fit.
 from pathlib import Path
 
 from sota_transformer import durable
-from sota_transformer.config import RunConfig
+from sota_transformer.config import HABITS, RunConfig
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import read_config
 from sota_transformer.training.trainer import Trainer
 
 # None of it decides which samples are seen or what they count.
-_FREE = {
-    "data.path",
-    "train.micro_rows",
-    "train.gradient_checkpointing",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_tokens",
-    "train.sample_every",
-    "train.save_every_minutes",
-    "train.save_every_steps",
-    "train.keep_checkpoints",
-    "run.out",
-    "run.resume",
-    "run.exact",
-    "run.override",
-    "run.data_change",
-    "run.device",
-    "run.dtype",
-    "run.compile",
-    "run.threads",
-}
+_FREE = HABITS | {
+    "train.micro_rows", "train.gradient_checkpointing", "run.resume", "run.exact", "run.override",
+    "run.data_change", "run.device", "run.dtype", "run.compile", "run.threads",
+}  # fmt: skip
 _WEIGHTLESS = "model.seq_len"  # the one field of the model that no weight depends on
 
 
