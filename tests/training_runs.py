@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sota_transformer.config import RunConfig
-from sota_transformer.presets import _flag
+from sota_transformer.presets import flag
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.runlog import read_metrics
 
@@ -43,7 +43,7 @@ def change(config: RunConfig, **fields: object) -> RunConfig:
 
 def command(config: RunConfig, *more: str) -> list[str]:
     """The same run from the command line, in a process of its own."""
-    flags = (_flag(*field) for field in config.fields().items())
+    flags = (flag(*field) for field in config.fields().items())
     return [sys.executable, "-m", "sota_transformer", "train", "tiny", *flags, *more]
 
 

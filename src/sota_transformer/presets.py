@@ -74,10 +74,10 @@ def command(name: str, config: RunConfig, recipe: Recipe = "seed") -> list[str]:
     known = PRESETS[name](recipe).fields()
     changed = {field: value for field, value in config.fields().items() if value != known[field]}
     own = ["--recipe", recipe] if recipe != RECIPES[0] else []
-    return ["sota", "train", name, *own, *(_flag(*each) for each in changed.items())]
+    return ["sota", "train", name, *own, *(flag(*each) for each in changed.items())]
 
 
-def _flag(field: str, value: Any) -> str:
+def flag(field: str, value: Any) -> str:
     """A field as it is written on the command line."""
     section, _, name = field.replace("_", "-").partition(".")
     if isinstance(value, bool):

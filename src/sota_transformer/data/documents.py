@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -292,10 +292,8 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
     text = io.BytesIO(data + _END.encode() * over)
     lines = io.TextIOWrapper(text, "utf-8", "surrogateescape", newline="")
     rows = csv.reader(chain(lines, [_END]), delimiter="\t" if segment.kind == "tsv" else ",")
-    row = 0
     column = -1
-    while True:
-        row += 1
+    for row in count(1):
         where = f"{segment.name}: row {row} from byte {segment.start}"
         try:
             cells = next(rows)
