@@ -21,6 +21,8 @@ MOST_VOCAB = 50_304  # filled up to a multiple of 64; more has no token, and no 
 STEP_DIGITS = 8  # of a checkpoint's name
 _MOST_THREADS = 1024  # OpenMP ends the process when it cannot start so many
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -192,7 +194,7 @@ class Run:
     """Fields, with commas, that may differ from the run's; --override FIELD=VALUE sets both."""
     data_change: Literal["refuse", "continue", "restart-epoch"] = "refuse"
     """When the data is not that of the run: refuse, or go on from the same place or an epoch."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the activations; weights and optimizer stay float32."""

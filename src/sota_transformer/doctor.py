@@ -99,7 +99,7 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
     try:
         torch.manual_seed(0)
         error = probe(runtime.device, runtime.dtype)
-    except (RuntimeError, NotImplementedError) as problem:
+    except RuntimeError as problem:
         return Check(name, False, in_short(problem), advice)
     passed = error <= limit  # False for NaN
     return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
@@ -155,14 +155,10 @@ def _disk(folder: Path) -> list[Check]:
             probe.unlink()
     space, rate = f"{free / 1e9:.0f} GB free in {folder.resolve()}", f"{speed / 1e6:.0f} MB/s"
     room = "make room: four checkpoints of 125m take 5.9 GB"
+    faster = "use another disk, or save less often"
     return [
         Check("disk space", free > 6e9, space, room),
-        Check(
-            "disk speed",
-            speed > _SLOW_DISK,
-            f"{rate}, durably written",
-            "use another disk, or save less often",
-        ),
+        Check("disk speed", speed > _SLOW_DISK, f"{rate}, durably written", faster),
     ]
 
 
@@ -174,20 +170,15 @@ def admit(folder: Path, runtime: "Runtime") -> "Runtime":
     """
     machine = {k: v for k, v in runtime.describe().items() if k not in ("threads", "world")}
     path = folder / _VERDICT
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         known = json.loads(path.read_text())
         if known["machine"] == machine and all(line["passed"] for line in known["checks"]):
             return runtime
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
     checks = arithmetic(runtime)
-    verdict = {
-        "machine": machine,
-        "passed": not failures(checks),
-        "checks": [line._asdict() for line in checks],
-    }
+    failed, lines = failures(checks), [line._asdict() for line in checks]
+    verdict = {"machine": machine, "passed": not failed, "checks": lines}
     durable.write_file(path, durable.canonical_json(verdict))
-    if failed := failures(checks):
+    if failed:
         names = "; ".join(f"{line.name}: {line.detail}" for line in failed)
         raise SotaError(
             f"{runtime.device} computes wrongly ({names}); {failed[0].advice}. `sota doctor` shows "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sota_transformer.config import at_least
+from sota_transformer.config import Device, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class Generate:
     """Checkpoint to use; without it, the newest that verifies."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 writes what an export of the run writes; bfloat16 is faster, and differs a little."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
 
@@ -170,7 +170,7 @@ class Evaluate:
     """Most examples of each benchmark; 0 takes all."""
     json: bool = False
     """Print one JSON object and nothing else."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
 
@@ -222,7 +222,7 @@ class Serve:
     """Checkpoint to serve; without it, the newest that verifies."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 writes what an export of the run writes; bfloat16 is faster, and differs a little."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
 
@@ -230,7 +230,7 @@ class Serve:
 class Doctor:
     """Check this machine before it is trusted."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Device to check."""
     folder: Path = Path()
     """Where runs would live; its disk is checked."""

@@ -126,10 +126,8 @@ def _foreign(folder: Path) -> dict[str, Any]:
     if known.get("mark") == mark and not misfit(known, _SHAPE) and known["files"].keys() == names:
         return known
     manifest = foreign_manifest(folder) | {"mark": mark}
-    try:
+    with suppress(OSError):  # a read-only folder is read through at each start
         write_file(note, canonical_json(seal(manifest)))
-    except OSError:
-        pass  # a read-only folder is read through at each start
     return manifest
 
 
@@ -214,10 +212,8 @@ def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
     if sha256_file(path) != sha256:
         again = _AGAIN.format(folder=path.parent)
         raise SotaError(f"{path}: sha256 mismatch, the file is damaged; {again}", BAD_DATA)
-    try:
+    with suppress(OSError):  # a read-only data folder is hashed at each start
         write_file(note, json.dumps(known | {path.name: mark}).encode())
-    except OSError:
-        pass  # a read-only data folder is hashed at each start
 
 
 def _allow_files(count: int) -> None:

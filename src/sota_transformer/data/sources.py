@@ -205,9 +205,7 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
                 yield Skipped("link to a folder", inside)
             elif entry.is_dir():
                 waiting.append((entry.path, inside))
-            elif not entry.name.endswith(only):
-                continue
-            else:
+            elif entry.name.endswith(only):
                 yield _file(index, entry.path, inside, named=False)
 
 

@@ -67,12 +67,12 @@ def save(run_folder: Path, state: State, own: Collection[int] = ()) -> Path:
     """
     folder = run_folder / "checkpoints"
     durable.make_folder(folder)
-    for name, tensor in (state.model | state.optim).items():
+    tensors = state.model | state.optim
+    for name, tensor in tensors.items():
         # The extremes need no copy of the tensor, and a NaN is both of them.
         if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             raise SotaError(f"{name} is not finite at step {state.step}: not saved", DIVERGED)
-    tensors = (state.model | state.optim).values()
-    check_room(folder, sum(t.numel() * t.element_size() for t in tensors))
+    check_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
     final = path_of(run_folder, state.step)
     if os.path.lexists(final):  # rejected when the run went on from an older one
         durable.discard(final)
@@ -110,7 +110,7 @@ def write_safetensors(write: Callable[[Any], None], tensors: dict[str, Tensor]) 
     end = 0
     for name in sorted(tensors):
         tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + tensor.nbytes
         shape = list(tensor.shape)
         header[name] = {"dtype": _TYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
