@@ -10,28 +10,23 @@ Both are functions of the documents and their order, so the result is the same o
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.alike import (
-    FEW,
-    FINER,
-    GRAM,
-    Text,
-    doubt,
-    grams_of,
-    jaccard,
-    texts,
-)
-from sota_transformer.data.grams import distinct
-from sota_transformer.data.sketch import BANDS, KEY_BITS, MARKS
+from sota_transformer.data.grams import distinct, gram_order
+from sota_transformer.data.sketch import BANDS, GRAM, KEY_BITS, MARKS
 from sota_transformer.errors import BAD_DATA, SotaError
 
+_FEW = 2048  # 5-grams; of more a share is looked at first, then ...
+_FINER = 4  # ... one so many times as large, if that leaves it open, and only then all of them
+_SIGMAS = 4
+_AT_ONCE = 1 << 20  # tokens hashed in one go
 _KEPT = 1 << 12  # earlier documents whose 5-grams stay in memory, at most 8 kB each
 _CACHED, _CACHED_TOKENS = 128, 1 << 16  # long ones of which more than a share stay, the longest
 _SEEN_BITS = 24
@@ -60,6 +55,23 @@ class Batch:
     keys: NDArray[np.uint32]
     marks: NDArray[np.uint8]
     place: Place
+
+
+@dataclass(slots=True)
+class Text:
+    """A document as the sorted set of its 5-grams' numbers; of a long one, those of every
+    `share`-th, which are the smallest.
+    """
+
+    number: int
+    grams: NDArray[np.uint32]
+    share: int
+
+    def at(self, share: int) -> NDArray[np.uint32]:
+        """The 5-grams of a multiple of its own share."""
+        if share == self.share:
+            return self.grams
+        return self.grams[: int(np.searchsorted(self.grams, _limit(share), "right"))]
 
 
 class Similar:
@@ -164,7 +176,7 @@ class Similar:
         error = doubt(self._threshold, seen) * np.sqrt(np.maximum(1 - seen / union, 1 / 16))
         open_ = np.flatnonzero(share >= self._threshold - error)
         order = open_[np.lexsort((others[open_], -share[open_], rows[open_]))]
-        sure = (share >= self._threshold + error) & (np.maximum(a, b) - GRAM > FEW)
+        sure = (share >= self._threshold + error) & (np.maximum(a, b) - GRAM > _FEW)
         return rows[order], others[order], np.where(sure, share, 0.0)[order]
 
     def _sets(self, numbers: list[int]) -> dict[int, Text]:
@@ -198,8 +210,8 @@ class Similar:
         return (self._cached if small else self._finer)(text.number, share)
 
     def _finer(self, number: int, share: int) -> NDArray[np.uint32]:
-        """The same, counted."""
-        return grams_of(self._ids(number), share)
+        """The same, counted; two of 8,192 different ones have one number once in 128 times."""
+        return distinct(_every(gram_order(self._ids(number), GRAM), share))
 
     def _jaccard(self, a: Text, b: Text) -> float:
         """The Jaccard index of two documents' 5-grams, as far as it takes to decide."""
@@ -209,7 +221,7 @@ class Similar:
             return 0.0
         index, union = jaccard(*sets)
         while share > 1 and abs(index - self._threshold) < doubt(self._threshold, union):
-            share = max(1, share // FINER)
+            share = max(1, share // _FINER)
             sets = self._grams(a, share), self._grams(b, share)
             index, union = jaccard(*sets)
         return index
@@ -267,3 +279,53 @@ def _batches(
             yield pairs + (first << 32)
         there = stayed[rows]
         flat, rows, done = flat[there], rows[there], end
+
+
+def texts(documents: Iterable[tuple[int, NDArray[np.uint16]]]) -> Iterator[Text]:
+    """Documents, each with its number and without its end-of-text, hashed many at a time."""
+    held: list[tuple[int, NDArray[np.uint16]]] = []
+    size = 0
+    for number, ids in documents:
+        held.append((number, ids))
+        size += len(ids)
+        if size >= _AT_ONCE:
+            yield from _texts(held)
+            held, size = [], 0
+    if held:
+        yield from _texts(held)
+
+
+def _texts(documents: list[tuple[int, NDArray[np.uint16]]]) -> Iterator[Text]:
+    """See `texts`."""
+    order, at = gram_order(np.concatenate([ids for _, ids in documents]), GRAM), 0
+    for number, ids in documents:
+        # Behind each document's own 5-grams come those that reach into the next.
+        count = max(0, len(ids) - GRAM + 1)
+        share = 1 << (max(0, count - 1) // _FEW).bit_length()
+        yield Text(number, distinct(_every(order[at : at + count], share)), share)
+        at += len(ids)
+
+
+def _limit(share: int) -> np.uint32:
+    """The largest number of every `share`-th 5-gram."""
+    return np.uint32((1 << 32) // share - 1)
+
+
+def _every(order: NDArray[np.uint32], share: int) -> NDArray[np.uint32]:
+    return order if share == 1 else order[np.flatnonzero(order <= _limit(share))]
+
+
+def jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[float, int]:
+    """Size of the intersection over size of the union of two sorted sets, and the latter."""
+    both = np.concatenate([a, b])
+    both.sort(kind="stable")  # merges what is sorted already
+    common = int(np.count_nonzero(both[1:] == both[:-1]))
+    union = max(1, len(both) - common)
+    return common / union, union
+
+
+def doubt(threshold: float, seen: Any) -> Any:
+    """Four standard deviations of a share of `seen` that is `threshold` on average; near 1, where
+    that would be nothing, at least those of 31 in 32.
+    """
+    return _SIGMAS * np.sqrt(max(threshold * (1 - threshold), 1 / 32) / seen)

@@ -8,9 +8,9 @@ bins make `keys`, by which candidates are found; `marks` then say how alike two 
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.alike import GRAM
 from sota_transformer.data.grams import gram_order, mixed
 
+GRAM = 5  # tokens in a row
 _MARK_BITS, _BIN_BITS = 8, 6
 MARKS, BINS = 1 << _MARK_BITS, 1 << _BIN_BITS
 BANDS = 16
