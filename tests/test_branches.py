@@ -10,21 +10,17 @@ from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.options import Prepare
 from sota_transformer.training import checkpoint
 from sota_transformer.training.start import train
-from tests.training_runs import InterruptError, MakeRun, change, stop_after
+from tests.training_runs import MakeRun, change, train_until
 
 
 def resumed(config, word: str):
     return change(config, resume=word)
 
 
-def test_the_first_save_of_a_branch_removes_the_other_one_before_it_too(
-    make_run: MakeRun, monkeypatch
-) -> None:
+def test_the_first_save_of_a_branch_removes_the_other_one_before_it_too(make_run: MakeRun) -> None:
     """Else a left branch's checkpoint is the second newest: kept, and fallen back to."""
     config = make_run(steps=12, save_every_steps=2, keep_checkpoints=9)
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 9)
-        train(config)
+    train_until(config, 9)
     assert checkpoint.steps(config.run.out) == [2, 4, 6, 8]
     train(change(resumed(config, "step:4"), save_every_steps=7))
     assert checkpoint.steps(config.run.out) == [2, 4, 7, 12]

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,18 +27,14 @@ from sota_transformer.training.signals import Stopped
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
 from tests.preparing import run
-from tests.training_runs import InterruptError, change, final_hash, logged, stop_after
-
-MakeRun = Callable[..., RunConfig]
+from tests.training_runs import MakeRun, change, final_hash, logged, train_until
 
 
 @pytest.fixture
-def begun(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def begun(make_run: MakeRun) -> RunConfig:
     """A run of 12 steps that died after 7; its newest checkpoint is of step 6."""
     config = make_run(save_every_steps=3)
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 7)
-        train(config)
+    train_until(config, 7)
     return config
 
 
@@ -81,11 +76,9 @@ def test_another_model_is_refused_even_if_it_is_asked_for(
     refused(asked, BAD_DATA, "no momentum.blocks.0", "optim.matrix_rate", "another --out")
 
 
-def test_before_the_first_checkpoint_all_may_change(make_run: MakeRun, monkeypatch, capsys) -> None:
+def test_before_the_first_checkpoint_all_may_change(make_run: MakeRun, capsys) -> None:
     """As after a first start that ran out of memory; with --exact it may not."""
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 2)
-        train(make_run())
+    train_until(make_run(), 2)
     other = make_run(layers=1, batch_rows=2, steps=2)
     with pytest.raises(SotaError, match=r"--exact: model\.layers was 2, is 1"):
         train(change(other, exact=True))
@@ -135,9 +128,7 @@ def test_what_is_said_counts_the_tokens_that_were_and_will_be_learned_from(
     train(begun)
     before = capsys.readouterr().out
     other = make_run(steps=2000, windows=windows, batch_rows=8)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 8)
-        train(change(other, override="train.steps,train.batch_rows"))
+    train_until(change(other, override="train.steps,train.batch_rows"), 8)
     cut = Trainer(other, Runtime.detect(other.run, 1), RunLog(tmp_path, 2000, silent=True))
     first = checkpoint.load(begun.run.out, 6).trainer["tokens"]
     now = logged(begun, "loss")[-1]["tokens"]

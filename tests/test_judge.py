@@ -16,7 +16,7 @@ from sota_transformer.training import checkpoint, judge
 from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
-from tests.training_runs import InterruptError, MakeRun, change, stop_after
+from tests.training_runs import MakeRun, change, train_until
 
 LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
 
@@ -40,13 +40,9 @@ def best_of(config, step: int) -> dict:
 
 
 @pytest.mark.usefixtures("scripted")
-def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(
-    make_run: MakeRun, monkeypatch, capsys
-) -> None:
+def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(make_run: MakeRun, capsys) -> None:
     config = make_run(eval_every=2, save_every_steps=3)
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 11)
-        train(config)
+    train_until(config, 11)
     assert checkpoint.steps(config.run.out) == [4, 6, 9]  # 2 was the best until 4 was
     train(config)
     assert checkpoint.steps(config.run.out) == [4, 9, 12]

@@ -20,8 +20,7 @@ from sota_transformer.errors import TEMPORARY
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
-from sota_transformer.training.start import train
-from tests.training_runs import InterruptError, change, stop_after
+from tests.training_runs import change, train_until
 
 SPEED = plan.Speed(seconds=32.0, tokens=32_768, memory=3_000_000_000)
 
@@ -206,9 +205,7 @@ def test_padding_is_no_data_read_here_as_in_training(monkeypatch, capsys, make_r
     monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
     plan.run_plan(config, "tiny", 0)
     planned = capsys.readouterr().out
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 1)
-        train(config)
+    train_until(config, 1)
     trained = capsys.readouterr().out
     (run,) = re.findall("^run: .*", trained, re.M)
     (epochs,) = re.findall(r"([0-9.]+) epochs", trained)

@@ -25,23 +25,19 @@ from tests.training_runs import (
     final_hash,
     logged,
     losses,
-    stop_after,
+    train_until,
 )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_resumed_equals_undisturbed_bit_for_bit(
-    make_run: MakeRun, few: Path, monkeypatch, recipe: str
-) -> None:
+def test_resumed_equals_undisturbed_bit_for_bit(make_run: MakeRun, few: Path, recipe: str) -> None:
     """Dropout is on, steps cross an epoch's end, and the crash falls between two checkpoints."""
     shape = {"path": few, "steps": 24, "micro_rows": 2, "save_every_steps": 6}
     whole, broken = (make_run(n, recipe, dropout_start=0.1, **shape) for n in ("whole", "broken"))
     epoch = len(TokenWindows(few, "train", whole.model.seq_len))
     train(whole)
     for crash in (3, 9, 21):
-        with monkeypatch.context() as patch, pytest.raises(InterruptError):
-            stop_after(patch, crash)
-            train(broken)
+        train_until(broken, crash)
     train(broken)
     assert 9 * whole.train.batch_rows < epoch < 21 * whole.train.batch_rows
     assert final_hash(whole) == final_hash(broken)
@@ -153,7 +149,7 @@ def test_memory_that_is_full_elsewhere_is_one_line(make_run: MakeRun, monkeypatc
 PACKED = {"windows": "best-fit", "document_mask": True}
 
 
-def test_best_fit_windows_with_a_mask_obey_the_same_laws(make_run: MakeRun, monkeypatch) -> None:
+def test_best_fit_windows_with_a_mask_obey_the_same_laws(make_run: MakeRun) -> None:
     """Any micro-batch, and a resume: the loss is divided by the targets there are."""
     shape = {"steps": 8, "batch_rows": 8, "save_every_steps": 3} | PACKED
     whole = make_run("whole", micro_rows=4, **shape)
@@ -162,9 +158,7 @@ def test_best_fit_windows_with_a_mask_obey_the_same_laws(make_run: MakeRun, monk
     train(small)
     assert losses(small) == pytest.approx(losses(whole), rel=1e-5)
     broken = make_run("broken", micro_rows=4, **shape)
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 5)
-        train(broken)
+    train_until(broken, 5)
     train(broken)
     assert final_hash(broken) == final_hash(whole)
 
@@ -177,7 +171,7 @@ def test_what_the_windows_are_is_said_and_fixed(make_run: MakeRun, capsys) -> No
         train(make_run(steps=2, document_mask=True))
 
 
-def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun, monkeypatch) -> None:
+def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> None:
     """With windows of which each rank's have another number of targets, and where they go on from
     a step at which the model is judged: whether it was, they agree. Each judges by its share.
     """
@@ -185,9 +179,7 @@ def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun, monkey
     shape["eval_tokens"] = 27 * 32
     one, two = (make_run(name, **shape) for name in ("one", "two"))
     train(one)
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 6)
-        train(two)
+    train_until(two, 6)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(launcher + command(two)[1:], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -226,10 +218,7 @@ def test_bad_steps_are_not_applied_and_end_the_run(make_run: MakeRun, monkeypatc
         sums = original(hidden, *arguments)
         return sums._replace(smoothed=sums.smoothed * float("nan"))
 
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        with pytest.raises(InterruptError):
-            train(config)
+    train_until(config, 5)
     weights = None
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "token_loss", poisoned)

@@ -27,7 +27,7 @@ from tests.training_runs import (
     final_hash,
     logged,
     losses,
-    stop_after,
+    train_until,
 )
 
 
@@ -63,7 +63,7 @@ def test_a_disk_that_no_checkpoint_fits_on_is_said_before_the_first_step(
     assert train(config) is None and "complete" in capsys.readouterr().out
 
 
-def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
+def test_resume_has_four_meanings(make_run: MakeRun) -> None:
     def resumed(word: str) -> RunConfig:
         config = make_run(steps=4, save_every_steps=2, keep_checkpoints=3)
         return change(config, resume=word)
@@ -78,9 +78,7 @@ def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
         train(resumed("step:3"))
     before = final_hash(resumed("auto"))
     folder = resumed("auto").run.out
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 4)
-        train(change(resumed("step:2"), save_every_steps=1))
+    train_until(change(resumed("step:2"), save_every_steps=1), 4)
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]  # not 4, nor its validation
     assert checkpoint.steps(folder) == [2, 3]  # 4 was left behind, and may not be gone on from
     assert read_config(folder).run.resume == "auto"
@@ -88,14 +86,12 @@ def test_resume_has_four_meanings(make_run: MakeRun, monkeypatch) -> None:
     assert final_hash(resumed("auto")) == before
 
 
-def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun, monkeypatch) -> None:
+def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun) -> None:
     config = make_run(steps=8, save_every_steps=2, keep_checkpoints=9, sample_every=4)
     train(config)
     before = read_metrics(config.run.out)
     again = change(config, resume="step:4")
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 6)
-        train(again)
+    train_until(again, 6)
     assert checkpoint.steps(config.run.out)[-1] == 8
     train(config)  # finds step 8 as it was
     lines = [(m["step"], m.get("loss"), m.get("sample")) for m in before]
@@ -123,9 +119,7 @@ def test_bad_steps_do_not_lead_back_to_a_branch_that_was_left(
 ) -> None:
     """From step 4 on anew, it meets ten bad ones and goes back there, not to the old step 8."""
     config = make_run(steps=20, batch_rows=4, save_every_steps=4, keep_checkpoints=9)
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 12)
-        train(config)
+    train_until(config, 12)
     assert checkpoint.steps(config.run.out)[-1] >= 8  # the twelfth is not saved
     original = trainer.Trainer._update
 
@@ -211,11 +205,9 @@ def test_stopped_is_no_exception_that_a_library_could_swallow() -> None:
     assert Stopped(signal.SIGTERM).code == 143
 
 
-def test_run_json_records_each_start(make_run: MakeRun, monkeypatch) -> None:
+def test_run_json_records_each_start(make_run: MakeRun) -> None:
     config = make_run(steps=6, save_every_steps=2)
-    with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        stop_after(patch, 3)
-        train(config)
+    train_until(config, 3)
     train(config)
     record = json.loads((config.run.out / "run.json").read_text())
     assert [attempt["from_step"] for attempt in record["attempts"]] == [0, 2]

@@ -12,6 +12,7 @@ from sota_transformer.config import RunConfig
 from sota_transformer.presets import flag
 from sota_transformer.training import checkpoint, trainer
 from sota_transformer.training.runlog import read_metrics
+from sota_transformer.training.start import train
 
 MakeRun = Callable[..., RunConfig]
 
@@ -51,8 +52,8 @@ class InterruptError(Exception):
     pass
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Die without any clean-up once `steps` updates are made."""
+def train_until(config: RunConfig, steps: int) -> None:
+    """Train, and die without any clean-up once `steps` updates are made."""
     original = trainer.Trainer._update
 
     def update(self, sums):
@@ -60,4 +61,6 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         if self.step == steps:
             raise InterruptError
 
-    monkeypatch.setattr(trainer.Trainer, "_update", update)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptError):
+        patch.setattr(trainer.Trainer, "_update", update)
+        train(config)
