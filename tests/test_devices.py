@@ -299,20 +299,6 @@ def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said:
         Runtime.detect(Run(device=kind), 1)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("here", "taken"), [("2", "lo"), ("1", None)])
-def test_processes_of_one_machine_do_not_need_its_network(here: str, taken: str | None) -> None:
-    """Their connections stay when a laptop gets another address (seen: they fell silent)."""
-    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": here}
-    with (
-        mock.patch.dict(os.environ, launched),
-        mock.patch.object(runtime.dist, "init_process_group"),
-        mock.patch.object(sys, "platform", "linux"),
-    ):
-        os.environ.pop("GLOO_SOCKET_IFNAME", None)
-        Runtime.detect(Run(device="cpu"), 1)
-        assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
-
-
 @pytest.mark.parametrize(
     "said",
     [
