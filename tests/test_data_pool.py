@@ -1,5 +1,6 @@
 """Runs of units: what one worker is handed, and that it changes nothing in what comes out."""
 
+import mmap
 import multiprocessing
 import os
 import random
@@ -19,7 +20,7 @@ from sota_transformer.data import forks, tables, units
 from sota_transformer.data.pool import Job, Pool, runs
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.units import Unit
-from tests.preparing import bytes_of, jsonl, run, texts
+from tests.preparing import PrivateMap, bytes_of, everything, jsonl, run, texts
 
 ROWS = (100, 100, 100, 100, 100, 30)  # of the row groups
 
@@ -43,6 +44,17 @@ def units_of(*paths: Path) -> list[Unit]:
     sources, _ = find(tuple(map(str, paths)))
     cuts = units.cut(sources, paths[0].parent, print, lambda s: tables.probe(s, "text"))
     return [Unit(i, segments, str(i)) for i, (segments, _) in enumerate(cuts)]
+
+
+def test_a_drive_without_shared_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to say that a result had vanished."""
+    monkeypatch.setattr(mmap, "mmap", PrivateMap)
+    items = texts(40)
+    for name, some in (("a", items[:30]), ("b", items[30:])):
+        (tmp_path / name).write_bytes(jsonl(some))
+        how = {"append": name == "b", "near_dedup": 0.95, "val_fraction": 0.5}
+        run(tmp_path / "out", tmp_path / name, **how)
+    assert everything(tmp_path / "out") == sorted(items)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])

@@ -226,7 +226,9 @@ def test_folders_of_file_systems_that_delete_otherwise(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOENT, errno.EIO])
+@pytest.mark.parametrize(
+    "code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOENT, errno.EIO]
+)
 def test_folders_of_network_drives_that_know_no_fsync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:

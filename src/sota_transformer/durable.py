@@ -35,7 +35,7 @@ _MANIFEST_BYTES = 256 << 20  # a hostile manifest must not fill the memory
 _LOCK_SECONDS = 0.5
 _BUFFER_BYTES = 16 << 20  # one thread to start for so many
 # How file systems say that they know no such fsync; the last is a Mac's for SMB (restic#3720).
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY, errno.ENOENT)
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY, errno.EBADF, errno.ENOENT)
 # With a name a Mac deletes its `._NAME` on exFAT and SMB; what is open stays on NFS as `.nfs...`.
 _IN_ORDER = (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY)
 
