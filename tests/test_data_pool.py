@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 from itertools import chain
 from multiprocessing import forkserver, spawn
@@ -55,6 +56,14 @@ def test_a_drive_without_shared_maps(tmp_path: Path, monkeypatch: pytest.MonkeyP
         how = {"append": name == "b", "near_dedup": 0.95, "val_fraction": 0.5}
         run(tmp_path / "out", tmp_path / name, **how)
     assert everything(tmp_path / "out") == sorted(items)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there it is always so")
+def test_where_the_socket_of_a_fork_server_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's own TMPDIR, say: `sota prepare` said "AF_UNIX path too long"."""
+    for length, method in ((75, "forkserver"), (76, "spawn")):
+        monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
+        assert forks.worker_context().get_start_method() == method
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
