@@ -6,6 +6,7 @@ one process is not a special case.
 """
 
 import ctypes
+import getpass
 import os
 import platform
 import re
@@ -56,6 +57,10 @@ class Runtime:
     def detect(cls, run: Run, parameters: int) -> "Runtime":
         """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
         rank, world = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
+        try:
+            getpass.getuser()
+        except (KeyError, OSError):  # docker --user 1234: torch below 2.13 ends for want of a name
+            os.environ["USER"] = str(os.getuid())
         device, why_device = _device(run.device)
         if world > 1 and device.type == "mps":
             raise SotaError("MPS trains in one process; start it without torchrun")
