@@ -1,8 +1,10 @@
 """Small inputs, and what came of them, for the tests of data preparation."""
 
+import errno
 import hashlib
 import itertools
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ from sota_transformer.data.tables import Tables, probe
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Prepare
+
+
+class PrivateMap(mmap.mmap):
+    """What many a FUSE drive has of `mmap`: nothing that others would see."""
+
+    def __new__(cls, fileno: int, length: int, flags: int = mmap.MAP_SHARED, **how: Any) -> Any:
+        if fileno >= 0 and flags & mmap.MAP_SHARED and how.get("access") != mmap.ACCESS_COPY:
+            raise OSError(errno.ENODEV, "No such device")
+        return super().__new__(cls, fileno, length, flags, **how)
+
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be"]
 

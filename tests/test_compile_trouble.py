@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import getpass
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,6 +123,15 @@ def test_what_is_compiled_wrongly_is_never_used(
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     machine = Runtime.detect(config.run, 1)
     assert machine.compile and admit(config.run.out, machine).compile
+
+
+def test_a_user_without_a_name_can_load_the_compiler(monkeypatch) -> None:
+    """As under `docker --user 1234`: torch before 2.13 wants the name once an optimizer is made."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")  # so that what is set is unset again
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    Runtime.detect(Run(device="cpu"), 1)
+    assert getpass.getuser() == str(2**31 - 7)
 
 
 def test_a_compilers_words_are_short() -> None:

@@ -1,10 +1,12 @@
 """Runs of units: what one worker is handed, and that it changes nothing in what comes out."""
 
+import mmap
 import multiprocessing
 import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 from itertools import chain
 from multiprocessing import forkserver, spawn
@@ -19,7 +21,7 @@ from sota_transformer.data import forks, tables, units
 from sota_transformer.data.pool import Job, Pool, runs
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.units import Unit
-from tests.preparing import bytes_of, jsonl, run, texts
+from tests.preparing import PrivateMap, bytes_of, everything, jsonl, run, texts
 
 ROWS = (100, 100, 100, 100, 100, 30)  # of the row groups
 
@@ -43,6 +45,25 @@ def units_of(*paths: Path) -> list[Unit]:
     sources, _ = find(tuple(map(str, paths)))
     cuts = units.cut(sources, paths[0].parent, print, lambda s: tables.probe(s, "text"))
     return [Unit(i, segments, str(i)) for i, (segments, _) in enumerate(cuts)]
+
+
+def test_a_drive_without_shared_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to say that a result had vanished."""
+    monkeypatch.setattr(mmap, "mmap", PrivateMap)
+    items = texts(40)
+    for name, some in (("a", items[:30]), ("b", items[30:])):
+        (tmp_path / name).write_bytes(jsonl(some))
+        how = {"append": name == "b", "near_dedup": 0.95, "val_fraction": 0.5}
+        run(tmp_path / "out", tmp_path / name, **how)
+    assert everything(tmp_path / "out") == sorted(items)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there it is always so")
+def test_where_the_socket_of_a_fork_server_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's own TMPDIR, say: `sota prepare` said "AF_UNIX path too long"."""
+    for length, method in ((75, "forkserver"), (76, "spawn")):
+        monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
+        assert forks.worker_context().get_start_method() == method
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])

@@ -294,11 +294,21 @@ def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said:
         Runtime.detect(Run(device=kind), 1)  # type: ignore[arg-type]
 
 
-def test_a_gpu_that_torch_was_not_built_for_is_not_taken(monkeypatch) -> None:
-    """As a GTX 1080 or a V100 by the builds for CUDA 13, which is_available() does not tell."""
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: no kernel image is available for execution",
+        "HIP error: invalid device function",
+    ],
+)
+def test_a_gpu_that_torch_was_not_built_for_is_not_taken(monkeypatch, said: str) -> None:
+    """As a GTX 1080 or a V100 by the builds for CUDA 13, which is_available() does not tell.
+
+    Nor does ROCm's of the graphics inside many a Ryzen (pytorch#164346, #147626).
+    """
 
     def ones(*_: Any, **__: Any) -> None:
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+        raise RuntimeError(said)
 
     with pretended("cuda"), monkeypatch.context() as patch:
         patch.setattr(torch, "ones", ones)

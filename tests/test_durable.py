@@ -1,5 +1,6 @@
 """durable.py: old or new and nothing between, errors that name the file, a lock that lets go."""
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -7,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -193,6 +195,56 @@ def test_discard_and_sweep(tmp_path: Path) -> None:
     durable.sweep(tmp_path / "missing")
 
 
+def test_folders_of_file_systems_that_delete_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.unlink
+
+    def like_a_mac_on_exfat(name: str, **where: int) -> None:
+        if name.startswith("._"):  # from Python 3.13 on `rmtree` knows
+            raise FileNotFoundError(errno.ENOENT, "gone with what it belongs to", name)
+        real(name, **where)
+        with contextlib.suppress(FileNotFoundError):
+            real(f"._{name}", **where)
+
+    def like_nfs(name: str, **where: int) -> None:
+        if name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, "somebody reads it", name)
+        os.rename(name, f".nfs-{name}", src_dir_fd=where["dir_fd"], dst_dir_fd=where["dir_fd"])
+
+    make(tmp_path / "a", x=b"1", **{"._x": b"2"})
+    monkeypatch.setattr(os, "unlink", like_a_mac_on_exfat)
+    durable.discard(tmp_path / "a")
+    assert names(tmp_path) == []
+    make(tmp_path / "b", x=b"1")
+    monkeypatch.setattr(os, "unlink", like_nfs)
+    durable.discard(tmp_path / "b")
+    assert len(names(tmp_path)) == 1  # trash, which the next start looks at again
+    durable.sweep(tmp_path)
+    monkeypatch.setattr(os, "unlink", real)
+    durable.sweep(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOENT, errno.EIO]
+)
+def test_folders_of_network_drives_that_know_no_fsync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(durable, "fsync", fsync)
+    with pytest.raises(OSError) if code == errno.EIO else contextlib.nullcontext():
+        make(tmp_path / "a", x=b"1")
+        assert durable.verify(tmp_path / "a") == []
+
+
 def test_canonical_json_and_seal() -> None:
     assert durable.canonical_json({"b": 1, "a": [True, "ä"]}) == (
         b'{\n "a": [\n  true,\n  "\\u00e4"\n ],\n "b": 1\n}\n'
@@ -282,6 +334,29 @@ def test_lock_names_the_holder_and_dies_with_it(tmp_path: Path) -> None:
     with durable.DirectoryLock(tmp_path):
         owner = json.loads((tmp_path / ".lock").read_text())
     assert owner["pid"] == os.getpid()
+
+
+def test_locks_of_network_drives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, code = os.open, errno.EACCES
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def locked(path: Path, flags: int, *mode: int) -> int:
+        if not flags & os.O_RDWR:  # over SMB nobody else reads what is locked
+            raise PermissionError(errno.EACCES, "locked", path)
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(durable, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(os, "open", locked)
+    with pytest.raises(SotaError, match="in use by another process") as caught:
+        durable.DirectoryLock(tmp_path).__enter__()
+    assert caught.value.code == LOCKED
+    code = errno.ENOSYS  # Lustre, where it was mounted without
+    with pytest.raises(OSError) as unknown:
+        durable.DirectoryLock(tmp_path).__enter__()
+    assert unknown.value.filename == str(tmp_path / ".lock")
 
 
 def test_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Exports judged by the programs that read them, hostile folders, and kill -9 in between."""
 
 import contextlib
+import mmap
 import random
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.training.start import train
 from tests.inference_models import KINDS, WIDE, small_model, write_run
+from tests.preparing import PrivateMap
 from tests.training_runs import change
 
 TOKENIZER = Tokenizer()
@@ -108,7 +110,8 @@ def test_gguf_holds_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Read once, by the export: the package gguf takes seconds for a vocabulary, of any model."""
     gguf, readers = pytest.importorskip("gguf"), []
     read = gguf.GGUFReader
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: readers.append(read(path)) or readers[0])
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *how: readers.append(read(*how)) or readers[0])
+    monkeypatch.setattr(mmap, "mmap", PrivateMap)  # to a drive without shared maps, too
     run = write_run(tmp_path / "mine", small_model(WIDE))
     assert run_export(Export(run=run, out=tmp_path / "out", format="gguf")) == 0
     field = {name: value.contents() for name, value in readers[0].fields.items()}

@@ -1,17 +1,22 @@
 """The trainer's laws: resumed equals undisturbed, any micro-batch, any ranks, no bad update."""
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from sota_transformer import runtime
+from sota_transformer.config import Run
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import DIVERGED, TEMPORARY, SotaError
 from sota_transformer.presets import RECIPES
 from sota_transformer.report import write_report
+from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, judge, trainer
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
@@ -169,6 +174,20 @@ def test_what_the_windows_are_is_said_and_fixed(make_run: MakeRun, capsys) -> No
     assert "% of their targets are padding" in said and "its own document only" in said
     with pytest.raises(SotaError, match=r"data\.windows was best-fit, is stream"):
         train(make_run(steps=2, document_mask=True))
+
+
+@pytest.mark.parametrize(("here", "taken"), [("2", "lo"), ("1", None)])
+def test_processes_of_one_machine_do_not_need_its_network(here: str, taken: str | None) -> None:
+    """Their connections stay when a laptop gets another address (seen: they fell silent)."""
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": here}
+    with (
+        mock.patch.dict(os.environ, launched),
+        mock.patch.object(runtime.dist, "init_process_group"),
+        mock.patch.object(sys, "platform", "linux"),
+    ):
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+        Runtime.detect(Run(device="cpu"), 1)
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
 
 
 def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> None:

@@ -34,7 +34,10 @@ _LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{8}", re.DOTALL)
 _MANIFEST_BYTES = 256 << 20  # a hostile manifest must not fill the memory
 _LOCK_SECONDS = 0.5
 _BUFFER_BYTES = 16 << 20  # one thread to start for so many
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
+# How file systems say that they know no such fsync; the last is a Mac's for SMB (restic#3720).
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY, errno.EBADF, errno.ENOENT)
+# With a name a Mac deletes its `._NAME` on exFAT and SMB; what is open stays on NFS as `.nfs...`.
+_IN_ORDER = (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY)
 
 
 def _aside(path: Path, kind: str) -> Path:
@@ -61,7 +64,7 @@ def fsync_folder(path: Path) -> None:
         with naming(path):
             fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # EINVAL: a file system whose folders cannot be synced
+        if error.errno not in _UNSUPPORTED:  # of folders, network drives know often none
             raise
     finally:
         os.close(descriptor)
@@ -248,10 +251,15 @@ def discard(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete whatever has this name, and nothing that it points to."""
+    """Delete whatever has this name, but nothing that it points to, nor what NFS keeps open."""
+
+    def met(_call: object, _path: object, problem: tuple[Any, Any, Any]) -> None:
+        if problem[1].errno not in _IN_ORDER:
+            raise problem[1]
+
     with naming(path):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(path, onerror=met)
         else:
             path.unlink()
 
@@ -356,7 +364,8 @@ class DirectoryLock:
         deadline = time.monotonic() + _LOCK_SECONDS
         while (held := self._try()) is None:
             if time.monotonic() > deadline:
-                with open_regular(self.path) as file:
+                holder = "which one cannot be read"  # as over SMB, where a lock locks that, too
+                with suppress(OSError), open_regular(self.path) as file:
                     holder = file.read(4096).decode(errors="replace").strip()
                 raise SotaError(
                     f"{self.path.parent} is in use by another process ({holder}); wait for it, "
@@ -372,19 +381,18 @@ class DirectoryLock:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         descriptor = os.open(self.path, flags, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(descriptor), self.path.stat()):
-                raise BlockingIOError  # the last holder removed the folder, and somebody made it
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": int(time.time())}
             with naming(self.path):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                    raise BlockingIOError(errno.EAGAIN, "the last holder removed the folder")
+                owner = dict(pid=os.getpid(), host=socket.gethostname(), started=int(time.time()))
                 size = os.pwrite(descriptor, json.dumps(owner).encode(), 0)
                 os.ftruncate(descriptor, size)
             return descriptor
-        except BlockingIOError:
+        except BaseException as error:
             os.close(descriptor)
-            return None
-        except BaseException:
-            os.close(descriptor)
+            if isinstance(error, BlockingIOError | PermissionError):  # the second is SMB's word
+                return None
             raise
 
     def __exit__(self, *_: object) -> None:

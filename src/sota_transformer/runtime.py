@@ -6,6 +6,7 @@ one process is not a special case.
 """
 
 import ctypes
+import getpass
 import os
 import platform
 import re
@@ -32,6 +33,7 @@ _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it s
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Of torch.cpu: with either, matrix products in bfloat16 are faster than in float32.
 _FAST_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+_NO_KERNELS = "no kernel image", "invalid device function"  # as CUDA and as ROCm says it
 _SILENCE = timedelta(minutes=10)  # longer than the first process alone checks, samples or saves
 
 
@@ -55,6 +57,10 @@ class Runtime:
     def detect(cls, run: Run, parameters: int) -> "Runtime":
         """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
         rank, world = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
+        try:
+            getpass.getuser()
+        except (KeyError, OSError):  # docker --user 1234: torch below 2.13 ends for want of a name
+            os.environ["USER"] = str(os.getuid())
         device, why_device = _device(run.device)
         if world > 1 and device.type == "mps":
             raise SotaError("MPS trains in one process; start it without torchrun")
@@ -68,6 +74,10 @@ class Runtime:
         torch.backends.cuda.enable_cudnn_sdp(False)  # where shapes vary: see `optimize`
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
+            if _launched("LOCAL_WORLD_SIZE", 1) == world:  # all of them on this machine
+                # gloo would take the address behind the machine's name, which goes with a network.
+                loopback = "lo0" if sys.platform == "darwin" else "lo"
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
             try:
                 with _together():
                     dist.init_process_group(backend, timeout=_SILENCE)
@@ -301,7 +311,7 @@ def _has_kernels(device: torch.device) -> bool:
     try:
         torch.ones(1, device=device)
     except RuntimeError as error:
-        if "no kernel image" in str(error):
+        if any(words in str(error) for words in _NO_KERNELS):
             return False
         raise
     return True

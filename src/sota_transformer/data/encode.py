@@ -191,7 +191,8 @@ def load(path: Path, key: str, *, check: bool) -> Encoded | None:
     try:
         with path.open("rb") as file:
             # Mapped: what is only copied on, the tokens, need not come into this process at all.
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # For itself alone: many FUSE drives know no other map (numpy#9894, safetensors#545).
+            data = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         size = int.from_bytes(data[-8:], "little")
         head = json.loads(data[-8 - size : -8])
         whole = memoryview(data)[: -8 - size]

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -12,8 +13,11 @@ from types import ModuleType
 
 def worker_context() -> BaseContext:
     """How worker processes come to be."""
-    # On macOS system libraries do not survive a fork, not even that of a small server.
-    if sys.platform == "darwin" or "forkserver" not in multiprocessing.get_all_start_methods():
+    # On macOS system libraries do not survive a fork, not even that of a small server. It listens
+    # in the temporary folder, at a name of 107 bytes at most: /pymp-xxxxxxxx/listener-xxxxxxxx
+    # is put behind (gh-132124).
+    unfit = sys.platform == "darwin" or len(os.fsencode(tempfile.gettempdir())) > 75
+    if unfit or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sota_transformer.data.warm"])

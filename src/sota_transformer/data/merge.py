@@ -185,7 +185,7 @@ class Merger:
                 self._seen.new(load_array(folder, f"{stem}.hashes.npy", manifest))
                 if self._similar is None:
                     continue
-                tokens = load_array(folder, name, manifest, "r")
+                tokens = load_array(folder, name, manifest, "c")
                 ends = load_array(folder, f"{stem}.ends.npy", manifest).astype(np.int64)
                 if (np.diff(ends, prepend=0) <= 0).any() or not ends[-1:] == len(tokens):
                     raise SotaError(f"{folder / name}: no documents end so", BAD_DATA)

@@ -189,7 +189,7 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> None:
 
 
 def load_array(
-    folder: Path, name: str, manifest: dict[str, Any], mmap_mode: Literal["r"] | None = None
+    folder: Path, name: str, manifest: dict[str, Any], mmap_mode: Literal["c"] | None = None
 ) -> NDArray[Any]:
     """What a file of prepared data holds. SotaError 65 if it is damaged, OSError if it is gone."""
     path = folder / name

@@ -111,7 +111,7 @@ def read_gguf(path: Path, config: Model) -> Transformer:
     """The model of a file that `write_gguf` wrote for `config`, float32 on the CPU."""
     stored = {
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        for tensor in gguf.GGUFReader(path).tensors
+        for tensor in gguf.GGUFReader(path, "c").tensors  # a map that FUSE has, too
     }
     shapes = expected_shapes(config)
     names, tensors = _names(config, shapes), {}
