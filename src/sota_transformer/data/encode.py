@@ -206,5 +206,5 @@ def load(path: Path, key: str, *, check: bool) -> Encoded | None:
             place = Place(path, at)  # the tokens are the last
             at += items * dtype.itemsize
         return Encoded(**arrays, rejects=Rejects(head["counts"], head["examples"]), place=place)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

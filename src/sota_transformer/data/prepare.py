@@ -125,7 +125,7 @@ def merge(options: Merge) -> dict[str, Any]:
         if not Path(asked["folder"]).is_dir():
             raise SotaError(f"{asked['folder']}, where the parts were begun, is gone", NO_INPUT)
         whole = Prepare(out=out, workers=options.workers, memory_mb=options.memory_mb, **how)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         text = f"no parts of {out} in {work}; `sota prepare INPUT --out {out} --part 1/2` makes one"
         raise SotaError(text, NO_INPUT) from error
     with contextlib.chdir(asked["folder"]):
