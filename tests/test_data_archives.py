@@ -35,6 +35,26 @@ def test_an_archive_ends_where_it_says(tmp_path: Path) -> None:
         assert [len(read(path, tmp_path)[i]) for i in (0, 1)] == [2, 0]
 
 
+def test_what_comes_before_damage_in_an_archive_is_taken(tmp_path: Path) -> None:
+    """In a member of a zip, and in a packed tar, of which tarfile asks for 10 KiB at a time."""
+    lines = b"".join(b'{"text": "%d"}\n' % number for number in range(3000))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+        zipped.writestr("a.jsonl", lines)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[len(lines)] ^= 1  # the sum of the member is wrong, which is seen at its end
+    (tmp_path / "a.zip").write_bytes(data)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as rolled:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            rolled.addfile(info, io.BytesIO(name[:1].encode()))
+    cut = (tmp_path / "a.tar.gz").read_bytes()[:-9]
+    (tmp_path / "a.tar.gz").write_bytes(cut)
+    for name, least in {"a.zip": 2400, "a.tar.gz": 2}.items():
+        found, refused = read(tmp_path / name, tmp_path)
+        assert len(found) >= least and "damaged" in refused[0].reason, (name, len(found))
+
+
 @pytest.mark.parametrize("ending", ["gz", "zst", "zip"])
 def test_bombs_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     monkeypatch.setattr(streams, "_BOMB_BYTES", 4 << 20)

@@ -110,18 +110,31 @@ def test_damaged_tables_end_in_a_reason(tmp_path: Path, kind: str) -> None:
     assert manifest["rejects"]["damaged table; only its readable start was taken"]["count"] > 20
 
 
-@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
 def test_what_comes_before_damage_is_taken(tmp_path: Path, ending: str) -> None:
-    """Streams may follow one another, with zeros between them."""
-    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[ending]
+    """Streams may follow one another, but of zstandard with zeros between them."""
+    packers = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    compress = packers.get(ending, zstandard.compress)
+    zeros = bytes(8) if ending in packers else b""
     first, more = (compress(b'{"text": "%s"}\n' % text) for text in (b"the first", b"more"))
-    (tmp_path / f"in.jsonl.{ending}").write_bytes(first + bytes(8) + more + bytes(4))
+    (tmp_path / f"in.jsonl.{ending}").write_bytes(first + zeros + more + zeros[:4])
     assert read(tmp_path / f"in.jsonl.{ending}", tmp_path) == (["the first", "more"], [])
     for packed in (first + more[:5], first + b"?" + more[1:] + more, first + b"what is this?"):
         (tmp_path / f"in.jsonl.{ending}").write_bytes(packed)
         found, refused = read(tmp_path / f"in.jsonl.{ending}", tmp_path)
         assert found == ["the first"]
         assert [item.reason.split(";")[0] for item in refused] == ["damaged stream"]
+
+
+def test_a_cut_of_what_could_not_be_compressed_is_told(tmp_path: Path) -> None:
+    """What was put behind it to notice cuts filled the hole in it, and was taken for text."""
+    text = "".join(map(chr, np.random.default_rng(3).integers(33, 127, 3000)))
+    packed = zstandard.ZstdCompressor(level=-7).compress(text.encode())
+    for cut in (*range(1, 120, 7), 1000):
+        (tmp_path / "a.txt.zst").write_bytes(packed[:-cut])
+        found, refused = read(tmp_path / "a.txt.zst", tmp_path)
+        assert [item.reason[:15] for item in refused] == ["damaged stream;"], cut
+        assert text.startswith("".join(found))
 
 
 def test_lines_and_documents_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,11 @@ def test_a_header_too_long_to_keep_is_said(
     texts, refused = read(path, tmp_path)
     assert texts == []
     assert {item.reason for item in refused} == {"piece of a table whose header is over 1 MiB"}
+    monkeypatch.undo()
+    monkeypatch.setattr(units, "UNIT_BYTES", 3000)
+    data = data.replace(b"text", b"Text", 1)
+    path.write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    assert [item.reason for item in read(path, tmp_path)[1]] == ["no column 'text'"]  # once
 
 
 def test_merge_wants_the_inputs_of_its_parts(tmp_path: Path) -> None:
@@ -126,7 +131,7 @@ def test_a_member_of_any_claimed_size_ends_with_its_archive(
     with tarfile.open(path, "w:gz" if ending.endswith("gz") else "w") as archive:
         archive.addfile(member, io.BytesIO(b"bytes"))
     started = time.process_time()
-    assert read(path, tmp_path)[1][-1].reason.startswith("damaged archive")
+    assert any(item.reason.startswith("damaged archive") for item in read(path, tmp_path)[1])
     assert time.process_time() - started < 5
 
 

@@ -12,6 +12,8 @@ shards    the same for `sota prepare`                      (--count points; need
 elastic   1 -> 2 -> 1 -> 4 processes, half the micro-batch: samples, losses, bits
 ranks     kill -9, SIGTERM, silence under torchrun         (--count accidents)
 documents malformed documents and files, `sota prepare` (--count documents)
+inputs    random files, archives, streams, tables, folders in `sota prepare`, held against
+          plain readers                                    (--count inputs)
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
 """
 
@@ -25,7 +27,7 @@ from typing import Any
 
 from sota_transformer import durable
 
-from . import documents, faults, fuzz, mutants, ranks, reading, soak, stops
+from . import documents, faults, fuzz, inputs, mutants, ranks, reading, soak, stops
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
@@ -84,6 +86,12 @@ def _documents(root: Path, count: int, seed: int) -> list[str]:
     return result.wrong
 
 
+def _inputs(root: Path, count: int, seed: int) -> list[str]:
+    result = inputs.inputs(root, count, seed)
+    print(result)
+    return result.wrong
+
+
 def _on_bench(
     work: Callable[[Bench, Zygote, int, int], Any],
 ) -> Callable[[Path, int, int], list[str]]:
@@ -124,6 +132,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
         _on_bench(lambda bench, _, count, seed: ranks.accidents(bench, count, seed)),
     ),
     "documents": (100_000, _documents),
+    "inputs": (1000, _inputs),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
 }
 

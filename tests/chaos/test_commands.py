@@ -20,7 +20,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import read_config
 
-from . import documents, faults, ranks, reading, soak, stops
+from . import documents, faults, inputs, ranks, reading, soak, stops
 from .commands import (
     Bench,
     Zygote,
@@ -122,6 +122,13 @@ def test_deaths_and_signals_under_torchrun(bench: Bench) -> None:
 @pytest.mark.chaos
 def test_malformed_documents(tmp_path: Path) -> None:
     assert documents.hostile(tmp_path, 2500, seed=4).wrong == []
+
+
+@pytest.mark.chaos
+def test_random_inputs_against_plain_readers(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    result = inputs.inputs(tmp_path / "work", 30, seed=4)
+    assert result.wrong == [] and result.documents > 100 and result.damaged > 1
 
 
 @pytest.mark.chaos

@@ -311,7 +311,8 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             return
         if row == 1:
             if field not in cells:
-                yield Skipped(f"no column {field!r}", segment.name)
+                if not segment.start:  # else the first piece says it
+                    yield Skipped(f"no column {field!r}", segment.name)
                 return
             column = cells.index(field)
         elif column < len(cells):

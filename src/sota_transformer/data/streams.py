@@ -39,7 +39,6 @@ _DECOMPRESSORS = {"bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
 _PACKED = 8 << 10  # given to a decompressor at a time: damage there takes what came before it along
 _LINK = "link or device inside an archive"
 _STARTED = "only its readable start was taken"
-_SEAL = b"\0sota: the whole stream was read\0"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Refused = Callable[[Skipped], None]
@@ -120,14 +119,14 @@ def damage() -> tuple[type[BaseException], ...]:
 def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
     """Chunks of at most CHUNK bytes of the stream `raw`, unpacked."""
     if codec == "zst":
-        yield from _zstandard(raw)
+        yield from _filled(_zstandard(raw))
     elif codec == "gz":
         with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
             yield from _filled(iter(lambda: stream.read1(CHUNK), b""))
     elif codec:
         yield from _filled(_decompressed(raw, _DECOMPRESSORS[codec]))
     else:
-        yield from iter(lambda: raw.read(CHUNK), b"")
+        yield from _filled(iter(lambda: raw.read(_PACKED), b""))
 
 
 def _decompressed(raw: IO[bytes], begin: Callable[[], Any]) -> Iterator[bytes]:
@@ -169,26 +168,17 @@ def _filled(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
-    """Chunks of a zstandard stream of any number of frames. EOFError if its end is missing.
-
-    zstandard does not say that its input was cut off, so a frame of our own goes behind it: it
-    comes out at the end exactly when all before it was whole.
-    """
+    """Pieces of a zstandard stream of any number of frames. EOFError if its end is missing."""
     import zstandard
 
-    seal = zstandard.ZstdCompressor().compress(_SEAL)
-    sealed: Any = _Reader(chain(unpacked(raw, ""), [seal]))
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-    stream = context.stream_reader(sealed, read_size=CHUNK, read_across_frames=True)
-    held = b""
-    while chunk := stream.read(CHUNK):
-        held = held + chunk if held else chunk
-        if len(held) > len(_SEAL):
-            yield held[: -len(_SEAL)]
-            held = held[-len(_SEAL) :]
-    if held != _SEAL:
-        if held:
-            yield held
+    context, frame = zstandard.ZstdDecompressor(max_window_size=1 << 27), None
+    while data := raw.read(_PACKED >> 3):  # of four bytes it can make 128 KiB
+        while data:
+            frame = frame or context.decompressobj()
+            piece = frame.decompress(data)
+            yield from (piece[at : at + CHUNK] for at in range(0, len(piece), CHUNK))
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
         raise EOFError("the stream ends before its end marker")
 
 
@@ -323,6 +313,12 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} where a member or the end should be") from error
 
 
+def _failing(error: BaseException) -> Iterator[bytes]:
+    """No chunk, but what went wrong behind the last one."""
+    raise error
+    yield
+
+
 class _Reader:
     """Chunks as a file to read from."""
 
@@ -330,9 +326,14 @@ class _Reader:
         self._chunks, self._held = chunks, bytearray()
 
     def read(self, size: int) -> bytes:
-        """Exactly `size` bytes, fewer only at the end."""
-        while len(self._held) < size and (chunk := next(self._chunks, b"")):
-            self._held += chunk
+        """Exactly `size` bytes, fewer only at the end, or once before damage is raised."""
+        try:
+            while len(self._held) < size and (chunk := next(self._chunks, b"")):
+                self._held += chunk
+        except damage() as error:
+            if not self._held:
+                raise
+            self._chunks = _failing(error)
         data = bytes(self._held[:size])
         del self._held[:size]
         return data

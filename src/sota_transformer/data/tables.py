@@ -102,7 +102,8 @@ class Tables:
             hint = "parquet and Arrow need `pip install sota-transformer[parquet]`"
             yield Skipped(hint, segment.name)
         except KeyError:
-            yield Skipped(f"no column {field!r}", segment.name)
+            if not segment.start:  # else the first piece says it
+                yield Skipped(f"no column {field!r}", segment.name)
         except damage() as error:
             self._place = None
             text = (str(error).splitlines() or [""])[0][:80]
@@ -200,5 +201,12 @@ def _column(batch: Any, field: str) -> Any:
     Strings are bytes in it, which copies nothing: one that is no UTF-8 would take others along.
     """
     column = batch.column(batch.schema.names.index(field))
+    if (values := getattr(column, "dictionary", None)) is not None:  # as of a pandas category
+        return type(column).from_arrays(column.indices, _raw(values))
+    return _raw(column)
+
+
+def _raw(column: Any) -> Any:
+    """A column of strings as one of bytes, any other as it is."""
     raw = _BYTES.get(str(column.type))
     return column.view(raw) if raw else column
