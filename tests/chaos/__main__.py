@@ -13,6 +13,7 @@ elastic   1 -> 2 -> 1 -> 4 processes, half the micro-batch: samples, losses, bit
 ranks     kill -9, SIGTERM, silence under torchrun         (--count accidents)
 documents malformed documents and files, `sota prepare` (--count documents)
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
+twin      runs with random options against their float64 twins   (--count runs)
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 
 from sota_transformer import durable
 
-from . import documents, faults, fuzz, mutants, ranks, reading, soak, stops
+from . import documents, faults, fuzz, mutants, ranks, reading, soak, stops, twins
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
@@ -98,6 +99,13 @@ def _on_bench(
     return tool
 
 
+def _twin(root: Path, count: int, seed: int) -> list[str]:
+    with Zygote(root) as zygote:
+        result = twins.pairs(root, zygote, count, seed)
+    print(result)
+    return result.wrong
+
+
 TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "model": (0, _model),
     "fuzz": (50_000, _fuzz),
@@ -125,6 +133,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     ),
     "documents": (100_000, _documents),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
+    "twin": (200, _twin),
 }
 
 
