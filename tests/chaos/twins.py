@@ -136,7 +136,8 @@ def changes(source: random.Random, options: Options, folders: list[Path]) -> tup
     """Fields that differ from a checkpoint in the middle on, and what --data-change says."""
     steps, tokens = options["train.steps"], options["model.seq_len"]
     new = source.choice([
-        {}, {"train.steps": steps + 4}, {"train.batch_rows": options["train.batch_rows"] + 1},
+        {}, {"train.steps": steps + 4},
+        {"train.batch_rows": options["train.batch_rows"] + 1, "train.micro_rows": 0},
         {"optim.learning_rate": 0.005, "optim.weight_decay": 0.1}, {"model.seq_len": tokens + 8},
         {"optim.label_smoothing": 0.2, "optim.clip_norm": 0.5}, {"data.document_mask": True},
         {"data.windows": "best-fit"}, {"run.seed": 5}, {"optim.beta1": 0.5, "optim.beta2": 0.9},
@@ -224,7 +225,7 @@ class Pairs:
         new, how = changes(source, options, self.folders)
         changed = [field for field in new if new[field] != options[field]]
         words = command(new, out, "--resume", f"step:{twin.step}", "--data-change", how)
-        for path in set(changed) - {"data.path"}:
+        for path in set(changed) - {"data.path", "train.micro_rows", "train.eval_tokens"}:
             words += ["--override", f"{path}={new[path]}"]
         name = f"{name} with {', '.join(f'{path}={new[path]}' for path in changed)} {how}"
         if self._start(name, words, source) is None:
