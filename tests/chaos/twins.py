@@ -37,12 +37,14 @@ class Result:
 
     runs: int = 0
     compared: int = 0
+    left: int = 0  # runs that skipped a step, which a twin does not do
     largest: dict[str, float] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         far = ", ".join(f"{name} {value:.1e}" for name, value in sorted(self.largest.items()))
-        return f"{self.runs:,} runs, {self.compared:,} figures compared; largest differences: {far}"
+        told = f"{self.runs:,} runs, {self.left:,} of them not compared, {self.compared:,} figures"
+        return f"{told}; largest differences: {far}"
 
     def same(self, case: str, name: str, value: Any, twin: Any, allowed: float) -> None:
         """Hold one figure against the twin's, relative to a size of at least 1."""
@@ -242,7 +244,8 @@ class Pairs:
         starts = [i for i, line in enumerate(lines) if line.get("event") == "start"]
         mine = lines[starts[-1] + 1 :]
         if any(line.get("event") == "skipped" for line in mine):
-            return  # the guard's leaps are not the twin's
+            self.result.left += 1
+            return
         begun, same = lines[starts[-1]]["step"], self.result.same
         every, last = twin.config["train"]["log_every"], twin.step
         logged = {line["step"]: line for line in mine if "loss" in line}
