@@ -15,6 +15,7 @@ documents malformed documents and files, `sota prepare` (--count documents)
 inputs    random files, archives, streams, tables, folders in `sota prepare`, held against
           plain readers                                    (--count inputs)
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
+twin      runs with random options against their float64 twins   (--count runs)
 """
 
 import argparse
@@ -27,7 +28,7 @@ from typing import Any
 
 from sota_transformer import durable
 
-from . import documents, faults, fuzz, inputs, mutants, ranks, reading, soak, stops
+from . import documents, faults, fuzz, inputs, mutants, ranks, reading, soak, stops, twins
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
@@ -106,6 +107,13 @@ def _on_bench(
     return tool
 
 
+def _twin(root: Path, count: int, seed: int) -> list[str]:
+    with Zygote(root) as zygote:
+        result = twins.pairs(root, zygote, count, seed)
+    print(result)
+    return result.wrong
+
+
 TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "model": (0, _model),
     "fuzz": (50_000, _fuzz),
@@ -134,6 +142,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "documents": (100_000, _documents),
     "inputs": (1000, _inputs),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
+    "twin": (200, _twin),
 }
 
 
