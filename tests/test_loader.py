@@ -48,6 +48,12 @@ def test_orders_differ_by_seed_and_epoch_and_look_random() -> None:
         assert (np.abs(np.diff(a)) == 1).mean() < 0.01
 
 
+def test_the_order_is_the_one_that_runs_go_on_in() -> None:
+    """A run resumed by a later version must not see windows twice and others never."""
+    order = [1, 13, 2, 0, 8, 5, 4, 6, 14, 12, 3, 15, 9, 11, 10, 7]
+    assert permute(np.arange(16), 16, SEED, 1).tolist() == order
+
+
 def test_permutation_is_a_function_of_each_position_alone() -> None:
     whole = permute(np.arange(1000), 1000, SEED, 4)
     assert all(permute(np.array([i]), 1000, SEED, 4)[0] == whole[i] for i in range(0, 1000, 37))

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from sota_transformer import runtime
+from sota_transformer import runtime, schedules
 from sota_transformer.config import Run
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import DIVERGED, TEMPORARY, SotaError
@@ -92,9 +92,11 @@ def test_not_one_window_fits(make_run: MakeRun, monkeypatch) -> None:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(trainer.Transformer, "forward", full)
+    config = make_run("full", batch_rows=4)
     with pytest.raises(SotaError, match="not even one window") as caught:
-        train(make_run("full"))
+        train(config)
     assert caught.value.code == TEMPORARY
+    assert logged(config, "micro-batch")[-1]["rows"] == 1
 
 
 def test_float16_trains_with_a_scaled_loss(make_run: MakeRun, monkeypatch) -> None:
@@ -217,6 +219,8 @@ def test_the_plain_loss_is_reported_and_the_smoothed_one_optimised(make_run: Mak
     uniform = torch.log(torch.tensor(50_258.0)).item()
     assert first["loss"] == pytest.approx(uniform, abs=0.1)
     assert first["smoothed_loss"] != first["loss"]
+    assert first["lr"] == schedules.learning_rate(0, config)
+    assert first["dropout"] == schedules.dropout(0, config)
     validation = logged(config, "val_loss")
     assert len(validation) == 1 and validation[0]["step"] == 2
     assert 1.5 < validation[0]["val_bits_per_byte"] < 6
