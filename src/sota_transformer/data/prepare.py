@@ -108,7 +108,7 @@ def merge(options: Merge) -> dict[str, Any]:
     """
     out = options.out.resolve()
     work = _work(out)
-    if (out / MANIFEST).exists() and not work.exists():
+    if (out / MANIFEST).exists() and not (work / _ASKED).exists():
         from sota_transformer.data.shards import load_manifest
 
         print(f"{options.out} is complete; no parts wait beside it")
