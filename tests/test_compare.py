@@ -71,8 +71,12 @@ def test_the_table_has_the_figures_and_only_the_options_that_differ(two: list[Pa
         file.write(
             json.dumps(judgement(150, 3.75)) + "\n" + json.dumps(judgement(100, 1, 64)) + "\n"
         )
+    for run, device in zip(two, ("cpu", "mps"), strict=True):
+        starts = [{"machine": {"device": "gone"}}, {"machine": {"device": device, "threads": 2}}]
+        (run / "run.json").write_text(json.dumps({"attempts": starts, "data": "f00d" * 16}))
     out = two[0].parent / "page.html"
     rows = cells(write_comparison(two, out))
+    assert rows["machine: device"] == ["cpu", "mps"] and "machine: threads" not in rows
     assert rows["preset, recipe"] == ["tiny, seed", "tiny, seed"]
     assert rows["parameters"] == ["3,317,184", "3,317,312"]  # two layers, two heads of 32 each
     assert rows["steps"] == ["200 of 200"] * 2 and rows["tokens learned from"] == ["102,400"] * 2

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sota_transformer.data import near, units
+from sota_transformer.data import merge, near, units
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.exclude import write_excluded
 from sota_transformer.data.grams import GramSet, gram_hashes, gram_order
@@ -117,7 +117,8 @@ def test_at_a_threshold_of_one_a_single_token_counts() -> None:
         assert stays_of(a, b, 1.0) == [True, True]
 
 
-def test_append_knows_the_near_duplicates_of_what_is_there(tmp_path: Path) -> None:
+def test_append_knows_the_near_duplicates_of_what_is_there(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(merge, "_KNOWN_DOCUMENTS", 7)
     random = np.random.default_rng(2)
     families = [family(random, 300, [2]) for _ in range(40)]
     (tmp_path / "a.jsonl").write_bytes(jsonl([a for a, _ in families]))

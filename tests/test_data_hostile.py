@@ -235,6 +235,11 @@ def test_csv_cuts_only_between_records(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "spool").mkdir()
     for name in ("a.csv", "b.csv.gz"):
         assert read(tmp_path / name, tmp_path / "spool") == (items, [])
+    # Behind a quote that is a letter, where a unit may end, comes a cell that is longer than one.
+    cells = [cell for i in range(60) for cell in ("x\n" * 200 + str(i), f'a"{"b" * 9 * i}')]
+    rows = [cell if "\n" not in cell else f'"{cell}"' for cell in ("text", *cells)]
+    (tmp_path / "c.csv").write_text("\n".join(rows))
+    assert read(tmp_path / "c.csv", tmp_path / "spool") == (cells, [])
 
 
 @pytest.mark.parametrize(("kind", "separator"), [("csv", ","), ("tsv", "\t")])

@@ -6,6 +6,7 @@ A change that moves them on purpose says so in CHANGELOG.md.
 
 import pytest
 
+from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 from tests.training_runs import MakeRun, losses
 
@@ -37,6 +38,8 @@ FAST_LOSSES = [
     4.187856,
 ]
 
+NORMS = {"seed": 1.790406, "fast": 1.015132}  # of the first gradient
+
 
 @pytest.mark.parametrize(
     ("recipe", "expected", "tolerance"), [("seed", LOSSES, 2e-5), ("fast", FAST_LOSSES, 1e-3)]
@@ -48,3 +51,7 @@ def test_ten_losses(
     config = make_run(recipe=recipe, **shape)
     train(config)
     assert losses(config) == pytest.approx(expected, rel=tolerance)
+    # AdamW and clipping hide how large a gradient is.
+    assert read_metrics(config.run.out)[0]["gradient_norm"] == pytest.approx(
+        NORMS[recipe], rel=1e-4
+    )
