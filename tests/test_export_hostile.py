@@ -110,6 +110,10 @@ WEIGHTS: dict[str, Callable[[Path], object]] = {
     "another family": lambda f: rewrite(f, model_type="gpt2"),
     "another activation": lambda f: rewrite(f, hidden_act="gelu"),
     "another rope": lambda f: rewrite(f, rope_parameters={"rope_type": "yarn", "factor": 4}),
+    "another rope by its old name": lambda f: rewrite(
+        f, rope_parameters={"type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "half a rope": lambda f: rewrite(f, rope_parameters={"partial_rotary_factor": 0.5}),
     "another vocabulary": lambda f: rewrite(f, vocab_size=32_000),
     "config as a list": lambda f: (f / "config.json").write_text("[]"),
     "deep config": lambda f: (f / "config.json").write_text("[" * 100_000),

@@ -6,6 +6,7 @@ it: some are on the configuration and the tensors (EARLY), others on the files (
 
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -64,16 +65,17 @@ def base(source: random.Random) -> Made:
         "attention_dropout": 0.0, "initializer_range": 0.02,
     }  # fmt: skip
     made, dtype = Made({}, {}), source.choice(["float32", "float16", "bfloat16", "mixed"])
+    named = "float32" if dtype == "mixed" else dtype
     if source.random() < 0.06:  # heads of another width than their share
         sizes["head_dim"], made.fate = head + 2, OTHER
         made.oddities.append("head_dim")
+    make = LlamaConfig if kind == "llama" else Qwen3Config
     rope = {"rope_type": "default", "rope_theta": theta}
     if source.random() < 0.5:
-        make = LlamaConfig if kind == "llama" else Qwen3Config
         made.config = json.loads(make(**sizes, rope_parameters=rope).to_json_string())
-        made.config |= {"dtype": dtype}
+        made.config |= {"dtype": named}
     else:
-        made.config = sizes | {"torch_dtype": dtype, "transformers_version": "4.51.3"}
+        made.config = sizes | {"torch_dtype": named, "transformers_version": "4.51.3"}
         made.config |= source.choice(
             [{"rope_theta": theta, "rope_scaling": None}, {"rope_theta": theta},
              {"rope_theta": theta, "rope_parameters": rope}, {"rope_parameters": rope},
@@ -83,7 +85,7 @@ def base(source: random.Random) -> Made:
             made.config = {k: v for k, v in made.config.items() if not k.startswith("rope_")}
         theirs = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28}
         made.config |= theirs if kind == "qwen3" else {"mlp_bias": False, "pretraining_tp": 1}
-    name = "LlamaForCausalLM" if kind == "llama" else "Qwen3ForCausalLM"
+    name = make.__name__.replace("Config", "ForCausalLM")
     made.config |= {"model_type": kind, "architectures": [name]}
     made.tensors = _tensors(source, sizes, kind, dtype)
     return made
@@ -198,10 +200,6 @@ def _longer(count: int) -> Change:
     return _renamed("num_hidden_layers", lambda n: n + count)
 
 
-def _bare(_: random.Random, made: Made) -> None:
-    made.tensors = {name.removeprefix("model."): each for name, each in made.tensors.items()}
-
-
 SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 300.0}}
 KINDS = [{"model_type": kind} for kind in ("mistral", "qwen2", "gpt2", "gemma", "phi3", "x", None)]
@@ -245,7 +243,8 @@ EARLY: dict[str, tuple[Fate, Change]] = {  # on the configuration and the tensor
     "untied": (OTHER, _head(True, False)), "untied, equal": (OTHER, _head(False, False)),
     "inv_freq": (KEEP, lambda _, made: made.tensors.update(
         {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})),
-    "no prefix": (KEEP, _bare),
+    "no prefix": (KEEP, lambda _, made: setattr(made, "tensors",
+        {name.removeprefix("model."): each for name, each in made.tensors.items()})),
     "no tensor": (NONE, lambda source, made: made.tensors.pop(_named(source, made))),
     "another name": (NONE, lambda source, made: made.tensors.update(
         {"strange": made.tensors.pop(_named(source, made))})),
@@ -364,8 +363,8 @@ LATE: dict[str, tuple[Fate, Callable[[random.Random, Path], object]]] = {  # on 
     "one file and parts": (OTHER, _both),
     "pickled": (KEEP, _pickled), "no weights": (NONE, lambda _, f: (f / WEIGHTS).unlink()),
     "another file name": (OTHER, lambda _, f: (f / WEIGHTS).rename(f / "consolidated.safetensors")),
-    "cut": (NONE, lambda s, f: _resize(f / WEIGHTS, s.choice([0, 7, 100, 100_000]))),
-    "a byte more": (NONE, lambda _, f: _resize(f / WEIGHTS, (f / WEIGHTS).stat().st_size + 1)),
+    "cut": (NONE, lambda s, f: os.truncate(f / WEIGHTS, s.choice([0, 7, 100, 100_000]))),
+    "a byte more": (NONE, lambda _, f: (f / WEIGHTS).open("ab").write(b"x")),
     "byte order mark": (KEEP, _text(lambda text: b"\xef\xbb\xbf" + text.encode())),
     "utf-16": (KEEP, _text(lambda text: text.encode("utf-16"))),
     "key twice": (KEEP, _text(lambda text: text.replace("{", '{"num_hidden_layers": 9,', 1))),
@@ -375,9 +374,10 @@ LATE: dict[str, tuple[Fate, Callable[[random.Random, Path], object]]] = {  # on 
 }  # fmt: skip
 
 
-def _resize(path: Path, size: int) -> None:
-    with path.open("r+b") as file:
-        file.truncate(size)
+def _drawn(source: random.Random, table: dict[str, tuple[Fate, Any]], count: int) -> list[str]:
+    """Oddities; those in which something can go wrong unnoticed more often."""
+    often = [3 if fate in (TAKE, OTHER) else 1 for fate, _ in table.values()]
+    return source.sample(list(table), count, counts=often)
 
 
 def make(number: int, seed: int, place: Path) -> Made:
@@ -385,8 +385,8 @@ def make(number: int, seed: int, place: Path) -> Made:
     source = random.Random(f"{seed} {number}")
     made, folder = base(source), place / "model"
     write(made, place / "plain")
-    early = source.sample(sorted(EARLY), source.choice([0, 0, 0, 0, 1, 1, 1, 2]))
-    late = source.sample(sorted(LATE), source.choice([0, 0, 0, 1] if early else [0, 1]))
+    early = _drawn(source, EARLY, source.choice([0, 0, 0, 0, 1, 1, 1, 2]))
+    late = _drawn(source, LATE, source.choice([0, 0, 0, 1] if early else [0, 1]))
     for name in early:
         fate, change = EARLY[name]
         change(source, made)

@@ -113,7 +113,10 @@ def own_config(values: Any) -> Model:
 def _model(values: dict[str, Any], sizes: dict[str, int]) -> Model:
     """The configuration of checked sizes."""
     rope = values.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+    # The type has two names; whatever else stands there would be for another type.
+    if not isinstance(rope, dict) or any(
+        value != "default" for key, value in rope.items() if key != "rope_theta"
+    ):
         raise SotaError("config.json: rope_parameters must be of type default", BAD_DATA)
     model = Model(
         **sizes,
