@@ -115,10 +115,8 @@ def _tensors(
     scale, found = source.choice([0.03, 1.0]), dict[str, Tensor]()
     for name, shape in shapes.items():
         tensor = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
-            tensor = 1 + 0.3 * tensor
-        else:
-            tensor *= scale if name == "embed_tokens" else 1.5 * shape[1] ** -0.5
+        size = scale if name == "embed_tokens" else 1.5 * shape[-1] ** -0.5
+        tensor = tensor * size if len(shape) == 2 else 1 + 0.3 * tensor
         chosen = source.choice(["float32", "float16", "bfloat16"]) if dtype == "mixed" else dtype
         found[f"model.{name}.weight"] = tensor.to(getattr(torch, chosen))
     return found
@@ -201,6 +199,7 @@ def _longer(count: int) -> Change:
 
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+SLIDING |= {"layer_types": GONE}
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 300.0}}
 KINDS = [{"model_type": kind} for kind in ("mistral", "qwen2", "gpt2", "gemma", "phi3", "x", None)]
 EARLY: dict[str, tuple[Fate, Change]] = {  # on the configuration and the tensors
@@ -228,8 +227,8 @@ EARLY: dict[str, tuple[Fate, Change]] = {  # on the configuration and the tensor
         {"rope_parameters": GONE, "rope_theta": "10000"}, {"rope_theta": None})),
     "activation": (OTHER, some({"hidden_act": "gelu"}, {"hidden_act": "relu"},
         {"hidden_act": "swish"}, {"hidden_act": GONE}, {"hidden_act": None})),
-    "sliding": (OTHER, some(SLIDING, {"sliding_window": 4}, {"layer_types": ["full_attention"]},
-        {"layer_types": ["sliding_attention"] * 3}, {"layer_types": ["full_attention"] * 3})),
+    "sliding": (OTHER, some(SLIDING, SLIDING, {"sliding_window": 4},
+        {"layer_types": ["sliding_attention"] * 3}, {"layer_types": ["full_attention"]})),
     "bias": (OTHER, _biased), "kind": (OTHER, some(*KINDS)), "other norms": (OTHER, _norms),
     "architectures": (KEEP, some({"architectures": ["MistralForCausalLM"]},
         {"architectures": None}, {"architectures": GONE})),
