@@ -115,6 +115,7 @@ WEIGHTS: dict[str, Callable[[Path], object]] = {
     "another rope by its old name": lambda f: rewrite(
         f, rope_parameters={"type": "linear", "factor": 2.0, "rope_theta": 1e4}
     ),
+    "rope as a list": lambda f: rewrite(f, rope_parameters=[]),
     "half a rope": lambda f: rewrite(f, rope_parameters={"partial_rotary_factor": 0.5}),
     "another vocabulary": lambda f: rewrite(f, vocab_size=32_000),
     "config as a list": lambda f: (f / "config.json").write_text("[]"),

@@ -109,7 +109,7 @@ def own_config(values: Any) -> Model:
 
 def _model(values: dict[str, Any], sizes: dict[str, int]) -> Model:
     """The configuration of checked sizes."""
-    rope = values.get("rope_parameters") or {}
+    rope = {} if values.get("rope_parameters") is None else values["rope_parameters"]
     # The type has two names; whatever else stands there would be for another type.
     if not isinstance(rope, dict) or any(
         value != "default" for key, value in rope.items() if key != "rope_theta"
