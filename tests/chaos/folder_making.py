@@ -164,8 +164,8 @@ def _tensor(change: Callable[[Tensor], Tensor]) -> Change:
 
 def _holed(number: float) -> Callable[[Tensor], Tensor]:
     def change(tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        tensor.view(-1)[len(tensor) // 2] = number
+        tensor = tensor.float().clone()
+        tensor.view(-1)[len(tensor) // 2 :][:1] = number
         return tensor
 
     return change
@@ -173,7 +173,7 @@ def _holed(number: float) -> Callable[[Tensor], Tensor]:
 
 def _head(other: bool, tied: bool) -> Change:
     def change(_: random.Random, made: Made) -> None:
-        head = made.tensors["model.embed_tokens.weight"].clone()
+        head = next(iter(made.tensors.values())).clone()  # the embedding, if it is there
         made.tensors["lm_head.weight"] = head.flip(0) if other else head
         made.config["tie_word_embeddings"] = tied
 
@@ -191,11 +191,11 @@ def _biased(source: random.Random, made: Made) -> None:
 
 def _norms(_: random.Random, made: Made) -> None:
     """The other kind's name: norms that are not there, or that nobody asked for."""
-    made.config["model_type"] = {"llama": "qwen3", "qwen3": "llama"}[made.config["model_type"]]
+    made.config["model_type"] = "llama" if made.config["model_type"] == "qwen3" else "qwen3"
 
 
 def _longer(count: int) -> Change:
-    return _renamed("num_hidden_layers", lambda n: n + count)
+    return _renamed("num_hidden_layers", lambda n: int(n) + count)
 
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
