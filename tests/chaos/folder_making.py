@@ -327,7 +327,7 @@ def _linked(name: str) -> Callable[[random.Random, Path], None]:
     def change(_: random.Random, folder: Path) -> None:
         path = folder / name
         there = path.rename(folder.parent / f"there-{path.name}")
-        path.symlink_to(there)
+        path.symlink_to(os.path.relpath(there, path.parent))
 
     return change
 
