@@ -212,7 +212,7 @@ EARLY: dict[str, tuple[Fate, Change]] = {  # on the configuration and the tensor
     "a truth as a number": (KEEP, some({"attention_bias": 0}, {"use_cache": 1}, {"mlp_bias": ""})),
     "a number as a truth": (KEEP, _renamed("num_hidden_layers", lambda n: n == 1 or n)),
     "no head_dim": (KEEP, some({"head_dim": GONE}, {"head_dim": None})),
-    "no kv heads": (OTHER, some({"num_key_value_heads": GONE}, {"num_key_value_heads": None})),
+    "no kv heads": (KEEP, some({"num_key_value_heads": GONE}, {"num_key_value_heads": None})),
     "no eps": (OTHER, some({"rms_norm_eps": GONE}, {"rms_norm_eps": None}, {"rms_norm_eps": 0})),
     "eps": (NONE, some({"rms_norm_eps": math.nan}, {"rms_norm_eps": -1.0})),
     "short": (OTHER, some({"max_position_embeddings": 7}, {"max_position_embeddings": 1})),
