@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import resource
 import struct
 import sys
@@ -77,7 +78,12 @@ def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[st
     figures = describe(DataView(folder=folder, show=0))["val"]
     assert [min(lengths), max(lengths)] == figures["length_quantiles"][::4]
     assert sum(lengths) + len(rows) == figures["tokens"]
-    capsys.readouterr()
+    bars = re.findall(
+        r"^ +([0-9,]+)\+ +([0-9]+) #", capsys.readouterr().out.split("val: ")[1], re.M
+    )
+    assert [(int(a.replace(",", "")), int(n)) for a, n in bars] == [
+        (edge, count) for edge, count in map(tuple, figures["length_histogram"]) if count
+    ]
     describe(DataView(folder=folder, window="train:1:50"))
     window = TokenWindows(folder, "train", 50)[1]
     shown = capsys.readouterr().out.replace("\n--- end of text ---\n", "")

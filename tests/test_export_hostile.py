@@ -105,11 +105,18 @@ WEIGHTS: dict[str, Callable[[Path], object]] = {
     "a huge context": lambda f: rewrite(f, max_position_embeddings=1 << 40),
     "layers as text": lambda f: rewrite(f, num_hidden_layers="2"),
     "layer types as a number": lambda f: rewrite(f, layer_types=2),
+    "layer types of fewer layers": lambda f: rewrite(f, layer_types=["full_attention"]),
+    "sliding layers": lambda f: rewrite(f, layer_types=["full_attention", "sliding_attention"]),
     "unknown key": lambda f: rewrite(f, auto_map={"AutoModelForCausalLM": "evil.Model"}),
     "attention implementation": lambda f: rewrite(f, _attn_implementation_internal="evil/kernel"),
     "another family": lambda f: rewrite(f, model_type="gpt2"),
     "another activation": lambda f: rewrite(f, hidden_act="gelu"),
     "another rope": lambda f: rewrite(f, rope_parameters={"rope_type": "yarn", "factor": 4}),
+    "another rope by its old name": lambda f: rewrite(
+        f, rope_parameters={"type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "rope as a list": lambda f: rewrite(f, rope_parameters=[]),
+    "half a rope": lambda f: rewrite(f, rope_parameters={"partial_rotary_factor": 0.5}),
     "another vocabulary": lambda f: rewrite(f, vocab_size=32_000),
     "config as a list": lambda f: (f / "config.json").write_text("[]"),
     "deep config": lambda f: (f / "config.json").write_text("[" * 100_000),

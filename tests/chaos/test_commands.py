@@ -20,7 +20,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import read_config
 
-from . import documents, faults, inputs, ranks, reading, soak, stops
+from . import documents, faults, folders, inputs, ranks, reading, soak, stops
 from .commands import (
     Bench,
     Zygote,
@@ -129,6 +129,13 @@ def test_random_inputs_against_plain_readers(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     result = inputs.inputs(tmp_path / "work", 30, seed=4)
     assert result.wrong == [] and result.documents > 100 and result.damaged > 1
+
+
+@pytest.mark.chaos
+def test_random_model_folders_against_transformers(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    result = folders.folders(tmp_path / "work", 60, seed=4)
+    assert result.wrong == [] and result.taken > 15 and result.exported > 4 and result.trained > 1
 
 
 @pytest.mark.chaos

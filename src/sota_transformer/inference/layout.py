@@ -94,9 +94,6 @@ def own_config(values: Any) -> Model:
         found.append(f"model_type {kind!r} (needs 'llama' or 'qwen3')")
     if values.get("tie_word_embeddings") is not True:
         found.append("tie_word_embeddings is not true: this family ties them")
-    layers = values.get("layer_types") or []
-    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        found.append("layer_types other than full_attention")
     if found:
         raise SotaError(f"config.json is not of this family: {'; '.join(found)}"[:600], BAD_DATA)
     values = {"num_key_value_heads": values.get("num_attention_heads")} | values
@@ -112,8 +109,11 @@ def own_config(values: Any) -> Model:
 
 def _model(values: dict[str, Any], sizes: dict[str, int]) -> Model:
     """The configuration of checked sizes."""
-    rope = values.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+    rope = {} if values.get("rope_parameters") is None else values["rope_parameters"]
+    # The type has two names; whatever else stands there would be for another type.
+    if not isinstance(rope, dict) or any(
+        value != "default" for key, value in rope.items() if key != "rope_theta"
+    ):
         raise SotaError("config.json: rope_parameters must be of type default", BAD_DATA)
     model = Model(
         **sizes,
@@ -124,6 +124,8 @@ def _model(values: dict[str, Any], sizes: dict[str, int]) -> Model:
     problems = model.problems()
     if values.get("head_dim", model.head_dim) != model.head_dim:
         problems.append(f"head_dim {values['head_dim']!r} is not hidden_size / num_attention_heads")
+    if values.get("layer_types") not in (None, ["full_attention"] * model.layers):
+        problems.append("layer_types must be full_attention, once for each layer")
     if model.seq_len * model.head_dim > _LARGEST_ROTARY:
         problems.append(f"max_position_embeddings {model.seq_len} is too long for this head_dim")
     if problems:
