@@ -118,6 +118,10 @@ WEIGHTS: dict[str, Callable[[Path], object]] = {
     "rope as a list": lambda f: rewrite(f, rope_parameters=[]),
     "half a rope": lambda f: rewrite(f, rope_parameters={"partial_rotary_factor": 0.5}),
     "another vocabulary": lambda f: rewrite(f, vocab_size=32_000),
+    "another tokenizer": lambda f: (f / "tokenizer.json").write_text(
+        (f / "tokenizer.json").read_text().replace('"Ġthe": 262', '"Ġder": 262')
+    ),
+    "a tokenizer of another kind": lambda f: (f / "tokenizer.json").write_text('{"model": {}}'),
     "config as a list": lambda f: (f / "config.json").write_text("[]"),
     "deep config": lambda f: (f / "config.json").write_text("[" * 100_000),
     "config with NaN": lambda f: rewrite(f, rms_norm_eps=float("nan")),

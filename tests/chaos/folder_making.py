@@ -307,11 +307,10 @@ def _both(source: random.Random, folder: Path) -> None:
     save_file({n: t * 1.5 for n, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _beside(source: random.Random, folder: Path) -> None:
-    """What lies beside a model: another's tokenizer, hidden files, settings of generation."""
+def _beside(_: random.Random, folder: Path) -> None:
+    """What lies beside a model: hidden files, settings of generation, what names no token."""
     (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    (folder / "tokenizer.json").write_text(source.choice(["", "{", "{}"]))
     (folder / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": 5}')
     (folder / "vocab.json").write_text('{"a": 0}')
 
@@ -347,9 +346,11 @@ def _saved(source: random.Random, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size=source.choice(["200KB", "5GB"]))
 
 
+OTHERS = ("", "{", "{}", '{"model": {"type": "BPE", "vocab": {"the": 0}}}')
 LATE: dict[str, tuple[Fate, Callable[[random.Random, Path], object]]] = {  # on the files
     "parts": (TAKE, _parts), "saved": (TAKE, _saved), "beside": (TAKE, _beside),
     "folder is a link": (TAKE, _linked("")), "read-only": (TAKE, lambda _, f: f.chmod(0o555)),
+    "another tokenizer": (NONE, lambda s, f: (f / "tokenizer.json").write_text(s.choice(OTHERS))),
     "files are links": (KEEP, _linked(WEIGHTS)), "config is a link": (KEEP, _linked("config.json")),
     "a tensor elsewhere": (KEEP, lambda s, f: _moved(s, f, keep=False)),
     "a tensor twice": (KEEP, lambda s, f: _moved(s, f, keep=True)),

@@ -19,12 +19,14 @@ from torch import Tensor
 from sota_transformer.config import Model
 from sota_transformer.durable import open_regular
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
-from sota_transformer.inference.layout import expected_shapes, own_config, own_tensors
+from sota_transformer.inference.layout import EOT, expected_shapes, own_config, own_tensors
+from sota_transformer.inference.tokenizer_files import vocabulary
 from sota_transformer.model.transformer import Transformer, rotary
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_TOKENIZER = "tokenizer.json"
 _JSON_BYTES = 4 << 20
 
 
@@ -45,6 +47,7 @@ def read_model(folder: Path) -> Transformer:
         raise SotaError(f"{folder}: no such folder", NO_INPUT)
     try:
         config = own_config(_json(folder, "config.json"))
+        _check_tokenizer(folder)
         tensors = _all_tensors(folder, config)
     except SotaError as error:
         raise SotaError(f"{folder}: {error}", error.code) from error
@@ -74,6 +77,21 @@ def _json(folder: Path, name: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise SotaError(f"{name}: not JSON ({str(error)[:100]})", BAD_DATA) from error
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """SotaError 65 if the folder's tokenizer is not GPT-2's: the model knows each id as another
+    word, and nothing else would say so.
+    """
+    if not os.path.lexists(folder / _TOKENIZER):
+        return
+    own = _json(folder, _TOKENIZER)
+    model = own.get("model") if isinstance(own, dict) else None
+    found = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(found, dict) or any(
+        found.get(text) != token for token, text in enumerate(vocabulary()[:EOT])
+    ):
+        raise SotaError(f"{_TOKENIZER} is not GPT-2's, which is the only one here", BAD_DATA)
 
 
 def _all_tensors(folder: Path, config: Model) -> dict[str, Tensor]:
