@@ -145,7 +145,7 @@ class Train:
     batch_rows: int
     """Windows in one optimizer step, over all ranks and micro-batches."""
     micro_rows: int = 0
-    """Windows in one forward pass on one device; 0 chooses by device."""
+    """Windows in one forward pass on one device, a divisor of its rows; 0 chooses by device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a quarter slower."""
     log_every: int = 10
