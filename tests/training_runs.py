@@ -36,6 +36,7 @@ def losses(config: RunConfig) -> list[float]:
 def change(config: RunConfig, **fields: object) -> RunConfig:
     """The same run with other values of these fields, each in the section that has it."""
     sections = {}
+    assert fields.keys() <= {field for section in vars(config).values() for field in vars(section)}
     for name, section in vars(config).items():
         mine = vars(section).keys() & fields.keys()
         sections[name] = dataclasses.replace(section, **{field: fields[field] for field in mine})

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 STEPS, SAVE_EVERY = 12, 3
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
+}  # fmt: skip
 SMALL = "--model.d-model 32 --model.d-ff 64 --model.seq-len 16 --train.batch-rows 4"
 SMALL += " --train.eval-tokens 64 --train.eval-every 5 --train.log-every 1"
 SMALL += " --train.sample-every 0 --device cpu --threads 1 --run.dtype float32"
@@ -54,10 +58,9 @@ class Zygote:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "tests.chaos.zygote"]
-        root = Path(__file__).parents[2]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, cwd=root, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT
+            command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT
         )
         return self
 
@@ -109,17 +112,21 @@ def corpus(folder: Path, files: int = 24, paragraphs: int = 60) -> Path:
 
 
 def sota(
-    arguments: list[str], folder: Path, seconds: float = TIMEOUT, before: Sequence[str] = ()
-) -> Finished:
-    """The command as a user starts it, in a process of its own; `before` may hold strace."""
-    command = [*before, sys.executable, "-m", "sota_transformer", *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=ENVIRONMENT, timeout=seconds,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        return Finished(None, (error.stdout or b"").decode(errors="replace"))
+    arguments: list[str], folder: Path, seconds: float = TIMEOUT, before: Sequence[str] = (),
+    *, given: Path = Path(os.devnull), module: str = "sota_transformer",
+) -> Finished:  # fmt: skip
+    """The command as a user starts it, in a process of its own; `before` may hold strace, `given`
+    is what standard input is.
+    """
+    command = [*before, sys.executable, "-m", module, *arguments]
+    with given.open("rb") as file:
+        try:
+            done = subprocess.run(
+                command, cwd=folder, env=ENVIRONMENT, timeout=seconds, stdin=file,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            return Finished(None, (error.stdout or b"").decode(errors="replace"))
     return Finished(done.returncode, done.stdout.decode(errors="replace"))
 
 

@@ -12,8 +12,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,10 +28,9 @@ from sota_transformer.data.tokenizer import _rank_file
 from sota_transformer.errors import BAD_DATA, NO_INPUT
 
 from . import making, plain
-from .commands import ENVIRONMENT, Finished, contents
+from .commands import Finished, contents, sota
 from .plain import BROKEN, DAMAGED, NUL, Plain
 
-ROOT = Path(__file__).parents[2]
 WHOLE, LOOSE = 24, 4  # inputs a command
 EOT, SECONDS = 50256, 300.0
 FATES = {  # kind of input, and how often
@@ -181,17 +178,7 @@ def prepare(batch: list[Made], out: Path, workers: int, *, small: bool = False) 
     words = ["prepare", *(item.argument for item in batch), "--out", str(out)]
     words += ["--val-fraction", "0", "--workers", str(workers)]
     given = next((item.given for item in batch if item.given), Path(os.devnull))
-    path = os.pathsep.join([str(ROOT), ENVIRONMENT.get("PYTHONPATH", "")])
-    with given.open("rb") as file:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", module, *words], cwd=out.parent, timeout=SECONDS,
-                env=ENVIRONMENT | {"PYTHONPATH": path}, stdin=file,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            return Finished(None, (error.stdout or b"").decode(errors="replace"))
-    return Finished(done.returncode, done.stdout.decode(errors="replace"))
+    return sota(words, out.parent, SECONDS, given=given, module=module)
 
 
 @cache
@@ -294,18 +281,16 @@ def _miscounted(every: Plain, rejects: dict[str, Any], batch: list[Made]) -> lis
 
 def judge(root: Path, batch: list[Made], other: str, result: Result) -> list[str]:
     """Prepare a batch by one worker, and by two or in small units; what is wrong."""
-    wrong = list[str]()
+    wrong, batch = list[str](), [*batch, _anchor(root)]
     for way, workers in (("one", 1), (other, 2)):
-        done = prepare([*batch, _anchor(root)], root / way, workers, small=way == "small")
+        done = prepare(batch, root / way, workers, small=way == "small")
         result.commands += 1
         if done.crashed or done.code:
             wrong.append(f"{way}: exit {done.code} {done.output[-600:]}")
         else:
             manifest = json.loads((root / way / "manifest.json").read_text())
             found = taken(root / way, manifest)
-            several = [*batch, _anchor(root)]
-            bad = problems(found, manifest["rejects"], several)
-            wrong += [f"{way}: {each}" for each in bad]
+            wrong += [f"{way}: {each}" for each in problems(found, manifest["rejects"], batch)]
     if not wrong:
         manifest = json.loads((root / "one/manifest.json").read_text())
         result.documents += manifest["splits"]["train"]["documents"]

@@ -23,7 +23,7 @@ from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.signals import Stopped
 from sota_transformer.training.trainer import Trainer
 
-from .commands import ENVIRONMENT, Bench, fresh, leftovers, train_arguments
+from .commands import ENVIRONMENT, ROOT, Bench, fresh, leftovers, train_arguments
 from .soak import Soak
 
 STEPS, SAVE_EVERY, SILENCE = 200, 20, 8.0
@@ -75,7 +75,7 @@ def start(words: list[str], output: Path, **environment: str) -> "subprocess.Pop
     """The command in a session of its own, writing to `output`."""
     with output.open("wb") as file:
         return subprocess.Popen(
-            words, cwd=Path(__file__).parents[2], env=ENVIRONMENT | environment,
+            words, cwd=ROOT, env=ENVIRONMENT | environment,
             stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
 

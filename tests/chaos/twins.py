@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.presets import flag
 
 from .commands import Finished, Zygote, sota
 from .twin import Twin, judged, logits, stream
@@ -66,10 +67,8 @@ def texts(folder: Path) -> list[Path]:
     for number, pieces in enumerate((40, 30, 16)):
         lines = []
         for path in source.sample(library, pieces):
-            text, length = (
-                path.read_text(errors="replace"),
-                source.choice([9, 60, 300, 900] if number < 2 else [200, 400]),
-            )
+            text = path.read_text(errors="replace")
+            length = source.choice([9, 60, 300, 900] if number < 2 else [200, 400])
             at = source.randrange(max(1, len(text) - length))
             lines.append(json.dumps({"text": text[at : at + length].strip() or path.name}))
         (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
@@ -123,15 +122,8 @@ def draw(source: random.Random, folders: list[Path]) -> Options:
 
 def command(options: Options, out: Path, *more: str) -> list[str]:
     """`sota train` with these fields."""
-    words = ["train", "tiny", "--run.out", str(out)]
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            section, _, rest = flag.partition(".")
-            words.append(f"--{section}.{'' if value else 'no-'}{rest}")
-        else:
-            words += [f"--{flag}", str(value)]
-    return [*words, *more]
+    flags = (flag(*field) for field in options.items())
+    return ["train", "tiny", "--run.out", str(out), *flags, *more]
 
 
 def changes(source: random.Random, options: Options, folders: list[Path]) -> tuple[Options, str]:
