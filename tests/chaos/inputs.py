@@ -285,7 +285,7 @@ def judge(root: Path, batch: list[Made], other: str, result: Result) -> list[str
     for way, workers in (("one", 1), (other, 2)):
         done = prepare(batch, root / way, workers, small=way == "small")
         result.commands += 1
-        if done.crashed or done.code:
+        if done.crashed or done.code != 0:  # None: it never ended
             wrong.append(f"{way}: exit {done.code} {done.output[-600:]}")
         else:
             manifest = json.loads((root / way / "manifest.json").read_text())
