@@ -147,12 +147,10 @@ def unpack(data: bytes, codec: str, step: int = 1 << 13) -> tuple[bytes, bytes, 
     if not codec:
         return data, data, False
     begin = CODECS[codec][1]
-    whole, found, at = b"", b"", 0
+    whole, found, at = 0, bytearray(), 0
     while at < len(data):
         if codec == "zst" and int.from_bytes(data[at : at + 4], "little") in _SKIPPABLE:
             at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-            if at > len(data):
-                return found, found, True
             continue
         if not data[at] and codec != "zst":  # padding
             at += 1
@@ -163,12 +161,14 @@ def unpack(data: bytes, codec: str, step: int = 1 << 13) -> tuple[bytes, bytes, 
                 found += stream.decompress(data[at : at + step])
                 at += step
         except (zlib.error, OSError, LZMAError, EOFError, zstandard.ZstdError):
-            return unpack(data, codec, 1) if step > 1 else (whole, found, True)
+            if step > 1:
+                return unpack(data, codec, 1)
+            return bytes(found[:whole]), bytes(found), True
         if not stream.eof:
-            return found, found, True
+            return bytes(found), bytes(found), True
         at = min(at, len(data)) - len(stream.unused_data)
-        whole = found
-    return whole, found, False
+        whole = len(found)
+    return bytes(found), bytes(found), at > len(data)
 
 
 def packed(data: bytes, codec: str, kind: str) -> Plain:
