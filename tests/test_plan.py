@@ -216,15 +216,26 @@ def test_padding_is_no_data_read_here_as_in_training(monkeypatch, capsys, make_r
 
 def test_the_budget_is_kept_by_fewer_rows(monkeypatch, capsys) -> None:
     """A machine of 20 ms a step and 10 ms a row: 300 ms hold 28 rows, 24 in whole micro-batches."""
-    times = {4: (0.06, 0.0), 8: (0.10, 0.0)}
-    monkeypatch.setattr(plan, "step_seconds", lambda _config, _runtime, rows: times[rows])
+    times = {4: (0.06, 0.02), 8: (0.10, 0.02)}
+    measured = []
+
+    def step_seconds(_config, _runtime, rows) -> tuple[float, float]:
+        measured.append(rows)
+        return times[rows]
+
+    monkeypatch.setattr(plan, "step_seconds", step_seconds)
     config = PRESETS["16m"]()  # not compiled: even to try it takes seconds
     config = change(config, compile="off")
-    fitted = plan.fit_budget(config, seconds=300)
-    assert fitted.train.batch_rows == 24
+
+    def fit(seconds: float) -> tuple[int, int]:
+        fitted = plan.fit_budget(config, seconds)
+        return fitted.train.batch_rows, fitted.model.seq_len
+
+    assert (fit(300), measured) == ((24, 512), [4, 8])
+    measured.clear()
+    assert fit(46) == (2, 640)  # 26 ms beside 20: 2.6 rows
+    assert fit(28) == (1, 384)  # 0.8 of a row
     assert not capsys.readouterr().out
-    fitted = plan.fit_budget(config, seconds=10)  # not even a row
-    assert "1,000 steps of one window alone take 30 seconds" in capsys.readouterr().out
-    assert (fitted.train.batch_rows, fitted.model.seq_len) == (1, 512)
-    fitted = plan.fit_budget(config, seconds=46)  # 26 ms beside 20: 2.6 rows
-    assert (fitted.train.batch_rows, fitted.model.seq_len) == (2, 640)
+    assert fit(10) == (1, 256)
+    assert "1,000 steps of half a window take 25 seconds" in capsys.readouterr().out
+    assert measured == [4, 4, 4]  # where few fit, no second shape is compiled

@@ -295,27 +295,31 @@ def _step_seconds(
 
 
 def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
-    """The run with as many rows a step as let its steps end in `seconds` here; at least one.
+    """The run with as many rows a step as let its steps end in `seconds` here.
 
-    Where few rows fit, one more would be a large step: longer rows use the time that is left.
+    Where few rows fit, one more would be a large step: longer rows use the time that is left, and
+    where not one fits, a shorter row takes less; half a row at least.
     """
     from sota_transformer.runtime import Runtime
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
     few, more = 4, 8  # windows; eight are one micro-batch on a CPU, so above that in eights
-    fast, slow = (step_seconds(config, runtime, rows)[0] for rows in (few, more))
-    per_row = max((slow - fast) / (more - few), slow / more / 4)
-    fixed = max(0.0, fast - few * per_row)
+    fast, fixed = step_seconds(config, runtime, few)
+    per_row = (fast - fixed) / few
+    if (seconds / config.train.steps - fixed) / per_row > few:  # else compile no second shape
+        slow, _ = step_seconds(config, runtime, more)
+        per_row = max((slow - fast) / (more - few), slow / more / 4)
+        fixed = max(0.0, fast - few * per_row)
     fitting = (seconds / config.train.steps - fixed) / per_row
-    if fitting < 1:
-        whole, steps = config.train.steps * (fixed + per_row), counted(config.train.steps, "step")
-        print(f"{steps} of one window alone take {_span(whole)} here, not {_span(seconds)}")
-        fitting = 1.0
-    rows = int(fitting)
+    if fitting < 0.5:
+        least, steps = fixed + per_row / 2, counted(config.train.steps, "step")
+        whole = _span(config.train.steps * least)
+        print(f"{steps} of half a window take {whole} here, not {_span(seconds)}")
+    rows = max(1, int(fitting))
     rows -= rows % more if rows > more else 0
     seq_len = config.model.seq_len
     if rows < more:
-        seq_len = max(seq_len, int(fitting / rows * seq_len) // 64 * 64)
+        seq_len = max(seq_len // 2, int(fitting / rows * seq_len) // 64 * 64)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, seq_len=seq_len),
