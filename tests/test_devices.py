@@ -149,14 +149,23 @@ def test_an_operation_without_a_kernel_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("cuda", "bfloat16"), ("mps", "float32")])
-def test_the_doctor_and_the_plan_run_there(kind: str, dtype: str) -> None:
+def test_the_doctor_and_the_plan_run_there(monkeypatch, kind: str, dtype: str) -> None:
+    """A GPU is asked more, which the CPU behind this one would take minutes for."""
     config = dataclasses.replace(PRESETS["tiny"]("fast"), model=SHAPE)
+    original, asked = probes.one_step, []
+
+    def one_step(machine: Runtime, wide: bool) -> Any:
+        asked.append(wide)
+        return original(machine, wide=False)
+
+    monkeypatch.setattr(probes, "one_step", one_step)
     with pretended(kind):
         run = Run(device=kind, dtype=dtype, compile="off")  # type: ignore[arg-type]
         machine = Runtime.detect(run, 1)
         checks = doctor.arithmetic(machine)
         assert plan.step_seconds(config, machine, rows=2, steps=1) > (0, 0)
     assert [check for check in checks if not check.passed] == []
+    assert asked == [kind == "cuda"] * 2
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,11 @@ def arithmetic(runtime: "Runtime") -> list[Check]:
 
     plain = dataclasses.replace(runtime, compile=False)
     cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
-    expected = probes.one_step(dataclasses.replace(plain, **cpu))
+    wide = runtime.device.type == "cuda"
+    expected = probes.one_step(dataclasses.replace(plain, **cpu), wide)
     found = [_probed(name, probe, runtime) for name, probe in probes.PROBES.items()]
-    found.append(_model_check(plain, *expected))
-    return [*found, _model_check(runtime, *expected)] if runtime.compile else found
+    ways = [plain, runtime] if runtime.compile else [plain]
+    return [*found, *(_model_check(way, wide, *expected) for way in ways)]
 
 
 def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
@@ -105,7 +106,9 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
     return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
 
 
-def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tensor]") -> Check:
+def _model_check(
+    runtime: "Runtime", wide: bool, expected_loss: float, expected: "list[Tensor]"
+) -> Check:
     """Loss and every gradient of a small model, against those of the CPU in float32."""
     import torch
 
@@ -118,7 +121,7 @@ def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tenso
         advice = "nothing: training does without torch.compile, which is slower and as right"
     loss_limit, limit = (1e-4, 2e-3) if runtime.dtype == torch.float32 else (1e-2, 6e-2)
     try:
-        loss, gradients = probes.one_step(runtime)
+        loss, gradients = probes.one_step(runtime, wide)
     except Exception as problem:  # a compiler or driver may raise anything
         return Check(name, False, in_short(problem), advice)
     loss_error = abs(loss - expected_loss) / expected_loss

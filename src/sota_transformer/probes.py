@@ -20,6 +20,8 @@ from sota_transformer.model.transformer import Dropout, Transformer, attend
 from sota_transformer.presets import PRESETS, Recipe
 from sota_transformer.runtime import Runtime
 
+_SCALE = 1024.0  # of the loss, as training scales it: float16 would lose small gradients
+
 
 def _error(result: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the expected values' largest."""
@@ -144,24 +146,27 @@ def _updated(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[T
     return [a - b for a, b in zip(after, before, strict=True)]
 
 
-def one_step(runtime: Runtime) -> tuple[float, list[Tensor]]:
-    """Loss in nats, and the gradients, on the CPU."""
-    sizes = {"layers": 2, "d_model": 128, "heads": 2, "kv_heads": 2, "d_ff": 344}
-    shape = Model(seq_len=128, vocab_size=4096, **sizes)  # the whole vocabulary has its own probe
+def one_step(runtime: Runtime, wide: bool) -> tuple[float, list[Tensor]]:
+    """Loss in nats, and the gradients, on the CPU; of more tokens than a chunk of the head.
+
+    `wide` has the 5 * 2**20 elements from which on inductor sums rows and columns in one kernel.
+    """
+    layers, width, vocabulary, rows = (1, 512, 1024, 84) if wide else (2, 128, 4096, 36)
+    sizes = {"layers": layers, "d_model": width, "heads": width // 64, "kv_heads": width // 64}
+    shape = Model(seq_len=128, vocab_size=vocabulary, d_ff=344, qk_norm=True, **sizes)
     device = runtime.device
     model = Transformer(shape, runtime.dtype)
     model.init_weights(torch.Generator().manual_seed(1))
     model.to(device)
     runtime.optimize(model)
     source = torch.Generator().manual_seed(2)
-    rows = 36  # more tokens than a chunk of the head on any device
-    tokens = torch.randint(4096, (rows, 129), generator=source).to(device)
+    tokens = torch.randint(vocabulary, (rows, 129), generator=source).to(device)
     keys = torch.arange(rows, dtype=torch.int32, device=device)
     hidden = model(tokens[:, :-1], Dropout(torch.tensor(0.1, device=device), keys))
     sums = token_loss(hidden, model.embedding.weight, tokens[:, 1:], 0.1, runtime.compile)
     loss = sums.smoothed / sums.count
-    loss.backward()
-    gradients = [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
+    (loss * _SCALE).backward()
+    gradients = [p.grad.float().cpu() / _SCALE for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), gradients
 
 
