@@ -1,6 +1,5 @@
 """`sota report RUN RUN...`: runs beside each other compare, or the page says that they do not."""
 
-import dataclasses
 import json
 import math
 import re
@@ -77,7 +76,6 @@ def test_the_table_has_the_figures_and_only_the_options_that_differ(two: list[Pa
     out = two[0].parent / "page.html"
     rows = cells(write_comparison(two, out))
     assert rows["machine: device"] == ["cpu", "mps"] and "machine: threads" not in rows
-    assert rows["preset, recipe"] == ["tiny, seed", "tiny, seed"]
     assert rows["parameters"] == ["3,317,184", "3,317,312"]  # two layers, two heads of 32 each
     assert rows["steps"] == ["200 of 200"] * 2 and rows["tokens learned from"] == ["102,400"] * 2
     assert rows["last validation, nats"] == ["4.0000 +- 0.0100", "3.5000 +- 0.0100"]
@@ -295,15 +293,6 @@ def test_a_single_window_has_no_error(two: list[Path]) -> None:
     assert rows["hot"][4:] == ["-0.5000", "-", "-"]
 
 
-def test_preset_and_recipe_are_the_nearest(tmp_path: Path) -> None:
-    own, fast = write_run(tmp_path / "own", 4.0, model__d_ff=100), write_run(tmp_path / "fast", 4.0)
-    config = PRESETS["16m"]("fast")
-    optim = dataclasses.replace(config.optim, learning_rate=0.1)
-    (fast / "config.json").write_text(dataclasses.replace(config, optim=optim).to_json())
-    rows = cells(write_comparison([own, fast], tmp_path / "page.html"))
-    assert rows["preset, recipe"] == ["no preset's shape", "16m, fast"]
-
-
 def test_names_are_told_apart_and_are_no_markup(tmp_path: Path, two: list[Path]) -> None:
     evil = '<b onload="x">&\x1b[31m'
     places = ["a/x/run", "b/x/run", evil]
@@ -320,7 +309,7 @@ def test_the_table_keeps_to_the_terminal(tmp_path: Path, monkeypatch) -> None:
     runs = [write_run(tmp_path / f"r{i}", 4.0, optim__eps=1 / (i + 2)) for i in range(7)]
     tables = write_comparison(runs, tmp_path / "page.html").split("\n\n+- beside")[0]
     assert max(map(len, tables.splitlines())) <= 80
-    assert tables.count("preset, recipe") == 3
+    assert tables.count("tokens learned from") == 3
     assert set(re.findall(r"\br\d\b", tables)) == {f"r{i}" for i in range(7)}
 
 

@@ -23,7 +23,6 @@ from sota_transformer.data.page import document, save, section, table
 from sota_transformer.data.progress import printable
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Report
-from sota_transformer.presets import PRESETS, RECIPES
 from sota_transformer.report import (
     START,
     Curve,
@@ -193,7 +192,6 @@ def _figures(run: _Run) -> dict[str, str]:
     rates = [value for _, value in column(run.metrics, "tokens_per_second")]
     memory = [value for _, value in column(run.metrics, "memory")]
     return {
-        "preset, recipe": _preset(run.config),
         "parameters": f"{run.config.model.parameter_count:,}",
         "steps": f"{run.step:,} of {run.config.train.steps:,}",
         "tokens learned from": f"{run.tokens(run.step):,.0f}",
@@ -217,17 +215,6 @@ def _judgement(kind: str, line: dict[str, Any]) -> dict[str, str]:
         f"{line['step']:,}",
     )
     return {f"{kind} {name}": cell for name, cell in zip(names, cells, strict=True)}
-
-
-def _preset(config: RunConfig) -> str:
-    """The preset that has this shape, and the recipe that is nearest."""
-    wanted, found = config.fields(), dict[str, int]()
-    for name, recipe in itertools.product(PRESETS, RECIPES):
-        fields = PRESETS[name](recipe).fields()
-        other = {f for f in fields if f[:6] in ("model.", "optim.") and fields[f] != wanted[f]}
-        if not {"model.layers", "model.d_model", "model.d_ff"} & other:
-            found[f"{name}, {recipe}"] = len(other)
-    return min(found, key=found.__getitem__, default="no preset's shape")
 
 
 def _particulars(run: _Run) -> dict[str, str]:
