@@ -32,11 +32,10 @@ def run(tmp_path: Path) -> Path:
     ]
     lines += [{"step": 50, **LAST, "val_loss": 8.0}, {"step": 100, **LAST}]
     lines += [{"step": 50, "event": "skipped", "reason": "loss <b>nan</b>"}]
+    lines += [{"step": 50, "sample": "earlier words\n"}]
+    lines += [{"step": 100, "sample": "last words --- step by step <script>x</script>\n"}]
     text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 110, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
-    samples = "--- step 50\nearlier words\n\n--- step 100\n"
-    samples += "last words --- step by step <script>x</script>\n\n"
-    (tmp_path / "samples.txt").write_text(samples)
     start = {"from_step": 0, "started": "today", "machine": {"device": "cpu"}, "changed": []}
     (tmp_path / "run.json").write_text(json.dumps({"attempts": [start], "data": "f00d"}))
     return tmp_path
@@ -62,9 +61,9 @@ def test_the_page_shows_the_branch_that_counts(run: Path) -> None:
     page = write_report(run, run / "report.html").read_text()
     assert "60 of 200: not complete" in page and "60.5000 nats" in page
     assert "perplexity" not in page and "skipped" not in page  # at 50 and 100 of the other branch
-    assert "Sample at step 50" in page and "last words" not in page
-    with (run / "samples.txt").open("a") as file:
-        file.write("--- step 50\nwords of now\n\n")
+    assert "Sample at step" not in page and "last words" not in page
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 50, "sample": "words of now"}) + "\n")
     page = write_report(run, run / "report.html").read_text()
     assert "words of now" in page and "earlier words" not in page
 
@@ -177,9 +176,8 @@ def test_the_panel_of_a_run_that_goes_on_begins_where_it_is(tmp_path: Path) -> N
 
 def test_a_sample_that_looks_like_a_heading_is_one_sample(tmp_path: Path) -> None:
     text = "a\n--- step 9\nb\n\n--- step 2\n"
-    (tmp_path / "samples.txt").write_text("--- step 1\nof an older version\n\n")
     with RunLog(tmp_path, 10, silent=False) as log:
         log.console.quiet = True
         log.sample(3, text)
         log.sample(5, "c")
-    assert read_samples(tmp_path) == {1: "of an older version", 3: text.strip(), 5: "c"}
+    assert read_samples(tmp_path) == {3: text.strip(), 5: "c"}

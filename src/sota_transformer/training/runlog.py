@@ -4,7 +4,6 @@ And what of it can be read again without loading torch.
 """
 
 import json
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -209,21 +208,9 @@ def _count(digits: str) -> int | None:
 
 
 def read_samples(folder: Path) -> dict[int, str]:
-    """The samples by step; runs from before they stood in metrics.jsonl have samples.txt alone.
-
-    There one replaces those before it of its step or a later, and none may hold a line like the
-    one above each.
-    """
+    """The samples by step; from the log, for samples.txt may hold lines like its headings."""
     lines = [line for line in read_metrics(folder) if isinstance(line.get("sample"), str)]
-    new = {line["step"]: line["sample"].strip() for line in lines}
-    path, old = folder / "samples.txt", dict[int, str]()
-    text = path.read_text("utf-8", "replace") if path.is_file() else ""
-    if new:
-        text = re.split(rf"^--- step {min(new)}\n", text, maxsplit=1, flags=re.M)[0]
-    _, *parts = re.split(r"^--- step ([0-9]{1,18})\n", text, flags=re.M)
-    for step, sample in zip(map(int, parts[::2]), parts[1::2], strict=True):
-        old = {at: earlier for at, earlier in old.items() if at < step} | {step: sample.strip()}
-    return {at: sample for at, sample in old.items() if not new or at < min(new)} | new
+    return {line["step"]: line["sample"].strip() for line in lines}
 
 
 def judged(folder: Path, step: int) -> tuple[bool, bool]:
