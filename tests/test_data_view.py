@@ -89,7 +89,8 @@ def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[st
     page = folder.parent / "page.html"
     describe(DataView(folder=folder, html=page, leakage=True))
     text = page.read_text()
-    assert "<svg" in text and "not a JSON line" in text and "13-grams" in text
+    assert 'class="bar" style="width:30.00rem"' in text
+    assert "not a JSON line" in text and "13-grams" in text
     assert "http" not in text and "<script" not in text
     for wrong in ("test:1", "train", "train:x", "train:99999999", "train:0:0"):
         with pytest.raises(SotaError):

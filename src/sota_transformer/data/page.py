@@ -19,7 +19,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #8888; }
 pre { white-space: pre-wrap; border-left: 3px solid #8888; padding-left: 1rem; }
-rect { fill: #4a7fb5; } polyline { fill: none; stroke: currentColor; stroke-width: 1.5; }
+.bar { height: 1rem; background: #4a7fb5; }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.5; }
 circle { fill: currentColor; } polygon { fill: #8883; } .grid { stroke: #8884; }
 .legend span { display: inline-block; margin-right: 1.5rem; }
 text { font-size: 11px; fill: currentColor; }
@@ -98,27 +99,14 @@ def section(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) 
 
 
 def _histogram(bars: list[list[int]]) -> str:
-    """Bars of equal width for lengths that double from one to the next."""
-    width, height, most = 44, 140, max(count for _, count in bars)
-    parts = []
-    for i, (edge, count) in enumerate(bars):
-        tall = round(height * count / most)
-        parts.append(
-            f'<rect x="{i * width + 2}" y="{height + 15 - tall}" width="{width - 4}" '
-            f'height="{tall}"/><text x="{i * width + width / 2}" y="{height + 10 - tall}" '
-            f'text-anchor="middle">{count:,}</text><text x="{i * width + width / 2}" '
-            f'y="{height + 30}" text-anchor="middle">{_short(edge)}+</text>'
-        )
-    size = f'width="{len(bars) * width}" height="{height + 36}"'
-    return f'<div class="wide"><svg role="img" {size}>{"".join(parts)}</svg></div>'
-
-
-def _short(number: int) -> str:
-    """1024 -> 1k."""
-    for unit, name in ((1 << 20, "M"), (1 << 10, "k")):
-        if number >= unit:
-            return f"{number // unit}{name}"
-    return str(number)
+    """A bar for the lengths from each number on; they double from one to the next."""
+    most = max(count for _, count in bars)
+    rows = (
+        f'<tr><td>{edge:,}+</td><td>{count:,}</td><td><div class="bar" '
+        f'style="width:{30 * count / most:.2f}rem"></div></td></tr>'
+        for edge, count in bars
+    )
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
 def save(path: Path, text: str) -> None:
