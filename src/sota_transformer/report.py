@@ -154,7 +154,7 @@ def chart(
 
     `unit` is of the x axis. A band is the outline of an area, shaded behind the curves.
     """
-    curves = [c._replace(points=_thinned(c.points)) if c.line else c for c in curves]
+    curves = [c._replace(points=thinned(c.points)) if c.line else c for c in curves]
     everything = [point for part in (*(c.points for c in curves), *bands) for point in part]
     if len(everything) < 2:
         return ""
@@ -200,7 +200,7 @@ def _legend(curves: Sequence[Curve]) -> str:
     return f'<p class="legend">{"".join(entries)}</p>' if entries else ""
 
 
-def _thinned(line: Points) -> Points:
+def thinned(line: Points) -> Points:
     """At most so many points as a screen shows, each the mean of its neighbours."""
     size = math.ceil(len(line) / _MOST_POINTS) or 1
     groups = (line[begin : begin + size] for begin in range(0, len(line), size))

@@ -1,16 +1,13 @@
 """`sota serve`: a model behind an OpenAI-compatible server, with its run's loss curve."""
 
-import math
 import os
 
 from sota_transformer.commands.common import check, open_to_generate
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Serve
-from sota_transformer.report import Points, column
+from sota_transformer.report import column, thinned
 from sota_transformer.training.runlog import read_metrics
-
-_POINTS = 500  # of a curve
 
 
 def run_serve(options: Serve) -> int:
@@ -36,8 +33,8 @@ def run_serve(options: Serve) -> int:
         Tokenizer(),
         opened.name,
         Curve(
-            train=_thinned(column(metrics, "loss")),
-            validation=_thinned(column(metrics, "val_loss")),
+            train=thinned(column(metrics, "loss")),
+            validation=thinned(column(metrics, "val_loss")),
         ),
         host=options.host,
         port=options.port,
@@ -45,9 +42,3 @@ def run_serve(options: Serve) -> int:
         rows=options.rows,
     )
     return 0
-
-
-def _thinned(points: Points) -> list[list[float]]:
-    """Not more points than a page can show; first and last stay."""
-    stride = math.ceil(len(points) / _POINTS) or 1
-    return [list(point) for point in (*points[:-1:stride], *points[-1:])]
