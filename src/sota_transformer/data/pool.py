@@ -120,16 +120,10 @@ class Pool:
 
     def probe(self, source: Source) -> list[tuple[int, int, int]]:
         """The pieces of a table, found by a worker: its file may be hostile."""
-        try:
+        with contextlib.suppress(*_DEAD):
             return self._submit(_probe, source).result()
-        except _DEAD:
-            self._one_by_one()
-        try:
-            return self._submit(_probe, source).result()
-        except _DEAD as error:
-            raise SotaError(
-                f"a worker died twice on reading {source.name}; leave it out", BAD_DATA
-            ) from error
+        self._one_by_one()
+        return self._alone(_probe, source, source.name).result()
 
     def _head_done(self) -> bool:
         future = self._waiting[0][1] if self._waiting else None
@@ -149,9 +143,12 @@ class Pool:
     def _one_by_one(self) -> None:
         """Encode all units under way anew, each alone. SotaError 65 names one that fails again."""
         self._restart()
-        units = [unit for run, _ in self._waiting for unit in run]
-        alone = [((unit,), self._alone(unit)) for unit in units]
-        self._waiting = deque(alone)
+        alone: deque[tuple[Run, Future[list[Done]] | None]] = deque()
+        for unit in (unit for run, _ in self._waiting for unit in run):
+            names = ", ".join(dict.fromkeys(part.name for part in unit.segments[:3]))
+            place = f"{names} (from byte {unit.segments[0].start:,})"
+            alone.append(((unit,), self._alone(_encode, (unit,), place)))
+        self._waiting = alone
 
     def _restart(self) -> None:
         """Another pool. A worker that was being started while one died is ended by nobody but us:
@@ -163,25 +160,23 @@ class Pool:
             self._pool.shutdown()
         self._pool = self._start()
 
-    def _alone(self, unit: Unit) -> "Future[list[Done]]":
-        """Encode one unit with nothing beside it; once more if it fails, for the first failure may
-        be that of a fork server that was dying already.
+    def _alone(self, work: Callable[[Any], Any], item: Any, place: str) -> Any:
+        """A future of `work(item)`, done with nothing beside it; once more if it fails, for the
+        first failure may be that of a fork server that was dying already.
         """
         error: BaseException | None = None
         for _ in range(2):
             try:
-                future = self._submit(_encode, (unit,))
+                future = self._submit(work, item)
                 future.result()
                 return future
             except _DEAD as caught:
                 error = caught
                 time.sleep(0.2)
                 self._restart()
-        names = ", ".join(dict.fromkeys(part.name for part in unit.segments[:3]))
-        first = unit.segments[0]
         raise SotaError(
-            f"a worker died twice on {names} (from byte {first.start:,}): out of memory, "
-            "or a file that crashes its reader; leave it out, or use fewer --workers",
+            f"a worker died twice on {place}: out of memory, or a file that crashes its reader; "
+            "leave it out, or use fewer --workers",
             BAD_DATA,
         ) from error
 
