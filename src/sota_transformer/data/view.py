@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,18 +25,7 @@ from sota_transformer.words import counted
 _BLOCK = 1 << 20
 _SAMPLED = 200  # documents read for the languages
 _MOST_GRAMS = 1 << 20  # of validation, for the leakage; of more, one in so many is counted
-_SCRIPTS = (
-    ("Latin", 0x41, 0x24F),
-    ("Latin", 0x1E00, 0x1EFF),
-    ("Greek", 0x370, 0x3FF),
-    ("Cyrillic", 0x400, 0x52F),
-    ("Hebrew", 0x590, 0x5FF),
-    ("Arabic", 0x600, 0x6FF),
-    ("Devanagari", 0x900, 0x97F),
-    ("Kana", 0x3040, 0x30FF),
-    ("Han", 0x4E00, 0x9FFF),
-    ("Hangul", 0xAC00, 0xD7AF),
-)
+_MOST_SCRIPTS = 8  # shown by name
 
 
 def describe(options: DataView) -> dict[str, Any]:
@@ -112,16 +102,18 @@ def _lengths(stream: TokenWindows, ends: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
-    """Share of letters by script, in documents spread over the split."""
-    counts, total = Counter[str](), 0
+    """Share of letters by script, the first word of their names, in documents spread over the
+    split.
+    """
+    letters, scripts = Counter[str](), Counter[str]()
     for number in np.unique(np.linspace(0, len(ends) - 1, _SAMPLED).astype(int)).tolist():
-        text = "".join(filter(str.isalpha, _text(stream, ends, number, 2000)))
-        letters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        total += len(letters)
-        for name, low, high in _SCRIPTS:
-            counts[name] += int(((letters >= low) & (letters <= high)).sum())
-    counts["other"] = total - counts.total()
-    return {name: count / total for name, count in counts.most_common() if count}
+        letters.update(filter(str.isalpha, _text(stream, ends, number, 2000)))
+    for letter, count in letters.items():
+        scripts[unicodedata.name(letter, "other").partition(" ")[0].title()] += count
+    shown = dict(scripts.most_common(_MOST_SCRIPTS))
+    if rest := scripts.total() - sum(shown.values()):
+        shown["others"] = rest
+    return {name: count / scripts.total() for name, count in shown.items()}
 
 
 def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int = 1 << 30) -> str:
