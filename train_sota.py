@@ -178,7 +178,7 @@ def configure(options: Options, data: Path) -> config.RunConfig:
     check_folders(resolved)  # what cannot work is said before minutes go by
     check_room(resolved)
     for split in ("train", "val"):
-        TokenWindows(data, split, resolved.model.seq_len).close()
+        TokenWindows(data, split, resolved.model.seq_len)
     print("measuring this machine", flush=True)
     if not options.quick:
         for line in plan.estimates(resolved, plan.measure(resolved), plan.training_tokens(data)):

@@ -92,7 +92,6 @@ def test_windows_are_slices_of_the_stream(folder: Path, split: shards.Split, seq
         with pytest.raises(IndexError):
             windows[i]
     assert windows.tokens == len(ids) and len(windows.fingerprint) == 64
-    windows.close()
 
 
 def refused(folder: Path, code: int, *words: str, seq_len: int = 16) -> None:

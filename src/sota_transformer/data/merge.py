@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
 from sota_transformer.data.near import Batch, Place, Similar
-from sota_transformer.data.shards import HEADER_BYTES, SPLITS, load_array, npy_header
+from sota_transformer.data.shards import HEADER_BYTES, SPLITS, Shard, load_array, npy_header
 from sota_transformer.data.sketch import sketch
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.durable import fsync, sha256_file
@@ -185,15 +185,15 @@ class Merger:
                 self._seen.new(load_array(folder, f"{stem}.hashes.npy", manifest))
                 if self._similar is None:
                     continue
-                tokens = load_array(folder, name, manifest, "c")
+                tokens = Shard(folder, name, manifest)
                 ends = load_array(folder, f"{stem}.ends.npy", manifest).astype(np.int64)
-                if (np.diff(ends, prepend=0) <= 0).any() or not ends[-1:] == len(tokens):
+                if (np.diff(ends, prepend=0) <= 0).any() or not ends[-1:] == tokens.items:
                     raise SotaError(f"{folder / name}: no documents end so", BAD_DATA)
                 for at in range(0, len(ends), _KNOWN_DOCUMENTS):
                     start = int(ends[at - 1]) if at else 0
                     part = ends[at : at + _KNOWN_DOCUMENTS]
                     lengths = np.diff(part, prepend=start).astype(np.uint32)
-                    ids = np.asarray(tokens[start : int(part[-1])])
+                    ids = tokens.read(start, int(part[-1]))
                     place = Place(folder / name, HEADER_BYTES + 2 * start)
                     self._similar.know(Batch(ids, lengths, *sketch(ids, lengths), place))
 

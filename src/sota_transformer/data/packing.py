@@ -74,10 +74,6 @@ class BestFit:
             at += length
         return window
 
-    def close(self) -> None:
-        """Let go of the files."""
-        self._stream.close()
-
 
 def _pieces(ends: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(starts, lengths) of all documents, those over `size` cut into pieces that share a token."""

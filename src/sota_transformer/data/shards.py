@@ -164,10 +164,6 @@ class Shard:
             data += more
         return np.frombuffer(data, "<u2")
 
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
-
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     """The header of every `.npy` file of ours, HEADER_BYTES long."""
@@ -188,15 +184,13 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> None:
         raise SotaError(f"{text}; {_AGAIN.format(folder=path.parent)}", BAD_DATA)
 
 
-def load_array(
-    folder: Path, name: str, manifest: dict[str, Any], mmap_mode: Literal["c"] | None = None
-) -> NDArray[Any]:
+def load_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]:
     """What a file of prepared data holds. SotaError 65 if it is damaged, OSError if it is gone."""
     path = folder / name
     _verify_once(path, path.stat(), manifest["files"][name]["sha256"])
     with path.open("rb") as file:
         _check_header(file, path, path.stat().st_size)
-    return np.load(path, mmap_mode, allow_pickle=False)
+    return np.load(path, allow_pickle=False)
 
 
 def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
@@ -278,8 +272,3 @@ class TokenWindows:
             text = f"{self._shards[0].path.parent}: id {ids.max()} is outside the vocabulary"
             raise SotaError(f"{text} of {VOCAB:,}", BAD_DATA)
         return ids
-
-    def close(self) -> None:
-        """Let go of the files."""
-        for shard in self._shards:
-            shard.close()
