@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from sota_transformer.data.sources import TABLES, Skipped
 from sota_transformer.data.streams import NOTHING, UTF16, utf8
@@ -209,8 +210,7 @@ def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _records(segment: Segment, field: str) -> Iterator[Document]:
-    """Text fields of JSON lines."""
-    loads = _fast_loads()
+    """Text fields of JSON lines; orjson is stricter than `json`, which takes all that it takes."""
     for position, block in _blocks(segment):
         if block is None:
             yield Skipped(f"line over {LINE_BYTES >> 20} MiB", f"{segment.name}: byte {position}")
@@ -223,7 +223,7 @@ def _records(segment: Segment, field: str) -> Iterator[Document]:
             end = size if end < 0 else end
             start, at = at, end + 1
             try:
-                text = loads(view[start:end])[field]
+                text = orjson.loads(view[start:end])[field]
                 if type(text) is str:
                     document = checked(text, "")
                     if type(document) is bytes:
@@ -233,15 +233,6 @@ def _records(segment: Segment, field: str) -> Iterator[Document]:
                 pass
             if (line := block[start:end]) and not line.isspace():
                 yield _slow_record(line, field, f"{segment.name}: byte {start + position}")
-
-
-def _fast_loads() -> Any:
-    """orjson where it is installed: stricter than `json`, so what it accepts `json` accepts too."""
-    try:
-        import orjson
-    except ImportError:
-        return lambda line: json.loads(bytes(line))
-    return orjson.loads
 
 
 def _slow_record(line: bytes, field: str, where: str) -> Document:
