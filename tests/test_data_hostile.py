@@ -126,6 +126,16 @@ def test_what_comes_before_damage_is_taken(tmp_path: Path, ending: str) -> None:
         assert [item.reason.split(";")[0] for item in refused] == ["damaged stream"]
 
 
+@pytest.mark.parametrize("cut", range(1, 11))
+def test_what_a_cut_bz2_still_holds_is_taken(tmp_path: Path, cut: int) -> None:
+    """Python says that it needs input while the last block's text waits to be read."""
+    lines = [letter * 200_000 for letter in "abcdefghijklmnop"]
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(jsonl(lines))[:-cut])
+    found, refused = read(tmp_path / "a.jsonl.bz2", tmp_path)
+    assert found == lines
+    assert [item.reason[:15] for item in refused] == ["damaged stream;"]
+
+
 def test_a_cut_of_what_could_not_be_compressed_is_told(tmp_path: Path) -> None:
     """What was put behind it to notice cuts filled the hole in it, and was taken for text."""
     text = "".join(map(chr, np.random.default_rng(3).integers(33, 127, 3000)))

@@ -142,8 +142,9 @@ def _decompressed(raw: IO[bytes], begin: Callable[[], Any]) -> Iterator[bytes]:
                 continue
             stream = begin()
         yield stream.decompress(data, CHUNK)
-        while not (stream.eof or stream.needs_input):
-            yield stream.decompress(b"", CHUNK)
+        # Not until it needs input: bz2 says so while it still holds what came before a cut.
+        while not stream.eof and (piece := stream.decompress(b"", CHUNK)):
+            yield piece
         data = stream.unused_data
     if not stream.eof:
         raise EOFError("the stream ends before its end marker")
