@@ -9,36 +9,26 @@ import json
 import random
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tiktoken
+from blake3 import blake3
 
 from .inputs import decoder
 
 # OpenAI's, as published with GPT-2.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-EXCLUDE_GRAM = 13
+EXCLUDE_GRAM, EOT = 13, 50256
+SPLITS = ("train", "val")
 MIB = 1 << 20
 PIECE = 2800  # bytes of a text file that no unit of work, however small, cuts
 UTF8, SURROGATES = "not valid UTF-8", "lone surrogates, not valid Unicode"
 _SYLLABLES = [
-    "ka",
-    "lo",
-    "mi",
-    "ter",
-    "un",
-    "ra",
-    "sil",
-    "do",
-    "e",
-    "vor",
-    "han",
-    "el",
-    "is",
-    "the",
-    "of",
-    "and",
-]
+    "ka", "lo", "mi", "ter", "un", "ra", "sil", "do", "e", "vor", "han", "el", "is", "the", "of",
+]  # fmt: skip
 ODD = ["日本語", "über", "и это", "naïve", "<|endoftext|>", "\U0001f600", "e\u0301", "1,234", "::="]
 
 
@@ -66,6 +56,24 @@ class Round:
     """How many each input has."""
 
 
+@dataclass
+class Asked:
+    """Options of one command that decide something."""
+
+    share: float
+    near: float
+    exclude: list[str]
+    replace: bool
+    field: str
+
+    def words(self) -> list[str]:
+        """As they are typed."""
+        made = ["--val-fraction", str(self.share), "--text-field", self.field]
+        made += ["--near-dedup", str(self.near)] * bool(self.near)
+        made += ["--exclude", *self.exclude] * bool(self.exclude)
+        return made + ["--bad-text", "replace"] * self.replace
+
+
 @cache
 def encoding() -> tiktoken.Encoding:
     """GPT-2's, by OpenAI's program."""
@@ -91,6 +99,42 @@ def jaccard(a: str, b: str) -> float:
     first, second = grams(a, 5), grams(b, 5)
     both = len(first & second)
     return both / (len(first) + len(second) - both) if both else 0.0
+
+
+def digest(text: str) -> bytes:
+    """By the rule that the manifest states."""
+    return blake3(text.encode(), key=b"sota_transformer document hash 1").digest(16)
+
+
+def is_val(text: str, share: float) -> bool:
+    """The side follows from the text alone."""
+    return int.from_bytes(digest(text)[:8], "little") < int(share * 2**64)
+
+
+def shards(out: Path, manifest: dict[str, Any], split: str) -> tuple[list[str], list[str]]:
+    """Documents of a side in order; what is wrong with its files."""
+    found, wrong = list[str](), list[str]()
+    for name in manifest["splits"][split]["shards"]:
+        tokens, stem = np.load(out / name), name.removesuffix(".npy")
+        ends = [0, *np.load(out / f"{stem}.ends.npy").tolist()]
+        hashes = np.load(out / f"{stem}.hashes.npy")
+        if ends[1:] != (np.flatnonzero(tokens == EOT) + 1).tolist():
+            wrong.append(f"{name}: 50256 is not once behind each document")
+        whole = [tokens[first : last - 1].tolist() for first, last in pairwise(ends)]
+        texts = [encoding().decode_bytes(each).decode() for each in whole]
+        found += texts
+        wrong += [f"{name}: other ids" for a, b in zip(whole, texts, strict=True) if a != [*ids(b)]]
+        if [row.tobytes() for row in hashes] != [digest(text) for text in texts]:
+            wrong.append(f"{name}: other hashes")
+    return found, wrong
+
+
+def documents(out: Path) -> set[str]:
+    """All that a folder has, if it is prepared data."""
+    if not (out / "manifest.json").exists():
+        return set()
+    manifest = json.loads((out / "manifest.json").read_text())
+    return {text for split in SPLITS for text in shards(out, manifest, split)[0]}
 
 
 @dataclass

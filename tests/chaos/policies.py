@@ -8,46 +8,42 @@ own: the bytes have to be the same.
 """
 
 import ast
-import contextlib
 import hashlib
-import io
 import json
-import os
 import random
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from blake3 import blake3
 
 from sota_transformer.errors import BAD_DATA, USAGE
 
 from .commands import Finished, contents, sota
 from .corpora import (
     EXCLUDE_GRAM,
+    SPLITS,
     SURROGATES,
     UTF8,
+    Asked,
     Item,
     Maker,
     Round,
+    documents,
     encoding,
     grams,
     ids,
+    is_val,
     jaccard,
-)
+    shards,
+)  # fmt: skip
 
-EOT, EXAMPLES = 50256, 5
+EXAMPLES, SMALL = 5, 3000  # small.UNIT_BYTES
 COUNTED = 2048  # 5-grams; documents of more are judged by samples
 DUPLICATE, NEAR = "exact duplicate", "near-duplicate"
 EXCLUDED = "shares text with an excluded file"
 TAKEN = "; taken, with U+FFFD for what is broken"
-SPLITS = ("train", "val")
 
 
 @dataclass
@@ -60,46 +56,41 @@ class Result:
     refused: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     sides: Counter[str] = field(default_factory=Counter)
-    alike: int = 0
-    missed: int = 0
-    may_miss: float = 0.0
+    alike: Counter[bool] = field(default_factory=Counter)
+    missed: Counter[bool] = field(default_factory=Counter)
+    may_miss: Counter[bool] = field(default_factory=Counter)
+    """The same for those just at the threshold, and the others."""
     expected_val: float = 0.0
     doubt_val: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{self.cases:,} folders, {self.commands:,} commands ({self.refused:,} refused, as "
-        text += f"they should be), {self.documents:,} documents taken; {self.alike:,} were alike "
-        text += f"an earlier one, {self.missed} of them not found ({self.may_miss:.1f} expected); "
-        text += f"validation {self.sides['val']:,} ({self.expected_val:,.0f} expected)"
+        text += f"they should be), {self.documents:,} documents taken; {self.alike.total():,} were "
+        text += f"alike an earlier one, {self.missed.total()} not found "
+        text += f"({self.may_miss.total():.1f} expected); validation {self.sides['val']:,} "
+        text += f"({self.expected_val:,.0f} expected)"
         return text + "".join(f"\n{n:>8,}  {why}" for why, n in self.rejects.most_common())
+
+    def count(self, sides: dict[str, list[str]], rejects: Counter[str], share: float) -> None:
+        """One more folder."""
+        self.documents += (every := sum(map(len, sides.values())))
+        self.rejects.update(rejects)
+        if every > 60:  # of small folders only those whose sides are not empty are seen
+            self.sides.update({split: len(texts) for split, texts in sides.items()})
+            self.expected_val += share * every
+            self.doubt_val += share * (1 - share) * every
 
     def overall(self) -> list[str]:
         """What only many cases show."""
         wrong = []
-        if self.missed > self.may_miss + 5 * self.may_miss**0.5 + 3:
-            wrong.append(f"{self.missed} near-duplicates missed, {self.may_miss:.1f} expected")
+        for just, missed in self.missed.items():
+            if missed > (mean := self.may_miss[just]) + 5 * mean**0.5 + 2:
+                what = f"of {self.alike[just]} near-duplicates{' just at the threshold' * just}"
+                wrong.append(f"{what} {missed} missed, {mean:.1f} expected")
         if abs(self.sides["val"] - self.expected_val) > 5 * self.doubt_val**0.5 + 3:
             wrong.append(f"validation has {self.sides['val']}, not {self.expected_val:.0f}")
         return wrong
-
-
-@dataclass
-class Asked:
-    """Options of one command that decide something."""
-
-    share: float
-    near: float
-    exclude: list[str]
-    replace: bool
-    field: str
-
-    def words(self) -> list[str]:
-        """As they are typed."""
-        made = ["--val-fraction", str(self.share), "--text-field", self.field]
-        made += ["--near-dedup", str(self.near)] * bool(self.near)
-        made += ["--exclude", *self.exclude] * bool(self.exclude)
-        return made + ["--bad-text", "replace"] * self.replace
 
 
 @dataclass
@@ -127,34 +118,6 @@ class Folder:
     def every(self) -> list[str]:
         """All documents."""
         return self.documents["train"] + self.documents["val"]
-
-
-def digest(text: str) -> bytes:
-    """By the rule that the manifest states."""
-    return blake3(text.encode(), key=b"sota_transformer document hash 1").digest(16)
-
-
-def is_val(text: str, share: float) -> bool:
-    """The side follows from the text alone."""
-    return int.from_bytes(digest(text)[:8], "little") < int(share * 2**64)
-
-
-def shards(out: Path, manifest: dict[str, Any], split: str) -> tuple[list[str], list[str]]:
-    """Documents of a side in order; what is wrong with its files."""
-    found, wrong = list[str](), list[str]()
-    for name in manifest["splits"][split]["shards"]:
-        tokens, stem = np.load(out / name), name.removesuffix(".npy")
-        ends = [0, *np.load(out / f"{stem}.ends.npy").tolist()]
-        hashes = np.load(out / f"{stem}.hashes.npy")
-        if ends[1:] != (np.flatnonzero(tokens == EOT) + 1).tolist():
-            wrong.append(f"{name}: 50256 is not once behind each document")
-        whole = [tokens[first : last - 1].tolist() for first, last in pairwise(ends)]
-        texts = [encoding().decode_bytes(each).decode() for each in whole]
-        found += texts
-        wrong += [f"{name}: other ids" for a, b in zip(whole, texts, strict=True) if a != [*ids(b)]]
-        if [row.tobytes() for row in hashes] != [digest(text) for text in texts]:
-            wrong.append(f"{name}: other hashes")
-    return found, wrong
 
 
 def expect(before: Folder, step: Step, came: set[str], result: Result) -> tuple[Folder, list[str]]:
@@ -198,8 +161,7 @@ def expect(before: Folder, step: Step, came: set[str], result: Result) -> tuple[
             continue
         stayed.append(text)
         after.documents["val" if is_val(text, before.share) else "train"].append(text)
-        sums = (1, len(text.encode()), len(ids(text)) + 1)
-        rows[item.origin][1:] = [a + b for a, b in zip(rows[item.origin][1:], sums, strict=True)]
+        rows[item.origin] = [*map(sum, zip(rows[item.origin], (0, *_size(text)), strict=True))]
     after.inputs = before.inputs + rows
     return after, wrong
 
@@ -213,9 +175,9 @@ def _near(text: str, stayed: list[str], kept: bool, threshold: float, result: Re
     if not kept and not alike:
         return f"went, though its best Jaccard index is {best:.4f} of {threshold}: {text[:60]!r}"
     if alike:
-        result.alike += 1
-        result.missed += kept
-        result.may_miss += (1 - best**4) ** 16  # 16 keys of 4 numbers each
+        result.alike[best == threshold] += 1
+        result.missed[best == threshold] += kept
+        result.may_miss[best == threshold] += (1 - best**4) ** 16  # 16 keys of 4 numbers each
         if kept and best == 1:
             return f"stayed, though it has the 5-grams of an earlier one: {text[:60]!r}"
     return NEAR if alike and not kept else ""
@@ -233,11 +195,7 @@ def judge(out: Path, folder: Folder, steps: list[Step]) -> list[str]:
             what += f"{[*strange][:2]!r:.200}" if lost or strange else "(another order)"
             wrong.append(f"{split}: {len(found)} documents for {len(expected)}: {what}")
         figures = manifest["splits"][split]
-        sums = (
-            len(expected),
-            sum(len(text.encode()) for text in expected),
-            sum(len(ids(text)) + 1 for text in expected),
-        )
+        sums = tuple(map(sum, zip((0, 0, 0), *map(_size, expected), strict=True)))
         if sums != tuple(figures[key] for key in ("documents", "text_bytes", "tokens")):
             wrong.append(f"{split}: {figures} says the manifest, {sums} it is")
     files = set(contents(out)) - {"manifest.json"}
@@ -293,6 +251,11 @@ def _pair(told: str, folder: Folder) -> bool:
     )
 
 
+def _size(text: str) -> tuple[int, int, int]:
+    """Documents, bytes and tokens."""
+    return 1, len(text.encode()), len(ids(text)) + 1
+
+
 def _start(text: str) -> str:
     return encoding().decode(list(ids(text)[:16]))
 
@@ -304,21 +267,17 @@ class Case:
         self.source, self.root = random.Random(f"{seed} {number}"), root / f"c{number:05d}"
         self.root.mkdir()
         self.name, self.result = f"seed {seed} case {number}", result
-        self.unit = self.source.choice([3000, 4 << 20])
+        self.unit = self.source.choice([SMALL, 4 << 20])
         source = self.source
         near = source.choice([0, 0.5, 0.6, 0.7, 0.8, 0.8, 0.9, 1.0])
         maker = Maker(source, near or 0.8, source.choice(["text", "text", "body"]))
-        asked = Asked(
-            source.choice([0, 0.05, 0.1, 0.3, 0.5, 0.9]),
-            near,
-            maker.exclude(self.root / "eval") if source.random() < 0.5 else [],
-            source.random() < 0.5,
-            maker.field,
-        )
+        exclude = maker.exclude(self.root / "eval") if source.random() < 0.5 else []
+        share = source.choice([0, 0.05, 0.1, 0.3, 0.5, 0.9])
+        first = asked = Asked(share, near, exclude, source.random() < 0.5, maker.field)
         self.steps: list[Step] = []
         for number in range(source.choice([1, 1, 2, 3])):
             if number:
-                asked = self._more(asked, maker)
+                asked = self._more(first, maker)
             made = maker.round(self.root / f"r{number}")
             self.steps.append(Step(asked, made, [*maker.evals] if asked.exclude else []))
 
@@ -336,9 +295,11 @@ class Case:
         """The command, here or in a process of its own."""
         self.result.commands += 1
         if alone:
-            module = "tests.chaos.small" if self.unit == 3000 else "sota_transformer"
+            module = "tests.chaos.small" if self.unit == SMALL else "sota_transformer"
             return sota(words, self.root, module=module)
-        return here(words, self.unit)
+        from . import small  # not before this tool runs: it makes all units of work small
+
+        return small.here(words, self.unit)
 
     def prepare(self, step: Step, out: Path, append: bool, how: list[str]) -> Finished:
         """One step, perhaps in parts."""
@@ -369,13 +330,12 @@ class Case:
                 if done.code != USAGE or len(done.output.splitlines()) != 1 or before != now:
                     wrong.append(f"{why} is not refused: {done.code} {done.output[-300:]}")
                 continue
-            after, bad = expect(folder, step, _all(one), self.result)
-            few = not done_steps and self._few(after)
+            after, bad = expect(folder, step, documents(one), self.result)
+            sides = after.documents
+            few = not (sides["train"] and (sides["val"] or not after.share)) and not done_steps
             if done.code != (BAD_DATA if few else 0) or done.crashed:
-                return [
-                    *wrong,
-                    f"exit {done.code} for {few or 'a good input'}: {done.output[-600:]}",
-                ]
+                what = "too few" if few else "enough"
+                return [*wrong, f"exit {done.code}, {what} documents: {done.output[-600:]}"]
             if few:
                 self.result.refused += 1
                 return wrong
@@ -390,7 +350,7 @@ class Case:
                 return wrong
             folder = after
         if done_steps:
-            self._count(folder)
+            self.result.count(folder.documents, folder.rejects, folder.share)
             wrong += self._leak(one, folder)
         return wrong
 
@@ -405,28 +365,13 @@ class Case:
             return "an --exclude that is gone"
         return ""
 
-    def _few(self, folder: Folder) -> str:
-        """Why there is too little."""
-        train, val = (folder.documents[split] for split in SPLITS)
-        return "an empty side" * (not train or (not val and folder.share > 0))
-
-    def _count(self, folder: Folder) -> None:
-        result, every = self.result, len(folder.every)
-        result.documents += every
-        result.rejects.update(folder.rejects)
-        if every > 60:  # of small folders only those whose sides are not empty are seen
-            result.sides.update({split: len(texts) for split, texts in folder.documents.items()})
-            result.expected_val += folder.share * every
-            result.doubt_val += folder.share * (1 - folder.share) * every
-
     def _leak(self, out: Path, folder: Folder) -> list[str]:
         """What is wrong with the leakage that `sota data` reports."""
         done = self.run(["data", str(out), "--leakage", "--show", "0"])
-        sides = (
-            {gram for text in folder.documents[split] for gram in grams(text, EXCLUDE_GRAM)}
-            for split in SPLITS
+        sides = (folder.documents[split] for split in SPLITS)
+        train, val = (
+            {gram for text in side for gram in grams(text, EXCLUDE_GRAM)} for side in sides
         )
-        train, val = sides
         share = 100 * len(train & val) / len(val) if val else 0.0
         told = re.search(r"^leakage: ([\d.]+)% of validation's 13-grams", done.output, re.MULTILINE)
         if done.code or not told or abs(float(told[1]) - share) > 0.00051:
@@ -434,38 +379,10 @@ class Case:
         return []
 
 
-def here(words: list[str], unit: int) -> Finished:
-    """The command in this process, so that its fork server and workers need not begin anew."""
-    from sota_transformer.cli import main
-    from sota_transformer.data import units
-
-    units.UNIT_BYTES = unit
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = main(words)
-    return Finished(code, said.getvalue())
-
-
-def _all(out: Path) -> set[str]:
-    """All documents of a folder."""
-    if not (out / "manifest.json").exists():
-        return set()
-    manifest = json.loads((out / "manifest.json").read_text())
-    return {text for split in SPLITS for text in shards(out, manifest, split)[0]}
-
-
-def _numbers(count: int) -> Iterator[int]:
-    """COUNT cases, or with SOTA_CASE=N that one alone."""
-    one = os.environ.get("SOTA_CASE")
-    yield from [int(one)] if one else range(count)
-
-
 def policies(root: Path, count: int, seed: int = 0) -> Result:
     """`count` folders; what is wrong is named by its case."""
-    from . import small  # noqa: F401  (units of work as small as those of its processes)
-
     result = Result()
-    for number in _numbers(count):
+    for number in range(count):
         case = Case(root, number, seed, result)
         if wrong := case.judge():
             result.wrong += [f"{case.name}: {each}" for each in wrong]
