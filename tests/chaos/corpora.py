@@ -212,7 +212,8 @@ class Maker:
         test = ids(self.source.choice(self.evals))
         size = self.source.choice([11, 12, 12, 13, 13, 14, 20])
         at = self.source.randrange(max(1, len(test) - size + 1))
-        before, behind = (self.words(self.source.randint(1, 40)) for _ in range(2))
+        sizes = (self.source.choice([0, 1, 8, 40]) for _ in range(2))  # 0: at its very end
+        before, behind = (self.words(size) if size else "" for size in sizes)
         piece = encoding().decode(list(test[at : at + size]))
         return self.source.choice(
             [f"{before}{piece}{behind}", f"{before} {piece.strip()} {behind}"]
