@@ -308,3 +308,14 @@ def test_what_is_there_is_remembered_though_it_is_alike(tmp_path: Path) -> None:
     entry = manifest["rejects"]["near-duplicate"]
     assert (entry["count"], len(entry["examples"])) == (1, 1)
     assert " ".join(third) not in everything(tmp_path / "data")
+
+
+def test_what_comes_again_in_another_unit_has_an_example(tmp_path: Path) -> None:
+    """Only its hash is known there; so that the count is no riddle, its beginning is told."""
+    items = ["the first of two", "it is that", "a third"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
+    (tmp_path / "b.jsonl").write_bytes(jsonl([*items[:2], "something new"]))
+    manifest = run(tmp_path / "data", tmp_path / "b.jsonl", append=True, val_fraction=0.0)
+    entry = manifest["rejects"]["exact duplicate"]
+    assert entry == {"count": 2, "examples": [f"begins {text!r}" for text in items[:2]]}

@@ -14,6 +14,8 @@ ranks     kill -9, SIGTERM, silence under torchrun         (--count accidents)
 documents malformed documents and files, `sota prepare` (--count documents)
 inputs    random files, archives, streams, tables, folders in `sota prepare`, held against
           plain readers                                    (--count inputs)
+policies  what `sota prepare` decides about documents (duplicates, sides, --exclude, --append,
+          parts), held against brute force                (--count folders)
 folders   random Hugging Face folders in `sota import`, `evaluate`, `export` and `train`, held
           against transformers                             (--count folders)
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
@@ -30,7 +32,20 @@ from typing import Any
 
 from sota_transformer import durable
 
-from . import documents, faults, folders, fuzz, inputs, mutants, ranks, reading, soak, stops, twins
+from . import (
+    documents,
+    faults,
+    folders,
+    fuzz,
+    inputs,
+    mutants,
+    policies,
+    ranks,
+    reading,
+    soak,
+    stops,
+    twins,
+)
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
@@ -95,6 +110,12 @@ def _inputs(root: Path, count: int, seed: int) -> list[str]:
     return result.wrong
 
 
+def _policies(root: Path, count: int, seed: int) -> list[str]:
+    result = policies.policies(root, count, seed)
+    print(result)
+    return result.wrong
+
+
 def _folders(root: Path, count: int, seed: int) -> list[str]:
     result = folders.folders(root, count, seed)
     print(result)
@@ -149,6 +170,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     ),
     "documents": (100_000, _documents),
     "inputs": (1000, _inputs),
+    "policies": (1000, _policies),
     "folders": (500, _folders),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
     "twin": (200, _twin),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
+from sota_transformer.data.encode import DUPLICATE, EXAMPLES, HASH_BYTES, Encoded, Rejects
 from sota_transformer.data.near import Batch, Place, Similar
 from sota_transformer.data.shards import HEADER_BYTES, SPLITS, Shard, load_array, npy_header
 from sota_transformer.data.sketch import sketch
@@ -26,6 +26,7 @@ SHARD_TOKENS = 1 << 26
 _RUN_DOCUMENTS = 1 << 16
 _KNOWN_DOCUMENTS = 512  # of a prepared folder at a time
 NEAR_DUPLICATE = "near-duplicate"
+_BEGINNING = 16  # tokens of a document that an example shows
 
 
 class SeenHashes:
@@ -171,6 +172,7 @@ class Merger:
     ) -> None:
         """`threshold`: hashes below it go to validation. `first`: number of each first shard."""
         self.rejects, self._seen = Rejects(), SeenHashes()
+        self._again: list[NDArray[np.uint16]] = []  # beginnings of the first exact duplicates
         self._similar = Similar(near_dedup) if near_dedup else None
         first = first or dict.fromkeys(SPLITS, 0)
         self.splits = {split: SplitWriter(folder, split, first[split]) for split in SPLITS}
@@ -203,8 +205,8 @@ class Merger:
         if not len(encoded.lengths):
             return
         fresh = self._seen.new(encoded.hashes)
-        if repeats := int(len(fresh) - fresh.sum()):
-            self.rejects.add(DUPLICATE, "", repeats)
+        if not fresh.all():
+            self._repeated(encoded, np.flatnonzero(~fresh))
         if self._similar is not None:
             fresh = self._unlike(encoded, fresh)
         val = encoded.hashes[:, 0] < np.uint64(self.threshold)
@@ -215,6 +217,15 @@ class Merger:
         for column, values in enumerate(sums):
             counted = np.bincount(encoded.inputs[fresh], values[fresh], rows)
             self.by_input[:, column] += counted.astype(np.int64)
+
+    def _repeated(self, encoded: Encoded, again: NDArray[np.int64]) -> None:
+        """Exact duplicates of what other units hold; their files are not known here any more."""
+        self.rejects.add(DUPLICATE, "", len(again))
+        starts = np.cumsum(encoded.lengths, dtype=np.int64) - encoded.lengths
+        for document in again[: EXAMPLES - len(self._again)].tolist():
+            start = starts[document]
+            ids = encoded.tokens[start : start + encoded.lengths[document] - 1]
+            self._again.append(ids[:_BEGINNING].copy())
 
     def _unlike(self, encoded: Encoded, fresh: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Without the near-duplicates of what came before."""
@@ -233,9 +244,13 @@ class Merger:
         if self._similar is not None and NEAR_DUPLICATE in self.rejects.examples:
             decode = Tokenizer().decode
             self.rejects.examples[NEAR_DUPLICATE] = [
-                f"{jaccard:.2f}: {decode(a[:16])!r} is like {decode(b[:16])!r}"
+                f"{jaccard:.2f}: {decode(a[:_BEGINNING])!r} is like {decode(b[:_BEGINNING])!r}"
                 for jaccard, a, b in self._similar.examples
             ]
+        if self._again and (room := EXAMPLES - len(self.rejects.examples[DUPLICATE])):
+            decode = Tokenizer().decode
+            told = [f"begins {decode(ids)!r}" for ids in self._again[:room]]
+            self.rejects.examples[DUPLICATE] += told
         splits = {
             split: {"shards": writer.shards, **writer.counts}
             for split, writer in self.splits.items()
