@@ -17,6 +17,8 @@ inputs    random files, archives, streams, tables, folders in `sota prepare`, he
 folders   random Hugging Face folders in `sota import`, `evaluate`, `export` and `train`, held
           against transformers                             (--count folders)
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
+journeys  random sequences of all commands in one workspace, with interruptions and accidents, held
+          against a model of it                            (--count journeys)
 twin      runs with random options against their float64 twins   (--count runs)
 """
 
@@ -30,7 +32,20 @@ from typing import Any
 
 from sota_transformer import durable
 
-from . import documents, faults, folders, fuzz, inputs, mutants, ranks, reading, soak, stops, twins
+from . import (
+    documents,
+    faults,
+    folders,
+    fuzz,
+    inputs,
+    journeys,
+    mutants,
+    ranks,
+    reading,
+    soak,
+    stops,
+    twins,
+)
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
@@ -101,6 +116,12 @@ def _folders(root: Path, count: int, seed: int) -> list[str]:
     return result.wrong
 
 
+def _journeys(root: Path, count: int, seed: int) -> list[str]:
+    result = journeys.journeys(root, count, seed)
+    print(result)
+    return result.wrong
+
+
 def _on_bench(
     work: Callable[[Bench, Zygote, int, int], Any],
 ) -> Callable[[Path, int, int], list[str]]:
@@ -151,6 +172,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "inputs": (1000, _inputs),
     "folders": (500, _folders),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
+    "journeys": (100, _journeys),
     "twin": (200, _twin),
 }
 
