@@ -251,6 +251,26 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     assert code == 0 and "complete" in printed
 
 
+def test_training_that_is_refused_leaves_nothing(capsys, tmp_path: Path, data: Path) -> None:
+    """Seen: no run in it, but a folder; and a run amid the prepared data that --out named."""
+    before, options = sorted(data.iterdir()), ["--steps", 1, "--device", "cpu"]
+    (tmp_path / "empty").mkdir()
+    for given, out, code in (
+        (tmp_path / "empty", tmp_path / "run", 65),
+        (tmp_path / "none", tmp_path / "run", 66),
+        (data, data, 73),
+    ):
+        done, _, err = run(capsys, "train", "tiny", "--data", given, "--out", out, *options)
+        assert done == code and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "run").exists()
+    assert sorted(data.iterdir()) == before
+
+
+def test_the_help_shows_several_values_without_brackets_in_brackets(capsys) -> None:
+    for verb in ("prepare", "report", "evaluate", "generate"):
+        assert "[[" not in run(capsys, verb, "--help")[1]
+
+
 def test_the_help_of_plan_names_its_own_option(capsys) -> None:
     assert "--hours" in run(capsys, "plan", "--help")[1]
     assert "--hours" in run(capsys, "plan", "tiny", "--help")[1]

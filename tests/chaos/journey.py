@@ -12,7 +12,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ def tree(place: Path) -> Tree:
     for folder, folders, files in os.walk(place):
         for name in {*folders, *files} - _UNSEEN:
             path = Path(folder, name)
-            what = os.readlink(path) if path.is_symlink() else "/" if path.is_dir() else ""
+            what = str(path.readlink()) if path.is_symlink() else "/" if path.is_dir() else ""
             found[os.path.relpath(path, place)] = path.lstat().st_mode, what or sha256(path)
     return found
 
@@ -50,7 +50,7 @@ def lasting(found: Tree) -> Tree:
     kept = Tree()
     for name, what in found.items():
         at = re.match(r"(.*checkpoints)/(step-\d{8})", name, re.DOTALL)
-        if os.path.basename(name) not in _TIMED and (at is None or newest[at[1]] == at[2]):
+        if Path(name).name not in _TIMED and (at is None or newest[at[1]] == at[2]):
             kept[name] = what
     return kept
 
@@ -172,7 +172,7 @@ class Workspace:
         return f"./{word}" if word.startswith("-") else word
 
     def give(
-        self, words: list[str], expected: frozenset[int], outs: Iterable[Path] = (),
+        self, words: list[str], expected: frozenset[int], outs: Sequence[Path] = (),
         interrupt: bool = False,
     ) -> Finished:  # fmt: skip
         """Give a command, hold all that holds for every one; only `outs` may change."""
@@ -181,12 +181,14 @@ class Workspace:
         if interrupt:
             shutil.rmtree(self.aside, ignore_errors=True)
             shutil.copytree(self.place, self.aside, symlinks=True)
-        before, began = tree(self.place), time.monotonic()
+        before, began, reals = tree(self.place), time.monotonic(), list[str]()
+        for out in (*outs, *(Path(os.path.realpath(out)) for out in outs)):
+            above = [out, *(each for each in out.parents if self.place in each.parents)]
+            fresh = [each for each in above[1:] if not os.path.lexists(each)]
+            reals.append(os.path.relpath((fresh or above)[-1 if fresh else 0], self.place))
         done = self.zygote.end(self.zygote.start(words, where=self.where))
         seconds, after = time.monotonic() - began, tree(self.place)
         self._holds(done, expected, words)
-        reals = [os.path.relpath(os.path.realpath(out), self.place) for out in outs]
-        reals += [os.path.relpath(out, self.place) for out in outs]
         touched = changed(before, after)
         if done.code == 0:
             touched = [t for t in touched if not any(f"{t}/".startswith(f"{r}/") for r in reals)]

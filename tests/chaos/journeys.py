@@ -19,7 +19,7 @@ from .commands import Zygote
 from .journey import DONE, LOSS, OPEN, REFUSED, ROUNDED, Result, Workspace
 
 NAMES = ["a b", "neu\nzeile", "über-ß", "-dash", "x'y\"z", "[b]ra[ck]et", "100%", "$HOME", "e",
-         "#no", "tab\there", "日本", "\u202egnp", "a,b", "a=b", "~", "{c}", "--steps", "CON", "c"]  # fmt: skip
+         "#no", "tab\there", "日本", "\u202egnp", "a,b", "a=b", "~", "{c}", "--steps"]  # fmt: skip
 BASE: dict[str, Any] = {
     "model.layers": 1, "model.heads": 1, "model.kv_heads": 1, "model.d_model": 8, "model.d_ff": 8,
     "model.seq_len": 16, "train.batch_rows": 4, "train.eval_tokens": 64, "train.eval_every": 4,
@@ -226,7 +226,7 @@ def _counted(w: Workspace, out: Path, start: dict[str, Any], options: dict[str, 
              how: dict[str, str]) -> None:  # fmt: skip
     """Steps, rows and tokens behind a training that was not refused."""
     now, end = BASE | options, w.steps(out)[-1]
-    if end != max(now["train.steps"], start["step"]) and not how.get("--resume", "")[:5] == "step:":
+    if end != max(now["train.steps"], start["step"]) and how.get("--resume", "")[:5] != "step:":
         w.say(f"{out.name} ends at step {end}, not {now['train.steps']}")
     if end <= start["step"]:
         return
@@ -315,7 +315,7 @@ def export(w: Workspace) -> None:
     first = origin
     while first in w.origins and w.origins[first][1] == LOSS:
         first = w.origins[first][0]
-    name = os.path.basename(os.path.realpath(model)) if form == "gguf" else ""
+    name = model.resolve().name if form == "gguf" else ""
     files = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in FILES}
     digest = str(sorted((name, hash(data)) for name, data in files.items()))
     seq = _fields(model)["model.seq_len"] if w.kind(model) == "run" else 0
