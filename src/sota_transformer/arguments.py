@@ -57,6 +57,8 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         default=PRESETS[name](recipe),
         description=f"Short forms: {short}.",
     )
+    if config.run.out == Path() and any(word.startswith("--run.out") for word in _lengthen(rest)):
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path.cwd()))
     if config.run.out == Path() and config.data.path != Path():
         kind = name if recipe == RECIPES[0] else f"{name}-{recipe}"
         out = Path("runs") / f"{kind}-{config.data.path.resolve().name}"

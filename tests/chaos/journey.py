@@ -95,9 +95,9 @@ class Workspace:
         self.where = self.place
         self._wrong = len(result.wrong)
 
-    def wrong(self) -> bool:
-        """Whether anything was wrong here."""
-        return len(self.result.wrong) > self._wrong
+    def wrong(self) -> list[str]:
+        """What was wrong here."""
+        return self.result.wrong[self._wrong :]
 
     # ---- what is there
 
@@ -217,7 +217,9 @@ class Workspace:
         many = len(lines) > MOST_LINES and words[0] not in ("train", "train_sota.py")
         if not last.startswith("sota: ") or many or len(last) > MOST_LETTERS:
             self.say(f"says too much or little: {done.output[-900:]}")
-        names = {" ".join(Path(word.partition("=")[2] or word).name.split()) for word in words[1:]}
+        paths = [word.partition("=")[2] or word for word in words[1:]]
+        names = {" ".join((Path(word).name or word).split()) for word in paths}
+        names |= {repr(word)[1:-1] for word in paths}
         if not any(name in last for name in names if name) and "--" not in last:
             self.say(f"names no path and no option: {last}")
 

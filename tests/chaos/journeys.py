@@ -67,6 +67,11 @@ def free(w: Workspace, out: Path) -> bool:
     return w.kind(out) == "free" and "/proc" not in str(out) and not out.is_symlink()
 
 
+def here(w: Workspace, out: Path) -> bool:
+    """Whether it is the folder that the command is given in, which some cannot write."""
+    return out.resolve() == w.where.resolve()
+
+
 def refused(w: Workspace, *paths: Path) -> frozenset[int]:
     """Refused, or open where something spoilt may be noticed or not."""
     return OPEN | REFUSED if any(w.kind(path) == "broken" for path in paths) else REFUSED
@@ -84,11 +89,13 @@ def prepare(w: Workspace) -> None:
     words = ["prepare", w.word(texts), "--out=" + w.word(out), "--val-fraction", share]
     words += ["--workers", w.source.choice("12")] + ["--append"] * append
     good, there = w.kind(texts) == "texts", w.kind(out)
+    if append and w.is_frozen(out):
+        return  # the work is kept for another try
     expected = DONE if good and free(w, out) and not append else refused(w, texts, out)
     if there == "data" or texts in (w.place, *w.frozen) or (texts == out):
         expected = OPEN | REFUSED
-    if good and there == "data" and append and not w.is_frozen(out):
-        expected = DONE
+    if good and there == "data" and append:
+        expected = OPEN | REFUSED if here(w, out) else DONE
     before = w.fingerprint(out) if there == "data" else ""
     done = w.give(words, expected, [out], expected == DONE and w.source.random() < 0.3)
     if done.code == 0:
@@ -523,7 +530,7 @@ def journeys(root: Path, count: int, seed: int = 0) -> Result:
             journey(w)
             result.journeys += 1
             if w.wrong():
-                print(f"WRONG: seed {seed} journey {number}: {result.wrong[-1]}", flush=True)
+                print(f"WRONG: seed {seed} journey {number}: {w.wrong()[0]}", flush=True)
                 kept = Path(tempfile.mkdtemp(prefix=f"journey-{seed}-{number}-", dir=root.parent))
                 shutil.copytree(place, kept, symlinks=True, dirs_exist_ok=True)
             shutil.rmtree(place)
