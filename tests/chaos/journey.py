@@ -20,12 +20,16 @@ from typing import Any
 
 from .commands import Finished, Zygote, leftovers, sha256
 
-DONE, REFUSED, OPEN = frozenset({0}), frozenset({2, 65, 66, 73, 74}), frozenset({0, 2, 65, 66, 73})
+DONE, REFUSED = frozenset({0}), frozenset({2, 65, 66, 73, 74})
+EITHER = DONE | REFUSED
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: 137}
 _UNSEEN = {".lock", ".verified.json", "doctor.json"}  # caches and locks, which nobody reads
 _TIMED = {"run.json", "metrics.jsonl", "samples.txt", "report.html", "comparison.html"}
 LOSS, ROUNDED = 1e-5, 0.02  # nats between copies in float32, and in 16 bits
 MOST_LINES, MOST_LETTERS = 2, 1200  # of what a refusal says; names here are long
+
+NAMES = ["a b", "neu\nzeile", "über-ß", "-dash", "x'y\"z", "[b]ra[ck]et", "100%", "$HOME", "e",
+         "#no", "tab\there", "日本", "\u202egnp", "a,b", "a=b", "~", "{c}", "--steps"]  # fmt: skip
 
 Tree = dict[str, tuple[int, str]]
 
@@ -267,3 +271,99 @@ class Workspace:
         if not done or differ:
             self.say(f"interrupted: exit {last.code}, differ {differ[:5]}: {last.output[-500:]}")
         self._clean(last)
+
+
+# ---- what happens to things between commands
+
+
+def _whole(w: Workspace, *kinds: str) -> list[Path]:
+    return [path for path in w.these(*kinds) if path not in w.frozen | w.broken]
+
+
+def move(w: Workspace) -> None:
+    path, new = w.source.choice(_whole(w, "texts", "data", "run", "hf")), made(w)
+    w.told.append(f"mv {path} {new}")
+    w.where = w.place
+    w.kinds[path.rename(new)] = w.kinds.pop(path)
+
+
+def copy(w: Workspace) -> None:
+    path, new = w.source.choice(_whole(w, "texts", "data", "run", "hf")), made(w)
+    w.told.append(f"cp -a {path} {new}")
+    shutil.copytree(path, new, symlinks=True)
+    w.kinds[new] = w.kinds[path]
+
+
+def link(w: Workspace) -> None:
+    path, new = w.source.choice(w.these("texts", "data", "run", "hf")), made(w)
+    w.told.append(f"ln -s {path} {new}")
+    new.symlink_to(path if w.source.random() < 0.5 else path.name)
+
+
+def spoil(w: Workspace) -> None:
+    paths = [p for p in w.these("data", "run", "hf", "gguf") if p not in w.frozen]
+    files = [f for path in paths for f in path.rglob("*") if f.is_file()]
+    if not files or len(paths) < 3:
+        return
+    path = w.source.choice(files)
+    what = w.source.choice(["delete", "cut", "flip", "empty"])
+    w.told.append(f"{what} {path}")
+    data = bytearray(path.read_bytes())
+    if what == "delete" or not data:
+        path.unlink()
+    elif what == "flip":
+        data[w.source.randrange(len(data))] ^= 1 << w.source.randrange(8)
+        path.write_bytes(data)
+    else:
+        path.write_bytes(data[: len(data) // 2 if what == "cut" else 0])
+    w.broken |= {each for each in paths if each in path.parents}
+
+
+def delete(w: Workspace) -> None:
+    paths = [path for path in w.these("data", "run", "hf", "gguf", "other") if path not in w.frozen]
+    if len(paths) > 3:
+        path, w.where = w.source.choice(paths), w.place
+        w.told.append(f"rm -r {path}")
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        w.kinds.pop(path)
+        w.broken.discard(path)
+
+
+def freeze(w: Workspace) -> None:
+    thaw = bool(w.frozen) and w.source.random() < 0.6
+    paths = sorted(w.frozen) if thaw else _whole(w, "data", "run", "hf")
+    if paths:
+        path = w.source.choice(paths)
+        w.frozen ^= {path}
+        w.told.append(f"chmod -R {'u+w' if thaw else 'a-w'} {path}")
+        for each in (path, *path.rglob("*")):
+            each.chmod(each.stat().st_mode & 0o555 | (0o200 if thaw else 0))
+
+
+def walk(w: Workspace) -> None:
+    inside = [p for p in w.these("run", "data", "hf") if p not in w.frozen]
+    w.where = w.source.choice([w.place, w.place, *inside])
+
+
+def made(w: Workspace) -> Path:
+    """A path where nothing is, seldom a place that cannot be."""
+    names = [name for name in NAMES if not os.path.lexists(w.place / name)]
+    name = w.source.choice(names) if names else f"n{w.source.randrange(10**6)}"
+    return w.place / name
+
+
+def write_texts(w: Workspace) -> None:
+    """Three folders of text, some of it in two of them."""
+    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "ter", "un") for b in ("ra", "sil", "do", "e")]
+    lines = [" ".join(w.source.choices(words, k=w.source.randint(20, 90))) for _ in range(90)]
+    for start in (0, 20, 50):
+        folder = made(w)
+        folder.mkdir()
+        for number in range(2):
+            chosen = lines[start + 20 * number : start + 20 * number + 20]
+            text = "".join(json.dumps({"text": each}) + "\n" for each in chosen)
+            (folder / f"{number}.jsonl").write_text(text)
+        w.kinds[folder] = "texts"
+
+
+EVENTS = [move, move, copy, link, spoil, delete, freeze, walk, walk]

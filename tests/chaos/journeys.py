@@ -5,7 +5,6 @@ A journey makes texts, data, runs and exports, moves, copies, links, spoils and 
 """
 
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -16,10 +15,19 @@ from typing import Any
 from sota_transformer.presets import flag
 
 from .commands import Zygote
-from .journey import DONE, LOSS, OPEN, REFUSED, ROUNDED, Result, Workspace
+from .journey import (
+    DONE,
+    EITHER,
+    EVENTS,
+    LOSS,
+    REFUSED,
+    ROUNDED,
+    Result,
+    Workspace,
+    made,
+    write_texts,
+)  # fmt: skip
 
-NAMES = ["a b", "neu\nzeile", "über-ß", "-dash", "x'y\"z", "[b]ra[ck]et", "100%", "$HOME", "e",
-         "#no", "tab\there", "日本", "\u202egnp", "a,b", "a=b", "~", "{c}", "--steps"]  # fmt: skip
 BASE: dict[str, Any] = {
     "model.layers": 1, "model.heads": 1, "model.kv_heads": 1, "model.d_model": 8, "model.d_ff": 8,
     "model.seq_len": 16, "train.batch_rows": 4, "train.eval_tokens": 64, "train.eval_every": 4,
@@ -38,13 +46,6 @@ FILES = ["README.md", "manifest.json", "Modelfile"]  # of an export, that name w
 CPU = ["--device", "cpu"]
 
 
-def made(w: Workspace) -> Path:
-    """A path where nothing is, seldom a place that cannot be."""
-    names = [name for name in NAMES if not os.path.lexists(w.place / name)]
-    name = w.source.choice(names) if names else f"n{w.source.randrange(10**6)}"
-    return w.place / name
-
-
 def some(w: Workspace, *kinds: str, astray: float = 0.15) -> Path:
     """Something of these kinds, by itself or by a link; now and then of any kind or nothing."""
     chosen = w.these(*kinds)
@@ -52,8 +53,7 @@ def some(w: Workspace, *kinds: str, astray: float = 0.15) -> Path:
         chosen = [*w.these("texts", "data", "run", "hf", "gguf", "other"), made(w), w.place]
         chosen += [w.place / "nowhere" / "at all", Path("/proc/nothing")]
     path = w.source.choice(chosen)
-    links = [each for each in w.place.iterdir() if each.is_symlink() and each.exists()]
-    links = [each for each in links if each.resolve() == path]
+    links = [each for each in w.place.iterdir() if each.is_symlink() and each.resolve() == path]
     return w.source.choice(links) if links and w.source.random() < 0.5 else path
 
 
@@ -67,92 +67,68 @@ def free(w: Workspace, out: Path) -> bool:
     return w.kind(out) == "free" and "/proc" not in str(out) and not out.is_symlink()
 
 
-def here(w: Workspace, out: Path) -> bool:
-    """Whether it is the folder that the command is given in, which some cannot write."""
-    return out.resolve() == w.where.resolve()
-
-
 def refused(w: Workspace, *paths: Path) -> frozenset[int]:
     """Refused, or open where something spoilt may be noticed or not."""
-    return OPEN | REFUSED if any(w.kind(path) == "broken" for path in paths) else REFUSED
+    return EITHER if any(w.kind(path) == "broken" for path in paths) else REFUSED
 
 
 # ---- commands
 
 
+def _prepared(w: Workspace, texts: Path, out: Path, share: str, before: str = "") -> None:
+    """Data was made: of the same text it is the same each time, however it was made."""
+    w.kinds[out.resolve()] = "data"
+    text = sorted(path.read_bytes() for path in texts.glob("*.jsonl"))
+    w.same("fingerprint", (before, str(text), share), w.fingerprint(out))
+
+
 def prepare(w: Workspace) -> None:
-    texts = some(w, "texts")
-    out, share = target(w), w.source.choice(["0.2", "0.3"])
-    append = w.source.random() < 0.3
+    texts, out, append = some(w, "texts"), target(w), w.source.random() < 0.3
+    share = w.source.choice(["0.2", "0.3"])
     if append or w.source.random() < 0.2:
         out = some(w, "data")
-    words = ["prepare", w.word(texts), "--out=" + w.word(out), "--val-fraction", share]
+    words = ["prepare", w.word(texts), f"--out={w.word(out)}", "--val-fraction", share]
     words += ["--workers", w.source.choice("12")] + ["--append"] * append
     good, there = w.kind(texts) == "texts", w.kind(out)
     if append and w.is_frozen(out):
         return  # the work is kept for another try
     expected = DONE if good and free(w, out) and not append else refused(w, texts, out)
-    if there == "data" or texts in (w.place, *w.frozen) or (texts == out):
-        expected = OPEN | REFUSED
-    if good and there == "data" and append:
-        expected = OPEN | REFUSED if here(w, out) else DONE
+    if there == "data" or texts == w.place or w.is_frozen(texts) or texts == out:
+        expected = EITHER
+    if good and there == "data" and append and out.resolve() != w.where.resolve():
+        expected = DONE
     before = w.fingerprint(out) if there == "data" else ""
     done = w.give(words, expected, [out], expected == DONE and w.source.random() < 0.3)
-    if done.code == 0:
-        w.kinds[Path(os.path.realpath(out))] = "data"
-        key = (
-            before,
-            str(sorted(p.read_bytes() for p in texts.glob("*.jsonl"))),
-            share * (not before),
-        )
-        if not before or append:
-            w.same("fingerprint", key, w.fingerprint(out))
+    if done.code == 0 and (append or not before):
+        _prepared(w, texts, out, share * (not before), before)
 
 
 def parts(w: Workspace) -> None:
     texts, out = some(w, "texts", astray=0), target(w)
-    if not free(w, out) or w.kind(texts) != "texts":
-        return
-    real = Path(os.path.realpath(out))
-    w.kinds[real] = "parts"
-    given, where = [w.word(texts), "--out=" + w.word(out), "--val-fraction", "0.2"], w.where
-    for part in w.source.sample(["1/2", "2/2"], 2):
+    if free(w, out):
+        w.kinds[real := out.resolve()] = "parts"
         hidden = out.parent / f".{out.name}.preparing"
-        w.give(["prepare", *given, "--part", part], DONE, [hidden], w.source.random() < 0.2)
-    if w.source.random() < 0.3:
-        w.where = w.place
-    hidden = out.parent / f".{out.name}.preparing"
-    w.kinds.pop(real)
-    done = w.give(["merge", w.word(out)], DONE, [out, hidden], w.source.random() < 0.3)
-    w.where = where
-    if done.code == 0:
-        w.kinds[real] = "data"
-        key = ("", str(sorted(p.read_bytes() for p in texts.glob("*.jsonl"))), "0.2")
-        w.same("fingerprint of parts", key, w.fingerprint(out))
-
-
-def merge(w: Workspace) -> None:
-    out = some(w, "data", astray=0.5)
-    expected = DONE if w.kind(out) == "data" else refused(w, out)
-    w.give(["merge", w.word(out)], expected)
+        given = ["prepare", w.word(texts), f"--out={w.word(out)}", "--val-fraction", "0.2"]
+        for part in w.source.sample(["1/2", "2/2"], 2):
+            w.give([*given, "--part", part], DONE, [hidden], w.source.random() < 0.2)
+        w.kinds.pop(real)
+        words = ["merge", w.word(out)]
+        if w.give(words, DONE, [out, hidden], w.source.random() < 0.3).code == 0:
+            _prepared(w, texts, out, "0.2")
 
 
 def look(w: Workspace) -> None:
-    data, more = some(w, "data", astray=0.3), w.source.choice(["", "leakage", "list", "window"])
-    words = ["data", w.word(data)]
-    words += {"leakage": ["--leakage"], "list": ["--list-split", "val"],
-              "window": ["--window", "train:0"]}.get(more, [])  # fmt: skip
-    w.give(words, DONE if w.kind(data) == "data" else refused(w, data))
-
-
-def look_into(w: Workspace) -> None:
-    data, out = some(w, "data"), target(w)
-    how = w.source.choice(["--html", "--export-bin"])
-    good = w.kind(data) == "data" and free(w, out) and not out.is_dir()
-    done = w.give(["data", w.word(data), f"{how}={w.word(out)}"],
-                  DONE if good else OPEN | REFUSED, [out])  # fmt: skip
-    if done.code == 0 and good:
-        w.kinds[Path(os.path.realpath(out))] = "other"
+    data, out = some(w, "data", astray=0.3), target(w)
+    good, word = w.kind(data) == "data", w.word(data)
+    if w.source.random() < 0.3:
+        words = ["data", word, f"{w.source.choice(['--html', '--export-bin'])}={w.word(out)}"]
+        good &= free(w, out) and not out.is_dir()
+        if w.give(words, DONE if good else EITHER, [out]).code == 0 and good:
+            w.kinds[out.resolve()] = "other"
+        return
+    ways = [["--leakage"], ["--list-split", "val"], ["--window", "train:0"], []]
+    words = w.source.choice([["merge", word], *(["data", word, *way] for way in ways)])
+    w.give(words, DONE if good else refused(w, data))
 
 
 def _fields(run: Path) -> dict[str, Any]:
@@ -165,7 +141,7 @@ def _fits(w: Workspace, out: Path, data: Path, options: dict[str, Any], how: dic
     """What `sota train` has to say to a run that is there already."""
     steps, resume = w.steps(out), how.get("--resume", "auto")
     if w.is_frozen(out):
-        return OPEN | REFUSED
+        return EITHER
     if resume == "never":
         return frozenset({2, 65})
     if resume.startswith("step:") and int(resume[5:]) not in steps:
@@ -182,7 +158,7 @@ def _fits(w: Workspace, out: Path, data: Path, options: dict[str, Any], how: dic
     manifest = json.loads((out / f"checkpoints/step-{steps[-1]:08d}/manifest.json").read_text())
     other = manifest.get("data") not in (None, w.fingerprint(data))
     if resume.startswith("step:"):
-        return OPEN | REFUSED if other else DONE
+        return EITHER if other else DONE
     return frozenset({65}) if other and "--data-change" not in how else DONE
 
 
@@ -206,7 +182,7 @@ def train(w: Workspace) -> None:
     words += [f"{name}={value}" for name, value in how.items()]
     kind, resume = w.kind(out), how.get("--resume", "auto")
     if "broken" in (kind, w.kind(data)):
-        expected = OPEN | REFUSED
+        expected = EITHER
     elif w.kind(data) != "data":
         expected = REFUSED
     elif kind == "run":
@@ -214,7 +190,7 @@ def train(w: Workspace) -> None:
     elif free(w, out):
         expected = REFUSED if resume not in ("auto", "never") else DONE
     else:
-        expected = REFUSED if kind in ("data", "hf", "gguf") else OPEN | REFUSED
+        expected = REFUSED if kind in ("data", "hf", "gguf") else EITHER
         if kind == "texts" or out == w.place:
             return
     start = None
@@ -224,7 +200,7 @@ def train(w: Workspace) -> None:
         start = w.trainer(out, at) if there else {"step": 0, "tokens": 0, "rows": 0}
     done = w.give(words, expected, [out], expected == DONE and w.source.random() < 0.3)
     if done.code == 0 and kind != "broken":
-        w.kinds[Path(os.path.realpath(out))] = "run"
+        w.kinds[out.resolve()] = "run"
         if start is not None:
             _counted(w, out, start, options, how)
 
@@ -245,18 +221,6 @@ def _counted(w: Workspace, out: Path, start: dict[str, Any], options: dict[str, 
         w.say(f"{out.name}: {told['rows']} rows, not {steps * rows}")
 
 
-def script(w: Workspace) -> None:
-    run = some(w, "run", astray=0.3)
-    words = ["train_sota.py", f"--resume={w.word(run)}"]
-    expected = refused(w, run)
-    if w.kind(run) == "run":
-        stored = _fields(run)["data.path"]
-        expected = OPEN | REFUSED
-        if stored in ("", "."):
-            expected = REFUSED
-    w.give(words, expected, [run])
-
-
 def evaluate(w: Workspace) -> None:
     model, texts = some(w, *USABLE), some(w, "texts", astray=0.1)
     words = ["evaluate", w.word(model), "--json", *CPU]
@@ -264,7 +228,7 @@ def evaluate(w: Workspace) -> None:
     expected = DONE if good and w.kind(texts) == "texts" else refused(w, model, texts)
     validate, name = w.source.random() < 0.25, str(texts)
     if validate:
-        expected = OPEN | REFUSED if good else refused(w, model)
+        expected = EITHER if good else refused(w, model)
         if w.kind(model) == "run":
             stored = w.where / _fields(model)["data.path"]
             if stored != w.where and w.kind(stored) == "data":
@@ -272,7 +236,7 @@ def evaluate(w: Workspace) -> None:
     else:
         words += ["--text", w.word(texts)]
     if texts == w.place:
-        expected = OPEN | REFUSED
+        expected = EITHER
     if w.source.random() < 0.2:
         other = some(w, *USABLE)
         words += ["--against", w.word(other)]
@@ -309,11 +273,11 @@ def export(w: Workspace) -> None:
     good = w.kind(model) in USABLE and free(w, out)
     expected = DONE if good else refused(w, model, out)
     if dtype == "q8_0":
-        expected = OPEN | REFUSED if form == "gguf" else REFUSED
+        expected = EITHER if form == "gguf" else REFUSED
     interrupt = expected == DONE and w.source.random() < 0.15
     if w.give(words, expected, [out], interrupt).code != 0 or not good:
         return
-    w.kinds[Path(os.path.realpath(out))] = "gguf" if form == "gguf" else "hf"
+    w.kinds[out.resolve()] = "gguf" if form == "gguf" else "hf"
     origin = w.weights(model)
     if form != "gguf":
         copy = w.weights(out)
@@ -345,7 +309,7 @@ def bring(w: Workspace) -> None:
         w.give(words, expected, [out], expected == DONE and w.source.random() < 0.2).code == 0
         and good
     ):
-        w.kinds[Path(os.path.realpath(out))] = "run"
+        w.kinds[out.resolve()] = "run"
         origin, copy = w.weights(model), w.weights(out)
         if copy != origin and w.origins.get(origin, ("", 0.0))[0] != copy:
             w.origins.setdefault(copy, (origin, LOSS))
@@ -360,143 +324,44 @@ def report(w: Workspace) -> None:
         words += [f"--out={w.word(outs[0])}"]
     else:
         outs = [runs[0] / "report.html"] if len(runs) == 1 else [w.where / "comparison.html"]
-    done = w.give(words, OPEN | REFUSED if good else refused(w, *runs), outs)
+    done = w.give(words, EITHER if good else refused(w, *runs), outs)
     if done.code == 0:
-        real = Path(os.path.realpath(outs[0]))
+        real = outs[0].resolve()
         if real.parent == w.place:
             w.kinds[real] = "other"
 
 
 def others(w: Workspace) -> None:
     path = some(w, "run", "data", "hf", astray=0.5)
-    which = w.source.choice(["serve", "config", "plan", "nonsense"])
-    if which == "serve" and w.kind(path) not in (*USABLE, "broken"):
-        w.give(["serve", w.word(path), "--port", "0"], REFUSED)
+    word, kind = w.word(path), w.kind(path)
+    which = w.source.choice(["serve", "config", "plan", "train_sota.py", "nonsense"])
+    if which == "serve" and kind not in (*USABLE, "broken"):
+        w.give(["serve", word, "--port", "0"], REFUSED)
     elif which == "config":
-        w.give(["config", "tiny", f"--data={w.word(path)}"], DONE)
+        w.give(["config", "tiny", f"--data={word}"], DONE)
     elif which == "plan":
-        words = ["plan", "tiny", f"--data={w.word(path)}", *(flag(*x) for x in BASE.items())]
-        w.give(words, DONE if w.kind(path) == "data" else OPEN | REFUSED)
+        words = ["plan", "tiny", f"--data={word}", *(flag(*each) for each in BASE.items())]
+        w.give(words, DONE if kind == "data" else EITHER)
+    elif which == "train_sota.py":
+        expected = EITHER if kind == "run" else refused(w, path)
+        w.give(["train_sota.py", f"--resume={word}"], expected, [path])
     else:
         verb = w.source.choice(
             ["prepare", "merge", "train", "evaluate", "import", "export", "data"]
         )
-        word = w.source.choice(["--wrong", "-x", "--out", "--step=", ""])
-        w.give([verb, w.word(path), word], OPEN | REFUSED)
-
-
-# ---- what happens to things between commands
-
-
-def _forget(w: Workspace, path: Path) -> str:
-    w.frozen.discard(path)
-    was = "broken" if path in w.broken else ""
-    w.broken.discard(path)
-    return was or w.kinds.pop(path, "")
-
-
-def move(w: Workspace) -> None:
-    paths = [p for p in w.these("texts", "data", "run", "hf") if p not in w.frozen | w.broken]
-    if not paths:
-        return
-    path, new = w.source.choice(paths), made(w)
-    w.told.append(f"mv {path} {new}")
-    w.where = w.place
-    path.rename(new)
-    w.kinds[new] = w.kinds.pop(path)
-
-
-def copy(w: Workspace) -> None:
-    paths = [p for p in w.these("data", "run", "hf") if p not in w.frozen | w.broken]
-    if paths:
-        path, new = w.source.choice(paths), made(w)
-        w.told.append(f"cp -a {path} {new}")
-        shutil.copytree(path, new, symlinks=True)
-        w.kinds[new] = w.kinds[path]
-
-
-def link(w: Workspace) -> None:
-    paths = w.these("texts", "data", "run", "hf")
-    new, path = made(w), w.source.choice(paths)
-    w.told.append(f"ln -s {path} {new}")
-    new.symlink_to(path if w.source.random() < 0.5 else path.name)
-
-
-def spoil(w: Workspace) -> None:
-    paths = [p for p in w.these("data", "run", "hf", "gguf") if p not in w.frozen]
-    files = [f for path in paths for f in path.rglob("*") if f.is_file()]
-    if not files or len(paths) < 3:
-        return
-    path = w.source.choice(files)
-    what = w.source.choice(["delete", "cut", "flip", "empty"])
-    w.told.append(f"{what} {path}")
-    data = bytearray(path.read_bytes())
-    if what == "delete" or not data:
-        path.unlink()
-    elif what == "flip":
-        data[w.source.randrange(len(data))] ^= 1 << w.source.randrange(8)
-        path.write_bytes(data)
-    else:
-        path.write_bytes(data[: len(data) // 2 if what == "cut" else 0])
-    w.broken |= {each for each in paths if each in path.parents}
-
-
-def delete(w: Workspace) -> None:
-    paths = [p for p in (*w.these("data", "run", "hf", "gguf", "other"), *w.broken) if p.exists()]
-    paths = [p for p in paths if p not in w.frozen]
-    if len(paths) > 3:
-        path = w.source.choice(paths)
-        w.told.append(f"rm -r {path}")
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _forget(w, path)
-        w.kinds.pop(path, None)
-        w.where = w.place
-
-
-def freeze(w: Workspace) -> None:
-    paths = [p for p in w.these("data", "run", "hf") if p not in w.broken]
-    if w.frozen and w.source.random() < 0.6:
-        path, mode = w.frozen.pop(), 0o200
-    elif paths:
-        path, mode = w.source.choice(paths), 0
-        w.frozen.add(path)
-    else:
-        return
-    w.told.append(f"chmod -R {'u+w' if mode else 'a-w'} {path}")
-    for each in (path, *path.rglob("*")):
-        if not each.is_symlink():
-            each.chmod(each.stat().st_mode & 0o555 | mode)
-
-
-def walk(w: Workspace) -> None:
-    inside = [p for p in w.these("run", "data", "hf") if p not in w.frozen]
-    w.where = w.source.choice([w.place, w.place, *inside])
+        wrong = w.source.choice(["--wrong", "-x", "--out", "--step=", ""])
+        w.give([verb, word, wrong], EITHER)
 
 
 COMMANDS: list[tuple[Callable[[Workspace], None], int]] = [
-    (prepare, 4), (parts, 1), (merge, 1), (look, 2), (look_into, 1), (train, 8), (script, 1),
-    (evaluate, 5), (generate, 2), (export, 4), (bring, 4), (report, 2), (others, 2),
+    (prepare, 4), (parts, 1), (look, 4), (train, 8), (evaluate, 5), (generate, 2), (export, 4),
+    (bring, 4), (report, 2), (others, 3),
 ]  # fmt: skip
-EVENTS = [move, move, copy, link, spoil, delete, freeze, walk, walk]
-
-
-def _texts(w: Workspace) -> None:
-    """Three folders of text, some of it in two of them."""
-    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "ter", "un") for b in ("ra", "sil", "do", "e")]
-    lines = [" ".join(w.source.choices(words, k=w.source.randint(20, 90))) for _ in range(90)]
-    for start in (0, 20, 50):
-        folder = made(w)
-        folder.mkdir()
-        for number in range(2):
-            chosen = lines[start + 20 * number : start + 20 * number + 20]
-            text = "".join(json.dumps({"text": each}) + "\n" for each in chosen)
-            (folder / f"{number}.jsonl").write_text(text)
-        w.kinds[folder] = "texts"
 
 
 def journey(w: Workspace) -> None:
     """10 to 25 commands, the first two of them with sense."""
-    _texts(w)
+    write_texts(w)
     data, run = made(w), made(w).with_name("first run")
     texts = w.these("texts")[0]
     w.give(
