@@ -72,9 +72,6 @@ def refused(w: Workspace, *paths: Path) -> frozenset[int]:
     return EITHER if any(w.kind(path) == "broken" for path in paths) else REFUSED
 
 
-# ---- commands
-
-
 def _prepared(w: Workspace, texts: Path, out: Path, share: str, before: str = "") -> None:
     """Data was made: of the same text it is the same each time, however it was made."""
     w.kinds[out.resolve()] = "data"
@@ -246,13 +243,14 @@ def evaluate(w: Workspace) -> None:
             expected, name = DONE, ""  # the shorter context of the two
     done = w.give(words, expected)
     if done.code == 0 and good and name:
-        told = json.loads(done.output[done.output.index("{") :])
-        if not _masked(model):
-            w.judged(w.weights(model), f"{name} {told['context']}", told["nats"])
+        w.judged(model, name, done.output)
 
 
-def _masked(model: Path) -> bool:
-    return (model / "checkpoints").exists() and _fields(model)["data.document_mask"]
+def judge(w: Workspace, model: Path, expected: frozenset[int], texts: Path) -> None:
+    """Evaluate a model on a text."""
+    done = w.give(["evaluate", w.word(model), "--json", *CPU, "--text", w.word(texts)], expected)
+    if done.code == 0:
+        w.judged(model, str(texts), done.output)
 
 
 def generate(w: Workspace) -> None:
@@ -317,6 +315,7 @@ def bring(w: Workspace) -> None:
 
 def report(w: Workspace) -> None:
     runs = [some(w, "run") for _ in range(w.source.choice([1, 1, 2, 2, 3]))]
+    runs = list(dict.fromkeys(runs)) if w.source.random() < 0.8 else runs
     good, outs = all(w.kind(run) == "run" for run in runs), list[Path]()
     words = ["report", *map(w.word, runs)]
     if w.source.random() < 0.4:
@@ -346,9 +345,7 @@ def others(w: Workspace) -> None:
         expected = EITHER if kind == "run" else refused(w, path)
         w.give(["train_sota.py", f"--resume={word}"], expected, [path])
     else:
-        verb = w.source.choice(
-            ["prepare", "merge", "train", "evaluate", "import", "export", "data"]
-        )
+        verb = w.source.choice(["prepare", "merge", "train", "evaluate", "import", "data"])
         wrong = w.source.choice(["--wrong", "-x", "--out", "--step=", ""])
         w.give([verb, word, wrong], EITHER)
 
@@ -363,10 +360,8 @@ def journey(w: Workspace) -> None:
     """10 to 25 commands, the first two of them with sense."""
     write_texts(w)
     data, run = made(w), made(w).with_name("first run")
-    texts = w.these("texts")[0]
-    w.give(
-        ["prepare", w.word(texts), f"--out={w.word(data)}", "--val-fraction", "0.2"], DONE, [data]
-    )
+    texts, share = w.these("texts")[0], "--val-fraction=0.2"
+    w.give(["prepare", w.word(texts), f"--out={w.word(data)}", share], DONE, [data])
     w.kinds[data] = "data"
     words = ["train", "tiny", f"--data={w.word(data)}", f"--out={w.word(run)}"]
     w.give(words + [flag(*each) for each in BASE.items()], DONE, [run])
@@ -378,6 +373,9 @@ def journey(w: Workspace) -> None:
         if w.source.random() < 0.3:
             w.source.choice(EVENTS)(w)
         w.source.choices(commands, weights)[0](w)
+    models = [path for path in w.these(*USABLE) if path not in w.broken]
+    for model in w.source.sample(models, min(4, len(models))):
+        judge(w, model, DONE, w.these("texts")[0])
 
 
 def journeys(root: Path, count: int, seed: int = 0) -> Result:
@@ -390,8 +388,7 @@ def journeys(root: Path, count: int, seed: int = 0) -> Result:
         for number in range(count):
             place = root / "work"
             place.mkdir()
-            source = random.Random(f"{seed} {number} journey")
-            w = Workspace(root, zygote, source, result)
+            w = Workspace(root, zygote, random.Random(f"{seed} {number} journey"), result)
             journey(w)
             result.journeys += 1
             if w.wrong():
