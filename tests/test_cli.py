@@ -266,11 +266,14 @@ def test_training_that_is_refused_leaves_nothing(capsys, tmp_path: Path, data: P
     assert sorted(data.iterdir()) == before
 
 
-def test_the_folder_one_is_in_can_be_the_run(capsys, monkeypatch, tmp_path: Path) -> None:
-    """`--out .` was taken for none, and the run went to runs/tiny-NAME below it."""
+def test_the_folder_one_is_in_can_be_the_run_or_its_data(
+    capsys, monkeypatch, tmp_path: Path
+) -> None:
+    """`--out .` was taken for none, and the run went to runs/tiny-NAME below it; so was --data."""
     monkeypatch.chdir(tmp_path)
     for words in (["--out", "."], ["--out=."]):
         assert f'"{tmp_path}"' in run(capsys, "config", "tiny", "--data", "d", *words)[1]
+    assert f'"path": "{tmp_path}"' in run(capsys, "config", "tiny", "--data", ".")[1]
     assert '"runs/tiny-d"' in run(capsys, "config", "tiny", "--data", "d")[1]
 
 
