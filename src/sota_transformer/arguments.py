@@ -57,10 +57,10 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         default=PRESETS[name](recipe),
         description=f"Short forms: {short}.",
     )
-    given = {word.partition("=")[0] for word in _lengthen(rest)}
-    if config.data.path == Path() and "--data.path" in given:  # `.`, and not none at all
+    flags = {word.partition("=")[0] for word in _lengthen(rest)}
+    if config.data.path == Path() and "--data.path" in flags:  # `.`, and not none at all
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=Path.cwd()))
-    if config.run.out == Path() and "--run.out" in given:
+    if config.run.out == Path() and "--run.out" in flags:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path.cwd()))
     if config.run.out == Path() and config.data.path != Path():
         kind = name if recipe == RECIPES[0] else f"{name}-{recipe}"

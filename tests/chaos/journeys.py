@@ -295,7 +295,7 @@ def export(w: Workspace) -> None:
 
 def bring(w: Workspace) -> None:
     model, out = some(w, *USABLE), target(w)
-    words = ["import", w.word(model), f"--out={w.word(out)}"]
+    words = ["import", w.word(model), f"--out={w.word(out)}", "--steps=4"]
     good = w.kind(model) in USABLE and free(w, out)
     expected = DONE if good else refused(w, model, out)
     if w.source.random() < 0.4:
