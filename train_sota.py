@@ -169,7 +169,6 @@ def configure(options: Options, data: Path) -> config.RunConfig:
         print(f"{out} is there: going on with it (remove the folder to start anew)")
         return kept
     from sota_transformer import plan
-    from sota_transformer.data.shards import TokenWindows
     from sota_transformer.training.start import check_folders, check_room
 
     if options.quick:
@@ -177,8 +176,6 @@ def configure(options: Options, data: Path) -> config.RunConfig:
         resolved = dataclasses.replace(resolved, model=model)
     check_folders(resolved)  # what cannot work is said before minutes go by
     check_room(resolved)
-    for split in ("train", "val"):
-        TokenWindows(data, split, resolved.model.seq_len)
     print("measuring this machine", flush=True)
     if not options.quick:
         for line in plan.estimates(resolved, plan.measure(resolved), plan.training_tokens(data)):

@@ -251,6 +251,37 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     assert code == 0 and "complete" in printed
 
 
+def test_training_that_is_refused_leaves_nothing(capsys, tmp_path: Path, data: Path) -> None:
+    """Seen: no run in it, but a folder; and a run amid the prepared data that --out named."""
+    before, options = sorted(data.iterdir()), ["--steps", 1, "--device", "cpu"]
+    (tmp_path / "empty").mkdir()
+    for given, out, code in (
+        (tmp_path / "empty", tmp_path / "run", 65),
+        (tmp_path / "none", tmp_path / "run", 66),
+        (data, data, 73),
+    ):
+        done, _, err = run(capsys, "train", "tiny", "--data", given, "--out", out, *options)
+        assert done == code and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "run").exists()
+    assert sorted(data.iterdir()) == before
+
+
+def test_the_folder_one_is_in_can_be_the_run_or_its_data(
+    capsys, monkeypatch, tmp_path: Path
+) -> None:
+    """`--out .` was taken for none, and the run went to runs/tiny-NAME below it; so was --data."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["--out", "."], ["--out=."]):
+        assert f'"{tmp_path}"' in run(capsys, "config", "tiny", "--data", "d", *words)[1]
+    assert f'"path": "{tmp_path}"' in run(capsys, "config", "tiny", "--data", ".")[1]
+    assert '"runs/tiny-d"' in run(capsys, "config", "tiny", "--data", "d")[1]
+
+
+def test_the_help_shows_several_values_without_brackets_in_brackets(capsys) -> None:
+    for verb in ("prepare", "report", "evaluate", "generate"):
+        assert "[[" not in run(capsys, verb, "--help")[1]
+
+
 def test_the_help_of_plan_names_its_own_option(capsys) -> None:
     assert "--hours" in run(capsys, "plan", "--help")[1]
     assert "--hours" in run(capsys, "plan", "tiny", "--help")[1]

@@ -57,6 +57,25 @@ def test_an_import_prints_no_command_that_is_refused(tmp_path: Path, data, capsy
     assert main(asked) == 0
 
 
+def test_an_import_that_was_killed_can_be_given_again(tmp_path: Path, capsys) -> None:
+    """Killed before config.json it left a folder that was no run and that it then refused."""
+    folder, out = folder_of(tmp_path, GPT2_VOCAB), tmp_path / "imported"
+    asked = ["import", str(folder), "--out", str(out)]
+    assert main(asked) == 0
+    whole = {path: path.read_bytes() for path in out.rglob("[!.]*") if path.is_file()}
+    (out / "config.json").rename(out / ".tmp-config.json-0123abcd")
+    (out / "checkpoints/.tmp-step-00000000-0123abcd").mkdir()
+    assert main(asked) == 0
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == {
+        **whole,
+        out / ".lock": (out / ".lock").read_bytes(),
+    }
+    (out / "checkpoints/step-00000000").rename(out / "checkpoints/step-00000007")
+    (out / "config.json").unlink()
+    assert main(asked) == 2  # the checkpoint of somebody's run
+    assert "exists already" in capsys.readouterr().err
+
+
 def test_the_card_of_an_imported_model_does_not_say_how_it_was_trained(
     tmp_path: Path, capsys
 ) -> None:

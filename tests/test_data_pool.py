@@ -114,9 +114,17 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
         return prepared(name)
 
     monkeypatch.setattr(spawn, "get_preparation_data", preparation)
-    monkeypatch.setattr(forkserver, "ensure_running", lambda: handed.append(sys.argv))
+    held = list[set[signal.Signals]]()  # a server that Ctrl-C met as it started said a traceback
+
+    def ensure_running() -> None:
+        handed.append(sys.argv)
+        held.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(forkserver, "ensure_running", ensure_running)
     monkeypatch.setattr(sys, "argv", ["sota", *map(str, range(100_000))])  # gh-144503
     forks.warm_up()
+    held.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))  # type: ignore[arg-type]
+    assert [signal.SIGINT in each for each in held] == [True, False]
     (tmp_path / "units").mkdir()
     pool = Pool(Job(tmp_path / "units", "text", "auto"), 2)
     try:

@@ -4,8 +4,10 @@ import base64
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,6 +167,24 @@ def test_falls_back_where_gigatoken_is_missing_or_wrong(monkeypatch: pytest.Monk
         assert Encoder().kind == "tiktoken"
     monkeypatch.setattr(module, lambda: lambda text: [15496])
     assert Encoder().kind == "tiktoken"
+
+
+def test_what_is_killed_while_gigatoken_reads_its_ranks_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seen: Ctrl-C in the first second of `sota prepare` left sota-ranks-* in TMPDIR."""
+    gigatoken = pytest.importorskip("gigatoken.gigatoken_rs")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    read, there = gigatoken.BPETokenizer, list[Path]()
+
+    def from_tiktoken(*given: object) -> object:
+        there.extend(tmp_path.iterdir())
+        return read.from_tiktoken(*given)
+
+    reader = SimpleNamespace(from_tiktoken=from_tiktoken)
+    monkeypatch.setattr(gigatoken, "BPETokenizer", reader)
+    assert Encoder("gigatoken")(b"hello world").tolist() == [31373, 995]
+    assert there == []
 
 
 def test_decoding_edges() -> None:

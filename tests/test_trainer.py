@@ -192,6 +192,14 @@ def test_processes_of_one_machine_do_not_need_its_network(here: str, taken: str 
         assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
 
 
+def test_a_network_that_is_not_here_is_named() -> None:
+    """gloo alone said that another process had died, and that trying again may help."""
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "eth99"}
+    with mock.patch.dict(os.environ, launched), pytest.raises(SotaError, match="eth99") as refused:
+        Runtime.detect(Run(device="cpu"), 1)
+    assert refused.value.code == 2
+
+
 def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> None:
     """With windows of which each rank's have another number of targets, and where they go on from
     a step at which the model is judged: whether it was, they agree. Each judges by its share.

@@ -10,7 +10,7 @@ import difflib
 import io
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import SotaError
@@ -57,6 +57,11 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         default=PRESETS[name](recipe),
         description=f"Short forms: {short}.",
     )
+    flags = {word.partition("=")[0] for word in _lengthen(rest)}
+    if config.data.path == Path() and "--data.path" in flags:  # `.`, and not none at all
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=Path.cwd()))
+    if config.run.out == Path() and "--run.out" in flags:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path.cwd()))
     if config.run.out == Path() and config.data.path != Path():
         kind = name if recipe == RECIPES[0] else f"{name}-{recipe}"
         out = Path("runs") / f"{kind}-{config.data.path.resolve().name}"
@@ -111,7 +116,7 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
             raise SotaError(f"{verb}: {flag} is given twice; give all its values behind one {flag}")
     boxed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(boxed):
+        with contextlib.redirect_stderr(boxed), _lists():
             return tyro.cli(kind, prog=program, args=arguments, config=config, **more)
     except SystemExit as stop:
         if not stop.code:
@@ -122,6 +127,30 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
         if not re.match(r"\w+\.\w+ ", text):  # a field that names itself and what is allowed
             text = f"{verb}: {text}; `{program} --help` shows all options"
         raise SotaError(text) from None
+
+
+def _lists() -> Any:
+    """How tyro shall read, and show, options of several values; by itself it shows three brackets
+    around each.
+    """
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        kind = get_args(info.type)[:1]
+        if get_origin(info.type) is not tuple or kind not in ((str,), (Path,)):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=f"{'TEXT' if kind == (str,) else 'PATH'} ...",
+            instance_from_str=lambda words: tuple(map(kind[0], words)),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: list(map(str, value)),
+        )
+
+    return registry
 
 
 def _flags(kind: type, default: Any) -> list[str]:

@@ -54,7 +54,7 @@ class Prepare:
         if self.part and "-" in self.inputs:
             found.append("--part needs files: standard input cannot be read again by each part")
         if self.out == Path():
-            found.append("prepare needs --out FOLDER")
+            found.append("prepare needs --out FOLDER, another than the current one")
         if not 0 <= self.val_fraction < 1:
             found.append(f"prepare.val_fraction {self.val_fraction} must be in [0, 1)")
         return found

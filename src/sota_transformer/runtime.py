@@ -12,6 +12,7 @@ import platform
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -78,6 +79,8 @@ class Runtime:
                 # gloo would take the address behind the machine's name, which goes with a network.
                 loopback = "lo0" if sys.platform == "darwin" else "lo"
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+            if backend == "gloo":
+                _check_networks()
             try:
                 with _together():
                     dist.init_process_group(backend, timeout=_SILENCE)
@@ -253,6 +256,13 @@ def _together() -> Iterator[None]:
             f"tells why, and the same command goes on ({' '.join(str(error).split())[:120]})",
             TEMPORARY,
         ) from error
+
+
+def _check_networks() -> None:
+    """SotaError for a GLOO_SOCKET_IFNAME that is not here; gloo would not say what is wrong."""
+    given, here = os.environ.get("GLOO_SOCKET_IFNAME"), [name for _, name in socket.if_nameindex()]
+    if given and not {*given.split(",")} <= {*here}:
+        raise SotaError(f"GLOO_SOCKET_IFNAME is {given}, and here are {', '.join(here)}; unset it")
 
 
 def _left_by_limit() -> int:

@@ -19,6 +19,8 @@ policies  what `sota prepare` decides about documents (duplicates, sides, --excl
 folders   random Hugging Face folders in `sota import`, `evaluate`, `export` and `train`, held
           against transformers                             (--count folders)
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
+journeys  random sequences of all commands in one workspace, with interruptions and accidents, held
+          against a model of it                            (--count journeys)
 twin      runs with random options against their float64 twins   (--count runs)
 """
 
@@ -38,6 +40,7 @@ from . import (
     folders,
     fuzz,
     inputs,
+    journeys,
     mutants,
     policies,
     ranks,
@@ -122,6 +125,12 @@ def _folders(root: Path, count: int, seed: int) -> list[str]:
     return result.wrong
 
 
+def _journeys(root: Path, count: int, seed: int) -> list[str]:
+    result = journeys.journeys(root, count, seed)
+    print(result)
+    return result.wrong
+
+
 def _on_bench(
     work: Callable[[Bench, Zygote, int, int], Any],
 ) -> Callable[[Path, int, int], list[str]]:
@@ -173,6 +182,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "policies": (1000, _policies),
     "folders": (500, _folders),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
+    "journeys": (100, _journeys),
     "twin": (200, _twin),
 }
 

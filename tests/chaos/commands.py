@@ -52,15 +52,16 @@ def prepare_arguments(corpus: Path, out: Path, workers: int = 2) -> list[str]:
 class Zygote:
     """Starts commands without their seconds of importing; see zygote.py."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *modules: str, **environment: str) -> None:
         self.folder = folder
+        self._modules, self._environment = modules, ENVIRONMENT | environment
         self._number = 0
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "tests.chaos.zygote"]
+        command = [sys.executable, "-m", "tests.chaos.zygote", *self._modules]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT
+            command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, env=self._environment
         )
         return self
 
@@ -73,12 +74,15 @@ class Zygote:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, arguments: list[str], traced: bool = False) -> int:
-        """The process id of a new command; `traced` lets it wait for strace first."""
+    def start(self, arguments: list[str], traced: bool = False, where: Path | None = None) -> int:
+        """The process id of a new command; `traced` lets it wait for strace first, `where` is the
+        folder that it starts in, as a user whom permissions bind.
+        """
         self._number += 1
         self.output = self.folder / f"output-{self._number}"
-        folder, output = str(self.folder), str(self.output)
-        return self._ask(arguments=arguments, folder=folder, output=output, traced=traced)
+        folder, output = str(where or self.folder), str(self.output)
+        order = {"folder": folder, "output": output, "traced": traced, "bound": where is not None}
+        return self._ask(arguments=arguments, **order)
 
     def wait(self, pid: int, seconds: float = TIMEOUT) -> Finished | None:
         """The command's end, or None if it is still running then."""

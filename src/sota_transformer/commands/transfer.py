@@ -19,6 +19,7 @@ from sota_transformer.inference.export import (
     write_huggingface,
 )
 from sota_transformer.inference.folder import read_model
+from sota_transformer.model.transformer import Transformer
 from sota_transformer.options import Export, Import
 from sota_transformer.presets import PRESETS, command
 from sota_transformer.report import validations
@@ -56,11 +57,12 @@ def run_export(options: Export) -> int:
     return 0
 
 
-def _free(out: Path) -> dict[str, bool]:
-    """The rules that the folder to write must keep."""
+def _free(out: Path, but: tuple[str, ...] = ()) -> dict[str, bool]:
+    """The rules that the folder to write must keep: it is empty, but for what begins so."""
     if out == Path():
-        return {"name the folder to write: --out FOLDER": False}
-    taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+        return {"name the folder to write, not the current one: --out FOLDER": False}
+    taken = out.is_symlink() or (out.exists() and not out.is_dir())
+    taken |= out.is_dir() and not all(path.name.startswith(but) for path in out.iterdir())
     return {
         f"{out} exists already; give another --out": not taken,
         f"{out.absolute()} is not UTF-8, as safetensors needs it; give another --out": (
@@ -147,7 +149,8 @@ def _figures(folder: Path, step: int | None) -> str:
 
 def run_import(options: Import) -> int:
     """A run at step 0 with the folder's weights, to evaluate, use or train on."""
-    check(_free(options.out))
+    begun = checkpoint.steps(options.out) in ([], [0])  # and killed before config.json
+    check(_free(options.out, (".lock", ".tmp-", "checkpoints") if begun else ()))
     if checkpoint.steps(options.model):  # of ours
         model = open_model(options.model, "cpu", None).model
     else:
@@ -173,6 +176,20 @@ def run_import(options: Import) -> int:
         durable.make_folder(out)
     except OSError as error:
         raise SotaError(f"cannot make {out}: {error.strerror}", LOCKED) from error
+    with durable.DirectoryLock(out):
+        durable.sweep(out)
+        durable.sweep(out / "checkpoints")
+        _write_run(config, model)
+    print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
+    if options.data:
+        # The preset that is closest to it has the shortest command.
+        words = min((command(name, config) for name in PRESETS), key=len)
+        print(f"train on:  {shlex.join(words)}")
+    return 0
+
+
+def _write_run(config: RunConfig, model: Transformer) -> None:
+    """The checkpoint of step 0, then config.json: it is what makes the folder a run."""
     state = checkpoint.State(
         step=0,
         model=model.state_dict(),
@@ -180,12 +197,5 @@ def run_import(options: Import) -> int:
         trainer={"updates": 0, "guard": Guard().state()},
         manifest={"model": dataclasses.asdict(model.config)},
     )
-    checkpoint.save(out, state)
-    # config.json last: it is what makes the folder a run.
-    durable.write_file(out / "config.json", config.to_json().encode())
-    print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
-    if options.data:
-        # The preset that is closest to it has the shortest command.
-        words = min((command(name, config) for name in PRESETS), key=len)
-        print(f"train on:  {shlex.join(words)}")
-    return 0
+    checkpoint.save(config.run.out, state)
+    durable.write_file(config.run.out / "config.json", config.to_json().encode())

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -46,5 +47,10 @@ def warm_up() -> None:
         # numpy's linear algebra, which none of us needs, would start threads: there a fork must not
         # meet them, and here they spin while the workers want the processor.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        with bare():
-            forkserver.ensure_running()
+        # Ctrl-C reaches the server, too, which has nothing to say; it ignores it once it runs.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with bare():
+                forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -73,13 +73,16 @@ def _rank_file() -> bytes:
 
 
 def _gigatoken() -> Callable[[Any], NDArray[np.uint32]]:
-    """Encoder of str or UTF-8; it reads its ranks from a file, so they get one for a moment."""
+    """Encoder of str or UTF-8; it reads its ranks from a file, so they get one for a moment.
+
+    The file has no name, so that a process that is killed meanwhile leaves none.
+    """
     from gigatoken.gigatoken_rs import BPETokenizer
 
-    with tempfile.NamedTemporaryFile(prefix="sota-ranks-") as file:
+    with tempfile.TemporaryFile() as file:
         file.write(_rank_file())
-        file.flush()
-        return BPETokenizer.from_tiktoken(file.name, "gpt2", {}).encode
+        file.seek(0)  # where /dev/fd gives the same open file, as on macOS
+        return BPETokenizer.from_tiktoken(f"/dev/fd/{file.fileno()}", "gpt2", {}).encode
 
 
 def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
-from sota_transformer.data.shards import check_folder
+from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory, stay_awake
@@ -112,7 +112,9 @@ def _finished(folder: Path, step: int, newest: bool) -> bool:
 
 
 def check_folders(config: RunConfig) -> Path:
-    """The run's folder, made where it is missing. SotaError for what cannot work."""
+    """The run's folder, made where it is missing, and not before all else is known to be fit.
+    SotaError for what cannot work.
+    """
     if config.data.path == Path():
         raise SotaError("say what to train on: --data FOLDER (made by `sota prepare`)")
     if config.run.out == Path():
@@ -123,12 +125,19 @@ def check_folders(config: RunConfig) -> Path:
             f"model.vocab_size {config.model.vocab_size} is less than the {VOCAB} ids of prepared "
             "data; leave it out"
         )
-    check_folder(config.data.path)
+    if (folder / durable.MANIFEST).exists():  # the files of a run would mix with these
+        raise SotaError(
+            f"{folder} holds prepared data, an exported model or a checkpoint; choose another "
+            "--out",
+            LOCKED,
+        )
     if config.run.resume not in ("auto", "never") and not checkpoint.steps(folder):
         raise SotaError(f"{folder} has no checkpoint to resume from", NO_INPUT)
     if not checkpoint.is_utf8(folder):
         name = folder.absolute()
         raise SotaError(f"{name} is not UTF-8, as safetensors needs it; give another --out")
+    for split in ("train", "val"):
+        TokenWindows(config.data.path, split, config.model.seq_len)
     try:
         durable.make_folder(folder)
     except OSError as error:
