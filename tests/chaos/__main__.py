@@ -18,6 +18,8 @@ folders   random Hugging Face folders in `sota import`, `evaluate`, `export` and
           against transformers                             (--count folders)
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
 twin      runs with random options against their float64 twins   (--count runs)
+judging   what `sota evaluate`, `generate`, `report` and the server say of random models, held
+          against float64                                  (--count models)
 """
 
 import argparse
@@ -30,7 +32,9 @@ from typing import Any
 
 from sota_transformer import durable
 
-from . import documents, faults, folders, fuzz, inputs, mutants, ranks, reading, soak, stops, twins
+from . import (
+    documents, faults, folders, fuzz, inputs, judging, mutants, ranks, reading, soak, stops, twins,
+)  # fmt: skip
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
@@ -101,6 +105,12 @@ def _folders(root: Path, count: int, seed: int) -> list[str]:
     return result.wrong
 
 
+def _judging(root: Path, count: int, seed: int) -> list[str]:
+    result = judging.judging(root, count, seed)
+    print(result)
+    return result.wrong
+
+
 def _on_bench(
     work: Callable[[Bench, Zygote, int, int], Any],
 ) -> Callable[[Path, int, int], list[str]]:
@@ -152,6 +162,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "folders": (500, _folders),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
     "twin": (200, _twin),
+    "judging": (100, _judging),
 }
 
 
