@@ -32,10 +32,9 @@ from typing import Any
 
 from sota_transformer import durable
 
-from . import (
-    documents, faults, folders, fuzz, inputs, judging, mutants, ranks, reading, soak, stops, twins,
-)  # fmt: skip
+from . import documents, faults, folders, fuzz, inputs, mutants, ranks, reading, soak, stops, twins
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
+from .judging import judging
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
 POINTS = 1000  # more than one commit has; the sweeps then try every point
@@ -106,7 +105,7 @@ def _folders(root: Path, count: int, seed: int) -> list[str]:
 
 
 def _judging(root: Path, count: int, seed: int) -> list[str]:
-    result = judging.judging(root, count, seed)
+    result = judging(root, count, seed)
     print(result)
     return result.wrong
 

@@ -6,98 +6,37 @@ of several runs, and of the server's /v1/completions.
 """
 
 import csv
-import io
 import json
 import math
 import os
 import random
 import re
 import shutil
-import sys
 import traceback
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fastapi.testclient import TestClient
 from safetensors.torch import load_file
-
-from sota_transformer.commands.common import open_to_generate
-from sota_transformer.data.tokenizer import Tokenizer
-from sota_transformer.serve.engine import Engine
-from sota_transformer.serve.guard import Guard
-from sota_transformer.serve.schema import Curve
-from sota_transformer.serve.server import build_app, content_policy
 
 from . import verdicts
 from .commands import Finished
 from .folders import TRAINING, command
 from .twin import EOT, Array, stream
 from .twins import texts
-from .verdicts import (
-    DRAWN, NEAR, Said, Subject, chances, fits, make_subject, pearson, rank, said,
-)  # fmt: skip
+from .verdicts import DRAWN, Subject, make_subject
+from .writing import ALLOWED, SELDOM, WORDS, Result, Writing, some_text
 
-ALLOWED = 1e-4  # of a loss, relative to a size of at least 1
-SELDOM = 1e-8  # a test of draws that is as unlikely as this is wrong
-DRAWS = 400
-WORDS = ["def f(x):", "\n", "  ", "the", " cat", "Ünïcödé", "日本語", "🦊🦊", "x" * 9, "\t", "1234", "<b>",
-         "<|endoftext|>", " a", ".", ", and", "it's", "\n\n", "Ωmega", " return None", "🏳️‍🌈"]  # fmt: skip
+FIGURES = ("mean", "spread", "difference", "seeds", "text")  # of a report's second table
 
 
-@dataclass
-class Result:
-    """What was asked and compared, and what is wrong."""
-
-    asked: Counter[str] = field(default_factory=Counter)
-    compared: int = 0
-    largest: Counter[str] = field(default_factory=Counter)
-    ranks: list[float] = field(default_factory=list)
-    """Of every token that was drawn its place in the distribution: even, all together."""
-    wrong: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        asked = ", ".join(f"{number:,} {name}" for name, number in sorted(self.asked.items()))
-        far = ", ".join(f"{name} {value:.1e}" for name, value in sorted(self.largest.items()))
-        text = f"{asked}; {self.compared:,} figures, largest differences: {far}"
-        return f"{text}; the ranks of {len(self.ranks):,} draws are even: p = {self.even():.2g}"
-
-    def even(self) -> float:
-        """How likely ranks are this uneven."""
-        bins = max(2, min(50, len(self.ranks) // 10))
-        counts = np.histogram(self.ranks, bins, (0, 1))[0]
-        return pearson(counts, np.full(bins, max(1, len(self.ranks)) / bins))
-
-    def same(self, case: str, name: str, value: Any, wanted: Any, allowed: float = 0.0) -> None:
-        """Hold one figure, or anything, against the reference."""
-        self.compared += 1
-        if value is None or not isinstance(wanted, float):
-            far = 0.0 if value == wanted else math.inf
-        else:
-            far = abs(value - wanted) / max(1.0, abs(wanted))
-        kind = name.split(",")[0]
-        if far:
-            self.largest[kind] = max(self.largest[kind], far)
-        if not far <= allowed:
-            self.wrong.append(f"{case}: {name} is {value!r}, and should be {wanted!r}")
-
-
-def some_text(source: random.Random, words: int) -> str:
-    """Words, signs and space of every kind."""
-    return "".join(source.choice(WORDS) + source.choice(["", " "]) for _ in range(words))
-
-
-class Judge:
+class Judge(Writing):
     """Asks and compares, case by case."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.result, self.tokenizer = root, Result(), Tokenizer()
+        super().__init__(root)
         self.bytes = self.tokenizer.token_bytes
-        self.noise = random.Random(0)
-        self.names = {self._shown(token): token for token in range(DRAWN)}
         self.data = root / "data"
         words = ("prepare", texts(root / "texts")[2], "--out", self.data, "--val-fraction", "0.3")
         done = command(*words, "--workers", "1")
@@ -113,34 +52,12 @@ class Judge:
         self._against(name, one, self._subject(source, place, "other"), place, source)
         self._benchmarks(name, one, place, source)
         for _ in range(2):
-            self._generate(name, one, place, source)
-        self._distribution(name, one, source)
-        self._serve(name, one, source)
+            self.generate(name, one, place, source)
+        self.distribution(name, one, source)
+        self.serve(name, one, source)
         if one.held_out is not None:
             self._report(name, one, place, source)
         shutil.rmtree(place)
-
-    def _shown(self, token: int) -> str:
-        """A token's name in OpenAI's lists."""
-        data = self.tokenizer.decode_bytes([token])
-        try:
-            return data.decode() or "<|endoftext|>"
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def _ask(self, name: str, verb: str, *words: object, given: str = "") -> list[Any] | Finished:
-        """The JSON lines of a command, or how it ended if that was no success."""
-        self.result.asked[verb] += 1
-        before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(given.encode()))
-        try:
-            done = command(verb, *words)
-        finally:
-            sys.stdin = before
-        if done.code:
-            told = " ".join(map(str, words))
-            self.result.wrong.append(f"{name}: {verb} {told}: {done.code}: {done.output[-900:]}")
-            return done
-        return [json.loads(line) for line in done.output.split("\n") if line[:1] == "{"]
 
     def _subject(self, source: random.Random, place: Path, name: str) -> Subject:
         """A folder as transformers has them, or a run from it."""
@@ -159,8 +76,9 @@ class Judge:
         weights = {key: value.double() for key, value in stored.items()}
         return Subject(out, made.model, weights, masked, stream(self.data, "val"))
 
-    def _texts(self, place: Path, context: int, source: random.Random) -> tuple[list[str], str,
-                                                                                list[Array]]:  # fmt: skip
+    def _texts(
+        self, place: Path, context: int, source: random.Random
+    ) -> tuple[list[str], str, list[Array]]:
         """Arguments behind --text, what is piped in, and the tokens of each text."""
         names, piped, found = list[str](), "", list[str]()
         for number in range(source.choice([1, 1, 2, 3])):
@@ -195,8 +113,13 @@ class Judge:
         return names, piped, [np.array([EOT, *self.tokenizer.encode(t)]) for t in found]
 
     def _evaluate(
-        self, name: str, one: Subject, place: Path, source: random.Random, other: Subject | None = None
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        one: Subject,
+        place: Path,
+        source: random.Random,
+        other: Subject | None = None,
+    ) -> None:
         """Loss, error, perplexity and bits per byte of a text or of the validation split."""
         longest = min(each.context for each in (one, other or one))
         context = source.choice([0, 0, source.randint(1, longest), longest + 3])
@@ -216,7 +139,7 @@ class Judge:
         words += ["--tokens", most] if most else []
         if other is not None:
             words += ["--against", other.folder]
-        told = self._ask(name, "evaluate", one.folder, *words, given=piped)
+        told = self.ask(name, "evaluate", one.folder, *words, given=piped)
         if isinstance(told, Finished) or not size:
             return
         kept, left = list[Array](), most or size
@@ -260,7 +183,7 @@ class Judge:
             pairs[kind].append((text[: text.rindex(" ")], text[text.rindex(" ") :]))
         path = place / "lambada.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        told = self._ask(
+        told = self.ask(
             name, "evaluate", one.folder, "--json", "--device", "cpu", "--lambada", path
         )
         if isinstance(told, Finished):
@@ -326,227 +249,17 @@ class Judge:
             except ArithmeticError:
                 return
             right.append(int(np.argmin(nats)) == label)
-            normed.append(int(np.argmin([n / len(e) for n, e in zip(nats, endings)])) == label)
+            normed.append(
+                int(np.argmin([n / len(e) for n, e in zip(nats, endings, strict=True)])) == label
+            )
         path = place / "hellaswag.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         words = ["--json", "--device", "cpu", "--hellaswag", path, "--limit", limit]
-        told = self._ask(name, "evaluate", one.folder, *words)
+        told = self.ask(name, "evaluate", one.folder, *words)
         if not isinstance(told, Finished):
             figures = {row["name"]: (row["value"], row["error"]) for row in told[0]["benchmarks"]}
             wanted = {"hellaswag acc": _mean(right), "hellaswag acc_norm": _mean(normed)}
             self._rows(f"{name} hellaswag", figures, wanted)
-
-    def _options(self, source: random.Random) -> dict[str, float]:
-        """How to draw."""
-        pick = source.choice
-        return {"temperature": pick([0, 0.3, 0.8, 1.0, 2.5]), "top-k": pick([0, 0, 1, 3, 40]),
-                "top-p": pick([1.0, 1.0, 0.95, 0.5, 0.01]), "min-p": pick([0.0, 0.0, 0.1, 0.5]),
-                "repetition-penalty": pick([1.0, 1.0, 1.3, 0.7])}  # fmt: skip
-
-    def _prompt(self, source: random.Random, longest: int) -> str:
-        """A text of at most about so many tokens, which may be none, or just fit."""
-        ids = self.tokenizer.encode(some_text(source, longest))
-        return self.tokenizer.decode(
-            ids[: source.choice([0, 1, longest, source.randint(1, longest)])]
-        )
-
-    def _drawn(
-        self, case: str, one: Subject, prompt: list[int], drawn: list[int], o: dict[str, float]
-    ) -> None:
-        """Whether each token may be drawn there, and where it lies among those that may."""
-        history = list(prompt)
-        for token, found in zip(drawn, one.along(prompt, drawn), strict=True):
-            self.result.compared += 1
-            place = rank(chances(found, history, o), token, self.noise.random())
-            if place is None and not chances(found, history, o, NEAR)[token]:
-                self.result.wrong.append(f"{case}: {token} behind {history} may not be drawn, {o}")
-            if place is not None and o["temperature"]:
-                self.result.ranks.append(place)
-            history.append(token)
-
-    def _ended(
-        self, case: str, story: Said, tokens: list[int], reason: str, most: int
-    ) -> list[int]:
-        """Hold the end of a continuation against the rules; what was drawn, end-of-text included."""
-        if story.stopped_after is not None:
-            end = ("stop", story.stopped_after)
-        else:
-            end = ("length", most) if reason == "length" else ("stop", len(tokens))
-        self.result.same(case, "end", (reason, len(tokens)), end)
-        at_text_end = reason == "stop" and story.stopped_after is None
-        return [*tokens, EOT] if at_text_end else tokens
-
-    def _generate(self, name: str, one: Subject, place: Path, source: random.Random) -> None:
-        """Prompts of uneven lengths in one batch, and one of them alone."""
-        o, context, seed = self._options(source), one.context, source.randrange(10**9)
-        count = source.choice([1, 2, 4, 18])
-        prompts = [self._prompt(source, context + 4) for _ in range(count)]
-        most = source.choice([1, 2, 5, 12] if count > 4 else [1, 5, context // 2, context + 5])
-        words = [f"--{key}={value}" for key, value in o.items()] + ["--json", "--device", "cpu"]
-        words += ["--max-tokens", most, "--logprobs", source.choice([0, 3])]
-        stops = source.sample(
-            ["a", "e", " t", "th", "ing", ". ", "\ufffd"], source.choice([0, 0, 2])
-        )
-        words += ["--stop", *stops] if stops else []
-        path = place / "prompts.jsonl"
-        path.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
-        told = self._ask(name, "generate", one.folder, "--file", path, "--seed", seed, *words)
-        if isinstance(told, Finished):
-            return
-        case, same = f"{name} {' '.join(map(str, words))} seed {seed} generate", self.result.same
-        same(case, "prompts", [each["prompt"] for each in told], prompts)
-        for each in told:
-            prompt, tokens = self.tokenizer.encode(each["prompt"]) or [EOT], each["tokens"]
-            story = said(self.tokenizer, [], tokens, stops)
-            same(case, "text", each["text"], story.text)
-            drawn = self._ended(case, story, tokens, each["finish_reason"], most)
-            self._drawn(case, one, prompt, drawn, o)
-            for token, found in zip(each["logprobs"], one.along(prompt, tokens), strict=True):
-                same(case, "logprob", token["logprob"], _nats(found, token["id"]), ALLOWED)
-                best = {a["id"]: a["logprob"] for a in token["alternatives"]}
-                self._likely(case, best, found, words[words.index("--logprobs") + 1])
-        which = source.randrange(count)
-        alone = ["--prompt", prompts[which], "--seed", seed + which]
-        again = self._ask(name, "generate", one.folder, *alone, *words)
-        if not isinstance(again, Finished) and o["temperature"]:
-            same(case, "alone", again[0]["tokens"], told[which]["tokens"])
-
-    def _likely(self, case: str, best: dict[int, float], found: torch.Tensor, count: int) -> None:
-        """The likeliest tokens and their log-probabilities."""
-        wanted = found.log_softmax(-1)[:DRAWN].topk(count).values.tolist()
-        self.result.same(case, "alternatives", len(best), count)
-        for (token, value), other in zip(best.items(), wanted):
-            self.result.same(case, "alternative", value, other, ALLOWED)
-            self.result.same(case, "alternative", value, _nats(found, token), ALLOWED)
-
-    def _distribution(self, name: str, one: Subject, source: random.Random) -> None:
-        """One token, drawn many times."""
-        o, seed = self._options(source), source.randrange(10**9)
-        o["temperature"], text = o["temperature"] or 1.0, self._prompt(source, one.context)
-        words = [f"--{key}={value}" for key, value in o.items()] + ["--json", "--device", "cpu"]
-        words += ["--max-tokens", 1, "--seed", seed, "--prompt", *[text] * DRAWS]
-        told = self._ask(name, "generate", one.folder, *words)
-        if isinstance(told, Finished):
-            return
-        prompt, drawn = (
-            self.tokenizer.encode(text) or [EOT],
-            [(e["tokens"] or [EOT])[0] for e in told],
-        )
-        case = f"{name} draws of {text!r} seed {seed}"
-        share = chances(next(one.along(prompt, [0])), prompt, o)
-        if odd := {token for token in drawn if not share[token]}:
-            self._drawn(case, one, prompt, [odd.pop()], o)
-        self.result.ranks += filter(None, (rank(share, t, self.noise.random()) for t in drawn))
-        likely = fits(share, drawn)
-        if likely < SELDOM:
-            self.result.wrong.append(f"{case}: not the distribution of {o}: p = {likely:.1g}")
-
-    def _serve(self, name: str, one: Subject, source: random.Random) -> None:
-        """Requests to the server's application."""
-        model = open_to_generate(one.folder, "cpu", None, "float32").model
-        engine = Engine(model, self.tokenizer, source.choice([1, 3, 8]), 16)
-        app = build_app(model, self.tokenizer, "it", Curve(train=[], validation=[]), engine)
-        guarded = Guard(app, "127.0.0.1", "", content_policy())
-        with TestClient(guarded, base_url="http://127.0.0.1") as client:
-            for _ in range(3):
-                self._request(name, one, client, source)
-
-    def _request(self, name: str, one: Subject, client: TestClient, source: random.Random) -> None:
-        """One request in several forms: with probabilities, without, as a stream, stopped."""
-        o, many = self._options(source), source.choice([1, 1, 2, 4])
-        prompts: list[Any] = [self._prompt(source, one.context) for _ in range(many)]
-        ids = [self.tokenizer.encode(each) or [EOT] for each in prompts]
-        if source.random() < 0.4:  # as tokens, of which one ends a text
-            ids = [
-                [*each[: source.randint(1, 40)], *source.choice([[], [EOT, 318]])] for each in ids
-            ]
-            prompts = ids
-        body = {key.replace("-", "_"): value for key, value in o.items()} | {
-            "prompt": prompts if many > 1 or source.random() < 0.3 else prompts[0],
-            "n": source.choice([1, 1, 3]), "seed": source.randrange(10**9),
-            "max_tokens": source.choice([0, 1, 5, one.context]), "echo": source.random() < 0.5,
-            "logprobs": source.choice([0, 1, 5, 20]),
-        }  # fmt: skip
-        fit = all(len(each) + min(body["max_tokens"], 1) <= one.context for each in ids)
-        self.result.asked["requests"] += 1
-        answer, case = client.post("/v1/completions", json=body), f"{name} {body} request"
-        good = fit and (body["max_tokens"] or body["echo"])
-        self.result.same(case, "status", answer.status_code, 200 if good else 422)
-        if not good or answer.status_code != 200:
-            return
-        self._answered(case, one, ids, body, o, answer.json())
-        plain = [choice["text"] for choice in answer.json()["choices"]]
-        self._streamed(case, client, body, answer.json())
-        text = source.choice(plain)
-        at = source.randrange(len(text) + 1)
-        body["stop"] = [
-            text[at : at + source.choice([1, 2, 3, 5])] or "x",
-            source.choice(["a", "\ufffd"]),
-        ]
-        answer, case = client.post("/v1/completions", json=body), f"{name} {body} request"
-        self._answered(case, one, ids, body, o, answer.json())
-        body["logprobs"] = None
-        bare = client.post("/v1/completions", json=body).json()
-        wanted = [choice | {"logprobs": None} for choice in answer.json()["choices"]]
-        self.result.same(case, "choices without logprobs", bare["choices"], wanted)
-        self._streamed(case, client, body, bare)
-
-    def _answered(
-        self, case: str, one: Subject, ids: list[list[int]], body: dict[str, Any], o: dict[str, float],
-        answer: dict[str, Any],
-    ) -> None:  # fmt: skip
-        """Every token, its probability, text and end."""
-        same, written = self.result.same, 0
-        choices, n = answer["choices"], body["n"]
-        same(case, "indices", [c["index"] for c in choices], list(range(len(ids) * n)))
-        for number, choice in enumerate(choices):
-            prompt, told = ids[number // n], choice["logprobs"]
-            echoed = prompt if body["echo"] else []
-            tokens = [self.names[each] for each in told["tokens"]]
-            same(case, "echo", tokens[: len(echoed)], echoed)
-            drawn = tokens[len(echoed) :]
-            written += len(drawn)
-            kept = drawn[:-1] if drawn[-1:] == [EOT] else drawn
-            story = said(self.tokenizer, echoed, kept, body.get("stop", []))
-            most = min(body["max_tokens"], one.context - len(prompt))
-            same(case, "text", choice["text"], story.text)
-            same(
-                case, "drawn", self._ended(case, story, kept, choice["finish_reason"], most), drawn
-            )
-            same(case, "offsets", told["text_offset"][: len(story.offsets)], story.offsets)
-            self._drawn(case, one, prompt, drawn, o)
-            found = list(one.logits(prompt)[:-1]) if echoed else []
-            found += one.along(prompt, drawn)
-            if echoed:
-                first = (told["token_logprobs"].pop(0), told["top_logprobs"].pop(0), tokens.pop(0))
-                same(case, "first", first[:2], (None, None))
-            lists = (tokens, told["token_logprobs"], told["top_logprobs"], found)
-            for token, value, best, row in zip(*lists, strict=True):
-                same(case, "logprob", value, _nats(row, token), ALLOWED)
-                named = {self.names[key]: other for key, other in best.items()}
-                self._likely(case, named, row, body["logprobs"])
-        usage = {"prompt_tokens": sum(map(len, ids)), "completion_tokens": written}
-        usage["total_tokens"] = sum(usage.values())
-        same(case, "usage", answer["usage"], usage)
-
-    def _streamed(
-        self, case: str, client: TestClient, body: dict[str, Any], whole: dict[str, Any]
-    ) -> None:
-        """The pieces of a stream, put together, are the whole answer."""
-        more = {"stream": True, "stream_options": {"include_usage": True}}
-        lines = client.post("/v1/completions", json=body | more).text.split("\n\n")
-        self.result.same(case, "end of the stream", lines[-2:], ["data: [DONE]", ""])
-        events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-        self.result.same(case, "usage of the stream", events[-1]["usage"], whole["usage"])
-        parts = dict[int, dict[str, Any]]()
-        for choice in (each for event in events for each in event["choices"]):
-            known = parts.setdefault(choice["index"], choice | {"text": "", "logprobs": None})
-            known["text"] += choice["text"]
-            known["finish_reason"] = choice["finish_reason"]
-            if choice["logprobs"]:
-                lists = known["logprobs"] or {key: [] for key in choice["logprobs"]}
-                known["logprobs"] = {k: lists[k] + v for k, v in choice["logprobs"].items()}
-        self.result.same(case, "stream", [parts[i] for i in sorted(parts)], whole["choices"])
 
     def _report(self, name: str, one: Subject, place: Path, source: random.Random) -> None:
         """Runs that differ in seed or rate, as if each had come to another loss."""
@@ -575,22 +288,19 @@ class Judge:
                 for _, row in rows]  # fmt: skip
         self.result.same(f"{name} report", "settings", len(told), len(settings))
         first = np.array(next(iter(settings.values())))
-        for row, values in zip(told, map(np.array, settings.values())):
-            sizes, spreads = (len(values), len(first)), [None, None]
+        for row, values in zip(told, map(np.array, settings.values()), strict=True):
+            sizes = (len(values), len(first))
             spreads = [float(v[:, 0].std(ddof=1)) if len(v) > 1 else None for v in (values, first)]
             wanted = [float(values[:, 0].mean()), spreads[0], None, None, None]
             if row is not told[0]:
                 wanted[2] = float(values[:, 0].mean() - first[:, 0].mean())
                 if None not in spreads:
-                    wanted[3] = math.sqrt(sum(s**2 / n for s, n in zip(spreads, sizes)))
+                    wanted[3] = math.sqrt(
+                        sum(s**2 / n for s, n in zip(spreads, sizes, strict=True))
+                    )
                 wanted[4] = float(values[:, 1].mean() + first[:, 1].mean())
-            for key, value, other in zip("mean spread difference seeds text".split(), row, wanted):
+            for key, value, other in zip(FIGURES, row, wanted, strict=True):
                 self.result.same(f"{name} report", key, value, other, ALLOWED)
-
-
-def _nats(found: torch.Tensor, token: int) -> float:
-    """The log-probability of a token under logits (V,)."""
-    return float(found[token] - found.logsumexp(-1))
 
 
 def _mean(values: Any) -> tuple[float, float | None]:

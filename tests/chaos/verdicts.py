@@ -119,7 +119,8 @@ def _joined(stored: Weights, layers: int) -> Weights:
     found = {"embedding.weight": w["embed_tokens.weight"], "norm.weight": w["norm.weight"]}
     plain = {"attention.out": "self_attn.o_proj", "mlp.down": "mlp.down_proj",
              "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-             "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}  # fmt: skip
+             "attention.q_norm": "self_attn.q_norm",
+             "attention.k_norm": "self_attn.k_norm"}  # fmt: skip
     for n in range(layers):
         there = f"layers.{n}"
         for ours, theirs in plain.items():
