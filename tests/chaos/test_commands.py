@@ -20,7 +20,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import read_config
 
-from . import documents, faults, folders, inputs, ranks, reading, soak, stops
+from . import documents, faults, folders, inputs, judging, ranks, reading, soak, stops
 from .commands import (
     Bench,
     Zygote,
@@ -136,6 +136,12 @@ def test_random_model_folders_against_transformers(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     result = folders.folders(tmp_path / "work", 60, seed=4)
     assert result.wrong == [] and result.taken > 15 and result.exported > 4 and result.trained > 1
+
+
+@pytest.mark.chaos
+def test_what_is_said_of_a_model_is_what_it_computes(tmp_path: Path) -> None:
+    result = judging.judging(tmp_path, 2, seed=4)
+    assert result.wrong == [] and result.compared > 1000 and result.asked["answers"]
 
 
 @pytest.mark.chaos
