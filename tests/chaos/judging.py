@@ -88,10 +88,10 @@ class Judge(Writing):
             if source.random() < 0.3:  # a length that just fits, or just does not
                 ids = self.tokenizer.encode(text)
                 at = context * source.choice([1, 2]) + source.choice([-1, 0, 1])
-                text = self.tokenizer.decode(ids[:at])
+                text = self.tokenizer.decode(ids[:at]) or "x"
             path = place / f"text-{number}.{kind}"
             many = [text, *(some_text(source, source.randint(1, 9)) for _ in range(3))]
-            many = [each for each in many if each.strip()]
+            many = [each for each in many if each.strip()] or ["x"]
             if kind == "-" and not piped and not text.startswith("{") and text.strip():
                 path, piped, many = Path("-"), text, [text]
             elif kind == "folder":

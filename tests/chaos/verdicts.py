@@ -230,14 +230,22 @@ def rank(share: Array, token: int, fraction: float) -> float | None:
 
 
 def fits(share: Array, drawn: Sequence[int]) -> float:
-    """Pearson's chi-square: how likely draws are as far from the shares as these, or further."""
+    """Pearson's chi-square: how likely draws are as far from the shares as these, or further.
+
+    A bin is a token or neighbours in likelihood, and expects at least eight.
+    """
     expected, found = share * len(drawn), np.bincount(drawn, minlength=DRAWN)
-    single = expected >= 5
-    e = np.append(expected[single], expected[~single].sum())
-    f = np.append(found[single], found[~single].sum())
-    if e[-1] < 5 and len(e) > 1:  # too few for a bin of their own
-        e, f = np.append(e[:-2], e[-2:].sum()), np.append(f[:-2], f[-2:].sum())
-    return pearson(f, e) if len(e) > 1 else 1.0
+    bins, wanted, counted = list[tuple[float, float]](), 0.0, 0.0
+    for token in np.argsort(-share, kind="stable")[: int((share > 0).sum())]:
+        wanted, counted = wanted + expected[token], counted + found[token]
+        if wanted >= 8:
+            bins.append((wanted, counted))
+            wanted = counted = 0.0
+    if not bins:
+        return 1.0
+    bins[-1] = (bins[-1][0] + wanted, bins[-1][1] + counted)
+    e, f = np.array(bins).T
+    return pearson(f, e) if len(bins) > 1 else 1.0
 
 
 def pearson(found: Array, expected: Array) -> float:

@@ -56,7 +56,7 @@ class Result:
 
     def even(self) -> float:
         """How likely ranks are this uneven."""
-        bins = max(2, min(50, len(self.ranks) // 10))
+        bins = max(2, min(20, len(self.ranks) // 10))
         counts = np.histogram(self.ranks, bins, (0, 1))[0]
         return pearson(counts, np.full(bins, max(1, len(self.ranks)) / bins))
 
@@ -221,13 +221,14 @@ class Writing:
         app = build_app(model, self.tokenizer, "it", Curve(train=[], validation=[]), engine)
         guarded = Guard(app, "127.0.0.1", "", content_policy())
         with TestClient(guarded, base_url="http://127.0.0.1") as client:
-            for _ in range(3):
+            for _ in range(5):
                 self._request(name, one, client, source)
 
     def _request(self, name: str, one: Subject, client: TestClient, source: random.Random) -> None:
         """One request in several forms: with probabilities, without, as a stream, stopped."""
         o, many = self._options(source), source.choice([1, 1, 2, 4])
-        prompts: list[Any] = [self._prompt(source, one.context) for _ in range(many)]
+        longest = source.choice([one.context, 1 + one.context // 2])
+        prompts: list[Any] = [self._prompt(source, longest) for _ in range(many)]
         ids = [self.tokenizer.encode(each) or [EOT] for each in prompts]
         if source.random() < 0.4:  # as tokens, of which one ends a text
             ids = [
@@ -237,7 +238,7 @@ class Writing:
         body = {key.replace("-", "_"): value for key, value in o.items()} | {
             "prompt": prompts if many > 1 or source.random() < 0.3 else prompts[0],
             "n": source.choice([1, 1, 3]), "seed": source.randrange(10**9),
-            "max_tokens": source.choice([0, 1, 5, one.context]), "echo": source.random() < 0.5,
+            "max_tokens": source.choice([0, 1, 5, one.context, one.context]), "echo": source.random() < 0.5,
             "logprobs": source.choice([0, 1, 5, 20]),
         }  # fmt: skip
         fit = all(len(each) + min(body["max_tokens"], 1) <= one.context for each in ids)
@@ -249,10 +250,10 @@ class Writing:
         if not good or answer.status_code != 200:
             return
         self._answered(case, one, ids, body, o, answer.json())
-        plain = [choice["text"] for choice in answer.json()["choices"]]
         self._streamed(case, client, body, answer.json())
-        text = source.choice(plain)
-        at = source.randrange(len(text) + 1)
+        chosen = source.choice(answer.json()["choices"])
+        text, begins = chosen["text"], chosen["logprobs"]["text_offset"]
+        at = max(0, source.choice(begins[len(begins) // 2 :]) - source.choice([0, 1, 2]))
         body["stop"] = [
             text[at : at + source.choice([1, 2, 3, 5])] or "x",
             source.choice(["a", "\ufffd"]),
