@@ -167,10 +167,11 @@ def paired(one: Array, other: Array) -> tuple[float, float | None]:
     return found["nats"], found["error"]
 
 
-def asked(subject: Subject, tokenizer: Tokenizer, context: str, answer: str) -> tuple[Tensor, bool]:
-    """Nats of each token of an answer, and whether all are the likeliest; as lm-eval cuts both.
-
-    Raises ArithmeticError where a likeliest token is a tie.
+def asked(
+    subject: Subject, tokenizer: Tokenizer, context: str, answer: str
+) -> tuple[list[float], list[bool | None]]:
+    """Nats of each token of an answer, and whether it is the likeliest, None for a tie; the text is
+    cut where lm-eval cuts it.
     """
     kept = context.rstrip()
     whole = tokenizer.encode(kept + context[len(kept) :] + answer)
@@ -180,9 +181,10 @@ def asked(subject: Subject, tokenizer: Tokenizer, context: str, answer: str) -> 
     found = subject.logits(ids[:-1])[-count:]
     own = found[torch.arange(count), torch.tensor(ids[-count:])]
     best = found.topk(2).values
-    if bool((best[:, 0] - best[:, 1] < NEAR * best.abs().max()).any()):
-        raise ArithmeticError("a tie")
-    return found.logsumexp(-1) - own, own == best[:, 0]
+    tie = best[:, 0] - best[:, 1] < NEAR * best.abs().max()
+    right = (own == best[:, 0]).tolist()
+    nats = (found.logsumexp(-1) - own).tolist()
+    return nats, [None if t else r for r, t in zip(right, tie.tolist(), strict=True)]
 
 
 def hella(text: str) -> str:

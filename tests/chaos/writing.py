@@ -238,8 +238,8 @@ class Writing:
         body = {key.replace("-", "_"): value for key, value in o.items()} | {
             "prompt": prompts if many > 1 or source.random() < 0.3 else prompts[0],
             "n": source.choice([1, 1, 3]), "seed": source.randrange(10**9),
-            "max_tokens": source.choice([0, 1, 5, one.context, one.context]), "echo": source.random() < 0.5,
-            "logprobs": source.choice([0, 1, 5, 20]),
+            "max_tokens": source.choice([0, 1, 5, one.context, one.context]),
+            "logprobs": source.choice([0, 1, 5, 20]), "echo": source.random() < 0.5,
         }  # fmt: skip
         fit = all(len(each) + min(body["max_tokens"], 1) <= one.context for each in ids)
         self.result.asked["requests"] += 1
