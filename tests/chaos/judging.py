@@ -61,7 +61,8 @@ class Judge(Writing):
         self.distribution(name, one, source)
         self.serve(name, one, source)
         if one.held_out is not None:
-            self._report(name, one, place, source)
+            for number in range(3):
+                self._report(name, one, place / f"report-{number}", source)
         shutil.rmtree(place)
 
     def _subject(self, source: random.Random, place: Path, name: str) -> Subject:
@@ -262,10 +263,12 @@ class Judge(Writing):
                 continue
             asked = [verdicts.asked(one, self.tokenizer, context, " " + e) for e in endings]
             nats = [sum(each) for each, _ in asked]
+            by_length = [n / len(e) for n, e in zip(nats, endings, strict=True)]
+            if source.random() < 0.7:  # what is another's winner is told
+                label = int(np.argmin(by_length))
+                told["label"] = str(label)
             right.append(int(np.argmin(nats)) == label)
-            normed.append(
-                int(np.argmin([n / len(e) for n, e in zip(nats, endings, strict=True)])) == label
-            )
+            normed.append(int(np.argmin(by_length)) == label)
         path = place / "hellaswag.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         words = ["--json", "--device", "cpu", "--hellaswag", path, "--limit", limit]
@@ -279,12 +282,12 @@ class Judge(Writing):
         """Runs that differ in seed or rate, as if each had come to another loss."""
         lines = (one.folder / "metrics.jsonl").read_text().splitlines()
         settings: dict[float, list[tuple[float, float]]] = {}
-        folders, rates = list[Path](), [1e-3, 2e-3, 3e-3][: source.randint(1, 3)]
-        for seed in range(source.randint(2, 6)):
+        folders, rates = list[Path](), [1e-3, 2e-3, 3e-3][: source.choice([1, 2, 2, 3])]
+        for seed in range(source.randint(2, 8)):
             rate, nats, error = source.choice(rates), source.gauss(4, 0.5), source.random() / 9
             settings.setdefault(rate, []).append((nats, error))
             folders.append(place / f"seed-{seed}")
-            folders[-1].mkdir()
+            folders[-1].mkdir(parents=True)
             told = json.loads((one.folder / "config.json").read_text())
             told["run"]["seed"], told["optim"]["learning_rate"] = seed, rate
             (folders[-1] / "config.json").write_text(json.dumps(told))

@@ -195,7 +195,10 @@ class Writing:
     def distribution(self, name: str, one: Subject, source: random.Random) -> None:
         """One token, drawn many times."""
         o, seed = self._options(source), source.randrange(10**9)
-        o["temperature"], text = o["temperature"] or 1.0, self._prompt(source, one.context)
+        neutral: dict[str, float] = {"top-k": 0, "top-p": 1.0, "min-p": 0.0}
+        neutral.pop(source.choice(list(neutral)))  # one cut at a time: two hide each other
+        o |= neutral | {"temperature": o["temperature"] or 1.0}
+        text = self._prompt(source, one.context)
         words = [f"--{key}={value}" for key, value in o.items()] + ["--json", "--device", "cpu"]
         words += ["--max-tokens", 1, "--seed", seed, "--prompt", *[text] * DRAWS]
         told = self.ask(name, "generate", one.folder, *words)
@@ -253,11 +256,10 @@ class Writing:
         self._streamed(case, client, body, answer.json())
         chosen = source.choice(answer.json()["choices"])
         text, begins = chosen["text"], chosen["logprobs"]["text_offset"]
-        at = max(0, source.choice(begins[len(begins) // 2 :]) - source.choice([0, 1, 2]))
-        body["stop"] = [
-            text[at : at + source.choice([1, 2, 3, 5])] or "x",
-            source.choice(["a", "\ufffd"]),
-        ]
+        long = source.choice([1, 2, 3, 5])  # all but the end of it is often of the token before
+        at = max(0, source.choice(begins[len(begins) // 2 :]) - source.choice([0, 1, long - 1]))
+        stop = text[at : at + long] or "x"
+        body["stop"] = source.choice([stop, [stop], [stop, source.choice(["a", "\ufffd"])]])
         answer, case = client.post("/v1/completions", json=body), f"{name} {body} request"
         self._answered(case, one, ids, body, o, answer.json())
         body["logprobs"] = None
@@ -287,7 +289,9 @@ class Writing:
             drawn = tokens[len(echoed) :]
             written += len(drawn)
             kept = drawn[:-1] if drawn[-1:] == [EOT] else drawn
-            story = said(self.tokenizer, echoed, kept, body.get("stop", []))
+            stops = body.get("stop", [])
+            stops = [stops] if isinstance(stops, str) else stops
+            story = said(self.tokenizer, echoed, kept, stops)
             most = min(body["max_tokens"], one.context - len(prompt))
             same(case, "text", choice["text"], story.text)
             same(
