@@ -121,6 +121,13 @@ def test_a_stop_string_ends_a_job_and_frees_the_row() -> None:
     assert len(drawn) < len(free)
 
 
+def test_a_character_that_is_cut_off_may_end_the_text_too() -> None:
+    cut = TOKENIZER.encode("漢")[0]
+    stopped = Job(tokens=[EOT], sampler=lambda *_: cut, max_tokens=1, stops=["\ufffd"])
+    ((drawn,),) = collect([stopped], 1)
+    assert (drawn.text, drawn.reason) == ("", "stop")
+
+
 def naive(context: list[int], continuation: list[int]) -> tuple[float, bool, float]:
     whole = (context + continuation)[-FULL.seq_len - 1 :]
     ids = torch.tensor([whole])

@@ -272,6 +272,11 @@ def test_without_the_hub_one_line_says_what_to_do(
         ('{"text": "one", "ctx": "x", "endings": "ab", "label": 0}', "two words"),
         ('{"text": "one", "ctx": "x", "endings": ["a", ""], "label": "0"}', "two words"),
         ("[" * 100_000, "not JSON"),
+        (
+            '{"text": "one", "activity_label": "a", "ctx_a": "b", "ctx_b": "", '
+            '"endings": ["c", "[step]"], "label": 0}',
+            "two words",
+        ),
     ],
 )
 def test_bad_files_are_one_line(run: Path, tmp_path: Path, content: str, message: str) -> None:

@@ -22,6 +22,8 @@ evaluate  `sota evaluate` on damaged runs                  (--count damages)
 journeys  random sequences of all commands in one workspace, with interruptions and accidents, held
           against a model of it                            (--count journeys)
 twin      runs with random options against their float64 twins   (--count runs)
+judging   what `sota evaluate`, `generate`, `report` and the server say of random models, held
+          against float64                                  (--count models)
 """
 
 import argparse
@@ -41,6 +43,7 @@ from . import (
     fuzz,
     inputs,
     journeys,
+    judging,
     mutants,
     policies,
     ranks,
@@ -107,28 +110,15 @@ def _documents(root: Path, count: int, seed: int) -> list[str]:
     return result.wrong
 
 
-def _inputs(root: Path, count: int, seed: int) -> list[str]:
-    result = inputs.inputs(root, count, seed)
-    print(result)
-    return result.wrong
+def _told(work: Callable[[Path, int, int], Any]) -> Callable[[Path, int, int], list[str]]:
+    """A tool whose result tells itself."""
 
+    def tool(root: Path, count: int, seed: int) -> list[str]:
+        result = work(root, count, seed)
+        print(result)
+        return result.wrong
 
-def _policies(root: Path, count: int, seed: int) -> list[str]:
-    result = policies.policies(root, count, seed)
-    print(result)
-    return result.wrong
-
-
-def _folders(root: Path, count: int, seed: int) -> list[str]:
-    result = folders.folders(root, count, seed)
-    print(result)
-    return result.wrong
-
-
-def _journeys(root: Path, count: int, seed: int) -> list[str]:
-    result = journeys.journeys(root, count, seed)
-    print(result)
-    return result.wrong
+    return tool
 
 
 def _on_bench(
@@ -178,12 +168,13 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
         _on_bench(lambda bench, _, count, seed: ranks.accidents(bench, count, seed)),
     ),
     "documents": (100_000, _documents),
-    "inputs": (1000, _inputs),
-    "policies": (1000, _policies),
-    "folders": (500, _folders),
+    "inputs": (1000, _told(inputs.inputs)),
+    "policies": (1000, _told(policies.policies)),
+    "folders": (500, _told(folders.folders)),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
-    "journeys": (100, _journeys),
+    "journeys": (100, _told(journeys.journeys)),
     "twin": (200, _twin),
+    "judging": (100, _told(judging.judging)),
 }
 
 

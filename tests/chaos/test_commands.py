@@ -20,7 +20,19 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import read_config
 
-from . import documents, faults, folders, inputs, journeys, ranks, reading, soak, stops
+from . import (
+    documents,
+    faults,
+    folders,
+    inputs,
+    journeys,
+    judging,
+    policies,
+    ranks,
+    reading,
+    soak,
+    stops,
+)
 from .commands import (
     Bench,
     Zygote,
@@ -132,6 +144,12 @@ def test_random_inputs_against_plain_readers(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
+def test_what_a_preparation_decides_against_brute_force(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    assert policies.policies(tmp_path / "work", 8, seed=4).wrong == []
+
+
+@pytest.mark.chaos
 def test_random_model_folders_against_transformers(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     result = folders.folders(tmp_path / "work", 60, seed=4)
@@ -142,6 +160,12 @@ def test_random_model_folders_against_transformers(tmp_path: Path) -> None:
 def test_journeys(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     assert journeys.journeys(tmp_path / "root", 2, seed=4).wrong == []
+
+
+@pytest.mark.chaos
+def test_what_is_said_of_a_model_is_what_it_computes(tmp_path: Path) -> None:
+    result = judging.judging(tmp_path, 2, seed=4)
+    assert result.wrong == [] and result.compared > 1000 and result.asked["answers"]
 
 
 @pytest.mark.chaos

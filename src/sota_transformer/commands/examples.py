@@ -66,12 +66,15 @@ def _choice(path: Path, example: dict[str, Any]) -> Choice:
     if wrong := misfit(example, shape):
         raise SotaError(f"{path}: not an example of HellaSwag ({wrong})", BAD_DATA)
     endings, label = example["endings"], str(example["label"])
-    if label not in map(str, range(len(endings))) or not all(e.strip() for e in endings):
-        raise SotaError(f"{path}: endings must be texts and label one of their numbers", BAD_DATA)
     if "ctx_a" in example:
         activity, first, second = (example[name] for name in ("activity_label", "ctx_a", "ctx_b"))
-        return hellaswag_choice(activity, first, second, endings, int(label))
-    return Choice(example["ctx"], endings, int(label))
+        choice = hellaswag_choice(activity, first, second, endings, 0)
+    else:
+        choice = Choice(example["ctx"], endings, 0)
+    # As they are scored: of an ending that was nothing but a mark of WikiHow nothing is left.
+    if label not in map(str, range(len(endings))) or not all(e.strip() for e in choice.endings):
+        raise SotaError(f"{path}: endings must be texts and label one of their numbers", BAD_DATA)
+    return choice._replace(label=int(label))
 
 
 def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, Any]]]:

@@ -153,10 +153,10 @@ class _Going:
         reason: Reason | None = "length" if self.count == self.job.max_tokens else None
         ended = token in self.job.stop_ids
         shown = "" if ended else self.text.push(token)
+        if reason or ended or self.text.stopped:
+            shown += self.text.finish()  # a cut character may be the end of a stop string
         if ended or self.text.stopped:
             reason = "stop"
-        if reason:
-            shown += self.text.finish()
         logprob, pairs = None, []
         if self.job.alternatives is not None:
             ((logprob, pairs),) = _nats(self.logits[None], [token], self.job.alternatives)
