@@ -79,9 +79,9 @@ def test_probabilities_equal_transformers(options: dict[str, float], spread: flo
         warpers.append(MinPLogitsWarper(options["min_p"]))
     expected = warpers(torch.tensor([history]), logits[None].clone())[0].softmax(-1)
     ours = probabilities(logits, history, **options)
-    differing = ((ours > 0) != (expected > 0)).sum()
-    assert differing <= 1  # a running sum in float32 may place the very edge one token aside
-    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+    differing = (ours > 0) != (expected > 0)
+    assert differing.sum() <= 1  # a running sum in float32 may place the very edge one token aside
+    torch.testing.assert_close(ours[~differing], expected[~differing], rtol=1e-3, atol=1e-6)
 
 
 def test_draws_follow_the_probabilities() -> None:

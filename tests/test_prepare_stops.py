@@ -155,9 +155,11 @@ def test_a_signal_leaves_nothing_visible_and_no_process(
 ) -> None:
     process = start(source, tmp_path / "data")
     wait_for_units(tmp_path / ".data.preparing", 5)
+    process.send_signal(signal.SIGSTOP)  # or it may have ended before `ps` has
     children = [*children_of(process.pid), *workers_of(process.pid)]
     assert len(children) >= 3
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=20)
     assert errors.strip().endswith(str(128 + number)) and "goes on" in errors
     assert "Traceback" not in errors
