@@ -1,6 +1,7 @@
 """The command line as a user types it: every verb, and every mistake as one line and a code."""
 
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from sota_transformer.__main__ import main as started
 from sota_transformer.cli import VERBS, guarded, main
 from sota_transformer.config import Run
 from sota_transformer.data import forks
-from sota_transformer.errors import SotaError
+from sota_transformer.errors import SotaError, interruptible
 from sota_transformer.runtime import Runtime
 from sota_transformer.training.start import check_folders
 
@@ -330,3 +331,21 @@ def test_what_no_launcher_sets_is_named(monkeypatch, name: str, value: str) -> N
 def test_generate_says_where_a_temperature_ends(capsys, tmp_path: Path) -> None:
     code, _, err = run(capsys, "generate", tmp_path, "--temperature", "1e30")
     assert (code, "in [0, 1e6)" in err) == (2, True)
+
+
+def test_a_signal_is_told_as_itself_whatever_c_code_makes_of_it(capsys) -> None:
+    """numpy's start makes an ImportError of what a handler raises in it."""
+
+    def interrupted() -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("numpy could not import datetime") from None
+        return 0
+
+    before = signal.getsignal(signal.SIGINT)
+    assert guarded(interrupted) == 130
+    assert capsys.readouterr().err == "sota: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(ImportError, match="of its own"), interruptible(signal.SIGINT):
+        raise ImportError("of its own")

@@ -8,6 +8,7 @@ import math
 import os
 import pkgutil
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,14 @@ from collections.abc import Callable
 from sota_transformer import __version__
 from sota_transformer.arguments import nearest, parse, resolve, taken
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import INTERRUPTED, IO_FAILED, TEMPORARY, UNFORESEEN, SotaError
+from sota_transformer.errors import (
+    INTERRUPTED,
+    IO_FAILED,
+    TEMPORARY,
+    UNFORESEEN,
+    SotaError,
+    interruptible,
+)
 from sota_transformer.options import (
     DataView,
     Doctor,
@@ -43,7 +51,8 @@ def guarded(work: Callable[[], int]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that it does not have ends no run
         sys.stdout.reconfigure(errors="replace")
     try:
-        return work()
+        with interruptible(signal.SIGINT):
+            return work()
     except SotaError as error:
         return _complain(str(error), error.code)
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough

@@ -3,6 +3,12 @@
 The numbers follow `sysexits.h`; `docs/guide.md` repeats this table for schedulers and scripts.
 """
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 USAGE = 2  # a flag or a configuration that cannot work
 BAD_DATA = 65  # something that was read is damaged, malformed or does not fit
 NO_INPUT = 66  # something that should be read is not there
@@ -25,3 +31,37 @@ class SotaError(Exception):
 
 class OptionError(SotaError, ValueError):
     """An option that cannot work; to whoever makes a configuration of it a wrong value."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal arrived; `code` is the exit status."""
+
+    def __init__(self, number: int) -> None:
+        self.code = 128 + number
+
+
+@contextmanager
+def interruptible(*numbers: int) -> Iterator[None]:
+    """Signals as Interrupted, also where C code makes something else of what a handler raises:
+    numpy, when it is met while it is being imported, an ImportError.
+    """
+    came: list[int] = []
+
+    def stop(number: int, _frame: Any) -> None:
+        came.append(number)
+        raise Interrupted(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    heard = [n for n in numbers if main and signal.getsignal(n) is not signal.SIG_IGN]
+    before = {n: signal.signal(n, stop) for n in heard}
+    try:
+        yield
+    except SotaError:
+        raise
+    except Exception as error:
+        if came:
+            raise Interrupted(came[0]) from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

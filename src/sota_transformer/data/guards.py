@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 from sota_transformer.errors import (
     BAD_DATA,
-    INTERRUPTED,
     IO_FAILED,
     LOCKED,
-    TERMINATED,
+    Interrupted,
     SotaError,
+    interruptible,
 )
 from sota_transformer.options import Prepare
 
@@ -69,27 +68,14 @@ def plain_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
 @contextmanager
 def stoppable(work: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM as one line that says how to go on."""
-
-    def stop(_number: int, _frame: Any) -> None:
-        raise _Terminated
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
-        yield
-    except (KeyboardInterrupt, _Terminated) as error:
-        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
-        raise SotaError(f"stopped; the same command goes on from {work}", code) from error
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        with interruptible(signal.SIGINT, signal.SIGTERM):
+            yield
+    except Interrupted as error:
+        raise SotaError(f"stopped; the same command goes on from {work}", error.code) from error
 
 
 def enough(manifest: dict[str, Any], val_fraction: float) -> None:
