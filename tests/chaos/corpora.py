@@ -7,6 +7,7 @@ evaluation text, and broken in every way that has a reason of its own.
 import gzip
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -146,7 +147,8 @@ class Maker:
     field: str
     texts: list[str] = field(default_factory=list)
     """What was made so far, to be repeated."""
-    evals: list[str] = field(default_factory=list)
+    evals: dict[str, list[str]] = field(default_factory=dict)
+    """What each evaluation file says."""
 
     def __post_init__(self) -> None:
         pick = self.source.choices
@@ -209,7 +211,7 @@ class Maker:
 
     def _tainted(self) -> str:
         """With 12 tokens in a row of an evaluation text, or 13, or more."""
-        test = ids(self.source.choice(self.evals))
+        test = ids(self.source.choice(self.said(self.evals)))
         size = self.source.choice([11, 12, 12, 13, 13, 14, 20])
         at = self.source.randrange(max(1, len(test) - size + 1))
         sizes = (self.source.choice([0, 1, 8, 40]) for _ in range(2))  # 0: at its very end
@@ -315,6 +317,10 @@ class Maker:
                 rows = [{self.field: texts[0], "note": self.words(30)}]
                 rows += [{"question": a, "answers": [b]} for a, b in [texts[1:3], texts[3:5]]]
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            self.evals += texts
+            self.evals[str(path)] = texts
             named.append(str(path))
         return named
+
+    def said(self, files: Iterable[str]) -> list[str]:
+        """The evaluation texts in these files."""
+        return [text for path in files for text in self.evals[path]]

@@ -279,7 +279,7 @@ class Case:
             if number:
                 asked = self._more(first, maker)
             made = maker.round(self.root / f"r{number}")
-            self.steps.append(Step(asked, made, [*maker.evals] if asked.exclude else []))
+            self.steps.append(Step(asked, made, maker.said(asked.exclude)))
 
     def _more(self, old: Asked, maker: Maker) -> Asked:
         """Options of an append: sometimes stricter, sometimes such as have to be refused."""
