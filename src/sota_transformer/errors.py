@@ -52,7 +52,7 @@ def interruptible(*numbers: int) -> Iterator[None]:
         raise Interrupted(number)
 
     main = threading.current_thread() is threading.main_thread()
-    heard = [n for n in numbers if main and signal.getsignal(n) is not signal.SIG_IGN]
+    heard = [n for n in numbers if main and signal.getsignal(n) not in (signal.SIG_IGN, None)]
     before = {n: signal.signal(n, stop) for n in heard}
     try:
         yield

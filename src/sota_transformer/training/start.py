@@ -136,8 +136,9 @@ def check_folders(config: RunConfig) -> Path:
     if not checkpoint.is_utf8(folder):
         name = folder.absolute()
         raise SotaError(f"{name} is not UTF-8, as safetensors needs it; give another --out")
-    for split in ("train", "val"):
-        TokenWindows(config.data.path, split, config.model.seq_len)
+    if not checkpoint.steps(folder):  # else it began with them, and may not wait for their hashes
+        for split in ("train", "val"):
+            TokenWindows(config.data.path, split, config.model.seq_len)
     try:
         durable.make_folder(folder)
     except OSError as error:
