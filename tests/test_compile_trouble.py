@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sota_transformer import doctor, plan
+from sota_transformer import doctor, plan, probes
 from sota_transformer.config import Model, Run, RunConfig
 from sota_transformer.doctor import admit
 from sota_transformer.options import Doctor
@@ -106,7 +106,12 @@ def test_what_cannot_be_compiled_is_trained_without(
 def test_what_is_compiled_wrongly_is_never_used(
     make_run: MakeRun, monkeypatch, capsys, kind: str, fault: str
 ) -> None:
-    """The doctor finds it, and training does without, at this start and at the next."""
+    """The doctor finds it, and training does without, at this start and at the next.
+
+    What it asks a real GPU would take the CPU behind this one long.
+    """
+    asked = probes.one_step
+    monkeypatch.setattr(probes, "one_step", lambda machine, _: asked(machine, "cpu"))
     plain = make_run("plain", compile="off", device=kind, steps=2)
     train(plain)
     config = make_run("on", compile="on", device=kind, steps=2)

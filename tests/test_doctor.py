@@ -37,14 +37,14 @@ def test_a_sound_machine_passes() -> None:
 def test_half_precision_keeps_small_gradients() -> None:
     """Without training's scale of the loss they would be off by four fifths of the limit."""
     machine = dataclasses.replace(runtime("float32"), dtype=torch.float16)
-    expected, found = (probes.one_step(m, wide=False) for m in (runtime("float32"), machine))
+    expected, found = (probes.one_step(m, "cpu") for m in (runtime("float32"), machine))
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
     assert probes.farthest(found[1], expected[1]) < 0.01
 
 
 def test_what_a_gpu_is_asked_is_large_enough() -> None:
     """For inductor's reductions of mixed order: elements, and two rows to a column."""
-    loss, gradients = probes.one_step(runtime("float32"), wide=True)
+    loss, gradients = probes.one_step(runtime("float32"), "cuda")
     assert loss == pytest.approx(math.log(1024), rel=0.05)
     width, tokens = gradients[0].shape[1], 84 * 128
     assert width * tokens >= 5 * 2**20 and tokens >= 2 * width

@@ -147,7 +147,7 @@ def wait_for(text: str, process: subprocess.Popen[str]) -> None:
 
 
 def test_a_signal_saves_and_leaves(make_run: MakeRun, capsys) -> None:
-    config, reference = make_run(steps=60), make_run("reference", steps=60)
+    config, reference = make_run(steps=40), make_run("reference", steps=40)
     train(reference)
     said = ["starting anew", "resuming from step"]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):

@@ -82,11 +82,10 @@ def arithmetic(runtime: "Runtime") -> list[Check]:
 
     plain = dataclasses.replace(runtime, compile=False)
     cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
-    wide = runtime.device.type == "cuda"
-    expected = probes.one_step(dataclasses.replace(plain, **cpu), wide)
+    expected = probes.one_step(dataclasses.replace(plain, **cpu), runtime.device.type)
     found = [_probed(name, probe, runtime) for name, probe in probes.PROBES.items()]
     ways = [plain, runtime] if runtime.compile else [plain]
-    return [*found, *(_model_check(way, wide, *expected) for way in ways)]
+    return [*found, *(_model_check(way, *expected) for way in ways)]
 
 
 def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
@@ -106,9 +105,7 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
     return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
 
 
-def _model_check(
-    runtime: "Runtime", wide: bool, expected_loss: float, expected: "list[Tensor]"
-) -> Check:
+def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tensor]") -> Check:
     """Loss and every gradient of a small model, against those of the CPU in float32."""
     import torch
 
@@ -121,7 +118,7 @@ def _model_check(
         advice = "nothing: training does without torch.compile, which is slower and as right"
     loss_limit, limit = (1e-4, 2e-3) if runtime.dtype == torch.float32 else (1e-2, 6e-2)
     try:
-        loss, gradients = probes.one_step(runtime, wide)
+        loss, gradients = probes.one_step(runtime, runtime.device.type)
     except Exception as problem:  # a compiler or driver may raise anything
         return Check(name, False, in_short(problem), advice)
     loss_error = abs(loss - expected_loss) / expected_loss
