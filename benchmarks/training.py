@@ -206,16 +206,19 @@ def peak_memory(name: str) -> float:
     return resource.getrusage(who).ru_maxrss * unit / 1e9
 
 
-def run(preset: str, name: str, options: argparse.Namespace) -> dict[str, float]:
-    """One contender in a process of its own."""
+def run(preset: str, name: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """One contender in a process of its own, told at once; none where it failed."""
     rows = options.rows or ROWS[preset]
     command = [sys.executable, __file__, preset, "--child", name, "--rows", str(rows)]
     command += ["--steps", str(options.steps)]
     command += ["--nanogpt", str(options.nanogpt)] if options.nanogpt else []
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        print(f"{preset} {name} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+        return []
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{preset} {name}: {result['seconds']:.3f} s a step", file=sys.stderr, flush=True)
+    return [result]
 
 
 def compare(preset: str, options: argparse.Namespace) -> None:
@@ -227,11 +230,14 @@ def compare(preset: str, options: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:
-            found[name].append(run(preset, name, options))
+            found[name] += run(preset, name, options)
+    found = {name: results for name, results in found.items() if results}
+    if not found:
+        sys.exit(f"{preset}: nothing to compare")
     model, rows = PRESETS[preset]().model, options.rows or ROWS[preset]
     tokens = rows * model.seq_len
     matrices = model.parameter_count - (2 * model.layers + 1) * model.d_model
-    own = statistics.median(row["seconds"] for row in found.get("ours", found[names[0]]))
+    own = statistics.median(row["seconds"] for row in found.get("ours", next(iter(found.values()))))
     print(f"{preset}: {rows} x {model.seq_len} tokens a step, {options.rounds} rounds")
     print(f"{'':<16} {'tokens/s':>9} {'min-max':>15} {'TFLOP/s':>8} {'peak GB':>8} {'ours x':>7}")
     for name, results in found.items():
