@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROWS = {"tiny": 8, "16m": 8, "125m": 4, "250m": 2}  # windows a step on a CPU
 PEERS = ("trainer", "trainer+compile", "nanogpt", "nanogpt+compile")
@@ -64,34 +65,25 @@ def products(preset: str, rows: int, steps: int) -> float:
     return timed(step, steps)
 
 
-def ours(preset: str, rows: int, steps: int) -> float:
+def ours(preset: str, rows: int, steps: int, recipe: Any = "seed") -> float:
     """Seconds of a training step."""
     from sota_transformer.plan import step_seconds
     from sota_transformer.presets import PRESETS
     from sota_transformer.runtime import Runtime
 
-    config = PRESETS[preset]()
+    config = PRESETS[preset](recipe)
     runtime = Runtime.detect(config.run, config.model.parameter_count)
     return step_seconds(config, runtime, rows, steps)[0]
 
 
-def trainer(preset: str, rows: int, steps: int, compiled: bool) -> float:
-    """Seconds of a step of transformers' Trainer on the same Llama."""
-    import torch
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+def llama(preset: str) -> Any:
+    """The preset as transformers' LlamaConfig."""
+    from transformers import LlamaConfig
 
     from sota_transformer.presets import PRESETS
-    from sota_transformer.runtime import activations
 
     model = PRESETS[preset]().model
-    dtype, _ = activations("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = LlamaConfig(
+    return LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         intermediate_size=model.d_ff,
@@ -102,7 +94,18 @@ def trainer(preset: str, rows: int, steps: int, compiled: bool) -> float:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    tokens = torch.randint(model.vocab_size, (rows * (steps + 3), model.seq_len))
+
+
+def trainer(preset: str, rows: int, steps: int, compiled: bool) -> float:
+    """Seconds of a step of transformers' Trainer on the same Llama."""
+    import torch
+    from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from sota_transformer.runtime import activations
+
+    shape = llama(preset)
+    dtype, _ = activations("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    tokens = torch.randint(shape.vocab_size, (rows * (steps + 3), shape.max_position_embeddings))
     taken: list[float] = []
 
     class Clock(TrainerCallback):
@@ -190,8 +193,10 @@ def child(options: argparse.Namespace) -> None:
         seconds = trainer(*arguments, compiled)
     elif name.startswith("nanogpt"):
         seconds = nanogpt(*arguments, compiled, options.nanogpt.resolve())
+    elif name == "products":
+        seconds = products(*arguments)
     else:
-        seconds = (ours if name == "ours" else products)(*arguments)
+        seconds = ours(*arguments, "fast" if name == "fast" else "seed")
     print(json.dumps({"seconds": seconds, "memory": peak_memory(name)}))
 
 
