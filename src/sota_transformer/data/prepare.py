@@ -314,7 +314,7 @@ class _Run:
         try:
             for unit, done in chain([first] if first else [], results):
                 size = sum(segment.size for segment in unit.segments)
-                progress.add(done.documents, done.text_bytes, done.tokens, size)
+                progress.add_unit(done.documents, done.text_bytes, done.tokens, size)
                 if merger is None:
                     continue
                 encoded = load(result_path(self.work / "units", unit), unit.key, check=False)
