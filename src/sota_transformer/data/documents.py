@@ -21,8 +21,9 @@ import numpy as np
 import orjson
 
 from sota_transformer.data.sources import TABLES, Skipped
-from sota_transformer.data.streams import NOTHING, UTF16, utf8
+from sota_transformer.data.streams import NOTHING, UTF16, recoded
 from sota_transformer.data.tables import Tables
+from sota_transformer.data.tokenizer import utf8
 from sota_transformer.data.units import Segment
 
 DOCUMENT_BYTES = 16 << 20
@@ -64,8 +65,8 @@ def checked(text: str, where: str, data: bytes | None = None) -> Document:
     try:
         data = text.encode() if data is None else data
     except UnicodeEncodeError:
-        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return _repaired("lone surrogates, not valid Unicode", where, checked(mended, where))
+        mended = checked(utf8(text).decode(), where)
+        return _repaired("lone surrogates, not valid Unicode", where, mended)
     if len(data) > DOCUMENT_BYTES:
         return Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", where)
     if b"\0" in data:
@@ -147,7 +148,7 @@ def _decoded(data: bytes, where: str) -> Document:
 def without_mark(data: bytes) -> bytes:
     """The start of a text without its byte order mark, in UTF-8; it is all of a text in UTF-16."""
     if data.startswith(UTF16):
-        data = b"".join(utf8(iter([data])))
+        data = b"".join(recoded(iter([data])))
     return data.removeprefix(codecs.BOM_UTF8)
 
 

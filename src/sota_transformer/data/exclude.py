@@ -14,7 +14,7 @@ from sota_transformer.data.progress import printable
 from sota_transformer.data.sources import ARCHIVES, Skipped, find
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
-from sota_transformer.data.tokenizer import Tokenizer, utf8
+from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.data.units import whole
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.words import counted
@@ -89,9 +89,9 @@ def _parsed(line: str, name: str) -> Any:
 def _strings(value: Any, text_field: str) -> Iterator[str]:
     """The text field of a record, or else all strings in it."""
     if isinstance(value, dict) and isinstance(value.get(text_field), str):
-        yield utf8(value[text_field]).decode()
+        yield value[text_field]
     elif isinstance(value, str):
-        yield utf8(value).decode()
+        yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _strings(inner, text_field)
