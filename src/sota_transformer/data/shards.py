@@ -45,7 +45,6 @@ _BESIDE = ("ends", "hashes")
 _OTHER_FILES = 256  # that a process may have open beside its shards
 _FOREIGN = ".foreign.json"
 _VERIFIED = ".verified.json"  # which files this machine has hashed, as they were then
-_AGAIN = "prepare it again with `sota prepare INPUT --out {folder}`"
 
 _SIDE = {"shards": [str], "tokens": int, "documents": int, "text_bytes": int}
 _INPUT = {"input": str, "files": int, "documents": int, "text_bytes": int, "tokens": int}
@@ -81,6 +80,12 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def _unfit(folder: Path, what: str, advice: str = "") -> SotaError:
+    """SotaError 65 for what is not as `sota prepare` leaves it, with what to do about it."""
+    advice = advice or f"prepare it again with `sota prepare INPUT --out {folder}`"
+    return SotaError(f"{what}; {advice}", BAD_DATA)
+
+
 def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
@@ -88,20 +93,15 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     or vocabulary.
     """
     check_folder(folder)
-    again = _AGAIN.format(folder=folder)
-    if not (folder / MANIFEST).exists() and foreign_files(folder):
-        return _foreign(folder)
     if not (folder / MANIFEST).exists():
-        raise SotaError(
-            f"{folder} has no {MANIFEST}, so it is not prepared data; {again}", BAD_DATA
-        )
+        if foreign_files(folder):
+            return _foreign(folder)
+        raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data")
     manifest = read_manifest(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        found = manifest.get("format")
-        raise SotaError(f"{folder} has format {found!r}, not {FORMAT!r}; {again}", BAD_DATA)
-    if manifest.get("vocab_size") != VOCAB:
-        found = manifest.get("vocab_size")
-        raise SotaError(f"{folder} has a vocabulary of {found}, not {VOCAB}; {again}", BAD_DATA)
+    if (found := manifest.get("format")) != FORMAT:
+        raise _unfit(folder, f"{folder} has format {found!r}, not {FORMAT!r}")
+    if (found := manifest.get("vocab_size")) != VOCAB:
+        raise _unfit(folder, f"{folder} has a vocabulary of {found}, not {VOCAB}")
     wrong = misfit(manifest, _SHAPE | _APPENDED, MANIFEST)
     for split, part in {} if wrong else manifest["splits"].items():
         names = [f"{split}-{i:05d}.npy" for i in range(len(part["shards"]))]
@@ -109,7 +109,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         if part["shards"] != names or not manifest["files"].keys() >= {*names, *beside}:
             wrong = f"{MANIFEST} has not the files of {counted(len(names), f'{split} shard')}"
     if wrong:
-        raise SotaError(f"{folder}: {wrong}; {again}", BAD_DATA)
+        raise _unfit(folder, f"{folder}: {wrong}")
     return manifest
 
 
@@ -137,17 +137,16 @@ class Shard:
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
         """Open and check. SotaError 65 for a wrong size, type or hash."""
         self.path, entry = folder / name, manifest["files"][name]
-        again = _AGAIN.format(folder=folder)
-        again = "it must be a plain file" if "start" in entry else again  # another program's
+        advice = "it must be a plain file" if "start" in entry else ""  # another program's
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             self._file = os.fdopen(os.open(self.path, flags), "rb", buffering=0)
             found = os.fstat(self._file.fileno())
         except OSError as error:
-            raise SotaError(f"{self.path}: {error.strerror}; {again}", BAD_DATA) from error
+            raise _unfit(folder, f"{self.path}: {error.strerror}", advice) from error
         if not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
-            text = f"{self.path} has {found.st_size:,} bytes, not {entry['bytes']:,}; {again}"
-            raise SotaError(text, BAD_DATA)
+            what = f"{self.path} has {found.st_size:,} bytes, not {entry['bytes']:,}"
+            raise _unfit(folder, what, advice)
         _verify_once(self.path, found, entry["sha256"])
         self._start = entry.get("start", HEADER_BYTES)
         self.items = (found.st_size - self._start) // 2
@@ -180,8 +179,7 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> None:
     row = np.dtype((dtype, columns)).itemsize
     rows, rest = divmod(size - HEADER_BYTES, row)
     if rest or file.read(HEADER_BYTES) != npy_header(dtype, (rows, *columns)):
-        text = f"{path}: not a .npy file as `sota prepare` writes it"
-        raise SotaError(f"{text}; {_AGAIN.format(folder=path.parent)}", BAD_DATA)
+        raise _unfit(path.parent, f"{path}: not a .npy file as `sota prepare` writes it")
 
 
 def load_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]:
@@ -204,8 +202,7 @@ def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
     if known.get(path.name) == mark:
         return
     if sha256_file(path) != sha256:
-        again = _AGAIN.format(folder=path.parent)
-        raise SotaError(f"{path}: sha256 mismatch, the file is damaged; {again}", BAD_DATA)
+        raise _unfit(path.parent, f"{path}: sha256 mismatch, the file is damaged")
     with suppress(OSError):  # a read-only data folder is hashed at each start
         write_file(note, json.dumps(known | {path.name: mark}).encode())
 
