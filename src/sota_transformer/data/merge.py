@@ -54,11 +54,12 @@ class SeenHashes:
 class SplitWriter:
     """The shards of one split, each closed at the first document end behind SHARD_TOKENS."""
 
-    def __init__(self, folder: Path, split: str, first: int = 0) -> None:
+    def __init__(self, folder: Path, split: str) -> None:
+        self.before = 0  # shards of the folder that these are appended to
         self.shards: list[str] = []
         self.counts = {"tokens": 0, "documents": 0, "text_bytes": 0}
         self.files: dict[str, Future[dict[str, Any]]] = {}
-        self._folder, self._split, self._next = folder, split, first
+        self._folder, self._split = folder, split
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._file: Any = None
         self._ends: list[NDArray[np.uint64]] = []
@@ -106,7 +107,7 @@ class SplitWriter:
 
     def _open(self) -> Any:
         """The next shard, with room for its header."""
-        self.shards.append(f"{self._split}-{self._next + len(self.shards):05d}.npy")
+        self.shards.append(f"{self._split}-{self.before + len(self.shards):05d}.npy")
         self._file = (self._folder / self.shards[-1]).open("xb", buffering=1 << 20)
         self._file.write(bytes(HEADER_BYTES))
         return self._file
@@ -162,27 +163,21 @@ def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
 class Merger:
     """Takes units in order, writes both splits, and knows what the manifest must say."""
 
-    def __init__(
-        self,
-        folder: Path,
-        threshold: int,
-        inputs: int,
-        near_dedup: float = 0.0,
-        first: dict[str, int] | None = None,
-    ) -> None:
-        """`threshold`: hashes below it go to validation. `first`: number of each first shard."""
+    def __init__(self, folder: Path, threshold: int, inputs: int, near_dedup: float) -> None:
+        """`threshold`: hashes below it go to validation."""
         self.rejects, self._seen = Rejects(), SeenHashes()
         self._again: list[NDArray[np.uint16]] = []  # beginnings of the first exact duplicates
         self._similar = Similar(near_dedup) if near_dedup else None
-        first = first or dict.fromkeys(SPLITS, 0)
-        self.splits = {split: SplitWriter(folder, split, first[split]) for split in SPLITS}
+        self.splits = {split: SplitWriter(folder, split) for split in SPLITS}
         self.threshold = threshold
         self.by_input = np.zeros((inputs, 3), np.int64)  # documents, text bytes, tokens
 
     def know(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Take note of the documents of a prepared folder, so that none of them comes again."""
-        for split in SPLITS:
-            for name in manifest["splits"][split]["shards"]:
+        """Go on behind a prepared folder, and take none of its documents again."""
+        for split, writer in self.splits.items():
+            shards = manifest["splits"][split]["shards"]
+            writer.before = len(shards)
+            for name in shards:
                 stem = name.removesuffix(".npy")
                 self._seen.new(load_array(folder, f"{stem}.hashes.npy", manifest))
                 if self._similar is None:

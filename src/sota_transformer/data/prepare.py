@@ -336,14 +336,12 @@ class _Run:
         """A merger for this preparation; it knows what is there when this is an append."""
         from sota_transformer.data.merge import Merger
 
-        options, old, below, first = self.options, self.old, self.val_below, None
+        options, old, below = self.options, self.old, self.val_below
         if old is not None:
             below = old["split_rule"]["val_below"]
             if below != self.val_below:
                 print(f"note: validation keeps its share of {below / 2**64:.3g} of the documents")
-            first = {split: len(part["shards"]) for split, part in old["splits"].items()}
-        inputs = len(options.inputs)
-        merger = Merger(self.own / "shards", below, inputs, options.near_dedup, first)
+        merger = Merger(self.own / "shards", below, len(options.inputs), options.near_dedup)
         if old is not None:
             merger.know(options.out, old)
         return merger
