@@ -47,9 +47,11 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     lies in a folder and is no text is said to be left out.
     """
     sources, skipped = find(inputs)
-    passed = [item for item in skipped if item.reason.endswith("is not a text format")]
+    passed: list[Skipped] = []
     for item in skipped:
-        if item not in passed:
+        if item.reason.endswith("is not a text format"):
+            passed.append(item)
+        else:
             _refuse(item)
     for source in sources:
         if source.codec or source.kind in ARCHIVES:
@@ -61,13 +63,14 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
                     yield from _strings(_parsed(line, source.name), text_field)
             continue
         for document in documents(whole(source), text_field, Tables()):
-            if isinstance(document, Skipped) and not document.repaired:
-                if document.reason == BINARY and Path(inputs[source.input]).is_dir():
-                    passed.append(document)
-                else:
-                    _refuse(document)
-                continue
-            yield (document.repaired if isinstance(document, Skipped) else document).decode()
+            if isinstance(document, bytes):
+                yield document.decode()
+            elif document.repaired:
+                yield document.repaired.decode()
+            elif document.reason == BINARY and Path(inputs[source.input]).is_dir():
+                passed.append(document)
+            else:
+                _refuse(document)
     if passed:
         first = f"the first is {printable(passed[0].where)}: {passed[0].reason}"
         print(f"note: --exclude passes over {counted(len(passed), 'file')}; {first}")
