@@ -150,7 +150,7 @@ def _exclude(encoded: Encoded, excluded: GramSet, names: list[str]) -> None:
     for document in np.flatnonzero(drop).tolist():
         encoded.rejects.add(EXCLUDED, names[document])
     encoded.tokens = encoded.tokens[np.repeat(~drop, encoded.lengths)]
-    for name in ("lengths", "text_bytes", "hashes", "inputs", "keys", "marks"):
+    for name, _ in _ARRAYS[:-1]:  # all but the tokens
         setattr(encoded, name, getattr(encoded, name)[~drop])
 
 
