@@ -117,7 +117,7 @@ def damage() -> tuple[type[BaseException], ...]:
 
 
 def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
-    """Chunks of at most CHUNK bytes of the stream `raw`, unpacked."""
+    """Chunks of CHUNK to twice as many bytes of the stream `raw`, unpacked; the last is shorter."""
     if codec == "zst":
         yield from _filled(_zstandard(raw))
     elif codec == "gz":
