@@ -292,14 +292,12 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         except csv.Error as error:
             yield Skipped(f"not a {segment.kind} row ({error}), and all behind it", where)
             return
-        if over and cells and cells[-1].endswith(_END):
-            why = "perhaps a quote that is never closed; left out from here on"
-            yield Skipped(f"no row ends within {LINE_BYTES >> 20} MiB, {why}", where)
-            return
-        if cells == [_END]:
-            return
         if cells and cells[-1].endswith(_END):
-            yield Skipped("quote that is never closed, and all behind it", where)
+            if over:
+                why = "perhaps a quote that is never closed; left out from here on"
+                yield Skipped(f"no row ends within {LINE_BYTES >> 20} MiB, {why}", where)
+            elif cells != [_END]:
+                yield Skipped("quote that is never closed, and all behind it", where)
             return
         if row == 1:
             if field not in cells:
