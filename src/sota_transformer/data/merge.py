@@ -236,23 +236,22 @@ class Merger:
         files: dict[str, dict[str, Any]] = {}
         for writer in self.splits.values():
             files |= writer.close()
-        if self._similar is not None and NEAR_DUPLICATE in self.rejects.examples:
-            decode = Tokenizer().decode
-            self.rejects.examples[NEAR_DUPLICATE] = [
+        decode, examples = Tokenizer().decode, self.rejects.examples
+        if self._similar is not None and self._similar.examples:
+            examples[NEAR_DUPLICATE] = [
                 f"{jaccard:.2f}: {decode(a[:_BEGINNING])!r} is like {decode(b[:_BEGINNING])!r}"
                 for jaccard, a, b in self._similar.examples
             ]
-        if self._again and (room := EXAMPLES - len(self.rejects.examples[DUPLICATE])):
-            decode = Tokenizer().decode
-            told = [f"begins {decode(ids)!r}" for ids in self._again[:room]]
-            self.rejects.examples[DUPLICATE] += told
+        if self._again:
+            room = EXAMPLES - len(examples[DUPLICATE])
+            examples[DUPLICATE] += [f"begins {decode(ids)!r}" for ids in self._again[:room]]
         splits = {
             split: {"shards": writer.shards, **writer.counts}
             for split, writer in self.splits.items()
         }
         rejects = {
-            reason: {"count": self.rejects.counts[reason], "examples": examples}
-            for reason, examples in sorted(self.rejects.examples.items())
+            reason: {"count": self.rejects.counts[reason], "examples": places}
+            for reason, places in sorted(examples.items())
         }
         return {"files": files, "splits": splits, "rejects": rejects}
 
