@@ -163,13 +163,13 @@ def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
 class Merger:
     """Takes units in order, writes both splits, and knows what the manifest must say."""
 
-    def __init__(self, folder: Path, threshold: int, inputs: int, near_dedup: float) -> None:
-        """`threshold`: hashes below it go to validation."""
+    def __init__(self, folder: Path, val_below: int, inputs: int, near_dedup: float) -> None:
+        """Documents whose hash is below `val_below` go to validation."""
         self.rejects, self._seen = Rejects(), SeenHashes()
         self._again: list[NDArray[np.uint16]] = []  # beginnings of the first exact duplicates
         self._similar = Similar(near_dedup) if near_dedup else None
         self.splits = {split: SplitWriter(folder, split) for split in SPLITS}
-        self.threshold = threshold
+        self._val_below = np.uint64(val_below)
         self.by_input = np.zeros((inputs, 3), np.int64)  # documents, text bytes, tokens
 
     def know(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class Merger:
             self._repeated(encoded, np.flatnonzero(~fresh))
         if self._similar is not None:
             fresh = self._unlike(encoded, fresh)
-        val = encoded.hashes[:, 0] < np.uint64(self.threshold)
+        val = encoded.hashes[:, 0] < self._val_below
         self.splits["train"].add(encoded, fresh & ~val)
         self.splits["val"].add(encoded, fresh & val)
         rows = len(self.by_input)
