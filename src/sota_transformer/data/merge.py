@@ -68,26 +68,20 @@ class SplitWriter:
 
     def add(self, encoded: Encoded, keep: NDArray[np.bool_]) -> None:
         """Append the kept documents of a unit, in order."""
-        ends = np.cumsum(encoded.lengths, dtype=np.int64)
-        at = 0
-        while at < len(keep):
+        chosen = np.flatnonzero(keep)
+        while len(chosen):
             # As many documents as the shard has room for: it may overshoot by one document.
-            kept = np.cumsum(np.where(keep[at:], encoded.lengths[at:], 0), dtype=np.int64)
-            stop = at + int(np.searchsorted(kept, SHARD_TOKENS - self._held, "left")) + 1
-            stop = min(stop, len(keep))
-            self._append(encoded, keep, at, stop, ends)
+            tokens = np.cumsum(encoded.lengths[chosen], dtype=np.int64)
+            count = int(np.searchsorted(tokens, SHARD_TOKENS - self._held, "left")) + 1
+            self._append(encoded, chosen[:count])
             if self._held >= SHARD_TOKENS:
                 self._finish()
-            at = stop
+            chosen = chosen[count:]
 
-    def _append(
-        self, encoded: Encoded, keep: NDArray[np.bool_], at: int, stop: int, ends: NDArray[np.int64]
-    ) -> None:
-        """Kept documents at..stop to the open shard."""
-        chosen = np.flatnonzero(keep[at:stop]) + at
-        if not len(chosen):
-            return
+    def _append(self, encoded: Encoded, chosen: NDArray[np.int64]) -> None:
+        """Some documents of a unit, in order, to the open shard."""
         file = self._file or self._open()
+        ends = np.cumsum(encoded.lengths, dtype=np.int64)
         breaks = np.flatnonzero(np.diff(chosen) > 1)
         for first, last in zip(
             chosen[np.append(0, breaks + 1)].tolist(),
