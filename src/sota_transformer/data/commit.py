@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.config import VOCAB
-from sota_transformer.data.encode import EXAMPLES, HASH_RULE
+from sota_transformer.data.encode import HASH_RULE
 from sota_transformer.data.shards import FORMAT
+from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.data.tokenizer import RANKS_SHA256
 from sota_transformer.durable import MANIFEST, canonical_json, fsync_folder, seal, write_file
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.encode import DUPLICATE, EXAMPLES, HASH_BYTES, Encoded, Rejects
+from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
 from sota_transformer.data.near import Batch, Place, Similar
 from sota_transformer.data.shards import HEADER_BYTES, SPLITS, Shard, load_array, npy_header
 from sota_transformer.data.sketch import sketch
+from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.durable import fsync, sha256_file
 from sota_transformer.errors import BAD_DATA, SotaError
