@@ -100,8 +100,8 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
     if rest := rows[_INPUTS:]:  # a pattern that the shell has expanded may be thousands
         rows[_INPUTS:] = [(f"{len(rest):,} more", *map(sum, list(zip(*rest, strict=True))[1:]))]
     lines += [_row(*row) for row in rows]
-    for split, part in manifest["splits"].items():
-        lines.append(_row(f"-> {split}", *(part[key] for key in _SUMS)))
+    for split in ("train", "val"):
+        lines.append(_row(f"-> {split}", *(manifest["splits"][split][key] for key in _SUMS)))
     rejects = list(manifest["rejects"].items())
     rejects.sort(key=lambda item: (item[0].endswith(REPAIRED), -item[1]["count"]))
     if rejects and not rejects[0][0].endswith(REPAIRED):

@@ -102,14 +102,15 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         raise _unfit(folder, f"{folder} has format {found!r}, not {FORMAT!r}")
     if (found := manifest.get("vocab_size")) != VOCAB:
         raise _unfit(folder, f"{folder} has a vocabulary of {found}, not {VOCAB}")
-    wrong = misfit(manifest, _SHAPE | _APPENDED, MANIFEST)
-    for split, part in {} if wrong else manifest["splits"].items():
-        names = [f"{split}-{i:05d}.npy" for i in range(len(part["shards"]))]
-        beside = {name.replace(".npy", f".{kind}.npy") for name in names for kind in _BESIDE}
-        if part["shards"] != names or not manifest["files"].keys() >= {*names, *beside}:
-            wrong = f"{MANIFEST} has not the files of {counted(len(names), f'{split} shard')}"
-    if wrong:
+    if wrong := misfit(manifest, _SHAPE | _APPENDED, MANIFEST):
         raise _unfit(folder, f"{folder}: {wrong}")
+    for split in SPLITS:
+        shards = manifest["splits"][split]["shards"]
+        names = [f"{split}-{i:05d}.npy" for i in range(len(shards))]
+        beside = {name.replace(".npy", f".{kind}.npy") for name in names for kind in _BESIDE}
+        if shards != names or not manifest["files"].keys() >= {*names, *beside}:
+            wrong = f"{MANIFEST} has not the files of {counted(len(names), f'{split} shard')}"
+            raise _unfit(folder, f"{folder}: {wrong}")
     return manifest
 
 
@@ -230,7 +231,7 @@ class TokenWindows:
         part = manifest["splits"][split]
         self.seq_len, self.tokens, self.text_bytes = seq_len, part["tokens"], part["text_bytes"]
         self.documents, self.fingerprint = part["documents"], manifest["fingerprint"]
-        shards = (name for each in manifest["splits"].values() for name in each["shards"])
+        shards = (name for each in SPLITS for name in manifest["splits"][each]["shards"])
         self.files = {name: manifest["files"][name]["sha256"] for name in shards}
         if self.tokens < seq_len + 1:
             advice = "add text" if split == "train" else "add text or raise --val-fraction"
