@@ -67,17 +67,19 @@ Split = Literal["train", "val"]
 def check_folder(folder: Path) -> None:
     """SotaError 66 where data is not a folder."""
     if folder.is_file():
-        raise SotaError(
-            f"{folder} is a file, not prepared data; first: sota prepare {folder} --out "
-            f"data/{folder.stem}, then give data/{folder.stem}",
-            NO_INPUT,
-        )
+        raise SotaError(f"{folder} is a file, not prepared data; {_first(folder)}", NO_INPUT)
     if not folder.is_dir():
         here = ";" if folder.is_absolute() else f" in {Path.cwd()}; go to where it is, or"
         raise SotaError(
             f"{folder}: no such folder{here} make it with `sota prepare INPUT... --out {folder}`",
             NO_INPUT,
         )
+
+
+def _first(texts: Path) -> str:
+    """What to do about texts that were given for data."""
+    data = f"data/{texts.absolute().stem}"
+    return f"first: sota prepare {texts} --out {data}, then give {data}"
 
 
 def _unfit(folder: Path, what: str, advice: str = "") -> SotaError:
@@ -96,7 +98,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         if foreign_files(folder):
             return _foreign(folder)
-        raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data")
+        advice = _first(folder) if any(folder.iterdir()) else ""
+        raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
     manifest = read_manifest(folder / MANIFEST)
     if (found := manifest.get("format")) != FORMAT:
         raise _unfit(folder, f"{folder} has format {found!r}, not {FORMAT!r}")
