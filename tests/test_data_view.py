@@ -16,7 +16,7 @@ from sota_transformer.data.packing import BestFit, _best_fit, document_ids
 from sota_transformer.data.shards import TokenWindows, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.data.view import describe, leakage
-from sota_transformer.errors import SotaError
+from sota_transformer.errors import LOCKED, SotaError
 from sota_transformer.options import DataView
 from tests.preparing import documents, jsonl, run, stream, texts
 
@@ -258,6 +258,9 @@ def test_export_and_back(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SotaError, match=r"train\.bin: "):
         describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "failed"))
     assert len(list((tmp_path / "failed").iterdir())) == 1, "nothing half written stays"
+    with pytest.raises(SotaError, match=r"cannot be made \(File exists\)") as refused:
+        describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "a.jsonl"))
+    assert refused.value.code == LOCKED
 
 
 def test_document_ids() -> None:

@@ -41,15 +41,18 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutants(good: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each field gone, or of another type or size."""
+    """Each field gone, with one more inside, or of another type or size."""
     for at in places(good):
-        for value in ["gone", *VALUES]:
+        for value in ["gone", "more", *VALUES]:
             forged = copy.deepcopy(good)
             inner: Any = forged
             for key in at[:-1]:
                 inner = inner[key]
             if value == "gone":
                 del inner[at[-1]]
+            elif value == "more":
+                if isinstance(inner[at[-1]], dict):
+                    inner[at[-1]]["x"] = None
             else:
                 inner[at[-1]] = value
             yield f"{at} {value}", forged

@@ -104,6 +104,8 @@ def refused(folder: Path, code: int, *words: str, seq_len: int = 16) -> None:
 def test_missing_or_unfinished(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", 66, "sota prepare")
     refused(tmp_path, 65, "no manifest.json", "sota prepare")
+    (tmp_path / "a.txt").write_text("Text that was given for data, not what is made of it.")
+    refused(tmp_path, 65, f"first: sota prepare {tmp_path} --out data/{tmp_path.stem}, then")
 
 
 def test_too_short_says_how_many_tokens(folder: Path) -> None:

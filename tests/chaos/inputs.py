@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from sota_transformer.data.encode import EXAMPLES
+from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.data.tokenizer import _rank_file
 from sota_transformer.errors import BAD_DATA, NO_INPUT
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.config import VOCAB
-from sota_transformer.data.encode import EXAMPLES, HASH_RULE
+from sota_transformer.data.encode import HASH_RULE
 from sota_transformer.data.shards import FORMAT
+from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.data.tokenizer import RANKS_SHA256
 from sota_transformer.durable import MANIFEST, canonical_json, fsync_folder, seal, write_file
 
 
-def complete(part: dict[str, Any], threshold: int) -> dict[str, Any]:
+def complete(part: dict[str, Any], val_below: int) -> dict[str, Any]:
     """A manifest from what the merger and the inputs say."""
     return part | {
         "format": FORMAT,
@@ -24,7 +25,7 @@ def complete(part: dict[str, Any], threshold: int) -> dict[str, Any]:
         "fingerprint": fingerprint(part),
         "dtype": "uint16",
         "end_of_text": "after each document",
-        "split_rule": {"hash": HASH_RULE, "val_below": threshold},
+        "split_rule": {"hash": HASH_RULE, "val_below": val_below},
     }
 
 

@@ -21,8 +21,9 @@ import numpy as np
 import orjson
 
 from sota_transformer.data.sources import TABLES, Skipped
-from sota_transformer.data.streams import NOTHING, UTF16, utf8
+from sota_transformer.data.streams import NOTHING, UTF16, recoded
 from sota_transformer.data.tables import Tables
+from sota_transformer.data.tokenizer import utf8
 from sota_transformer.data.units import Segment
 
 DOCUMENT_BYTES = 16 << 20
@@ -64,8 +65,8 @@ def checked(text: str, where: str, data: bytes | None = None) -> Document:
     try:
         data = text.encode() if data is None else data
     except UnicodeEncodeError:
-        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return _repaired("lone surrogates, not valid Unicode", where, checked(mended, where))
+        mended = checked(utf8(text).decode(), where)
+        return _repaired("lone surrogates, not valid Unicode", where, mended)
     if len(data) > DOCUMENT_BYTES:
         return Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", where)
     if b"\0" in data:
@@ -147,7 +148,7 @@ def _decoded(data: bytes, where: str) -> Document:
 def without_mark(data: bytes) -> bytes:
     """The start of a text without its byte order mark, in UTF-8; it is all of a text in UTF-16."""
     if data.startswith(UTF16):
-        data = b"".join(utf8(iter([data])))
+        data = b"".join(recoded(iter([data])))
     return data.removeprefix(codecs.BOM_UTF8)
 
 
@@ -291,14 +292,12 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         except csv.Error as error:
             yield Skipped(f"not a {segment.kind} row ({error}), and all behind it", where)
             return
-        if over and cells and cells[-1].endswith(_END):
-            why = "perhaps a quote that is never closed; left out from here on"
-            yield Skipped(f"no row ends within {LINE_BYTES >> 20} MiB, {why}", where)
-            return
-        if cells == [_END]:
-            return
         if cells and cells[-1].endswith(_END):
-            yield Skipped("quote that is never closed, and all behind it", where)
+            if over:
+                why = "perhaps a quote that is never closed; left out from here on"
+                yield Skipped(f"no row ends within {LINE_BYTES >> 20} MiB, {why}", where)
+            elif cells != [_END]:
+                yield Skipped("quote that is never closed, and all behind it", where)
             return
         if row == 1:
             if field not in cells:

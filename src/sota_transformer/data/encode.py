@@ -20,12 +20,11 @@ from sota_transformer.data.documents import Document, documents
 from sota_transformer.data.grams import GramSet
 from sota_transformer.data.near import Place
 from sota_transformer.data.sketch import sketch
-from sota_transformer.data.sources import REPAIRED, Skipped
+from sota_transformer.data.sources import EXAMPLES, REPAIRED, Skipped
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import EOT, Encoder
 from sota_transformer.data.units import UNIT_BYTES, Job, Segment, Unit
 
-EXAMPLES = 5
 HASH_KEY = b"sota_transformer document hash 1"
 HASH_BYTES = 16
 HASH_RULE = f"BLAKE3-{8 * HASH_BYTES} of the UTF-8 text, key {HASH_KEY.decode()}"
@@ -150,7 +149,7 @@ def _exclude(encoded: Encoded, excluded: GramSet, names: list[str]) -> None:
     for document in np.flatnonzero(drop).tolist():
         encoded.rejects.add(EXCLUDED, names[document])
     encoded.tokens = encoded.tokens[np.repeat(~drop, encoded.lengths)]
-    for name in ("lengths", "text_bytes", "hashes", "inputs", "keys", "marks"):
+    for name, _ in _ARRAYS[:-1]:  # all but the tokens
         setattr(encoded, name, getattr(encoded, name)[~drop])
 
 

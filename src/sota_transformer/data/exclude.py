@@ -14,7 +14,7 @@ from sota_transformer.data.progress import printable
 from sota_transformer.data.sources import ARCHIVES, Skipped, find
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
-from sota_transformer.data.tokenizer import Tokenizer, utf8
+from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.data.units import whole
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.words import counted
@@ -47,9 +47,11 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     lies in a folder and is no text is said to be left out.
     """
     sources, skipped = find(inputs)
-    passed = [item for item in skipped if item.reason.endswith("is not a text format")]
+    passed: list[Skipped] = []
     for item in skipped:
-        if item not in passed:
+        if item.reason.endswith("is not a text format"):
+            passed.append(item)
+        else:
             _refuse(item)
     for source in sources:
         if source.codec or source.kind in ARCHIVES:
@@ -61,13 +63,14 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
                     yield from _strings(_parsed(line, source.name), text_field)
             continue
         for document in documents(whole(source), text_field, Tables()):
-            if isinstance(document, Skipped) and not document.repaired:
-                if document.reason == BINARY and Path(inputs[source.input]).is_dir():
-                    passed.append(document)
-                else:
-                    _refuse(document)
-                continue
-            yield (document.repaired if isinstance(document, Skipped) else document).decode()
+            if isinstance(document, bytes):
+                yield document.decode()
+            elif document.repaired:
+                yield document.repaired.decode()
+            elif document.reason == BINARY and Path(inputs[source.input]).is_dir():
+                passed.append(document)
+            else:
+                _refuse(document)
     if passed:
         first = f"the first is {printable(passed[0].where)}: {passed[0].reason}"
         print(f"note: --exclude passes over {counted(len(passed), 'file')}; {first}")
@@ -89,9 +92,9 @@ def _parsed(line: str, name: str) -> Any:
 def _strings(value: Any, text_field: str) -> Iterator[str]:
     """The text field of a record, or else all strings in it."""
     if isinstance(value, dict) and isinstance(value.get(text_field), str):
-        yield utf8(value[text_field]).decode()
+        yield value[text_field]
     elif isinstance(value, str):
-        yield utf8(value).decode()
+        yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _strings(inner, text_field)

@@ -116,7 +116,7 @@ class GramSet:
         maybe = maybe[second.take(self._slots(hashes[maybe], self._shifts[1]))]
         keys = hashes[maybe]
         at = np.searchsorted(self.sorted, keys)
-        return maybe[self.sorted.take(at, mode="clip") == keys] if len(maybe) else maybe
+        return maybe[self.sorted.take(at, mode="clip") == keys]
 
     def find_runs(self, ids: NDArray[Any], size: int) -> NDArray[np.int64]:
         """Where in `ids` a run of `size` begins whose hash is in the set, in order."""

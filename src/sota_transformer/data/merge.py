@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.encode import DUPLICATE, EXAMPLES, HASH_BYTES, Encoded, Rejects
+from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
 from sota_transformer.data.near import Batch, Place, Similar
 from sota_transformer.data.shards import HEADER_BYTES, SPLITS, Shard, load_array, npy_header
 from sota_transformer.data.sketch import sketch
+from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.durable import fsync, sha256_file
 from sota_transformer.errors import BAD_DATA, SotaError
@@ -54,11 +55,12 @@ class SeenHashes:
 class SplitWriter:
     """The shards of one split, each closed at the first document end behind SHARD_TOKENS."""
 
-    def __init__(self, folder: Path, split: str, first: int = 0) -> None:
+    def __init__(self, folder: Path, split: str) -> None:
+        self.before = 0  # shards of the folder that these are appended to
         self.shards: list[str] = []
         self.counts = {"tokens": 0, "documents": 0, "text_bytes": 0}
         self.files: dict[str, Future[dict[str, Any]]] = {}
-        self._folder, self._split, self._next = folder, split, first
+        self._folder, self._split = folder, split
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._file: Any = None
         self._ends: list[NDArray[np.uint64]] = []
@@ -67,26 +69,20 @@ class SplitWriter:
 
     def add(self, encoded: Encoded, keep: NDArray[np.bool_]) -> None:
         """Append the kept documents of a unit, in order."""
-        ends = np.cumsum(encoded.lengths, dtype=np.int64)
-        at = 0
-        while at < len(keep):
+        chosen = np.flatnonzero(keep)
+        while len(chosen):
             # As many documents as the shard has room for: it may overshoot by one document.
-            kept = np.cumsum(np.where(keep[at:], encoded.lengths[at:], 0), dtype=np.int64)
-            stop = at + int(np.searchsorted(kept, SHARD_TOKENS - self._held, "left")) + 1
-            stop = min(stop, len(keep))
-            self._append(encoded, keep, at, stop, ends)
+            tokens = np.cumsum(encoded.lengths[chosen], dtype=np.int64)
+            count = int(np.searchsorted(tokens, SHARD_TOKENS - self._held, "left")) + 1
+            self._append(encoded, chosen[:count])
             if self._held >= SHARD_TOKENS:
                 self._finish()
-            at = stop
+            chosen = chosen[count:]
 
-    def _append(
-        self, encoded: Encoded, keep: NDArray[np.bool_], at: int, stop: int, ends: NDArray[np.int64]
-    ) -> None:
-        """Kept documents at..stop to the open shard."""
-        chosen = np.flatnonzero(keep[at:stop]) + at
-        if not len(chosen):
-            return
+    def _append(self, encoded: Encoded, chosen: NDArray[np.int64]) -> None:
+        """Some documents of a unit, in order, to the open shard."""
         file = self._file or self._open()
+        ends = np.cumsum(encoded.lengths, dtype=np.int64)
         breaks = np.flatnonzero(np.diff(chosen) > 1)
         for first, last in zip(
             chosen[np.append(0, breaks + 1)].tolist(),
@@ -106,7 +102,7 @@ class SplitWriter:
 
     def _open(self) -> Any:
         """The next shard, with room for its header."""
-        self.shards.append(f"{self._split}-{self._next + len(self.shards):05d}.npy")
+        self.shards.append(f"{self._split}-{self.before + len(self.shards):05d}.npy")
         self._file = (self._folder / self.shards[-1]).open("xb", buffering=1 << 20)
         self._file.write(bytes(HEADER_BYTES))
         return self._file
@@ -162,27 +158,21 @@ def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
 class Merger:
     """Takes units in order, writes both splits, and knows what the manifest must say."""
 
-    def __init__(
-        self,
-        folder: Path,
-        threshold: int,
-        inputs: int,
-        near_dedup: float = 0.0,
-        first: dict[str, int] | None = None,
-    ) -> None:
-        """`threshold`: hashes below it go to validation. `first`: number of each first shard."""
+    def __init__(self, folder: Path, val_below: int, inputs: int, near_dedup: float) -> None:
+        """Documents whose hash is below `val_below` go to validation."""
         self.rejects, self._seen = Rejects(), SeenHashes()
         self._again: list[NDArray[np.uint16]] = []  # beginnings of the first exact duplicates
         self._similar = Similar(near_dedup) if near_dedup else None
-        first = first or dict.fromkeys(SPLITS, 0)
-        self.splits = {split: SplitWriter(folder, split, first[split]) for split in SPLITS}
-        self.threshold = threshold
+        self.splits = {split: SplitWriter(folder, split) for split in SPLITS}
+        self._val_below = np.uint64(val_below)
         self.by_input = np.zeros((inputs, 3), np.int64)  # documents, text bytes, tokens
 
     def know(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Take note of the documents of a prepared folder, so that none of them comes again."""
-        for split in SPLITS:
-            for name in manifest["splits"][split]["shards"]:
+        """Go on behind a prepared folder, and take none of its documents again."""
+        for split, writer in self.splits.items():
+            shards = manifest["splits"][split]["shards"]
+            writer.before = len(shards)
+            for name in shards:
                 stem = name.removesuffix(".npy")
                 self._seen.new(load_array(folder, f"{stem}.hashes.npy", manifest))
                 if self._similar is None:
@@ -209,7 +199,7 @@ class Merger:
             self._repeated(encoded, np.flatnonzero(~fresh))
         if self._similar is not None:
             fresh = self._unlike(encoded, fresh)
-        val = encoded.hashes[:, 0] < np.uint64(self.threshold)
+        val = encoded.hashes[:, 0] < self._val_below
         self.splits["train"].add(encoded, fresh & ~val)
         self.splits["val"].add(encoded, fresh & val)
         rows = len(self.by_input)
@@ -241,23 +231,22 @@ class Merger:
         files: dict[str, dict[str, Any]] = {}
         for writer in self.splits.values():
             files |= writer.close()
-        if self._similar is not None and NEAR_DUPLICATE in self.rejects.examples:
-            decode = Tokenizer().decode
-            self.rejects.examples[NEAR_DUPLICATE] = [
+        decode, examples = Tokenizer().decode, self.rejects.examples
+        if self._similar is not None and self._similar.examples:
+            examples[NEAR_DUPLICATE] = [
                 f"{jaccard:.2f}: {decode(a[:_BEGINNING])!r} is like {decode(b[:_BEGINNING])!r}"
                 for jaccard, a, b in self._similar.examples
             ]
-        if self._again and (room := EXAMPLES - len(self.rejects.examples[DUPLICATE])):
-            decode = Tokenizer().decode
-            told = [f"begins {decode(ids)!r}" for ids in self._again[:room]]
-            self.rejects.examples[DUPLICATE] += told
+        if self._again:
+            room = EXAMPLES - len(examples[DUPLICATE])
+            examples[DUPLICATE] += [f"begins {decode(ids)!r}" for ids in self._again[:room]]
         splits = {
             split: {"shards": writer.shards, **writer.counts}
             for split, writer in self.splits.items()
         }
         rejects = {
-            reason: {"count": self.rejects.counts[reason], "examples": examples}
-            for reason, examples in sorted(self.rejects.examples.items())
+            reason: {"count": self.rejects.counts[reason], "examples": places}
+            for reason, places in sorted(examples.items())
         }
         return {"files": files, "splits": splits, "rejects": rejects}
 

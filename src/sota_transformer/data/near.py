@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from sota_transformer.data.grams import distinct, gram_order
 from sota_transformer.data.sketch import BANDS, GRAM, KEY_BITS, MARKS
+from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.errors import BAD_DATA, SotaError
 
 _FEW = 2048  # 5-grams; of more a share is looked at first, then ...
@@ -228,7 +229,7 @@ class Similar:
 
     def _note(self, index: float, a: int, b: int) -> None:
         """The first pairs are told to the user."""
-        if len(self.examples) < 5:
+        if len(self.examples) < EXAMPLES:
             self.examples.append((index, self._ids(a).copy(), self._ids(b).copy()))
 
     def _remember(self, keys: NDArray[np.uint32], numbers: NDArray[np.int64]) -> None:

@@ -240,7 +240,10 @@ class _Run:
         total = sum(source.size for source in self.sources) // self.parts
         progress = Progress(None if packed else total)
         try:
-            manifest = self._encode(pool, progress)
+            units = self._encoded(pool, progress)
+            manifest = {} if self.options.part else self._merged(units)
+            for _ in units:  # of a part nothing but the results is asked for
+                pass
         except BaseException:
             progress.close()
             pool.close(stop=True)
@@ -304,46 +307,43 @@ class _Run:
             text = f"{settings}\0{identity}\0{ranges}".encode("utf-8", "surrogateescape")
             yield Unit(index, segments, hashlib.sha256(text).hexdigest())
 
-    def _encode(self, pool: Pool, progress: Progress) -> dict[str, Any]:
-        """All units, through the merger if there is to be a result; the manifest's contents."""
-        results = pool.run(self._units(pool))
-        first = next(results, None)  # the workers are busy now: time to load numpy here
+    def _encoded(self, pool: Pool, progress: Progress) -> Iterator[Unit]:
+        """This part's units, each when its result is there."""
+        for unit, done in pool.run(self._units(pool)):
+            size = sum(segment.size for segment in unit.segments)
+            progress.add_unit(done.documents, done.text_bytes, done.tokens, size)
+            yield unit
+
+    def _merged(self, units: Iterator[Unit]) -> dict[str, Any]:
+        """All units through the merger; the manifest's contents."""
+        first = next(units, None)  # the workers are busy now: time to load numpy here
         from sota_transformer.data.encode import load
 
-        merger = None if self.options.part else self._merger()
+        merger = self._merger()
         try:
-            for unit, done in chain([first] if first else [], results):
-                size = sum(segment.size for segment in unit.segments)
-                progress.add(done.documents, done.text_bytes, done.tokens, size)
-                if merger is None:
-                    continue
+            for unit in chain([first] if first else [], units):
                 encoded = load(result_path(self.work / "units", unit), unit.key, check=False)
                 if encoded is None:
                     text = f"{self.work}: a result vanished; give the command again"
                     raise SotaError(text, IO_FAILED)
                 merger.add(encoded)
-            if merger is None:
-                return {}
             for item in self.skipped:
                 merger.rejects.add(item.reason, item.where)
             return merger.close() | self._inputs(merger)
         except BaseException:
-            if merger is not None:
-                merger.abandon()
+            merger.abandon()
             raise
 
     def _merger(self) -> "Merger":
         """A merger for this preparation; it knows what is there when this is an append."""
         from sota_transformer.data.merge import Merger
 
-        options, old, below, first = self.options, self.old, self.val_below, None
+        options, old, below = self.options, self.old, self.val_below
         if old is not None:
             below = old["split_rule"]["val_below"]
             if below != self.val_below:
                 print(f"note: validation keeps its share of {below / 2**64:.3g} of the documents")
-            first = {split: len(part["shards"]) for split, part in old["splits"].items()}
-        inputs = len(options.inputs)
-        merger = Merger(self.own / "shards", below, inputs, options.near_dedup, first)
+        merger = Merger(self.own / "shards", below, len(options.inputs), options.near_dedup)
         if old is not None:
             merger.know(options.out, old)
         return merger

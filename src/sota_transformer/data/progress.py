@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Self
 
 from sota_transformer.data.sources import REPAIRED
@@ -17,16 +16,10 @@ _SUMS = ("documents", "text_bytes", "tokens")
 class Meter:
     """A bar on a terminal, a plain line every few seconds elsewhere; both on stderr."""
 
-    def __init__(
-        self, verb: str, total: int | None, text: Callable[[float], str] | None = None
-    ) -> None:
-        """`total` of what there is to do, None where unknown; `text` of seconds says what is done.
-
-        Without a text, tokens are counted.
-        """
+    def __init__(self, verb: str, total: int | None) -> None:
+        """`total` of what there is to do, None where unknown."""
         self._started = self._shown = time.monotonic()
         self._verb, self._total, self._done = verb, total, 0
-        self._text = text or self._tokens
         self._bar: Any = _bar() if sys.stderr.isatty() else None
         self._task = self._bar.add_task("", total=total, text="") if self._bar else None
         if self._bar:
@@ -56,7 +49,8 @@ class Meter:
         else:
             print(f"{self._verb}: {text}", file=sys.stderr, flush=True)
 
-    def _tokens(self, seconds: float) -> str:
+    def _text(self, seconds: float) -> str:
+        """What is done, after so many seconds: tokens."""
         return f"{self._done:,} tokens ({self._done / seconds:,.0f}/s)"
 
     def close(self) -> float:
@@ -66,20 +60,20 @@ class Meter:
         return max(1e-9, time.monotonic() - self._started)
 
 
-class Progress:
-    """What a preparation has done so far."""
+class Progress(Meter):
+    """The meter of a preparation, which counts more than the bytes of input that were read."""
 
     def __init__(self, total_bytes: int | None) -> None:
         """`total_bytes` of input to read, None where packed files make it unknown."""
+        super().__init__("prepare", total_bytes)
         self.documents = self.text_bytes = self.tokens = 0
-        self._meter = Meter("prepare", total_bytes, self._text)
 
-    def add(self, documents: int, text_bytes: int, tokens: int, read_bytes: int) -> None:
+    def add_unit(self, documents: int, text_bytes: int, tokens: int, read_bytes: int) -> None:
         """One more unit is encoded; `read_bytes` is its share of the input."""
         self.documents += documents
         self.text_bytes += text_bytes
         self.tokens += tokens
-        self._meter.add(read_bytes)
+        self.add(read_bytes)
 
     def _text(self, seconds: float) -> str:
         return (
@@ -87,10 +81,6 @@ class Progress:
             f"{self.text_bytes / 1e6:,.0f} MB ({self.text_bytes / seconds / 1e6:,.0f} MB/s)  "
             f"{self.tokens / 1e6:,.1f} M tokens"
         )
-
-    def close(self) -> float:
-        """Clear the bar; seconds since the start."""
-        return self._meter.close()
 
 
 def _bar() -> Any:
@@ -110,8 +100,8 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
     if rest := rows[_INPUTS:]:  # a pattern that the shell has expanded may be thousands
         rows[_INPUTS:] = [(f"{len(rest):,} more", *map(sum, list(zip(*rest, strict=True))[1:]))]
     lines += [_row(*row) for row in rows]
-    for split, part in manifest["splits"].items():
-        lines.append(_row(f"-> {split}", *(part[key] for key in _SUMS)))
+    for split in ("train", "val"):
+        lines.append(_row(f"-> {split}", *(manifest["splits"][split][key] for key in _SUMS)))
     rejects = list(manifest["rejects"].items())
     rejects.sort(key=lambda item: (item[0].endswith(REPAIRED), -item[1]["count"]))
     if rejects and not rejects[0][0].endswith(REPAIRED):

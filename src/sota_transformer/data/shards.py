@@ -45,7 +45,6 @@ _BESIDE = ("ends", "hashes")
 _OTHER_FILES = 256  # that a process may have open beside its shards
 _FOREIGN = ".foreign.json"
 _VERIFIED = ".verified.json"  # which files this machine has hashed, as they were then
-_AGAIN = "prepare it again with `sota prepare INPUT --out {folder}`"
 
 _SIDE = {"shards": [str], "tokens": int, "documents": int, "text_bytes": int}
 _INPUT = {"input": str, "files": int, "documents": int, "text_bytes": int, "tokens": int}
@@ -68,17 +67,25 @@ Split = Literal["train", "val"]
 def check_folder(folder: Path) -> None:
     """SotaError 66 where data is not a folder."""
     if folder.is_file():
-        raise SotaError(
-            f"{folder} is a file, not prepared data; first: sota prepare {folder} --out "
-            f"data/{folder.stem}, then give data/{folder.stem}",
-            NO_INPUT,
-        )
+        raise SotaError(f"{folder} is a file, not prepared data; {_first(folder)}", NO_INPUT)
     if not folder.is_dir():
         here = ";" if folder.is_absolute() else f" in {Path.cwd()}; go to where it is, or"
         raise SotaError(
             f"{folder}: no such folder{here} make it with `sota prepare INPUT... --out {folder}`",
             NO_INPUT,
         )
+
+
+def _first(texts: Path) -> str:
+    """What to do about texts that were given for data."""
+    data = f"data/{texts.absolute().stem}"
+    return f"first: sota prepare {texts} --out {data}, then give {data}"
+
+
+def _unfit(folder: Path, what: str, advice: str = "") -> SotaError:
+    """SotaError 65 for what is not as `sota prepare` leaves it, with what to do about it."""
+    advice = advice or f"prepare it again with `sota prepare INPUT --out {folder}`"
+    return SotaError(f"{what}; {advice}", BAD_DATA)
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -88,28 +95,25 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     or vocabulary.
     """
     check_folder(folder)
-    again = _AGAIN.format(folder=folder)
-    if not (folder / MANIFEST).exists() and foreign_files(folder):
-        return _foreign(folder)
     if not (folder / MANIFEST).exists():
-        raise SotaError(
-            f"{folder} has no {MANIFEST}, so it is not prepared data; {again}", BAD_DATA
-        )
+        if foreign_files(folder):
+            return _foreign(folder)
+        advice = _first(folder) if any(folder.iterdir()) else ""
+        raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
     manifest = read_manifest(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        found = manifest.get("format")
-        raise SotaError(f"{folder} has format {found!r}, not {FORMAT!r}; {again}", BAD_DATA)
-    if manifest.get("vocab_size") != VOCAB:
-        found = manifest.get("vocab_size")
-        raise SotaError(f"{folder} has a vocabulary of {found}, not {VOCAB}; {again}", BAD_DATA)
-    wrong = misfit(manifest, _SHAPE | _APPENDED, MANIFEST)
-    for split, part in {} if wrong else manifest["splits"].items():
-        names = [f"{split}-{i:05d}.npy" for i in range(len(part["shards"]))]
+    if (found := manifest.get("format")) != FORMAT:
+        raise _unfit(folder, f"{folder} has format {found!r}, not {FORMAT!r}")
+    if (found := manifest.get("vocab_size")) != VOCAB:
+        raise _unfit(folder, f"{folder} has a vocabulary of {found}, not {VOCAB}")
+    if wrong := misfit(manifest, _SHAPE | _APPENDED, MANIFEST):
+        raise _unfit(folder, f"{folder}: {wrong}")
+    for split in SPLITS:
+        shards = manifest["splits"][split]["shards"]
+        names = [f"{split}-{i:05d}.npy" for i in range(len(shards))]
         beside = {name.replace(".npy", f".{kind}.npy") for name in names for kind in _BESIDE}
-        if part["shards"] != names or not manifest["files"].keys() >= {*names, *beside}:
+        if shards != names or not manifest["files"].keys() >= {*names, *beside}:
             wrong = f"{MANIFEST} has not the files of {counted(len(names), f'{split} shard')}"
-    if wrong:
-        raise SotaError(f"{folder}: {wrong}; {again}", BAD_DATA)
+            raise _unfit(folder, f"{folder}: {wrong}")
     return manifest
 
 
@@ -137,17 +141,16 @@ class Shard:
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
         """Open and check. SotaError 65 for a wrong size, type or hash."""
         self.path, entry = folder / name, manifest["files"][name]
-        again = _AGAIN.format(folder=folder)
-        again = "it must be a plain file" if "start" in entry else again  # another program's
+        advice = "it must be a plain file" if "start" in entry else ""  # another program's
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             self._file = os.fdopen(os.open(self.path, flags), "rb", buffering=0)
             found = os.fstat(self._file.fileno())
         except OSError as error:
-            raise SotaError(f"{self.path}: {error.strerror}; {again}", BAD_DATA) from error
+            raise _unfit(folder, f"{self.path}: {error.strerror}", advice) from error
         if not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
-            text = f"{self.path} has {found.st_size:,} bytes, not {entry['bytes']:,}; {again}"
-            raise SotaError(text, BAD_DATA)
+            what = f"{self.path} has {found.st_size:,} bytes, not {entry['bytes']:,}"
+            raise _unfit(folder, what, advice)
         _verify_once(self.path, found, entry["sha256"])
         self._start = entry.get("start", HEADER_BYTES)
         self.items = (found.st_size - self._start) // 2
@@ -180,8 +183,7 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> None:
     row = np.dtype((dtype, columns)).itemsize
     rows, rest = divmod(size - HEADER_BYTES, row)
     if rest or file.read(HEADER_BYTES) != npy_header(dtype, (rows, *columns)):
-        text = f"{path}: not a .npy file as `sota prepare` writes it"
-        raise SotaError(f"{text}; {_AGAIN.format(folder=path.parent)}", BAD_DATA)
+        raise _unfit(path.parent, f"{path}: not a .npy file as `sota prepare` writes it")
 
 
 def load_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]:
@@ -204,8 +206,7 @@ def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
     if known.get(path.name) == mark:
         return
     if sha256_file(path) != sha256:
-        again = _AGAIN.format(folder=path.parent)
-        raise SotaError(f"{path}: sha256 mismatch, the file is damaged; {again}", BAD_DATA)
+        raise _unfit(path.parent, f"{path}: sha256 mismatch, the file is damaged")
     with suppress(OSError):  # a read-only data folder is hashed at each start
         write_file(note, json.dumps(known | {path.name: mark}).encode())
 
@@ -233,7 +234,7 @@ class TokenWindows:
         part = manifest["splits"][split]
         self.seq_len, self.tokens, self.text_bytes = seq_len, part["tokens"], part["text_bytes"]
         self.documents, self.fingerprint = part["documents"], manifest["fingerprint"]
-        shards = (name for each in manifest["splits"].values() for name in each["shards"])
+        shards = (name for each in SPLITS for name in manifest["splits"][each]["shards"])
         self.files = {name: manifest["files"][name]["sha256"] for name in shards}
         if self.tokens < seq_len + 1:
             advice = "add text" if split == "train" else "add text or raise --val-fraction"

@@ -73,6 +73,7 @@ _MADE = (  # what `sota train` and `sota export` leave, and others like them
     (("tokenizer_config.json", "merges.txt"), "a model, whose merges are no text"),
 )
 
+EXAMPLES = 5  # that are kept of what was not taken, for each reason
 REPAIRED = "; taken, with U+FFFD for what is broken"  # behind the reason, if that was asked for
 
 

@@ -68,7 +68,7 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
     """The chunks, ended early and with a reason where the stream is damaged or a bomb."""
     total = 0
     try:
-        for chunk in utf8(chunks):
+        for chunk in recoded(chunks):
             yield chunk
             total += len(chunk)
             if total > _BOMB_BYTES and total > _BOMB_RATIO * max(1, packed):
@@ -82,7 +82,7 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
         refused(Skipped(f"damaged stream; {_STARTED}", where))
 
 
-def utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def recoded(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The chunks of a text; UTF-16 that says so by its byte order mark becomes UTF-8 without one.
 
     What is broken becomes bytes that are no UTF-8 either, to be found where all such bytes are.
@@ -117,7 +117,7 @@ def damage() -> tuple[type[BaseException], ...]:
 
 
 def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
-    """Chunks of at most CHUNK bytes of the stream `raw`, unpacked."""
+    """Chunks of CHUNK to twice as many bytes of the stream `raw`, unpacked; the last is shorter."""
     if codec == "zst":
         yield from _filled(_zstandard(raw))
     elif codec == "gz":

@@ -231,7 +231,11 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
     """Write nanoGPT's `train.bin` and `val.bin` into an existing or new folder."""
     if not out.parent.is_dir():
         raise SotaError(f"--export-bin {out}: no folder {out.parent}", LOCKED)
-    out.mkdir(exist_ok=True)
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        text = f"--export-bin {out}: cannot be made ({error.strerror})"
+        raise SotaError(text, LOCKED) from error
     for split in SPLITS:
         if (stream := _open(folder, split)) is None:
             (out / f"{split}.bin").unlink(missing_ok=True)  # of other data, exported here before
