@@ -57,7 +57,7 @@ def test_a_disk_that_no_checkpoint_fits_on_is_said_before_the_first_step(
     patched = types.SimpleNamespace(free=int(1.2 * size))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: patched)
     train(make_run("other", steps=3))
-    assert "may come to take 0.08 GB more" in capsys.readouterr().out
+    assert "may come to take 0.04 GB more" in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     assert train(config) is None and "complete" in capsys.readouterr().out
 
