@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 
-START = (
+START = (  # with less patience than it has, which a test waits out
     "import sys; from pathlib import Path; from sota_transformer.options import Serve; "
+    "from sota_transformer.serve import guard; guard.RECEIVE_SECONDS = 4; "
     "from sota_transformer.commands.serve import run_serve; "
     "run_serve(Serve(run=Path(sys.argv[1]), port=0, api_key=sys.argv[2], rows=2, device='cpu'))"
 )
