@@ -20,11 +20,11 @@ from sota_transformer.cli import resolve
 from sota_transformer.commands.common import open_model
 from sota_transformer.commands.evaluate import run_evaluate
 from sota_transformer.commands.transfer import run_export, run_import
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.inference import export, layout
 from sota_transformer.inference.folder import read_model
-from sota_transformer.inference.generate import EOT, generate, make_sampler
+from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.training.start import train

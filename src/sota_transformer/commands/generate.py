@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.commands.common import check, decoded, open_to_generate, warn
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.batch import Drawn, Job, run_jobs
-from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.inference.generate import make_sampler
 from sota_transformer.options import Generate
 
 _ROWS = 16  # prompts continued together

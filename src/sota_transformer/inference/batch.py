@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB
-from sota_transformer.data.tokenizer import Tokenizer
-from sota_transformer.inference.generate import EOT, Rows, Sampler, check_finite
+from sota_transformer.data.tokenizer import EOT, Tokenizer
+from sota_transformer.inference.generate import Rows, Sampler, check_finite
 from sota_transformer.model.transformer import Transformer
 
 Reason = Literal["stop", "length"]

@@ -9,12 +9,13 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 
 from sota_transformer.data.progress import Meter
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.inference.batch import Job, run_jobs
 from sota_transformer.inference.benchmarks import encode_pair, score
-from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.inference.generate import make_sampler
 from sota_transformer.inference.perplexity import sliding_sums
 from sota_transformer.model.transformer import Transformer
+
 
 _ROWS = 16
 
