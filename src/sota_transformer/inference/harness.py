@@ -17,9 +17,6 @@ from sota_transformer.inference.perplexity import sliding_sums
 from sota_transformer.model.transformer import Transformer
 
 
-_ROWS = 16
-
-
 class Harness(LM):
     """A model as lm-eval asks it; every request carries its text in `args`."""
 
@@ -61,7 +58,7 @@ class Harness(LM):
             )
         texts = [""] * len(jobs)
         with Meter("evaluate", None) as meter:  # most texts end before their length
-            for number, drawn in run_jobs(self._model, self._tokenizer, jobs, _ROWS):
+            for number, drawn in run_jobs(self._model, self._tokenizer, jobs):
                 texts[number] += drawn.text
                 meter.add(1)
         return texts
