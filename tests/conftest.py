@@ -74,6 +74,8 @@ def make_run(
 ) -> Callable[..., RunConfig]:
     """A run of `tiny`, shorter and narrower; keyword arguments replace fields by name.
 
+    As narrow as it can be: what a step takes, and each checkpoint, is the vocabulary times that.
+
     Its samples are short, for they would take more time than the steps. The command line's are not.
     """
     from tests.training_runs import change
@@ -82,8 +84,8 @@ def make_run(
 
     def make(name: str = "run", recipe: str = "seed", **changes: object) -> RunConfig:
         defaults: dict[str, object] = {
-            "d_model": 32, "d_ff": 64, "seq_len": 32, "steps": 12, "batch_rows": 4,
-            "log_every": 1, "eval_every": 0, "eval_tokens": 512, "sample_every": 0,
+            "d_model": 16, "d_ff": 64, "seq_len": 32, "steps": 12, "batch_rows": 4,
+            "log_every": 1, "eval_every": 0, "eval_tokens": 256, "sample_every": 0,
             "save_every_minutes": 0.0, "threads": 1, "device": "cpu", "path": data,
             "out": tmp_path / name, "dtype": "float32",
         }  # fmt: skip

@@ -20,11 +20,11 @@ from sota_transformer.cli import resolve
 from sota_transformer.commands.common import open_model
 from sota_transformer.commands.evaluate import run_evaluate
 from sota_transformer.commands.transfer import run_export, run_import
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.inference import export, layout
 from sota_transformer.inference.folder import read_model
-from sota_transformer.inference.generate import EOT, generate, make_sampler
+from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.training.start import train
@@ -197,7 +197,12 @@ def test_an_export_can_be_used_and_imported(
 
 
 def test_an_imported_run_trains_on(
-    model: Transformer, exported: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    model: Transformer,
+    exported: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command that `sota import` prints is the one that continues."""
     out = tmp_path / "run"
@@ -205,7 +210,8 @@ def test_an_imported_run_trains_on(
     command = capsys.readouterr().out.partition("train on:")[2]
     config = resolve([*shlex.split(command)[2:], "--train.batch-rows=16"], "train")
     assert config.model == model.config and config.run.out == out
-    train(change(config, device="cpu", threads=1))
+    monkeypatch.setattr("sota_transformer.training.judge._SAMPLE_TOKENS", 4)
+    train(change(config, device="cpu", threads=1, eval_tokens=256))
     before, after = model.state_dict(), open_model(out, "cpu", 2).model.state_dict()
     moved = [float((after[name] - tensor).abs().max()) for name, tensor in before.items()]
     assert 0 < max(moved) < 0.01  # two steps away from the imported weights, not from new ones

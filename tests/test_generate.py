@@ -3,12 +3,9 @@
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -21,7 +18,6 @@ from transformers import (
 from sota_transformer.config import GPT2_VOCAB, Model
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
-from sota_transformer.inference.batch import Text
 from sota_transformer.inference.generate import (
     Rows,
     generate,
@@ -254,28 +250,3 @@ def test_a_diverged_model_is_an_error() -> None:
     with pytest.raises(SotaError) as caught:
         make_sampler(0.0)(torch.tensor([0.0, float("nan")]), [])
     assert caught.value.code == 70
-
-
-def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    text = Text(tokenizer)
-    return [*(text.push(token) for token in ids), text.finish()]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=60))
-def test_streamed_text_is_the_text(text: str) -> None:
-    pieces = streamed(TOKENIZER, TOKENIZER.encode(text))
-    assert "".join(pieces) == text
-
-
-class Bytes(Tokenizer):
-    """Ids that are bytes, so that every cut of a character can be tried."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return bytes(ids)
-
-
-def test_a_character_is_never_split_and_broken_bytes_are_marked() -> None:
-    text = "aé漢🙂"
-    assert [piece for piece in streamed(Bytes(), text.encode()) if piece] == list(text)
-    assert "".join(streamed(Bytes(), b"a\xffb\xf0\x9f")) == "a\ufffdb\ufffd"

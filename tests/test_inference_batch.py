@@ -1,6 +1,7 @@
 """Jobs that come and go, stop strings, and benchmark scoring against one pair at a time."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.inference.batch import Batch, Drawn, Job, Text, run_jobs
 from sota_transformer.inference.benchmarks import (
     Choice,
@@ -17,7 +18,7 @@ from sota_transformer.inference.benchmarks import (
     lambada,
     score,
 )
-from sota_transformer.inference.generate import EOT, generate, make_sampler
+from sota_transformer.inference.generate import generate, make_sampler
 from tests.inference_models import FULL, as_transformers, small_model
 
 TOKENIZER = Tokenizer()
@@ -83,9 +84,32 @@ def test_log_probabilities_are_the_models_own() -> None:
         assert [token for token, _ in piece.alternatives] == best.indices.tolist()
 
 
-class Bytes:
-    def decode_bytes(self, ids: list[int]) -> bytes:
+def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    text = Text(tokenizer)
+    return [*(text.push(token) for token in ids), text.finish()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=60))
+def test_streamed_text_is_the_text(text: str) -> None:
+    pieces = streamed(TOKENIZER, TOKENIZER.encode(text))
+    assert "".join(pieces) == text
+
+
+class Bytes(Tokenizer):
+    """Ids that are bytes, so that every cut of a character can be tried."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return bytes(ids)
+
+
+BYTES = Bytes()
+
+
+def test_a_character_is_never_split_and_broken_bytes_are_marked() -> None:
+    text = "aé漢🙂"
+    assert [piece for piece in streamed(BYTES, text.encode()) if piece] == list(text)
+    assert "".join(streamed(BYTES, b"a\xffb\xf0\x9f")) == "a\ufffdb\ufffd"
 
 
 @settings(max_examples=200, deadline=None)
@@ -94,7 +118,7 @@ class Bytes:
     st.lists(st.text(alphabet="ab漢", min_size=1, max_size=4), max_size=3),
 )
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
-    shown = Text(Bytes(), stops)  # type: ignore[arg-type]
+    shown = Text(BYTES, stops)
     out = ""
     for byte in text.encode():
         out += shown.push(byte)

@@ -181,7 +181,7 @@ def test_what_takes_long_says_how_far_it_is(
     """A line on stderr now and then, up to the whole; nothing where it is done at once."""
     (tmp_path / "a.txt").write_text("The captain saw the storm. " * 50)
     asked: list[dict[str, Any]] = [{}, {"text": (tmp_path,)}, {"tokens": 500, "stride": 16}]
-    asked += [{"lambada": lambada_file}, {"hellaswag": hellaswag_file}]
+    asked += [{"lambada": lambada_file, "limit": 9}, {"hellaswag": hellaswag_file, "limit": 9}]
     for options in asked:
         monkeypatch.setattr("sota_transformer.data.progress._PLAIN_SECONDS", 60)
         quiet = judged(run, **options)

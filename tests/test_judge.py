@@ -51,7 +51,7 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(make_run: MakeRun,
 
 
 def test_losses_over_other_windows_do_not_compare(make_run: MakeRun, tmp_path) -> None:
-    config = make_run()
+    config = make_run(eval_tokens=512)
     runtime = Runtime.detect(config.run, 1)
     judging = judge.Judge(config, runtime, RunLog(tmp_path, 1, silent=True))
     model = Transformer(config.model).eval()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import SotaError
 from sota_transformer.inference.batch import Batch, Job
-from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.inference.generate import make_sampler
 from sota_transformer.model.transformer import Transformer
 from tests.inference_models import FULL, as_transformers, small_model, write_run
 from tests.serving import Server

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from sota_transformer.config import GPT2_VOCAB, VOCAB
-from sota_transformer.inference.generate import EOT
+from sota_transformer.data.tokenizer import EOT
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GONE = object()

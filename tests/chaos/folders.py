@@ -25,10 +25,10 @@ from transformers.utils import logging
 from sota_transformer import cli
 from sota_transformer.commands.common import open_to_generate
 from sota_transformer.config import GPT2_VOCAB, VOCAB
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import BAD_DATA, NO_INPUT
 from sota_transformer.inference.folder import read_model
-from sota_transformer.inference.generate import EOT, generate, make_sampler
+from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.training.start import train
 
 from .commands import Finished, corpus, prepare_arguments, sha256, sota

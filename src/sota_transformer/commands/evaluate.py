@@ -17,12 +17,11 @@ from sota_transformer.data.progress import Meter, printable
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.sources import ARCHIVES, CODECS, Skipped, Source, find, looks_like
 from sota_transformer.data.tables import Tables
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.data.units import whole
 from sota_transformer.durable import MANIFEST, read_manifest
 from sota_transformer.errors import BAD_DATA, NO_INPUT, USAGE, SotaError
 from sota_transformer.inference import benchmarks
-from sota_transformer.inference.generate import EOT
 from sota_transformer.inference.perplexity import Array, paired, sliding_sums, summarise
 from sota_transformer.inference.references import REFERENCES
 from sota_transformer.options import Evaluate

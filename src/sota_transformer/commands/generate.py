@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.commands.common import check, decoded, open_to_generate, warn
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.batch import Drawn, Job, run_jobs
-from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.inference.generate import make_sampler
 from sota_transformer.options import Generate
 
-_ROWS = 16  # prompts continued together
 _PROMPT_BYTES = 64 << 20
 
 
@@ -56,7 +55,7 @@ def run_generate(options: Generate) -> int:
     longest, context = max(len(job.tokens) for job in jobs), opened.model.config.seq_len
     if longest > context:
         warn(f"a prompt has {longest:,} tokens; the model sees the last {context:,} of them")
-    pieces = run_jobs(opened.model, tokenizer, jobs, _ROWS)
+    pieces = run_jobs(opened.model, tokenizer, jobs)
     if len(jobs) == 1 and not options.json:
         print(prompts[0], end="", flush=True)
         for _, piece in pieces:

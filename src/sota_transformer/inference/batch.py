@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from sota_transformer.config import GPT2_VOCAB
-from sota_transformer.data.tokenizer import Tokenizer
-from sota_transformer.inference.generate import EOT, Rows, Sampler, check_finite
+from sota_transformer.data.tokenizer import EOT, Tokenizer
+from sota_transformer.inference.generate import Rows, Sampler, check_finite
 from sota_transformer.model.transformer import Transformer
 
 Reason = Literal["stop", "length"]
 Likely = list[tuple[int, float]]
 """The likeliest tokens at one place and their nats, best first."""
+_ROWS = 16  # jobs of `run_jobs` that advance together
 _ECHOED = 64  # tokens of a prompt whose logits exist at once; more are no faster
 
 
@@ -176,7 +177,7 @@ def _nats(logits: Tensor, tokens: Sequence[int], count: int) -> list[tuple[float
 
 
 def run_jobs(
-    model: Transformer, tokenizer: Tokenizer, jobs: Sequence[Job], rows: int
+    model: Transformer, tokenizer: Tokenizer, jobs: Sequence[Job], rows: int = _ROWS
 ) -> Iterator[tuple[int, Drawn]]:
     """All tokens of all jobs as they come, with the number of their job; `rows` jobs at a time."""
     need = max((len(job.tokens) + job.max_tokens for job in jobs), default=1)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from sota_transformer.data.progress import Meter
-from sota_transformer.data.tokenizer import Tokenizer
-from sota_transformer.inference.generate import EOT
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.model.transformer import Cache, Transformer
 
 _PREFIX_TOKENS = 4096  # of one batch of shared beginnings

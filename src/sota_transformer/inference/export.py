@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from sota_transformer.data.tokenizer import EOT
 from sota_transformer.durable import FolderWriter, canonical_json
 from sota_transformer.errors import DIVERGED, SotaError
 from sota_transformer.inference.folder import WEIGHTS, read_model
-from sota_transformer.inference.layout import EOT, PAD, huggingface_config, huggingface_tensors
+from sota_transformer.inference.layout import huggingface_config, huggingface_tensors
 from sota_transformer.inference.tokenizer_files import huggingface_files
+from sota_transformer.model.loss import PAD
 from sota_transformer.model.transformer import Transformer
 
 # Root mean square difference allowed, as a share of the logits' spread: rounding to 24, 11 and 8

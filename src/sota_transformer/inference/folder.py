@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sota_transformer.config import Model
+from sota_transformer.data.tokenizer import EOT
 from sota_transformer.durable import open_regular
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
-from sota_transformer.inference.layout import EOT, expected_shapes, own_config, own_tensors
+from sota_transformer.inference.layout import expected_shapes, own_config, own_tensors
 from sota_transformer.inference.tokenizer_files import vocabulary
 from sota_transformer.model.transformer import Transformer, rotary
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from sota_transformer.config import Model
+from sota_transformer.data.tokenizer import EOT
 from sota_transformer.inference.layout import (
-    EOT,
-    PAD,
     expected_shapes,
     huggingface_tensors,
     own_tensors,
 )
 from sota_transformer.inference.tokenizer_files import merges, vocabulary
+from sota_transformer.model.loss import PAD
 from sota_transformer.model.transformer import Transformer
 
 Array = np.ndarray[Any, Any]

@@ -9,14 +9,12 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 
 from sota_transformer.data.progress import Meter
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.inference.batch import Job, run_jobs
 from sota_transformer.inference.benchmarks import encode_pair, score
-from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.inference.generate import make_sampler
 from sota_transformer.inference.perplexity import sliding_sums
 from sota_transformer.model.transformer import Transformer
-
-_ROWS = 16
 
 
 class Harness(LM):
@@ -60,7 +58,7 @@ class Harness(LM):
             )
         texts = [""] * len(jobs)
         with Meter("evaluate", None) as meter:  # most texts end before their length
-            for number, drawn in run_jobs(self._model, self._tokenizer, jobs, _ROWS):
+            for number, drawn in run_jobs(self._model, self._tokenizer, jobs):
                 texts[number] += drawn.text
                 meter.add(1)
         return texts

@@ -14,9 +14,9 @@ from torch import Tensor
 from sota_transformer.config import GPT2_VOCAB, MOST_VOCAB, Model
 from sota_transformer.data.tokenizer import EOT
 from sota_transformer.errors import BAD_DATA, SotaError
+from sota_transformer.model.loss import PAD
 from sota_transformer.model.transformer import Transformer
 
-PAD = GPT2_VOCAB
 _LARGEST_ROTARY = 1 << 26  # positions x head dimension
 _SIZES = {  # our name: theirs, and the largest that is read
     "layers": ("num_hidden_layers", 512),

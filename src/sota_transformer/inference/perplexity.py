@@ -42,17 +42,14 @@ def sequence_sums(
     model: Transformer,
     windows: Iterable[Array],
     token_bytes: Array,
-    rows: int = BATCH_ROWS,
     document_mask: bool = False,
 ) -> Array:
-    """(N, 3) float64: nats, tokens and bytes of each window (T+1,), or of each row of (B, T+1).
+    """(N, 3) float64: nats, tokens and bytes of each window (T+1,).
 
     Its last T ids are predicted, each from those before it: of its own document only, with
     `document_mask`. Padding is not predicted. `token_bytes` (V,) is the UTF-8 length of each token.
-    `rows` windows go through at once.
     """
-    flat = (row for window in windows for row in np.atleast_2d(window))
-    return _sums(model, ((row, 0) for row in flat), token_bytes, rows, document_mask)
+    return _sums(model, ((window, 0) for window in windows), token_bytes, document_mask)
 
 
 def sliding_sums(
@@ -70,8 +67,7 @@ def sliding_sums(
     did not: a token of a later window sees at least context - stride tokens. `meter` is told of
     each.
     """
-    windows = _sliding(tokens, context, stride)
-    return _sums(model, windows, token_bytes, BATCH_ROWS, document_mask, meter)
+    return _sums(model, _sliding(tokens, context, stride), token_bytes, document_mask, meter)
 
 
 def _sliding(tokens: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:
@@ -89,7 +85,6 @@ def _sums(
     model: Transformer,
     windows: Iterable[tuple[Array, int]],
     token_bytes: Array,
-    rows: int,
     document_mask: bool,
     meter: Meter | None = None,
 ) -> Array:
@@ -97,7 +92,7 @@ def _sums(
     head = model.embedding.weight.detach()  # a parameter would make the loss keep gradients
     device = model.rope.device
     result = []
-    for batch in _batches(windows, rows):
+    for batch in _batches(windows):
         ids = torch.from_numpy(np.stack([window for window, _ in batch]).astype(np.int64))
         targets = targets_of(ids)
         for line, (_, skip) in zip(targets, batch, strict=True):
@@ -119,11 +114,11 @@ def _sums(
     return np.concatenate(result) if result else np.zeros((0, 3))
 
 
-def _batches(windows: Iterable[tuple[Array, int]], rows: int) -> Iterator[list[tuple[Array, int]]]:
-    """Neighbours of equal length, at most `rows` together."""
+def _batches(windows: Iterable[tuple[Array, int]]) -> Iterator[list[tuple[Array, int]]]:
+    """Neighbours of equal length, at most `BATCH_ROWS` together."""
     batch: list[tuple[Array, int]] = []
     for item in windows:
-        if batch and (len(batch) == rows or len(item[0]) != len(batch[0][0])):
+        if batch and (len(batch) == BATCH_ROWS or len(item[0]) != len(batch[0][0])):
             yield batch
             batch = []
         batch.append(item)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 
 EOT_TEXT, PAD_TEXT = "<|endoftext|>", "<|pad|>"
 
@@ -27,7 +27,7 @@ def _characters() -> list[str]:
 def vocabulary() -> list[str]:
     """All 50,258 tokens by id, each byte as a printable character."""
     tokenizer, characters = Tokenizer(), _characters()
-    tokens = (tokenizer.decode_bytes([token]) for token in range(tokenizer.eot))
+    tokens = (tokenizer.decode_bytes([token]) for token in range(EOT))
     return [*("".join(characters[byte] for byte in token) for token in tokens), EOT_TEXT, PAD_TEXT]
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from fastapi import HTTPException, Request
 from fastapi.responses import Response, StreamingResponse
 
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.inference.batch import Drawn, Job
-from sota_transformer.inference.generate import EOT, make_sampler
+from sota_transformer.inference.generate import make_sampler
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.serve.engine import Deliver, Engine
 from sota_transformer.serve.guard import error_body
