@@ -58,7 +58,7 @@ class Trainer:
         self.model.to(runtime.device)
         self.optimizers = optimizers(self.model, config.optim)
         half = runtime.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)  # else it idles
         self.step = self.updates = 0
         self.tokens = 0  # learned from: what no update was made of does not count
         self.guard = Guard()
@@ -160,7 +160,7 @@ class Trainer:
                 hidden, head, targets[part], optim.label_smoothing, self.runtime.compile
             )
             self.scaler.scale(losses.smoothed / count).backward()
-            sums += torch.stack([part.detach().float() for part in losses])
+            sums += torch.stack([total.detach().float() for total in losses])
         return sums
 
     def _halve_micro_batch(self, rows: int) -> None:
@@ -186,9 +186,8 @@ class Trainer:
 
     def _update(self, sums: Tensor) -> None:
         """Clip and update, unless the loss or a gradient is not finite on any rank."""
-        if self.scaler.is_enabled():
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = gradient_norm(self.model)
         totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
         totals[2] = max(1.0, totals[2])  # others' files may have windows of nothing but padding
@@ -389,7 +388,7 @@ class Trainer:
             self.updates, self.tokens = int(state.trainer["updates"]), self.learned(state)
             self.guard.restore(state.trainer["guard"])
             self.judge.recall(state)
-            if self.scaler.is_enabled() and state.trainer.get("scaler"):
+            if state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])
             if "rows" in state.trainer:  # not the step, so that the batch may change
                 rows = int(state.trainer["rows"])
