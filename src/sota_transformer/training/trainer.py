@@ -9,8 +9,8 @@ same bytes as one that was not.
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,8 @@ class Trainer:
                 self._log()
             self._judge_where_due()
             if self._save_due():
-                self._pause(self._save)
+                with self._paused():
+                    self._save()
         left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
         if self.step not in self.good or left:
             self._save()
@@ -113,11 +114,11 @@ class Trainer:
         train = self.config.train
         if self._due(train.eval_every) and self.step < train.steps and not validated:
             before = self.judge.best
-            self._pause(lambda: self._judged(self.judge.validate))
+            self._judged(self.judge.validate)
             if self.guard.bad_in_a_row:  # no checkpoint is due here, and the best one is kept
                 self.judge.best = before
         if self._due(train.sample_every) and self.step < train.steps and not sampled:
-            self._pause(lambda: self._judged(self.judge.sample))
+            self._judged(self.judge.sample)
 
     def _train_step(self) -> None:
         """One optimizer step, of micro-batches; a GPU is waited for once, before its update."""
@@ -297,10 +298,11 @@ class Trainer:
         self.runtime.synchronize()
         self._interval = (time.monotonic(), self.step)
 
-    def _pause(self, work: Any) -> None:
-        """Do something that is not training, outside the clock that measures tokens per second."""
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What is not training, outside the clock that measures tokens per second."""
         began = time.monotonic()
-        work()
+        yield
         spent = time.monotonic() - began
         self._interval = (self._interval[0] + spent, self._interval[1])
 
@@ -325,9 +327,9 @@ class Trainer:
         self._begin_interval()
 
     def _judged(self, by: Callable[[Transformer, int], Any]) -> Any:
-        """What is said of the model as it is now."""
+        """What is said of the model as it is now; it takes no time of training's."""
         self.model.eval()
-        with self.runtime.uncompiled():
+        with self._paused(), self.runtime.uncompiled():
             return by(self.model, self.step)
 
     def _save(self) -> None:
