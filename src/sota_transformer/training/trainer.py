@@ -220,7 +220,7 @@ class Trainer:
 
     def _go_back(self) -> None:
         """To before the bad steps, on behind the data that did it, at half the rate; or give up."""
-        if self.guard.gives_up():
+        if self.guard.returns >= RETURNS:
             raise SotaError(
                 f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
                 "go on from an earlier checkpoint (--resume step:N), or anew, at a lower rate "
