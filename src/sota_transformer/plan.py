@@ -210,7 +210,7 @@ def measure(config: RunConfig) -> Speed:
     SotaError 75 where it does not fit.
     """
     from sota_transformer.runtime import Runtime, out_of_memory
-    from sota_transformer.training.micro_batch import halved, micro_rows
+    from sota_transformer.training.micro_batch import dividing, micro_rows
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
     # A system that lends memory it does not have would end this process.
@@ -221,18 +221,18 @@ def measure(config: RunConfig) -> Speed:
             f"{free / 1e9:.1f}; a smaller preset may fit",
             TEMPORARY,
         )
-    rows, taken = micro_rows(config, runtime), None
-    while taken is None:
+    rows = micro_rows(config, runtime)
+    while True:
         try:
-            taken = step_seconds(config, runtime, rows)
+            seconds, update = step_seconds(config, runtime, rows)
+            break
         except (RuntimeError, MemoryError) as error:  # as in training
             if not out_of_memory(error):
                 raise
-            rows = halved(rows, config.train.batch_rows)
+            rows = dividing(config.train.batch_rows, rows // 2)
             if not rows:
                 text = f"not even one window of {config.model.seq_len} tokens fits into the memory"
                 raise SotaError(text, TEMPORARY) from error
-    seconds, update = taken
     rounds = config.train.batch_rows // rows
     total = rounds * (seconds - update) + update
     tokens = step_tokens(config, padding(config))

@@ -38,7 +38,7 @@ from sota_transformer.runtime import PeerLostError, Runtime, out_of_memory
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.judge import Judge
-from sota_transformer.training.micro_batch import halved, micro_rows
+from sota_transformer.training.micro_batch import dividing, micro_rows
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.signals import Signals, Stopped
 
@@ -166,7 +166,7 @@ class Trainer:
 
     def _halve_micro_batch(self, rows: int) -> None:
         """Go on with smaller micro-batches of these rows; the step is the same but for rounding."""
-        fewer = halved(self.micro_rows, rows)
+        fewer = dividing(rows, self.micro_rows // 2)
         if not fewer:
             raise SotaError(
                 f"step {self.step}: not even one window of {self.config.model.seq_len} tokens fits "
