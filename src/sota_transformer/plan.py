@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
-from sota_transformer.presets import PRESETS, Recipe, command
+from sota_transformer.presets import PRESETS, command, recipe_of
 from sota_transformer.schedules import describe, step_tokens
 from sota_transformer.words import counted
 
@@ -122,8 +122,7 @@ def compare(
     config: RunConfig, preset: str, speed: Speed, hours: float, there: int
 ) -> Iterator[str]:
     """What each preset would make of the time, and which to take."""
-    choices = []
-    recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
+    choices, recipe = [], recipe_of(config)
     for name in (name for name in PRESETS if name in (preset, "16m", "125m", "250m")):
         own = PRESETS[name](recipe)
         other = config
@@ -158,7 +157,7 @@ def compare(
     _, name, steps, own, other = min(choices)
     usual = dataclasses.replace(other.train, steps=own.train.steps)
     run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
-    words = command(name, dataclasses.replace(other, train=usual, run=run), recipe)
+    words = command(name, dataclasses.replace(other, train=usual, run=run))
     yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
 
 
