@@ -162,9 +162,7 @@ def _resume_step(config: RunConfig, say: Callable[[str], None]) -> int:
         if checkpoint.steps(folder):
             raise SotaError(f"{folder} holds checkpoints; with --resume never give another --out")
         return -1
-    found = checkpoint.latest(folder, say)
-    if found is None and wanted == "latest":
-        raise SotaError(f"no checkpoint in {folder} is whole", NO_INPUT)
+    found = checkpoint.latest(folder, say)  # for `latest` there is one: see `check_folders`
     return -1 if found is None else found
 
 
