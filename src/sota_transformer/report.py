@@ -54,7 +54,7 @@ def write_report(folder: Path, out: Path) -> Path:
     body = [
         f"<h1>{escape(str(folder))}</h1>",
         *(f"<p>{escape(line)}</p>" for line in described),
-        *_summary(config, metrics),
+        _summary(config, metrics),
         *_charts(config, metrics),
         _validations(metrics),
         *_starts(record),
@@ -101,7 +101,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
+def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     """The figures that people ask for first."""
     step, steps = max(line["step"] for line in metrics), config.train.steps
     rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
@@ -116,7 +116,7 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
         rows.append(("time in training steps", clock(seconds)))
     if memory := column(metrics, "memory"):
         rows.append(("memory at the peak", f"{max(value for _, value in memory) / 1e9:.2f} GB"))
-    yield table(("what", "figure"), rows)
+    return table(("what", "figure"), rows)
 
 
 def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
