@@ -17,7 +17,7 @@ from sota_transformer.training.runlog import (
     judgement,
     read_config,
     read_metrics,
-    read_samples,
+    samples_of,
 )
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart, and of its margins, in pixels
@@ -59,7 +59,7 @@ def write_report(folder: Path, out: Path) -> Path:
         _validations(metrics),
         *_starts(record),
         _events(metrics),
-        *_samples(folder, metrics[-1]["step"]),
+        *_samples(metrics),
         f"<details><summary>Configuration</summary><pre>{text}</pre></details>",
     ]
     save(out, document(f"Run: {folder}", body))
@@ -251,9 +251,9 @@ def _events(metrics: list[dict[str, Any]]) -> str:
     return section("What happened", ("step", "event", "reason"), rows)
 
 
-def _samples(folder: Path, step: int) -> Iterator[str]:
-    """The last sample up to `step`, and the ones before it folded away."""
-    samples = [(at, text) for at, text in read_samples(folder).items() if at <= step]
+def _samples(metrics: list[dict[str, Any]]) -> Iterator[str]:
+    """The last sample, and the ones before it folded away."""
+    samples = list(samples_of(metrics).items())
     if samples:
         yield f"<h2>Sample at step {samples[-1][0]:,}</h2><pre>{escape(samples[-1][1])}</pre>"
     if samples[:-1]:

@@ -207,16 +207,17 @@ def _count(digits: str) -> int | None:
     return int(digits) if len(digits) < 20 else None
 
 
-def read_samples(folder: Path) -> dict[int, str]:
+def samples_of(metrics: list[dict[str, Any]]) -> dict[int, str]:
     """The samples by step; from the log, for samples.txt may hold lines like its headings."""
-    lines = [line for line in read_metrics(folder) if isinstance(line.get("sample"), str)]
+    lines = [line for line in metrics if isinstance(line.get("sample"), str)]
     return {line["step"]: line["sample"].strip() for line in lines}
 
 
 def judged(folder: Path, step: int) -> tuple[bool, bool]:
     """Whether the log has a validation, and a sample, of the model after `step` steps."""
-    validated = any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
-    return validated, step in read_samples(folder)
+    metrics = read_metrics(folder)
+    validated = any("val_loss" in line and line["step"] == step for line in metrics)
+    return validated, step in samples_of(metrics)
 
 
 def read_config(run_folder: Path) -> RunConfig:
