@@ -124,10 +124,9 @@ def compare(
     """What each preset would make of the time, and which to take."""
     choices, recipe = [], recipe_of(config)
     for name in (name for name in PRESETS if name in (preset, "16m", "125m", "250m")):
-        own = PRESETS[name](recipe)
         other = config
         if name != preset:
-            other = dataclasses.replace(own, run=config.run, data=config.data)
+            other = dataclasses.replace(PRESETS[name](recipe), run=config.run, data=config.data)
         parameters, per_step = other.model.parameter_count, step_tokens(other, 0)
         work = parameters / config.model.parameter_count * per_step / speed.tokens
         if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
@@ -144,7 +143,7 @@ def compare(
         if steps:
             # Under the law's range the smaller model wins: it sees a token a parameter the sooner.
             order = (math.inf if loss is None else loss, parameters)
-            choices.append((order, name, steps, own, other))
+            choices.append((order, name, steps, other))
         yield (
             f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
             f"{other.train.batch_rows} x {other.model.seq_len}, "
@@ -154,8 +153,8 @@ def compare(
     if not choices:
         yield "  best: none; not one step fits into the time"
         return
-    _, name, steps, own, other = min(choices)
-    usual = dataclasses.replace(other.train, steps=own.train.steps)
+    _, name, steps, other = min(choices)
+    usual = dataclasses.replace(other.train, steps=PRESETS[name](recipe).train.steps)
     run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
     words = command(name, dataclasses.replace(other, train=usual, run=run))
     yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
