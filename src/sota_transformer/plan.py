@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
 from sota_transformer.presets import PRESETS, command, recipe_of
-from sota_transformer.schedules import describe, step_tokens
+from sota_transformer.schedules import FRESH_EPOCHS, describe, step_tokens
 from sota_transformer.words import counted
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _E, _A, _B, _ALPHA, _BETA = 1.69, 406.4, 410.7, 0.34, 0.28
 _LAW_ERROR = 0.3  # nats: other text, another tokenizer, another recipe
 _LEAST_RATIO = 1.0
-_FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is worth about as much as new
 _BALANCED = 20  # tokens a parameter (Hoffmann et al. 2022)
 
 
@@ -86,7 +85,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
         epochs = total / there
         over = "; past four times it over-fits: more text or fewer steps"
         read = f"data: {there:,} training tokens, read {epochs:.2f} times"
-        yield read + over * (epochs > _FRESH_EPOCHS)
+        yield read + over * (epochs > FRESH_EPOCHS)
     keep = config.train.most_checkpoints
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
@@ -98,8 +97,8 @@ def expected(parameters: int, tokens: int, there: int) -> str:
     loss = _predicted(parameters, tokens, there)
     if loss is None:
         told = "under one token a parameter the scaling law is not fitted"
-        repeated = there and tokens > _FRESH_EPOCHS * there
-        more = f", and past {_FRESH_EPOCHS} readings repeats teach nothing new" * bool(repeated)
+        repeated = there and tokens > FRESH_EPOCHS * there
+        more = f", and past {FRESH_EPOCHS} readings repeats teach nothing new" * bool(repeated)
         return f"expected loss: no number; {told}{more}"
     return (
         f"expected loss: {loss:.2f} +- {_LAW_ERROR} nats on web text (Chinchilla's law, annealed, "
@@ -109,7 +108,7 @@ def expected(parameters: int, tokens: int, there: int) -> str:
 
 def _predicted(parameters: int, tokens: int, there: int) -> float | None:
     """Nats a token after `tokens` of data that has `there`; None where the law was not fitted."""
-    useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
+    useful = min(tokens, FRESH_EPOCHS * there) if there else tokens
     return law(parameters, useful) if useful >= _LEAST_RATIO * parameters else None
 
 

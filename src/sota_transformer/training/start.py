@@ -185,7 +185,7 @@ def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
         f"{runtime.world} process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
         f"{config.model.seq_len}, accumulated {rounds}x"
     )
-    if total > 4 * there:
+    if total > schedules.FRESH_EPOCHS * there:
         log.say(
             f"note: the data is read {total / there:.0f} times; past four epochs it over-fits: "
             "more text or fewer --steps would serve better"
