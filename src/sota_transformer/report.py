@@ -103,7 +103,7 @@ def is_number(value: Any) -> bool:
 
 def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     """The figures that people ask for first."""
-    step, steps = max(line["step"] for line in metrics), config.train.steps
+    step, steps = metrics[-1]["step"], config.train.steps
     rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
     if judged := validations(metrics):
         last = judged[-1]
