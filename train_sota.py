@@ -22,6 +22,7 @@ try:
     from sota_transformer import cli, config
     from sota_transformer import options as verbs
     from sota_transformer.errors import LOCKED
+    from sota_transformer.presets import recipe_of
 except ImportError:
     advice = "`source .venv/bin/activate` after `make quick`, or `pip install -e .`"
     print(f"sota: not installed here; {advice}", file=sys.stderr)
@@ -192,7 +193,7 @@ def going_on(folder: Path, options: Options, data: Path | None) -> config.RunCon
     from sota_transformer.training.runlog import read_config
 
     kept = read_config(folder)
-    recipe = "fast" if kept.optim.matrix_rate else "seed"
+    recipe = recipe_of(kept)
     if options.recipe not in (None, recipe):
         raise cli.SotaError(
             f"{folder} was begun with --recipe {recipe}, not {options.recipe}; leave --recipe out, "

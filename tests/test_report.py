@@ -15,7 +15,7 @@ from sota_transformer.cli import main
 from sota_transformer.errors import BAD_DATA, LOCKED, NO_INPUT
 from sota_transformer.presets import PRESETS
 from sota_transformer.report import _ticks, write_report
-from sota_transformer.training.runlog import RunLog, read_metrics, read_samples
+from sota_transformer.training.runlog import RunLog, read_metrics, samples_of
 
 LAST = {"val_loss": 3.25, "val_error": 0.01, "val_perplexity": 25.79, "val_bits_per_byte": 1.5}
 
@@ -180,4 +180,4 @@ def test_a_sample_that_looks_like_a_heading_is_one_sample(tmp_path: Path) -> Non
         log.console.quiet = True
         log.sample(3, text)
         log.sample(5, "c")
-    assert read_samples(tmp_path) == {3: text.strip(), 5: "c"}
+    assert samples_of(read_metrics(tmp_path)) == {3: text.strip(), 5: "c"}

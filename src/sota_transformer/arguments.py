@@ -34,14 +34,14 @@ SHORT = {  # what everybody sets -> the field it stands for
 def resolve(arguments: list[str], verb: str) -> RunConfig:
     """PRESET and overrides -> the run; --out defaults to runs/PRESET-DATA."""
     names = ", ".join(PRESETS)
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise SotaError(f"name a preset first: sota {verb} PRESET [OPTIONS], one of {names}")
     own = ["--hours H (what fits into them)"] if verb == "plan" else []
-    if arguments[0] in ("-h", "--help"):
+    if arguments[:1] in (["-h"], ["--help"]):
         print(f"usage: sota {verb} PRESET [OPTIONS]\n\nPRESET is one of {names};")
         print(f"`sota {verb} PRESET --help` shows every option with that preset's values;")
         print("; ".join([*own, f"--recipe {'|'.join(RECIPES)} is read first and sets them."]))
         raise SystemExit(0)
+    if not arguments or arguments[0].startswith("-"):
+        raise SotaError(f"name a preset first: sota {verb} PRESET [OPTIONS], one of {names}")
     name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
         raise SotaError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {names}")
@@ -50,23 +50,28 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     if recipe not in RECIPES:
         raise SotaError(f"--recipe must be {' or '.join(RECIPES)}, not {given!r}")
     short = ", ".join([*own, "--recipe NAME", *SHORT, "--override FIELD=VALUE"])
+    words = _lengthen(rest)
+    flags = {word.partition("=")[0] for word in words}
     config = parse(
         RunConfig,
         f"{verb} {name}",
-        _lengthen(rest),
+        words,
         default=PRESETS[name](recipe),
         description=f"Short forms: {short}.",
     )
-    flags = {word.partition("=")[0] for word in _lengthen(rest)}
-    if config.data.path == Path() and "--data.path" in flags:  # `.`, and not none at all
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=Path.cwd()))
-    if config.run.out == Path() and "--run.out" in flags:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path.cwd()))
-    if config.run.out == Path() and config.data.path != Path():
+    data, out = config.data.path, config.run.out
+    if data == Path() and "--data.path" in flags:  # `.`, and not none at all
+        data = Path.cwd()
+    if out == Path() and "--run.out" in flags:
+        out = Path.cwd()
+    if out == Path() and data != Path():
         kind = name if recipe == RECIPES[0] else f"{name}-{recipe}"
-        out = Path("runs") / f"{kind}-{config.data.path.resolve().name}"
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out))
-    return config
+        out = Path("runs") / f"{kind}-{data.resolve().name}"
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=data),
+        run=dataclasses.replace(config.run, out=out),
+    )
 
 
 def taken(flag: str, what: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -67,10 +67,10 @@ class _Run:
     record: dict[str, Any]
     metrics: list[dict[str, Any]]
 
-    @cached_property
+    @property
     def step(self) -> int:
         """Steps done."""
-        return max(line["step"] for line in self.metrics)
+        return self.metrics[-1]["step"]
 
     @property
     def complete(self) -> bool:

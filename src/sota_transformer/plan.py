@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
-from sota_transformer.presets import PRESETS, Recipe, command
-from sota_transformer.schedules import describe, step_tokens
+from sota_transformer.presets import PRESETS, command, recipe_of
+from sota_transformer.schedules import FRESH_EPOCHS, describe, step_tokens
 from sota_transformer.words import counted
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _E, _A, _B, _ALPHA, _BETA = 1.69, 406.4, 410.7, 0.34, 0.28
 _LAW_ERROR = 0.3  # nats: other text, another tokenizer, another recipe
 _LEAST_RATIO = 1.0
-_FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is worth about as much as new
 _BALANCED = 20  # tokens a parameter (Hoffmann et al. 2022)
 
 
@@ -86,7 +85,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
         epochs = total / there
         over = "; past four times it over-fits: more text or fewer steps"
         read = f"data: {there:,} training tokens, read {epochs:.2f} times"
-        yield read + over * (epochs > _FRESH_EPOCHS)
+        yield read + over * (epochs > FRESH_EPOCHS)
     keep = config.train.most_checkpoints
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
@@ -98,8 +97,8 @@ def expected(parameters: int, tokens: int, there: int) -> str:
     loss = _predicted(parameters, tokens, there)
     if loss is None:
         told = "under one token a parameter the scaling law is not fitted"
-        repeated = there and tokens > _FRESH_EPOCHS * there
-        more = f", and past {_FRESH_EPOCHS} readings repeats teach nothing new" * bool(repeated)
+        repeated = there and tokens > FRESH_EPOCHS * there
+        more = f", and past {FRESH_EPOCHS} readings repeats teach nothing new" * bool(repeated)
         return f"expected loss: no number; {told}{more}"
     return (
         f"expected loss: {loss:.2f} +- {_LAW_ERROR} nats on web text (Chinchilla's law, annealed, "
@@ -109,7 +108,7 @@ def expected(parameters: int, tokens: int, there: int) -> str:
 
 def _predicted(parameters: int, tokens: int, there: int) -> float | None:
     """Nats a token after `tokens` of data that has `there`; None where the law was not fitted."""
-    useful = min(tokens, _FRESH_EPOCHS * there) if there else tokens
+    useful = min(tokens, FRESH_EPOCHS * there) if there else tokens
     return law(parameters, useful) if useful >= _LEAST_RATIO * parameters else None
 
 
@@ -122,13 +121,11 @@ def compare(
     config: RunConfig, preset: str, speed: Speed, hours: float, there: int
 ) -> Iterator[str]:
     """What each preset would make of the time, and which to take."""
-    choices = []
-    recipe: Recipe = "fast" if config.optim.matrix_rate else "seed"
+    choices, recipe = [], recipe_of(config)
     for name in (name for name in PRESETS if name in (preset, "16m", "125m", "250m")):
-        own = PRESETS[name](recipe)
         other = config
         if name != preset:
-            other = dataclasses.replace(own, run=config.run, data=config.data)
+            other = dataclasses.replace(PRESETS[name](recipe), run=config.run, data=config.data)
         parameters, per_step = other.model.parameter_count, step_tokens(other, 0)
         work = parameters / config.model.parameter_count * per_step / speed.tokens
         if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
@@ -145,7 +142,7 @@ def compare(
         if steps:
             # Under the law's range the smaller model wins: it sees a token a parameter the sooner.
             order = (math.inf if loss is None else loss, parameters)
-            choices.append((order, name, steps, own, other))
+            choices.append((order, name, steps, other))
         yield (
             f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
             f"{other.train.batch_rows} x {other.model.seq_len}, "
@@ -155,10 +152,10 @@ def compare(
     if not choices:
         yield "  best: none; not one step fits into the time"
         return
-    _, name, steps, own, other = min(choices)
-    usual = dataclasses.replace(other.train, steps=own.train.steps)
+    _, name, steps, other = min(choices)
+    usual = dataclasses.replace(other.train, steps=PRESETS[name](recipe).train.steps)
     run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
-    words = command(name, dataclasses.replace(other, train=usual, run=run), recipe)
+    words = command(name, dataclasses.replace(other, train=usual, run=run))
     yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
 
 
@@ -210,7 +207,7 @@ def measure(config: RunConfig) -> Speed:
     SotaError 75 where it does not fit.
     """
     from sota_transformer.runtime import Runtime, out_of_memory
-    from sota_transformer.training.micro_batch import halved, micro_rows
+    from sota_transformer.training.micro_batch import dividing, micro_rows
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
     # A system that lends memory it does not have would end this process.
@@ -221,18 +218,18 @@ def measure(config: RunConfig) -> Speed:
             f"{free / 1e9:.1f}; a smaller preset may fit",
             TEMPORARY,
         )
-    rows, taken = micro_rows(config, runtime), None
-    while taken is None:
+    rows = micro_rows(config, runtime)
+    while True:
         try:
-            taken = step_seconds(config, runtime, rows)
+            seconds, update = step_seconds(config, runtime, rows)
+            break
         except (RuntimeError, MemoryError) as error:  # as in training
             if not out_of_memory(error):
                 raise
-            rows = halved(rows, config.train.batch_rows)
+            rows = dividing(config.train.batch_rows, rows // 2)
             if not rows:
                 text = f"not even one window of {config.model.seq_len} tokens fits into the memory"
                 raise SotaError(text, TEMPORARY) from error
-    seconds, update = taken
     rounds = config.train.batch_rows // rows
     total = rounds * (seconds - update) + update
     tokens = step_tokens(config, padding(config))

@@ -69,8 +69,14 @@ PRESETS: dict[str, Callable[..., RunConfig]] = {
 }  # fmt: skip
 
 
-def command(name: str, config: RunConfig, recipe: Recipe = "seed") -> list[str]:
-    """The words that train `config` from the preset of this name and recipe."""
+def recipe_of(config: RunConfig) -> Recipe:
+    """The recipe that a run follows: it is NorMuon that tells."""
+    return "fast" if config.optim.matrix_rate else "seed"
+
+
+def command(name: str, config: RunConfig) -> list[str]:
+    """The words that train `config` from the preset of this name."""
+    recipe = recipe_of(config)
     known = PRESETS[name](recipe).fields()
     changed = {field: value for field, value in config.fields().items() if value != known[field]}
     own = ["--recipe", recipe] if recipe != RECIPES[0] else []

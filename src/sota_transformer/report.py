@@ -17,7 +17,7 @@ from sota_transformer.training.runlog import (
     judgement,
     read_config,
     read_metrics,
-    read_samples,
+    samples_of,
 )
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart, and of its margins, in pixels
@@ -54,12 +54,12 @@ def write_report(folder: Path, out: Path) -> Path:
     body = [
         f"<h1>{escape(str(folder))}</h1>",
         *(f"<p>{escape(line)}</p>" for line in described),
-        *_summary(config, metrics),
+        _summary(config, metrics),
         *_charts(config, metrics),
         _validations(metrics),
         *_starts(record),
         _events(metrics),
-        *_samples(folder, metrics[-1]["step"]),
+        *_samples(metrics),
         f"<details><summary>Configuration</summary><pre>{text}</pre></details>",
     ]
     save(out, document(f"Run: {folder}", body))
@@ -101,9 +101,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
+def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     """The figures that people ask for first."""
-    step, steps = max(line["step"] for line in metrics), config.train.steps
+    step, steps = metrics[-1]["step"], config.train.steps
     rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
     if judged := validations(metrics):
         last = judged[-1]
@@ -116,7 +116,7 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
         rows.append(("time in training steps", clock(seconds)))
     if memory := column(metrics, "memory"):
         rows.append(("memory at the peak", f"{max(value for _, value in memory) / 1e9:.2f} GB"))
-    yield table(("what", "figure"), rows)
+    return table(("what", "figure"), rows)
 
 
 def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
@@ -251,9 +251,9 @@ def _events(metrics: list[dict[str, Any]]) -> str:
     return section("What happened", ("step", "event", "reason"), rows)
 
 
-def _samples(folder: Path, step: int) -> Iterator[str]:
-    """The last sample up to `step`, and the ones before it folded away."""
-    samples = [(at, text) for at, text in read_samples(folder).items() if at <= step]
+def _samples(metrics: list[dict[str, Any]]) -> Iterator[str]:
+    """The last sample, and the ones before it folded away."""
+    samples = list(samples_of(metrics).items())
     if samples:
         yield f"<h2>Sample at step {samples[-1][0]:,}</h2><pre>{escape(samples[-1][1])}</pre>"
     if samples[:-1]:

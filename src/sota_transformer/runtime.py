@@ -1,6 +1,6 @@
 """What the run computes on: device, precision, compilation, threads and ranks, chosen once.
 
-Every choice is a value with a reason that is printed and recorded. Only this module names a
+Every choice is a value with a reason that is printed and recorded. Only this module chooses a
 backend or reads the launcher's environment. Functions over ranks work without a process group;
 one process is not a special case.
 """

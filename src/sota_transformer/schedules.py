@@ -8,6 +8,7 @@ import math
 from sota_transformer.config import RunConfig
 from sota_transformer.words import counted
 
+FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is worth about as much as new
 _WARMUP_SHARE = 0.05  # the origin's 4,000 steps are 4% of its 100,000; short runs keep about that
 
 

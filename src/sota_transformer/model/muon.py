@@ -29,12 +29,13 @@ _BATCH_ELEMENTS = 1 << 24  # of matrices that are made orthogonal together
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """(N, rows, columns) -> the nearest orthogonal ones, roughly; singular values go to about 1."""
-    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = wide / (vector_norm(wide, dim=(1, 2), keepdim=True) * _MARGIN + 1e-6)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (vector_norm(x, dim=(1, 2), keepdim=True) * _MARGIN + 1e-6)
     for a, b, c in _POLAR:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+    return x.mT if tall else x
 
 
 class NorMuon(torch.optim.Optimizer):

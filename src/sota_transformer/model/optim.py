@@ -19,8 +19,7 @@ _GAINS = 0.1  # their rate as a share of the embedding's, where NorMuon has the 
 def optimizers(model: Transformer, config: Optim) -> list[torch.optim.Optimizer]:
     """AdamW alone (Loshchilov and Hutter 2019), or NorMuon for the matrices of the blocks first.
 
-    AdamW decays matrices and leaves the gains of norms alone. The learning rate is set by the
-    trainer before each update.
+    AdamW decays matrices and leaves the gains of norms alone. `update` sets the learning rate.
     """
     found, rest = list[torch.optim.Optimizer](), list(model.parameters())
     decay, gains = config.weight_decay, 1.0

@@ -7,7 +7,8 @@ ranks are applied from outside. The residual stream stays float32, each branch c
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -289,16 +290,13 @@ class Transformer(nn.Module):
 
     def matrices(self) -> list[tuple[Tensor, list[int]]]:
         """Weights of the blocks, each with the rows of the matrices that lie in it one by one."""
-        found: list[tuple[Tensor, list[int]]] = []
-        for module in self.blocks.modules():
-            if isinstance(module, Attention):
-                width = module.qkv.weight.shape[0] // (module.heads + 2 * module.kv_heads)
-                parts = (module.heads, module.kv_heads, module.kv_heads)
-                found.append((module.qkv.weight, [heads * width for heads in parts]))
-                found.append((module.out.weight, [len(module.out.weight)]))
-            elif isinstance(module, SwiGLU):
-                found.append((module.gate_up.weight, [len(module.gate_up.weight) // 2] * 2))
-                found.append((module.down.weight, [len(module.down.weight)]))
+        shape, found = self.config, list[tuple[Tensor, list[int]]]()
+        qkv = [heads * shape.head_dim for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        for block in cast(Iterable[Block], self.blocks):
+            found.append((block.attention.qkv.weight, qkv))
+            found.append((block.attention.out.weight, [shape.d_model]))
+            found.append((block.mlp.gate_up.weight, [shape.d_ff, shape.d_ff]))
+            found.append((block.mlp.down.weight, [shape.d_model]))
         return found
 
     def forward(

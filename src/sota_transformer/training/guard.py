@@ -48,10 +48,6 @@ class Guard:
             self.skipped += 1
         return found
 
-    def gives_up(self) -> bool:
-        """Whether going back once more is pointless."""
-        return self.returns >= RETURNS
-
     def go_back(self, rows: int) -> None:
         """Remember one more return, which leaves out `rows` more rows and halves the rate."""
         self.returns += 1

@@ -26,7 +26,7 @@ def micro_rows(config: RunConfig, runtime: Runtime) -> int:
             f"train.micro_rows {wanted} must divide the {counted(mine, 'row')} of a process"
         )
     most = max(1, _BUSY[kind] // tokens)
-    found = wanted or next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
+    found = wanted or dividing(mine, most)
     longest = LONGEST_SUM.get(kind, found * tokens)
     if found * tokens > longest:
         fewer = longest // tokens
@@ -38,6 +38,6 @@ def micro_rows(config: RunConfig, runtime: Runtime) -> int:
     return found
 
 
-def halved(micro_rows: int, rows: int) -> int:
-    """The most rows, of half as many at most, that divide `rows`; 0 where there is but one."""
-    return next((size for size in range(micro_rows // 2, 0, -1) if rows % size == 0), 0)
+def dividing(rows: int, most: int) -> int:
+    """The largest divisor of `rows` up to `most`; 0 where that is none."""
+    return next((size for size in range(min(rows, most), 0, -1) if rows % size == 0), 0)

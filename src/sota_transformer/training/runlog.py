@@ -45,7 +45,7 @@ class RunLog:
         self._bar = Progress(TextColumn("step"), BarColumn(None), MofNCompleteColumn())
         self._task = self._bar.add_task("steps", total=total_steps)
         self._last: dict[str, Any] = {}
-        self._sample = ""
+        self._sample = ""  # as much of the last one as is shown
 
     def __enter__(self) -> Self:
         if not self.silent:
@@ -108,15 +108,14 @@ class RunLog:
 
     def sample(self, step: int, text: str) -> None:
         """A generated sample, appended to samples.txt for people and to metrics.jsonl for us."""
-        self._sample = text
+        self._sample = "\n".join(text.splitlines()[:_SAMPLE_LINES])
         if not self.silent:
             path = self.folder / "samples.txt"
             with durable.naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{text}\n\n")
             self._write({"step": step, "sample": text})
         if self._live is None:
-            shown = "\n".join(text.splitlines()[:_SAMPLE_LINES])
-            self.say(f"--- sample at step {step}\n{shown}\n---")
+            self.say(f"--- sample at step {step}\n{self._sample}\n---")
 
     def _write(self, values: dict[str, Any]) -> None:
         if not self.silent:
@@ -138,7 +137,7 @@ class RunLog:
         if "val_loss" in last:
             value = f"{last['val_loss']:.4f} (perplexity {perplexity(last['val_perplexity'])})"
             rows.add_row("validation", value, "bits/byte", f"{last['val_bits_per_byte']:.4f}")
-        sample = Text("\n".join(self._sample.splitlines()[:_SAMPLE_LINES]), style="dim")
+        sample = Text(self._sample, style="dim")
         return Panel(Group(self._bar, rows, sample), title=str(self.folder))
 
 
@@ -207,16 +206,17 @@ def _count(digits: str) -> int | None:
     return int(digits) if len(digits) < 20 else None
 
 
-def read_samples(folder: Path) -> dict[int, str]:
+def samples_of(metrics: list[dict[str, Any]]) -> dict[int, str]:
     """The samples by step; from the log, for samples.txt may hold lines like its headings."""
-    lines = [line for line in read_metrics(folder) if isinstance(line.get("sample"), str)]
+    lines = [line for line in metrics if isinstance(line.get("sample"), str)]
     return {line["step"]: line["sample"].strip() for line in lines}
 
 
 def judged(folder: Path, step: int) -> tuple[bool, bool]:
     """Whether the log has a validation, and a sample, of the model after `step` steps."""
-    validated = any("val_loss" in line and line["step"] == step for line in read_metrics(folder))
-    return validated, step in read_samples(folder)
+    metrics = read_metrics(folder)
+    validated = any("val_loss" in line and line["step"] == step for line in metrics)
+    return validated, step in samples_of(metrics)
 
 
 def read_config(run_folder: Path) -> RunConfig:

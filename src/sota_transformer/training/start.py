@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
@@ -44,12 +43,12 @@ def train(
         runtime = Runtime.detect(config.run, config.model.parameter_count)
         stack.callback(runtime.close)
         log = RunLog(folder, config.train.steps, silent=runtime.rank != 0)
-        step = None
+        start = -1
         if runtime.rank == 0:
             if admit is not None:
                 runtime = admit(folder, runtime)
-            step = _resume_step(config, log.say)
-        runtime, start = _as_the_first(runtime, -1 if step is None else step)
+            start = _resume_step(config, log.say)
+        runtime, start = _as_the_first(runtime, start)
         verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
@@ -154,19 +153,17 @@ def check_room(config: RunConfig) -> None:
         checkpoint.check_room(config.run.out, config.state_bytes)
 
 
-def _resume_step(config: RunConfig, say: Any) -> int | None:
-    """The step to go on from, or None to start anew."""
+def _resume_step(config: RunConfig, say: Callable[[str], None]) -> int:
+    """The step to go on from, or -1 to start anew."""
     folder, wanted = config.run.out, config.run.resume
     if wanted.startswith("step:"):
         return int(wanted.removeprefix("step:"))
     if wanted == "never":
         if checkpoint.steps(folder):
             raise SotaError(f"{folder} holds checkpoints; with --resume never give another --out")
-        return None
-    found = checkpoint.latest(folder, say)
-    if found is None and wanted == "latest":
-        raise SotaError(f"no checkpoint in {folder} is whole", NO_INPUT)
-    return found
+        return -1
+    found = checkpoint.latest(folder, say)  # for `latest` there is one: see `check_folders`
+    return -1 if found is None else found
 
 
 def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
@@ -188,7 +185,7 @@ def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
         f"{runtime.world} process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
         f"{config.model.seq_len}, accumulated {rounds}x"
     )
-    if total > 4 * there:
+    if total > schedules.FRESH_EPOCHS * there:
         log.say(
             f"note: the data is read {total / there:.0f} times; past four epochs it over-fits: "
             "more text or fewer --steps would serve better"

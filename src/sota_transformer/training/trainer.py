@@ -9,8 +9,8 @@ same bytes as one that was not.
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from sota_transformer.runtime import PeerLostError, Runtime, out_of_memory
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.judge import Judge
-from sota_transformer.training.micro_batch import halved, micro_rows
+from sota_transformer.training.micro_batch import dividing, micro_rows
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.signals import Signals, Stopped
 
@@ -58,7 +58,7 @@ class Trainer:
         self.model.to(runtime.device)
         self.optimizers = optimizers(self.model, config.optim)
         half = runtime.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)  # else it idles
         self.step = self.updates = 0
         self.tokens = 0  # learned from: what no update was made of does not count
         self.guard = Guard()
@@ -98,7 +98,8 @@ class Trainer:
                 self._log()
             self._judge_where_due()
             if self._save_due():
-                self._pause(self._save)
+                with self._paused():
+                    self._save()
         left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
         if self.step not in self.good or left:
             self._save()
@@ -113,11 +114,11 @@ class Trainer:
         train = self.config.train
         if self._due(train.eval_every) and self.step < train.steps and not validated:
             before = self.judge.best
-            self._pause(lambda: self._judged(self.judge.validate))
+            self._judged(self.judge.validate)
             if self.guard.bad_in_a_row:  # no checkpoint is due here, and the best one is kept
                 self.judge.best = before
         if self._due(train.sample_every) and self.step < train.steps and not sampled:
-            self._pause(lambda: self._judged(self.judge.sample))
+            self._judged(self.judge.sample)
 
     def _train_step(self) -> None:
         """One optimizer step, of micro-batches; a GPU is waited for once, before its update."""
@@ -160,12 +161,12 @@ class Trainer:
                 hidden, head, targets[part], optim.label_smoothing, self.runtime.compile
             )
             self.scaler.scale(losses.smoothed / count).backward()
-            sums += torch.stack([part.detach().float() for part in losses])
+            sums += torch.stack([total.detach().float() for total in losses])
         return sums
 
     def _halve_micro_batch(self, rows: int) -> None:
         """Go on with smaller micro-batches of these rows; the step is the same but for rounding."""
-        fewer = halved(self.micro_rows, rows)
+        fewer = dividing(rows, self.micro_rows // 2)
         if not fewer:
             raise SotaError(
                 f"step {self.step}: not even one window of {self.config.model.seq_len} tokens fits "
@@ -186,9 +187,8 @@ class Trainer:
 
     def _update(self, sums: Tensor) -> None:
         """Clip and update, unless the loss or a gradient is not finite on any rank."""
-        if self.scaler.is_enabled():
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = gradient_norm(self.model)
         totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
         totals[2] = max(1.0, totals[2])  # others' files may have windows of nothing but padding
@@ -220,7 +220,7 @@ class Trainer:
 
     def _go_back(self) -> None:
         """To before the bad steps, on behind the data that did it, at half the rate; or give up."""
-        if self.guard.gives_up():
+        if self.guard.returns >= RETURNS:
             raise SotaError(
                 f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
                 "go on from an earlier checkpoint (--resume step:N), or anew, at a lower rate "
@@ -298,10 +298,11 @@ class Trainer:
         self.runtime.synchronize()
         self._interval = (time.monotonic(), self.step)
 
-    def _pause(self, work: Any) -> None:
-        """Do something that is not training, outside the clock that measures tokens per second."""
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What is not training, outside the clock that measures tokens per second."""
         began = time.monotonic()
-        work()
+        yield
         spent = time.monotonic() - began
         self._interval = (self._interval[0] + spent, self._interval[1])
 
@@ -326,9 +327,9 @@ class Trainer:
         self._begin_interval()
 
     def _judged(self, by: Callable[[Transformer, int], Any]) -> Any:
-        """What is said of the model as it is now."""
+        """What is said of the model as it is now; it takes no time of training's."""
         self.model.eval()
-        with self.runtime.uncompiled():
+        with self._paused(), self.runtime.uncompiled():
             return by(self.model, self.step)
 
     def _save(self) -> None:
@@ -389,7 +390,7 @@ class Trainer:
             self.updates, self.tokens = int(state.trainer["updates"]), self.learned(state)
             self.guard.restore(state.trainer["guard"])
             self.judge.recall(state)
-            if self.scaler.is_enabled() and state.trainer.get("scaler"):
+            if state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])
             if "rows" in state.trainer:  # not the step, so that the batch may change
                 rows = int(state.trainer["rows"])
