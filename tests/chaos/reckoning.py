@@ -18,6 +18,32 @@ Fields = dict[str, dict[str, Any]]
 IGNORED = -1  # what the loss is given for a target that does not count
 
 
+# What the guide and docs/decisions.md say of the recipes, and of nothing else in them.
+RECIPES: dict[bool, dict[str, Any]] = {
+    False: {
+        "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01,
+        "warmup_steps": 4000, "final_fraction": 0.1, "clip_norm": 1.0, "label_smoothing": 0.1,
+        "dropout_start": 0.1, "dropout_end": 0.0, "matrix_rate": 0.0, "cooldown": 0.0,
+    },
+    True: {
+        "cooldown": 0.65, "final_fraction": 0.0, "label_smoothing": 0.0, "dropout_start": 0.0,
+        "dropout_end": 0.0,
+    },
+}  # fmt: skip
+
+
+def recipe_of(config: Fields, options: dict[str, Any], fast: bool) -> list[str]:
+    """What a recipe, where no option says otherwise, has else than the guide."""
+    own = {f"optim.{name}": value for name, value in RECIPES[fast].items()} | options
+    found = {f"optim.{name}": value for name, value in config["optim"].items()}
+    wrong = [
+        f"{name} is {found[name]}" for name in found if found[name] != own.get(name, found[name])
+    ]
+    if fast != (config["optim"]["matrix_rate"] > 0) or fast != config["model"]["qk_norm"]:
+        wrong.append("NorMuon and normalised queries do not go with the recipe")
+    return [f"recipe: {each}" for each in wrong]
+
+
 def parameters(m: dict[str, Any]) -> int:
     """Llama's, or Qwen3's with norms of queries and keys; the tied embedding once."""
     width = m["d_model"] // m["heads"]

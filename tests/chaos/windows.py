@@ -1,10 +1,10 @@
 """What a run reads, and what is said of it, held against plain numpy and a reckoning by hand.
 
 Each case is one folder of tokens: made by `sota prepare` of a random small corpus (tiny documents,
-a giant, several shards, parts, --append), or as another program leaves it. `cutting.py` reads it and
-cuts it by docs/format.md; compared are the loader's batches of 1, 2 and 4 ranks over some epochs,
-what `sota data`, `config` and `plan` say, and what `sota train` really gives its model
-(`watching.py`), logs and prints, also from a checkpoint on.
+a giant, several shards, parts, --append), or as another program leaves it. `cutting.py` reads it
+and cuts it by docs/format.md; compared are the loader's batches of 1, 2 and 4 ranks over some
+epochs, what `sota data`, `config` and `plan` say, and what `sota train` really gives its model
+(`watching.py`), logs and prints, also from a checkpoint on, and how much `sota evaluate` judges.
 """
 
 import json
@@ -28,8 +28,8 @@ from sota_transformer.presets import flag
 
 from .commands import Finished, Zygote
 from .corpora import SPLITS, Maker
-from .cutting import PAD, Array, Cut, Side, best_fit, read, stream, write_foreign
-from .reckoning import Reckoned, Seen, fits, metrics, schedule
+from .cutting import PAD, Cut, best_fit, read, stream, write_foreign
+from .reckoning import Reckoned, Seen, fits, metrics, recipe_of, schedule
 from .showing import shown
 
 SMALL = 3000  # bytes of a unit of work, as in small.py
@@ -110,7 +110,7 @@ class Case:
         if source.random() < 0.4:
             self.result.kinds[write_foreign(self.folder, source)] += 1
             return True
-        share, whole = str(source.choice([0.05, 0.2, 0.5])), merge.SHARD_TOKENS
+        share, whole = str(source.choice([0, 0.05, 0.2, 0.2, 0.5])), merge.SHARD_TOKENS
         merge.SHARD_TOKENS = source.choice([40, 400, 3000, whole])
         try:
             for number in range(source.choice([1, 1, 2, 3])):
@@ -241,6 +241,7 @@ class Case:
                 self.wrong.append(f"config: {path} is {config[section][name]}, not {value}")
         made = Reckoned(config, self.sides, cuts[options["data.windows"]], self.folder)
         told = [line.removeprefix("# ") for line in done.output[found.end() + 1 :].splitlines()]
+        self.wrong += recipe_of(config, options, bool(recipe))
         if told != [*made.described(), made.memory()]:
             self.wrong.append(f"config says {told} for {[*made.described(), made.memory()]}")
         few = [split for split in SPLITS if len(self.sides[split].tokens) <= self.length]
@@ -264,6 +265,11 @@ class Case:
         again = self._trained(made, out, done, begin, learned)
         if again != whole[begin * made.rows :]:
             self.wrong.append(f"from step {begin} on it reads other windows")
+        done = self.command("evaluate", str(out), "--json", "--device", "cpu")
+        told = re.search(r'"tokens": (\d+)', done.output)
+        judged = int((self.sides["val"].tokens[1:] != PAD).sum())
+        if done.code or not told or int(told[1]) != judged:
+            self.wrong.append(f"evaluate: {done.code}, not {judged} tokens: {done.output[-600:]}")
 
     def command(self, *words: str) -> Finished:
         """The command, by the zygote."""
@@ -303,6 +309,9 @@ class Case:
         if seen.sizes != {micro}:
             self.wrong.append(f"micro-batches of {seen.sizes}, not {micro}")
         self._says("train", done, made.announced(micro, 1, begin, learned))
+        share = json.loads((out / "run.json").read_text())["padding"]
+        if abs(share - made.padding) > 1e-12:
+            self.wrong.append(f"run.json has a padding of {share}, not {made.padding}")
         rows, masked = self._rows(made, seen, begin), config["data"]["document_mask"]
         self._judged(made, seen, out, done, begin, masked)
         lines, every = metrics(out, "loss"), config["train"]["log_every"]
