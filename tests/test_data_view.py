@@ -305,6 +305,20 @@ def test_best_fit_has_no_window_without_a_target(tmp_path: Path) -> None:
     assert windows.padding == 0
 
 
+def test_nothing_stands_behind_a_document_that_was_cut_off(tmp_path: Path) -> None:
+    """Another project's file may stop inside one; without an end it would go on in the next."""
+    ids = np.array([9, 9, EOT, 8, EOT, 1, 2, 3, 4], "<u2")
+    write_foreign(tmp_path / "x", "nanogpt", {"train": ids})
+    windows = BestFit(tmp_path / "x", "train", 9)
+    assert windows[0].tolist() == [9, 9, EOT, 8, EOT, 1, 2, 3, 4, Tokenizer.pad]
+    write_foreign(tmp_path / "y", "nanogpt", {"train": ids[1:]})  # of several windows, one's end
+    windows = BestFit(tmp_path / "y", "train", 6)
+    assert [windows[i].tolist() for i in range(len(windows))] == [
+        [9, EOT, 1, 2, 3, 4, Tokenizer.pad],
+        [8, EOT, *[Tokenizer.pad] * 5],
+    ]
+
+
 def test_best_fit_packs_as_the_slow_way() -> None:
     random = np.random.default_rng(2)
     lengths, size = random.integers(1, 65, 500), 64

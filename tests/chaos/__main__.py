@@ -24,6 +24,8 @@ journeys  random sequences of all commands in one workspace, with interruptions 
 twin      runs with random options against their float64 twins   (--count runs)
 judging   what `sota evaluate`, `generate`, `report` and the server say of random models, held
           against float64                                  (--count models)
+windows   what a run reads of random data, and what `sota train`, `data`, `config` and `plan` say of
+          it, held against plain numpy                     (--count folders)
 """
 
 import argparse
@@ -51,6 +53,7 @@ from . import (
     soak,
     stops,
     twins,
+    windows,
 )
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
@@ -175,6 +178,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "journeys": (100, _told(journeys.journeys)),
     "twin": (200, _twin),
     "judging": (100, _told(judging.judging)),
+    "windows": (300, _told(windows.windows)),
 }
 
 

@@ -32,6 +32,7 @@ from . import (
     reading,
     soak,
     stops,
+    windows,
 )
 from .commands import (
     Bench,
@@ -166,6 +167,12 @@ def test_journeys(tmp_path: Path) -> None:
 def test_what_is_said_of_a_model_is_what_it_computes(tmp_path: Path) -> None:
     result = judging.judging(tmp_path, 2, seed=4)
     assert result.wrong == [] and result.compared > 1000 and result.asked["answers"]
+
+
+@pytest.mark.chaos
+def test_what_a_run_reads_and_says_against_plain_numpy(tmp_path: Path) -> None:
+    result = windows.windows(tmp_path / "work", 3, seed=4)
+    assert result.wrong == [] and result.windows > 100 and result.rows > 20
 
 
 @pytest.mark.chaos

@@ -55,6 +55,8 @@ class BestFit:
         if not len(starts):
             raise SotaError(f"{folder}: the {split} split has no text", BAD_DATA)
         order, offsets = _best_fit(lengths, seq_len + 1)
+        if int(self._stream.read(self.tokens - 1, self.tokens)[0]) != EOT:
+            _move_last_piece(order, offsets)
         self._starts, self._lengths = starts[order], lengths[order]
         self._offsets = offsets
         self.padding = 1 - (int(lengths.sum()) - len(self)) / (len(self) * seq_len)  # of targets
@@ -83,6 +85,15 @@ def _pieces(ends: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDAr
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     first = starts[owner] + within * (size - 1)
     return first, np.minimum(ends[owner] - first, size)
+
+
+def _move_last_piece(order: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+    """Let the stream's last piece stand last in its window: of a foreign stream that stops inside
+    a document nothing closes it, so what stood behind it would be taken for the same document.
+    """
+    at = int(np.flatnonzero(order == len(order) - 1)[0])
+    end = int(offsets[np.searchsorted(offsets, at, side="right")])
+    order[at:end] = np.roll(order[at:end], -1)
 
 
 def _best_fit(lengths: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
