@@ -104,7 +104,7 @@ class Scene:
         self.told.append(f"  {code}: {said[-150:].strip()}")
         if "Traceback" in said or code not in expected:
             self.say(f"exit {code}, not {sorted(expected)}: {said[-1500:]}")
-        elif code in REFUSED | {75} and said.count("\nsota: ") + said.startswith("sota: ") != 1:
+        elif code in REFUSED | {75} and len(re.findall("^sota: (?!step .* rej)", said, re.M)) != 1:
             self.say(f"says too much or little: {said[-900:]}")
         if left := [*self.temporary.rglob("*"), *leftovers(self.place)]:
             self.say(f"exit {code} and left {left[:5]}")
@@ -378,6 +378,7 @@ def servings(root: Path, count: int, seed: int = 0) -> Result:
     temporary.mkdir()
     preload = ["sota_transformer.serve.server", "transformers.models.llama.modeling_llama"]
     places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(root / "compiled")}
+    places["CXX"] = "false"  # `sota doctor` compiles nothing, which would take it a minute
     with Zygote(root, *preload, **places) as zygote:
         for number in range(count):
             (root / "work").mkdir()
