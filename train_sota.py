@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import shlex
+import signal
 import sys
 from itertools import count
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Literal
 try:
     from sota_transformer import cli, config
     from sota_transformer import options as verbs
-    from sota_transformer.errors import LOCKED
+    from sota_transformer.errors import LOCKED, interruptible
     from sota_transformer.presets import recipe_of
 except ImportError:
     advice = "`source .venv/bin/activate` after `make quick`, or `pip install -e .`"
@@ -63,7 +64,12 @@ class Options:
 
 def main(arguments: list[str]) -> int:
     """The exit code of the command."""
-    return cli.guarded(lambda: run(cli.parse(Options, "train_sota.py", arguments)))
+
+    def work() -> int:
+        with interruptible(signal.SIGTERM, signal.SIGHUP):  # until training takes them over
+            return run(cli.parse(Options, "train_sota.py", arguments))
+
+    return cli.guarded(work)
 
 
 def run(options: Options) -> int:

@@ -263,6 +263,18 @@ def test_export_and_back(folder: Path, tmp_path: Path) -> None:
     assert refused.value.code == LOCKED
 
 
+def test_an_export_that_is_interrupted_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        describe(DataView(folder=folder, export_bin=tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_document_ids() -> None:
     ids = np.array([[5, EOT, 6, 7, EOT, 8], [EOT, EOT, 1, 2, 3, EOT]])
     assert document_ids(ids).tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sota_transformer import doctor, probes
+from sota_transformer import doctor, durable, probes
 from sota_transformer.cli import main
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.errors import DIVERGED, SotaError
@@ -161,3 +162,21 @@ def test_the_verb_prints_a_table(capsys, monkeypatch, tmp_path) -> None:
     assert "disk speed" in printed and "pytorch#109457" in printed
     assert code == 0, printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_on_the_disk_that_is_tried(
+    monkeypatch, tmp_path: Path, capsys, sign: signal.Signals
+) -> None:
+    def write(*_: object) -> None:
+        assert list(tmp_path.iterdir())
+        signal.raise_signal(sign)
+
+    monkeypatch.setattr(doctor, "arithmetic", lambda _: [])
+    monkeypatch.setattr(durable.HashingFile, "write", write)
+    before = signal.signal(sign, lambda *_: None)
+    try:
+        assert main(["doctor", "--device", "cpu", "--folder", str(tmp_path)]) == 128 + sign
+    finally:
+        signal.signal(sign, before)
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == "sota: interrupted\n"

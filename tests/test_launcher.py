@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -171,6 +172,20 @@ def test_it_says_what_it_needs_without_a_terminal() -> None:
     )
     assert done.returncode == 2
     assert "--quick" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_signal_ends_it_as_ctrl_c_does(
+    launcher: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """What the preparation has left in the temporary folder goes at the end of the process."""
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        monkeypatch.setattr(launcher, "run", lambda _, sign=sign: signal.raise_signal(sign) or 0)
+        before = signal.signal(sign, lambda *_: None)
+        try:
+            assert launcher.main(["--quick"]) == 128 + sign
+        finally:
+            signal.signal(sign, before)
+        assert capsys.readouterr().err == "sota: interrupted\n"
 
 
 def test_the_menu_can_be_left_and_knows_home(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", IO_FAILED)
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _complain("interrupted", getattr(error, "code", INTERRUPTED))
     except Exception as error:
         if isinstance(error, RuntimeError | MemoryError):
             from sota_transformer.runtime import out_of_memory
@@ -96,7 +96,10 @@ def _dispatch(arguments: list[str]) -> int:
         return _plan(rest)
     _, kind, work = VERBS[verb]
     options = resolve(rest, verb) if kind is RunConfig else parse(kind, verb, rest)
-    code = pkgutil.resolve_name(f"sota_transformer.{work}")(options)
+    # What ends as on Ctrl-C takes its temporary files along; training and serving know better.
+    own = kind is RunConfig or verb == "serve"
+    with interruptible(*() if own else (signal.SIGTERM, signal.SIGHUP)):
+        code = pkgutil.resolve_name(f"sota_transformer.{work}")(options)
     return code if isinstance(code, int) else 0
 
 

@@ -21,6 +21,10 @@ folders   random Hugging Face folders in `sota import`, `evaluate`, `export` and
 evaluate  `sota evaluate` on damaged runs                  (--count damages)
 journeys  random sequences of all commands in one workspace, with interruptions and accidents, held
           against a model of it                            (--count journeys)
+launches  random sequences of `train_sota.py` in one folder, its menu too, with small presets
+          (--count folders)
+servings  random sequences around running `sota serve`: runs changed under them, ends amid requests
+          and before clients that hang; `sota doctor`      (--count scenes)
 twin      runs with random options against their float64 twins   (--count runs)
 judging   what `sota evaluate`, `generate`, `report` and the server say of random models, held
           against float64                                  (--count models)
@@ -46,10 +50,12 @@ from . import (
     inputs,
     journeys,
     judging,
+    launches,
     mutants,
     policies,
     ranks,
     reading,
+    servings,
     soak,
     stops,
     twins,
@@ -176,6 +182,8 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "folders": (500, _told(folders.folders)),
     "evaluate": (200, _on_bench(reading.fuzz_evaluate)),
     "journeys": (100, _told(journeys.journeys)),
+    "launches": (50, _told(launches.launches)),
+    "servings": (50, _told(servings.servings)),
     "twin": (200, _twin),
     "judging": (100, _told(judging.judging)),
     "windows": (300, _told(windows.windows)),

@@ -74,15 +74,18 @@ class Zygote:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, arguments: list[str], traced: bool = False, where: Path | None = None) -> int:
+    def start(
+        self, arguments: list[str], traced: bool = False, where: Path | None = None,
+        given: str = os.devnull,
+    ) -> int:  # fmt: skip
         """The process id of a new command; `traced` lets it wait for strace first, `where` is the
-        folder that it starts in, as a user whom permissions bind.
+        folder that it starts in, as a user whom permissions bind; `given` is its standard input.
         """
         self._number += 1
         self.output = self.folder / f"output-{self._number}"
         folder, output = str(where or self.folder), str(self.output)
         order = {"folder": folder, "output": output, "traced": traced, "bound": where is not None}
-        return self._ask(arguments=arguments, **order)
+        return self._ask(arguments=arguments, given=given, **order)
 
     def wait(self, pid: int, seconds: float = TIMEOUT) -> Finished | None:
         """The command's end, or None if it is still running then."""

@@ -27,9 +27,11 @@ from . import (
     inputs,
     journeys,
     judging,
+    launches,
     policies,
     ranks,
     reading,
+    servings,
     soak,
     stops,
     windows,
@@ -161,6 +163,20 @@ def test_random_model_folders_against_transformers(tmp_path: Path) -> None:
 def test_journeys(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     assert journeys.journeys(tmp_path / "root", 2, seed=4).wrong == []
+
+
+@pytest.mark.chaos
+def test_servers_whose_runs_change_under_them(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    result = servings.servings(tmp_path / "root", 1, seed=1)
+    assert result.wrong == [] and result.done["answers"] > 3
+
+
+@pytest.mark.chaos
+def test_the_launcher_and_its_menu(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    result = launches.launches(tmp_path / "root", 1, seed=4)
+    assert result.wrong == [] and result.done["menu"]
 
 
 @pytest.mark.chaos

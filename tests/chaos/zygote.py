@@ -38,7 +38,7 @@ def _child(order: dict[str, Any]) -> None:
     os.setsid()
     os.chdir(order["folder"])
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(order["given"], os.O_RDWR), 0)  # a terminal becomes the command's own
     os.dup2(output, 1)
     os.dup2(output, 2)
     status = os.open("/proc/self/status", os.O_RDONLY)  # before strace counts what is opened

@@ -247,7 +247,8 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
                     file.write(stream.read(start, min(start + _BLOCK, stream.tokens)).tobytes())
             temporary.replace(out / f"{split}.bin")
         except OSError as error:
-            temporary.unlink(missing_ok=True)  # a full disk needs the room
             raise SotaError(f"{out / split}.bin: {error.strerror}", IO_FAILED) from error
+        finally:  # a full disk needs the room
+            temporary.unlink(missing_ok=True)
         print(f"wrote {out / f'{split}.bin'}: {stream.tokens:,} uint16 ids")
     return manifest["splits"]
