@@ -35,6 +35,7 @@ MENU = """What shall it be?
   3  large          250M parameters, 100,000 steps
   4  resume a run"""
 QUICK_SEQ_LEN = 256  # half the preset's: more windows, so finer steps, on a small machine
+QUICK_EVAL_TOKENS = 1 << 15  # four times; twice as many took a slow machine over two minutes
 QUICK_MINUTES = 5.0
 
 
@@ -180,7 +181,8 @@ def configure(options: Options, data: Path) -> config.RunConfig:
 
     if options.quick:
         model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
-        resolved = dataclasses.replace(resolved, model=model)
+        train = dataclasses.replace(resolved.train, eval_tokens=QUICK_EVAL_TOKENS)
+        resolved = dataclasses.replace(resolved, model=model, train=train)
     check_folders(resolved)  # what cannot work is said before minutes go by
     check_room(resolved)
     print("measuring this machine", flush=True)

@@ -22,3 +22,4 @@ def _little(width: int, recipe: Recipe) -> RunConfig:
 for _name, _width in WIDTHS.items():
     PRESETS[_name] = lambda recipe="seed", width=_width: _little(width, recipe)
 train_sota.QUICK_SEQ_LEN = 16
+train_sota.QUICK_EVAL_TOKENS = 64
