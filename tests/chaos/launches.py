@@ -98,9 +98,17 @@ class Folder:
         if done.code != 137 and (left := [*self.temporary.rglob("*")]):
             self.say(f"exit {done.code} and left {left[:5]}")
         for path in self.temporary.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
         if done.code == 0 and (left := leftovers(self.place)):
             self.say(f"left {left[:5]}")
+
+
+def remove(path: Path) -> None:
+    """Whatever is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def alive(group: int) -> bool:
@@ -180,8 +188,9 @@ def harm(f: Folder) -> None:
     f.told.append(f"{way} {path}")
     files = sorted(each for each in path.rglob("*") if each.is_file())
     if way in ("rm", "empty", "file"):
-        if path.exists():
-            shutil.rmtree(path)
+        if path.parent.is_file():
+            path.parent.unlink()
+        remove(path)
         path.parent.mkdir(exist_ok=True)
         if way != "rm":
             path.mkdir() if way == "empty" else path.write_text("")
@@ -204,10 +213,7 @@ def harm(f: Folder) -> None:
 def mend(f: Folder) -> None:
     """Begin anew."""
     for name in ("data", "runs"):
-        path = f.place / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
+        remove(f.place / name)
     for path in f.place.glob(".*.preparing"):
         shutil.rmtree(path)
     f.harmed = False
