@@ -314,7 +314,7 @@ def test_fuzzed_requests_find_no_error(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("schemathesis")
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json",
-        "--checks", "all", "--max-examples", "12", "--seed", "1", "--no-color",
+        "--checks", "all", "--max-examples", "25", "--seed", "1", "--no-color",
         "--request-timeout", "70", "--max-response-time", "65",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
