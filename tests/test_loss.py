@@ -21,7 +21,7 @@ def as_a_gpu(monkeypatch, compiled: bool = False) -> None:
     """Go the way of the devices that are no CPU."""
 
     def instead(*arguments):
-        return loss_module._in_chunks(*arguments, True, compiled)
+        return loss_module._in_chunks(*arguments, compiled)
 
     monkeypatch.setattr(cpu, "head_loss", instead)
 

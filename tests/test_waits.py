@@ -47,7 +47,7 @@ def test_a_step_reads_no_number_but_its_totals(
         found.append(waits.count)
 
     def chunks(*arguments: Any) -> Any:
-        return loss._in_chunks(*arguments, True, False)
+        return loss._in_chunks(*arguments, False)
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step)
     monkeypatch.setattr(loss.cpu, "head_loss", chunks)

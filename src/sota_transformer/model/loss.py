@@ -64,8 +64,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """The sums; keeps the gradients of the first for the backward pass."""
         train = any(ctx.needs_input_grad)
-        if train and hidden.is_cpu:
-            sums, *gradients = cpu.head_loss(hidden, head, targets, smoothing)
+        if hidden.is_cpu and (train or hidden.dtype == torch.float32):
+            sums, *gradients = cpu.head_loss(hidden, head, targets, smoothing, train)
         else:
             sums, *gradients = _in_chunks(hidden, head, targets, smoothing, train, compiled)
         ctx.gradients, ctx.head = gradients, head
