@@ -50,7 +50,7 @@ def head_loss(
         if not valid[part].all():
             logits.index_fill_(0, (~valid[part]).nonzero()[:, 0], 0.0)
         torch.mm(logits, weight, out=hidden_gradient[part])
-        if logits.dtype == torch.float32:
+        if logits.dtype == torch.float32:  # the type of the gradient, so a product adds to it
             head_gradient.addmm_(logits.t(), hidden[part])
             continue
         for top in range(0, len(head), STRIP_ROWS):
