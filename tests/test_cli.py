@@ -5,6 +5,8 @@ import resource
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -343,3 +345,20 @@ def test_a_signal_is_told_as_itself_whatever_c_code_makes_of_it(capsys) -> None:
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(ImportError, match="of its own"), interruptible(signal.SIGINT):
         raise ImportError("of its own")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_the_callback_of_a_weak_reference_is_not_lost(capsys, number: int) -> None:
+    """Every import has one. Python swallows what is raised there, with a traceback."""
+
+    def interrupted() -> int:
+        with interruptible(signal.SIGTERM):
+            watched = set[int]()
+            reference = weakref.ref(watched, lambda _: signal.raise_signal(number))
+            del watched
+            assert reference() is None
+            time.sleep(5)
+        return 0
+
+    assert guarded(interrupted) == 128 + number
+    assert capsys.readouterr().err == "sota: interrupted\n"

@@ -4,8 +4,9 @@ The numbers follow `sysexits.h`; `docs/guide.md` repeats this table for schedule
 """
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,21 +42,52 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
+def raised_again(kind: type[BaseException], again: Callable[[Any], None]) -> Iterator[None]:
+    """Hand to `again` what of this `kind` a handler of signals has raised in vain.
+
+    Nothing passes out of the callback of a weak reference, of which imports and compilers have
+    many: Python prints a traceback and goes on.
+    """
+
+    def swallowed(what: Any) -> None:
+        if isinstance(error := what.exc_value, kind):
+            signal.signal(signal.SIGALRM, lambda *_: again(error))
+            signal.setitimer(signal.ITIMER_REAL, 0.01)  # seconds
+        else:
+            hook(what)
+
+    before = signal.getsignal(signal.SIGALRM)
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+@contextmanager
 def interruptible(*numbers: int) -> Iterator[None]:
     """Signals as Interrupted, also where C code makes something else of what a handler raises:
     numpy, when it is met while it is being imported, an ImportError.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     came: list[int] = []
 
     def stop(number: int, _frame: Any) -> None:
         came.append(number)
         raise Interrupted(number)
 
-    main = threading.current_thread() is threading.main_thread()
-    heard = [n for n in numbers if main and signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    def again(error: Interrupted) -> None:
+        raise error
+
+    heard = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     before = {n: signal.signal(n, stop) for n in heard}
     try:
-        yield
+        with raised_again(Interrupted, again):
+            yield
     except SotaError:
         raise
     except Exception as error:

@@ -1,10 +1,11 @@
 """Leaving on a signal: at once, but never between two halves of one change of state."""
 
 import signal
-import sys
 import time
 from types import FrameType
-from typing import Any, Self
+from typing import Self
+
+from sota_transformer.errors import raised_again
 
 
 class Stopped(BaseException):
@@ -22,7 +23,7 @@ class Signals:
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    _ECHO_SECONDS, _AGAIN_SECONDS = 1.0, 0.01
+    _ECHO_SECONDS = 1.0
 
     def __init__(self, launched: bool = False) -> None:
         self._echo_until = 0.0
@@ -32,13 +33,12 @@ class Signals:
 
     def __enter__(self) -> Self:
         self._before = {n: signal.signal(n, self._handle) for n in self._NUMBERS}
-        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
+        self._again = raised_again(Stopped, self._raise)
+        self._again.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.unraisablehook = self._hook
+        self._again.__exit__(None, None, None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -56,13 +56,6 @@ class Signals:
     def _raise(self, *_: object) -> None:
         if not self._critical and self._received is not None:
             raise Stopped(self._received)
-
-    def _swallowed(self, what: Any) -> None:
-        """Nothing passes out of a callback of a weak reference, and a compiler has many: again."""
-        if isinstance(what.exc_value, Stopped):
-            signal.setitimer(signal.ITIMER_REAL, self._AGAIN_SECONDS)
-        else:
-            self._hook(what)
 
     def critical(self, inside: bool) -> None:
         """Between True and False weights, moments and step belong together: no interruption."""
