@@ -136,6 +136,7 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
             66,
             ["a/b: no such folder in ", "; go to where it is"],
         ),
+        (["data", "a  b\n c"], 66, ["a  b c: no such folder", "--out 'a  b c'`"]),
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
         (["train", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
         (["plan", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),

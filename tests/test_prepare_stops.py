@@ -180,13 +180,13 @@ def test_workers_of_a_killed_parent_end(source: Path, tmp_path: Path) -> None:
 def test_prepared_again_says_so_and_other_inputs_are_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "data"
+    out = tmp_path / "my data"  # which `rm -r my data` would leave, and remove two others
     first = run(out, source)
     before = bytes_of(out)
     capsys.readouterr()
     assert run(out, source)["fingerprint"] == first["fingerprint"]
     assert "already" in capsys.readouterr().out
-    refused(73, "--append", "rm -r", out=out, inputs=(source,), val_fraction=0.2)
+    refused(73, "--append", f"rm -r '{out}'", out=out, inputs=(source,), val_fraction=0.2)
     source.write_bytes(jsonl(texts(10)))
     refused(73, "other inputs", out=out, inputs=(source,))
     assert bytes_of(out) == before

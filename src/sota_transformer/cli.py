@@ -7,7 +7,6 @@ import io
 import math
 import os
 import pkgutil
-import shlex
 import signal
 import sys
 import traceback
@@ -36,6 +35,7 @@ from sota_transformer.options import (
     Report,
     Serve,
 )
+from sota_transformer.words import in_shell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,7 +112,8 @@ def _usage() -> str:
 
 def _complain(text: str, code: int) -> int:
     sys.stdout.flush()
-    print(f"sota: {' '.join(text.split())}", file=sys.stderr)
+    lines = (line.strip() for line in text.splitlines())
+    print(f"sota: {' '.join(line for line in lines if line)}", file=sys.stderr)
     return code
 
 
@@ -125,7 +126,7 @@ def train_and_show(config: RunConfig) -> int:
     train(config, admit)
     if not is_first_rank():  # the first one is still judging what it trained
         return 0
-    folder = shlex.quote(str(config.run.out))
+    folder = in_shell(config.run.out)
     print(f"the run is in {folder}: checkpoints, metrics.jsonl, samples.txt, config.json, run.json")
     words = "def main(" if config.data.path.name == "python" else "Once upon a time"
     print(f'try it:  sota generate {folder} --prompt "{words}"')

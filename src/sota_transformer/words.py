@@ -2,12 +2,19 @@
 
 import json
 import math
+import shlex
+from pathlib import Path
 from typing import Any
 
 
 def counted(number: int, noun: str) -> str:
     """A number of things: `1 step`, `2,000 steps`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def in_shell(path: Path | str) -> str:
+    """A path in a command that somebody may copy: `rm -r my data` would remove two others."""
+    return shlex.quote(str(path))
 
 
 def perplexity(value: float | None) -> str:

@@ -47,6 +47,7 @@ from sota_transformer.errors import (
     SotaError,
 )
 from sota_transformer.options import Merge, Prepare
+from sota_transformer.words import in_shell
 
 if TYPE_CHECKING:  # numpy loads while the workers start
     from sota_transformer.data.merge import Merger
@@ -80,7 +81,8 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
     if old and not options.append:
         raise SotaError(
             f"{options.out} holds data from other inputs (or changed ones) or with other options; "
-            f"--append adds to it; or choose another --out, or delete it: rm -r {options.out}",
+            "--append adds to it; or choose another --out, or delete it: "
+            f"rm -r {in_shell(options.out)}",
             LOCKED,
         )
     with plain_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
@@ -126,7 +128,8 @@ def merge(options: Merge) -> dict[str, Any]:
             raise SotaError(f"{asked['folder']}, where the parts were begun, is gone", NO_INPUT)
         whole = Prepare(out=out, workers=options.workers, memory_mb=options.memory_mb, **how)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        text = f"no parts of {out} in {work}; `sota prepare INPUT --out {out} --part 1/2` makes one"
+        make = f"sota prepare INPUT --out {in_shell(out)} --part 1/2"
+        text = f"no parts of {out} in {work}; `{make}` makes one"
         raise SotaError(text, NO_INPUT) from error
     with contextlib.chdir(asked["folder"]):
         if _request(whole, find(whole.inputs)[0]) != asked.get("request"):
@@ -255,7 +258,7 @@ class _Run:
             remove(self.own)
             return {}, (
                 f"part {self.options.part} is done in {seconds:,.1f} s: the results lie in "
-                f"{self.work}; `sota merge {self.options.out}` puts all parts together"
+                f"{self.work}; `sota merge {in_shell(self.options.out)}` puts all parts together"
             )
         manifest = self._commit(manifest)
         return manifest, (
@@ -275,7 +278,8 @@ class _Run:
         elif path.read_bytes() != canonical_json(asked):
             raise SotaError(
                 f"{self.work} holds parts of other inputs (or changed ones), options or number, or "
-                f"begun in another folder; give the same again, or begin anew: rm -r {self.work}",
+                "begun in another folder; give the same again, or begin anew: "
+                f"rm -r {in_shell(self.work)}",
                 LOCKED,
             )
 

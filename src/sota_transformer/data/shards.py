@@ -36,7 +36,7 @@ from sota_transformer.durable import (
 )
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.shapes import misfit
-from sota_transformer.words import counted
+from sota_transformer.words import counted, in_shell
 
 FORMAT = "sota-shards-1"
 SPLITS = ("train", "val")
@@ -71,7 +71,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         here = ";" if folder.is_absolute() else f" in {Path.cwd()}; go to where it is, or"
         raise SotaError(
-            f"{folder}: no such folder{here} make it with `sota prepare INPUT... --out {folder}`",
+            f"{folder}: no such folder{here} make it with "
+            f"`sota prepare INPUT... --out {in_shell(folder)}`",
             NO_INPUT,
         )
 
@@ -79,12 +80,12 @@ def check_folder(folder: Path) -> None:
 def _first(texts: Path) -> str:
     """What to do about texts that were given for data."""
     data = f"data/{texts.absolute().stem}"
-    return f"first: sota prepare {texts} --out {data}, then give {data}"
+    return f"first: sota prepare {in_shell(texts)} --out {in_shell(data)}, then give {data}"
 
 
 def _unfit(folder: Path, what: str, advice: str = "") -> SotaError:
     """SotaError 65 for what is not as `sota prepare` leaves it, with what to do about it."""
-    advice = advice or f"prepare it again with `sota prepare INPUT --out {folder}`"
+    advice = advice or f"prepare it again with `sota prepare INPUT --out {in_shell(folder)}`"
     return SotaError(f"{what}; {advice}", BAD_DATA)
 
 
