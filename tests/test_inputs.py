@@ -144,3 +144,16 @@ def test_a_link_in_a_zip_is_no_text(tmp_path: Path) -> None:
     texts, refused = read(tmp_path / "a.zip", tmp_path)
     assert texts == ["a text"]
     assert [item.reason for item in refused] == ["link or device inside an archive"]
+
+
+@pytest.mark.parametrize("count,share", [(2, 0.0001), (3, 0.999), (5, 0.0001), (100, 0.0001)])
+def test_the_share_that_is_advised_leaves_no_split_empty(
+    tmp_path: Path, count: int, share: float
+) -> None:
+    source, out = tmp_path / "few.jsonl", tmp_path / "data"
+    source.write_bytes(jsonl(some(count)))
+    with pytest.raises(SotaError, match="split would be empty") as caught:
+        run(out, source, val_fraction=share)
+    advised = float(str(caught.value).rpartition("--val-fraction ")[2])
+    splits = run(out, source, val_fraction=advised)["splits"]
+    assert splits["val"]["documents"] == min(8, count // 2)

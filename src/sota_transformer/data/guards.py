@@ -1,6 +1,7 @@
 """What can go wrong around a preparation, in words a person can act on."""
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -78,20 +79,36 @@ def stoppable(work: Path) -> Iterator[None]:
         raise SotaError(f"stopped; the same command goes on from {work}", error.code) from error
 
 
-def enough(manifest: dict[str, Any], val_fraction: float) -> None:
+def enough(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
     """SotaError 65 when a split is empty; a note when validation is very short."""
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     documents = train["documents"] + val["documents"]
     if not documents:
         reasons = "; ".join(f"{v['count']} x {k}" for k, v in manifest["rejects"].items())
         raise SotaError(f"no usable text in the inputs: {reasons}", BAD_DATA)
-    advice = "add text"
-    if documents > 1:
-        useful = min(0.5, max(2 * val_fraction, 8 / documents))
-        advice = f"add text, or use --val-fraction {useful:.2g}"
     for split, part in (("train", train), ("val", val)):
         if not part["documents"] and (split == "train" or val_fraction):
-            what = "1 document is" if documents == 1 else f"{documents:,} documents are"
+            what, advice = "1 document is", "add text"
+            if documents > 1:
+                what = f"{documents:,} documents are"
+                advice += f", or use --val-fraction {_dividing(shards)}"
             raise SotaError(f"{what} too few: the {split} split would be empty; {advice}", BAD_DATA)
     if val_fraction and val["tokens"] < _FEW_TOKENS:
+        more, advice = min(0.5, max(2 * val_fraction, 8 / documents)), "add text"
+        if more > val_fraction and documents >= 16:
+            advice += f", or use --val-fraction {more:.2g}"
         print(f"note: validation has only {val['tokens']:,} tokens; {advice}")
+
+
+def _dividing(shards: Path) -> str:
+    """A share, as short as can be, that gives up to eight of these documents to validation, and as
+    many or more to training: with so few that is for their hashes to say.
+    """
+    import numpy as np
+
+    hashes = [np.load(path, allow_pickle=False)[:, 0] for path in shards.glob("*.hashes.npy")]
+    places = np.sort(np.concatenate(hashes)) / 2**64
+    count = min(8, len(places) // 2)
+    below, above = float(places[count - 1]), float(places[count])
+    texts = (f"{math.ceil(below * 10**n) / 10**n:.{n}f}" for n in range(1, 18))
+    return next((text for text in texts if below < float(text) < above), f"{above}")

@@ -379,7 +379,7 @@ class _Run:
 
         shards, out = self.own / "shards", self.options.out
         if self.old is None:
-            enough(manifest, self.options.val_fraction)
+            enough(manifest, self.options.val_fraction, shards)
             manifest = complete(manifest, self.val_below)
             commit_new(shards, out, manifest)
         else:
