@@ -41,6 +41,17 @@ def test_one_wrong_kernel_is_seen(operation: str, name: str, probe: str) -> None
         assert found.passed == (compute is None), found
 
 
+def test_adamw_is_in_float32_beside_bfloat16() -> None:
+    """Its count of steps, 3% off, is less than what rounds in bfloat16."""
+    case = broken.Breakage(
+        "cuda", "bfloat16", "", "aten._foreach_add_.Scalar", FAULTS[0], frozenset()
+    )
+    with pretended("cuda") as device:
+        device.compute = broken.wrong(case)
+        machine = broken.machine_of("cuda", "bfloat16")
+        assert not doctor._probed(ADAMW, probes.PROBES[ADAMW], machine).passed
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 def test_a_fault_changes_something(fault) -> None:
     """Of the calls below, at least one."""
