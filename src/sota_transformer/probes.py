@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sota_transformer.config import Model
 from sota_transformer.inference.generate import Rows
-from sota_transformer.model.loss import token_loss
-from sota_transformer.model.optim import optimizers, update
-from sota_transformer.model.transformer import Dropout, Transformer, attend
+from sota_transformer.model.loss import IGNORED, PAD, targets_of, token_loss
+from sota_transformer.model.optim import clip, gradient_norm, optimizers, update
+from sota_transformer.model.transformer import Dropout, Transformer, attend, same_document
 from sota_transformer.presets import PRESETS, Recipe
 from sota_transformer.runtime import Runtime
 
@@ -27,6 +27,16 @@ def _error(result: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the expected values' largest."""
     difference = (result.detach().cpu().double() - expected.double()).abs().max()
     return float(difference / expected.abs().max().clamp(min=1e-30))
+
+
+def _worst(errors: list[float]) -> float:
+    """The largest; NaN if one is."""
+    return float(torch.tensor(errors).max())
+
+
+def _gradient(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
 
 
 def farthest(results: list[Tensor], expected: list[Tensor]) -> float:
@@ -41,21 +51,32 @@ def _probe_head(device: torch.device, dtype: torch.dtype) -> float:
     return _error(result, x.to(dtype).double() @ weight.to(dtype).double().t())
 
 
-def _probe_head_gradient(device: torch.device, dtype: torch.dtype) -> float:
-    """Of the hidden states: a sum over the vocabulary, which must end where the head does.
+def _probe_vocabulary(device: torch.device, dtype: torch.dtype) -> float:
+    """And the loss, of a tied head: a sum over the vocabulary, which must end where the head does,
+    and rows that are looked up and added to all over it. Most targets repeat their token, so that
+    their logits are large.
 
     Behind it lie large numbers, in memory that has just been freed.
     """
-    hidden, head = torch.randn(32, 64).to(dtype), torch.randn(50_258, 64).div(8).to(dtype)
-    targets = torch.arange(32)
-    logits = (hidden.double() @ head.double().t()).requires_grad_()
-    F.cross_entropy(logits, targets, reduction="sum").backward()
-    assert logits.grad is not None
+    head = torch.randn(50_258, 64).mul(0.3).to(dtype).float()
+    windows = torch.arange(18).mul(2956).repeat_interleave(4).view(2, 36)
+    windows[0, -4:] = PAD
+    expected = head.double().requires_grad_()
+    hidden = F.embedding(windows[:, :-1], expected)
+    logits, targets = hidden @ expected.t(), targets_of(windows)
+    hidden.retain_grad()
+    given = {"label_smoothing": 0.1, "reduction": "sum", "ignore_index": IGNORED}
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **given)
+    loss.backward()
     float(torch.full((50_400, 64), 1e4, dtype=dtype, device=device).sum())
-    there = hidden.to(device).requires_grad_()
-    token_loss(there, head.to(device), targets.to(device), 0.0).smoothed.backward()
-    assert there.grad is not None
-    return _error(there.grad, logits.grad @ head.double())
+    there, windows = head.to(device).requires_grad_(), windows.to(device)
+    ours = F.embedding(windows[:, :-1], there).to(dtype)
+    ours.retain_grad()
+    found = token_loss(ours, there, targets_of(windows), 0.1).smoothed
+    (found * 0.5).backward()
+    pairs = (ours, hidden), (there, expected)
+    errors = [_error(_gradient(a) * 2, _gradient(b)) for a, b in pairs]
+    return _worst([*errors, _error(found, loss.detach())])
 
 
 def _probe_strided_linear(device: torch.device, dtype: torch.dtype) -> float:
@@ -66,17 +87,39 @@ def _probe_strided_linear(device: torch.device, dtype: torch.dtype) -> float:
     return _error(result, x.double().transpose(1, 2)[:, ::2] @ weight.double().t())
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention by its formula, in float64."""
     q, k, v = (x.cpu().double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
 def _probe_attention(device: torch.device, dtype: torch.dtype) -> float:
     q, k, v = (torch.randn(2, 4, 130, 64).to(device, dtype) for _ in range(3))
     return _error(attend(q, k, v), _attention(q, k, v))
+
+
+def _probe_documents(device: torch.device, dtype: torch.dtype) -> float:
+    """Attention and its gradients, causal and with a mask of documents; grouped queries."""
+    given = [torch.randn(2, heads, 130, 64).to(dtype) for heads in (4, 2, 2)]
+    weights = torch.randn(2, 4, 130, 64).to(dtype)
+    ids = torch.arange(260).view(2, 130) // 37
+    errors = []
+    for masked in (False, True):
+        doubles = [x.double().requires_grad_() for x in given]
+        q, k, v = doubles
+        expected = _attention(q, k, v, same_document(ids) if masked else None)
+        (expected * weights.double()).sum().backward()
+        there = [x.detach().to(device).requires_grad_() for x in given]
+        q, k, v = there
+        found = attend(q, k, v, same_document(ids.to(device)) if masked else None)
+        (found * weights.to(device)).sum().backward()
+        errors.append(_error(found, expected.detach()))
+        errors += [_error(_gradient(a), _gradient(b)) for a, b in zip(there, doubles, strict=True)]
+    return _worst(errors)
 
 
 def _probe_permuted_attention(device: torch.device, dtype: torch.dtype) -> float:
@@ -91,7 +134,7 @@ def _probe_batched(device: torch.device, dtype: torch.dtype) -> float:
     there, doubles = a.to(device), a.double()
     plain = _error(torch.bmm(there, b.to(device)), torch.bmm(doubles, b.double()))
     square = _error(there @ there.mT, doubles @ doubles.mT)  # as in NorMuon
-    return float(torch.tensor([plain, square]).max())  # NaN if one is
+    return _worst([plain, square])
 
 
 def _probe_softmax(device: torch.device, dtype: torch.dtype) -> float:
@@ -103,7 +146,14 @@ def _probe_softmax(device: torch.device, dtype: torch.dtype) -> float:
 def _probe_generation(device: torch.device, dtype: torch.dtype) -> float:
     """With cached keys and values, against one pass without on the CPU."""
     shape = Model(
-        layers=1, d_model=128, heads=2, kv_heads=2, d_ff=64, seq_len=32, vocab_size=512
+        layers=1,
+        d_model=128,
+        heads=2,
+        kv_heads=1,
+        d_ff=64,
+        seq_len=32,
+        vocab_size=512,
+        qk_norm=True,
     )  # heads of 64: Metal has a kernel for these
     model = Transformer(shape)
     model.init_weights(torch.Generator().manual_seed(1), muon=True)
@@ -113,27 +163,31 @@ def _probe_generation(device: torch.device, dtype: torch.dtype) -> float:
     short = short[:4]
     with torch.no_grad():
         expected = torch.stack(
-            [model.logits(model(torch.tensor([x])))[0, -1] for x in (long, short)]
+            [model.logits(model(torch.tensor([x])))[0, -1] for x in (long[:-1], long, short)]
         )
         model.dtype = dtype
         rows = Rows(model.to(device), 2)
         rows.start(0, long[:-2])
         rows.start(1, short[:-1])
-        rows.step([0], long[-2:-1])
-        found = rows.step([0, 1], [long[-1], short[-1]])
+        alone = rows.step([0], long[-2:-1])
+        found = torch.cat((alone, rows.step([0, 1], [long[-1], short[-1]])))
     return _error(found, expected)
 
 
 def _probe_update(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> float:
     """What two updates change in every weight, against the CPU with products in float32."""
     expected = _updated(recipe, torch.device("cpu"), torch.float32)
-    # NorMuon's five iterations add roundings up.
-    return farthest(_updated(recipe, device, dtype), expected) / 4
+    error = farthest(_updated(recipe, device, dtype), expected)
+    if recipe == "fast":
+        return error / 4  # NorMuon's five iterations add roundings up
+    return error if dtype == torch.float32 else error * 100  # AdamW is in float32 all the same
 
 
 def _updated(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """The changes of each parameter, from gradients that are the same everywhere."""
-    shape = Model(layers=1, d_model=64, heads=2, kv_heads=2, d_ff=96, seq_len=8, vocab_size=128)
+    """The changes of each parameter, from gradients that are the same everywhere, and what those
+    were clipped to: neither optimizer minds their size.
+    """
+    shape = Model(layers=1, d_model=64, heads=2, kv_heads=2, d_ff=96, seq_len=8, vocab_size=20_000)
     model, source = Transformer(shape, dtype), torch.Generator().manual_seed(1)
     model.init_weights(source)
     before = [p.detach().double() for p in model.parameters()]
@@ -141,9 +195,11 @@ def _updated(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[T
     for _ in range(2):
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=source).to(device)
+        clip(model, float(gradient_norm(model)), 1.0)
         update(both, 0.1)  # far above what rounding changes
     after = [p.detach().cpu().double() for p in model.parameters()]
-    return [a - b for a, b in zip(after, before, strict=True)]
+    clipped = [p.grad.cpu().double() for p in model.parameters() if p.grad is not None]
+    return [*clipped, *(a - b for a, b in zip(after, before, strict=True))]
 
 
 def one_step(runtime: Runtime, kind: str) -> tuple[float, list[Tensor]]:
@@ -169,14 +225,16 @@ def one_step(runtime: Runtime, kind: str) -> tuple[float, list[Tensor]]:
     loss = sums.smoothed / sums.count
     (loss * _SCALE).backward()
     gradients = [p.grad.float().cpu() / _SCALE for p in model.parameters() if p.grad is not None]
-    return float(loss.detach()), gradients
+    smoothed, _, count = torch.stack([total.detach().float() for total in sums]).tolist()
+    return smoothed / count, gradients
 
 
 PROBES: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "vocabulary head, batch over 8 (pytorch#109457)": _probe_head,
-    "gradient through the vocabulary (pytorch#195163)": _probe_head_gradient,
+    "gradient through the vocabulary (pytorch#195163)": _probe_vocabulary,
     "linear of a strided input (pytorch#161640)": _probe_strided_linear,
     "attention (pytorch#163597, #195910)": _probe_attention,
+    "attention within documents (pytorch#196678)": _probe_documents,
     "attention of permuted q, k, v (pytorch#181133)": _probe_permuted_attention,
     "batched products (pytorch#197636)": _probe_batched,
     "softmax of large logits (pytorch#107294)": _probe_softmax,

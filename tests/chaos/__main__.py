@@ -30,6 +30,8 @@ judging   what `sota evaluate`, `generate`, `report` and the server say of rando
           against float64                                  (--count models)
 windows   what a run reads of random data, and what `sota train`, `data`, `config` and `plan` say of
           it, held against plain numpy                     (--count folders)
+broken    pretended devices on which one operation is silently wrong, of 2,900 such: where that
+          changes a run, `sota doctor` has to refuse       (--count breakages)
 """
 
 import argparse
@@ -43,6 +45,7 @@ from typing import Any
 from sota_transformer import durable
 
 from . import (
+    broken,
     documents,
     faults,
     folders,
@@ -187,6 +190,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
     "twin": (200, _twin),
     "judging": (100, _told(judging.judging)),
     "windows": (300, _told(windows.windows)),
+    "broken": (200, _told(broken.broken)),
 }
 
 
