@@ -128,6 +128,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if q.is_mps:
         # In 16 bits its causal kernel lets three queries of four look ahead (pytorch#195910).
         q, k, v = q.float(), k.float(), v.float()
+        if grouped:  # has ended the process there (pytorch#149132)
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            grouped = False
         if mask is not None:  # misreads booleans for few queries (pytorch#182285)
             mask = torch.where(mask, 0.0, -torch.inf)
     y = F.scaled_dot_product_attention(
