@@ -1,5 +1,6 @@
 """The real server in a process of its own, asked by real clients and by bad ones."""
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import json
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,8 +23,11 @@ import pytest
 from sota_transformer.commands.serve import run_serve
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.errors import SotaError
+from sota_transformer.inference.batch import Drawn
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.options import Serve
+from sota_transformer.serve.completions import Completions, _Going
+from sota_transformer.serve.schema import Completion
 from tests.inference_models import FULL, small_model, write_run
 from tests.serving import Server
 
@@ -302,6 +307,26 @@ def _seconds(server: Server) -> float:
     began = time.monotonic()
     assert server.ask(prompt="a", max_tokens=4, temperature=0).status_code == 200
     return time.monotonic() - began
+
+
+def test_who_leaves_is_noticed_amid_what_has_queued_up() -> None:
+    """asyncio tells of each piece that is written to somebody who has left."""
+    wanted = Completion(prompt="a", stream=True)
+
+    async def stream() -> list[str]:
+        going = _Going(wanted, 1, [0], asyncio.Queue())
+        for number in range(20):
+            reason = "length" if number == 19 else None
+            drawn = Drawn(5, -1.0, [], "a", reason, number, False)
+            going.queue.put_nowait((0, drawn))
+        engine: Any = SimpleNamespace(cancel=lambda keys: None)
+        pieces, told = Completions(MODEL, TOKENIZER, "m", engine)._stream(going), list[str]()
+        asyncio.get_running_loop().call_soon(told.append, "left")
+        async for piece in pieces:
+            told.append(piece)
+        return told
+
+    assert asyncio.run(stream()).index("left") == 1
 
 
 def test_long_headers_are_refused(server: Server) -> None:

@@ -254,3 +254,15 @@ def test_a_signal_amid_the_callback_of_a_weak_reference_is_not_lost(capsys) -> N
         assert reference() is None
         time.sleep(5)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_signal_that_nohup_has_set_to_be_ignored_ends_no_run() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(Stopped, match="SIGTERM"):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -35,6 +35,7 @@ broken    pretended devices on which one operation is silently wrong, of 2,900 s
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -206,6 +207,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="on the disk to be tried; default: a new one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # What a script starts with & has SIGINT ignored, and so would all that a suite starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     count, tool = TOOLS[options.verb]
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,8 @@ class Cut:
 
     windows: Array
     numbers: Array
+    own: int = 0
+    """Targets that are padding of the data's own, which no loss counts and nothing is said of."""
 
     @property
     def targets(self) -> int:

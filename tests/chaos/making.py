@@ -20,6 +20,8 @@ import pyarrow as pa
 import zstandard
 from pyarrow import feather, ipc, parquet
 
+from . import pages
+
 SMALL = 2000  # prose that stays in one piece however small the units of work
 _WORDS = [
     "the",
@@ -165,6 +167,8 @@ TEXTS: dict[str, Callable[[random.Random], bytes]] = {
     "tsv": lambda source: sheet(source, "\t"),
     "txt": prose,
     "md": prose,
+    "html": lambda source: pages.page(source, _many(source)[:300]),
+    "htm": lambda source: pages.page(source, _many(source)[:300]),
     "py": lambda source: prose(source)[:60_000].decode(errors="ignore").encode(),
 }
 

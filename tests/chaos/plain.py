@@ -23,10 +23,12 @@ import pyarrow as pa
 import zstandard
 from pyarrow import ipc, parquet
 
+from . import pages
+
 KINDS = {
     "txt": "text", "md": "text", "py": "code", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv",
     "tsv": "tsv", "parquet": "table", "arrow": "table", "feather": "table", "tar": "tar",
-    "zip": "zip",
+    "zip": "zip", "html": "html", "htm": "html",
 }  # fmt: skip
 CODECS: dict[str, tuple[bytes, Callable[[], Any]]] = {
     "gz": (b"\x1f\x8b", lambda: zlib.decompressobj(31)),
@@ -34,12 +36,8 @@ CODECS: dict[str, tuple[bytes, Callable[[], Any]]] = {
     "xz": (b"\xfd7zX", lambda: LZMADecompressor(FORMAT_XZ)),
     "zst": (b"\x28\xb5\x2f\xfd", lambda: zstandard.ZstdDecompressor().decompressobj()),
 }
-NOTHING, EMPTY, DAMAGED, LINK = (
-    "no document inside",
-    "empty file",
-    "damaged",
-    "link or device inside an archive",
-)
+NOTHING, EMPTY, DAMAGED = "no document inside", "empty file", "damaged"
+LINK = "link or device inside an archive"
 BROKEN, NUL = "not valid UTF-8", "NUL bytes, probably not text"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 BLANK = (*UTF16, b"")
@@ -146,8 +144,7 @@ def unpack(data: bytes, codec: str, step: int = 1 << 13) -> tuple[bytes, bytes, 
     """
     if not codec:
         return data, data, False
-    begin = CODECS[codec][1]
-    whole, found, at = 0, bytearray(), 0
+    begin, whole, found, at = CODECS[codec][1], 0, bytearray(), 0
     while at < len(data):
         if codec == "zst" and int.from_bytes(data[at : at + 4], "little") in _SKIPPABLE:
             at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
@@ -188,6 +185,8 @@ def packed(data: bytes, codec: str, kind: str) -> Plain:
 
 def started(certain: bytes, found: bytes, kind: str) -> Plain:
     """Of what stands before damage: whole records have to come out, a part of one may."""
+    if kind == "html":  # a parser makes a page of any part of one
+        return Plain(blind=True, loose=True)
     if found.startswith(UTF16):
         found = found[: len(found) & ~1]
     least, most = content(certain[: len(found)], kind), content(found, kind)
@@ -218,6 +217,8 @@ def content(data: bytes, kind: str) -> Plain:
                 record(plain, line)
     elif kind in ("csv", "tsv"):
         rows(plain, data, "," if kind == "csv" else "\t", kind)
+    elif kind == "html" and b"\0" not in data:
+        plain.judge(pages.text_of(data))
     else:
         plain.judge(data, prose=True) if b"\0" not in data else plain.lose(NUL)
         if plain.losses.keys() & {NUL, BROKEN}:  # of a long text a piece without may come out
@@ -256,8 +257,7 @@ def rows(plain: Plain, data: bytes, delimiter: str, kind: str) -> None:
     if not found:
         return
     if "text" not in found[0]:
-        plain.losses.clear()
-        plain.lose("no column 'text'")
+        plain.losses = Counter(["no column 'text'"])
         return
     column = found[0].index("text")
     for row in found[1:]:

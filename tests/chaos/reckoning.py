@@ -95,7 +95,7 @@ class Reckoned:
         self.count = parameters(config["model"])
         self.length, self.rows = config["model"]["seq_len"], config["train"]["batch_rows"]
         self.packed = config["data"]["windows"] == "best-fit"
-        share = cut.targets / cut.windows[:, 1:].size if self.packed else 1.0
+        share = (cut.targets + cut.own) / cut.windows[:, 1:].size if self.packed else 1.0
         self.padding = 1 - share
         self.each = round(self.rows * self.length * share)
 

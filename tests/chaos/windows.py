@@ -28,7 +28,7 @@ from sota_transformer.presets import flag
 
 from .commands import Finished, Zygote
 from .corpora import SPLITS, Maker
-from .cutting import PAD, Cut, best_fit, read, stream, write_foreign
+from .cutting import PAD, Cut, best_fit, pieces, read, stream, write_foreign
 from .reckoning import Reckoned, Seen, fits, metrics, recipe_of, schedule
 from .showing import shown
 
@@ -146,7 +146,10 @@ class Case:
                 return cut
         else:
             if (self.sides["train"].tokens == PAD).any():
-                return Cut(windows, document_ids(windows[:, :-1]))  # its pads look like ours
+                cut = Cut(windows, document_ids(windows[:, :-1]))  # its pads look like ours
+                each = pieces(self.sides["train"], self.length)
+                cut.own = sum(stop - at for at, stop in each) - len(windows) - cut.targets
+                return cut
             cut, wrong = best_fit(self.sides["train"], self.length, windows)
             self.wrong += wrong
             share = 1 - cut.targets / cut.windows[:, 1:].size

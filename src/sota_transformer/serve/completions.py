@@ -164,6 +164,7 @@ class Completions:
                 choice = self._choice(going, number, held[number])
                 held[number] = []
                 yield _event(self._answer(going, [choice], None).model_dump_json())
+                await asyncio.sleep(0)  # a client that leaves is noticed amid what has queued up
             options = going.wanted.stream_options
             if options is not None and options.include_usage:
                 yield _event(self._answer(going, [], self._usage(going)).model_dump_json())

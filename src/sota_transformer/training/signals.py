@@ -19,6 +19,7 @@ class Stopped(BaseException):
 class Signals:
     """Turns SIGTERM, SIGINT and SIGHUP into Stopped; a second one ends the process at once.
 
+    One that whoever started us has set to be ignored stays so: `nohup` asks for that with SIGHUP.
     `launched`: torchrun passes on what a terminal has sent to all, so one Ctrl-C comes twice.
     """
 
@@ -32,7 +33,8 @@ class Signals:
         self._critical = False
 
     def __enter__(self) -> Self:
-        self._before = {n: signal.signal(n, self._handle) for n in self._NUMBERS}
+        heard = [n for n in self._NUMBERS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+        self._before = {n: signal.signal(n, self._handle) for n in heard}
         self._again = raised_again(Stopped, self._raise)
         self._again.__enter__()
         return self
