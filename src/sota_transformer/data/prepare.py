@@ -296,7 +296,7 @@ class _Run:
     def _units(self, pool: Pool) -> Iterator[Unit]:
         """This part's units, numbered over all parts, with keys."""
         options = self.options
-        settings = f"12\0{options.text_field}\0{options.near_dedup > 0}"
+        settings = f"13\0{options.text_field}\0{options.near_dedup > 0}"
         settings += "\0replace" * (options.bad_text == "replace")
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
