@@ -85,7 +85,7 @@ def enough(manifest: dict[str, Any], val_fraction: float) -> None:
     if not documents:
         reasons = "; ".join(f"{v['count']} x {k}" for k, v in manifest["rejects"].items())
         raise SotaError(f"no usable text in the inputs: {reasons}", BAD_DATA)
-    advice = "add text"
+    advice = "add text, or cut it into several files"
     if documents > 1:
         useful = min(0.5, max(2 * val_fraction, 8 / documents))
         advice = f"add text, or use --val-fraction {useful:.2g}"
