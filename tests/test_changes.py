@@ -119,8 +119,10 @@ def test_what_decides_the_result_needs_an_override(
     refused(other, USAGE, f"{field} was ", f", is {value}", f"--override {field}=")
     refused(change(other, override="optim.eps"), USAGE, field)
     train(change(other, override=f"optim.eps,{field}"))
-    (line,) = changed(other)
+    line, *rate = changed(other)
     assert line.startswith(f"{field} was ") and line.endswith(f", is {value}")
+    now = {"optim.learning_rate": 2.75e-4, "train.steps": 6.89e-4}.get(field)
+    assert rate == ([f"learning rate at step 6 was 5.50e-04, is {now:.2e}"] if now else [])
     assert f"changed: {line}" in capsys.readouterr().out
     assert rows[6][0] == 24  # where the run had been, whatever the batch is now
     assert len(rows[6]) == other.train.batch_rows

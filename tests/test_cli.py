@@ -107,6 +107,7 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--steps"], 2, ["train tiny: --train.steps needs a value; `sota train"]),
         (["evaluate", "x", "--step", "y"], 2, ["--step must be a whole number, not 'y'; `"]),
         (["plan", "tiny", "--hour", "3"], 2, ["--hour, 3 (did you mean '--hours'?)"]),
+        (["train", "tiny", "--override", "steps=9", "seed=2"], 2, ["mean '--override seed=2'?)"]),
         (["train", "tiny", "--recip=fast"], 2, ["(did you mean '--recipe'?)"]),
         (["report"], 2, ["sota: report needs at least one RUN: a folder made by `sota train`"]),
         (["prepare", "x", "--exclude", "a", "--exclude=b"], 2, ["all its values behind one --ex"]),

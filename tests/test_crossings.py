@@ -12,6 +12,7 @@ import torch
 from sota_transformer import plan
 from sota_transformer.cli import main
 from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.errors import SotaError
 from sota_transformer.inference.layout import huggingface_config, own_config
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.presets import PRESETS
@@ -124,3 +125,9 @@ def test_what_is_not_finite_is_json_all_the_same(tmp_path: Path, capsys) -> None
     assert "perplexity 3.77e+260," in page and "perplexity inf," in page
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
     assert "| 800.0000 | inf |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_of_another_family_is_told_its_family() -> None:
+    values = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257}
+    with pytest.raises(SotaError, match=r"not of this family: model_type 'gpt2' \(needs 'llama'"):
+        own_config(values)

@@ -46,6 +46,14 @@ def test_text_files_context_and_stride(judged: Callable[..., Any], tmp_path: Pat
     assert judged(texts, tokens=10)["tokens"] == 10
 
 
+def test_lines_of_end_of_text_divide_a_text(judged: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The ship.\n<|endoftext|>\nWinter <|endoftext|> came.\n")
+    told = judged(tmp_path / "a.txt")
+    parts = ("The ship.", "Winter <|endoftext|> came.")
+    assert told["tokens"] == sum(len(TOKENIZER.encode(part)) for part in parts)
+    assert told["files"] == 1
+
+
 def test_records_are_judged_by_their_text(
     judged: Callable[..., Any], tmp_path: Path, monkeypatch
 ) -> None:

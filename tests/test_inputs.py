@@ -157,3 +157,18 @@ def test_the_share_that_is_advised_leaves_no_split_empty(
     advised = float(str(caught.value).rpartition("--val-fraction ")[2])
     splits = run(out, source, val_fraction=advised)["splits"]
     assert splits["val"]["documents"] == min(8, count // 2)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_lines_of_end_of_text_divide_a_text_file(tmp_path: Path, ending: str) -> None:
+    stories = [f"Story {i}.{ending}{ending}It ended, as <|endoftext|> does." for i in range(40)]
+    stories[7] = "\n".join(f"A long line {i}." for i in range(10_000))  # cut as a file would be
+    text = f"{ending}<|endoftext|> {ending}{ending}".join(stories) + f"{ending}<|endoftext|>"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.py").write_text("#\n<|endoftext|>\n#")
+    run(tmp_path / "data", tmp_path / "a.txt", tmp_path / "b.py")
+    taken = everything(tmp_path / "data")
+    assert set(stories) - set(taken) == {stories[7]} and "#\n<|endoftext|>\n#" in taken
+    rest = [text for text in taken if text.startswith("A long line")]
+    assert len(rest) > 10 and len("".join(rest)) == len(stories[7])
+    assert len(taken) == 39 + len(rest) + 1

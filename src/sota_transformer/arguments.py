@@ -197,6 +197,8 @@ def _plain(text: str, known: list[str]) -> str:
     )
     if unknown := re.match(r"not understood: (--[^\s,=]+)", text):
         text += _in_short(unknown[1], known) or nearest(unknown[1], known, 0.7)
+    elif "--override" in known and (change := re.match(r"not understood: ([\w.-]+=\S+)", text)):
+        text += f" (did you mean '--override {change[1]}'?)"  # the second of two behind one
     return text
 
 

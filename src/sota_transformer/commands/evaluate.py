@@ -12,7 +12,7 @@ import numpy as np
 
 from sota_transformer.commands import examples
 from sota_transformer.commands.common import Opened, check, decoded, open_model, warn
-from sota_transformer.data.documents import documents
+from sota_transformer.data.documents import documents, separate
 from sota_transformer.data.progress import Meter, printable
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.sources import ARCHIVES, CODECS, Skipped, Source, find, looks_like
@@ -146,8 +146,8 @@ def _warn_of_other_data(opened: Opened, judged: Opened, fingerprint: str) -> Non
 
 
 def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
-    """The texts of files: of a text or code the whole, else what `sota prepare` takes as documents;
-    what is none goes to `passed`.
+    """The texts of files: of a text the whole, or what lines of `<|endoftext|>` divide, of code the
+    whole, else what `sota prepare` takes as documents; what is none goes to `passed`.
     """
     for source in sources:
         if source.kind in ARCHIVES or source.codec in CODECS:
@@ -164,7 +164,9 @@ def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
                 yield from _texts([piped], passed)
             continue
         if source.kind in ("text", "code"):
-            yield decoded(Path(source.path).read_bytes(), Path(source.name))
+            data = decoded(Path(source.path).read_bytes(), Path(source.name)).encode()
+            texts = separate(data) if source.kind == "text" else [(0, len(data))]
+            yield from (data[start:stop].decode() for start, stop in texts)
             continue
         for document in documents(whole(source), "text", Tables()):
             if isinstance(document, Skipped):

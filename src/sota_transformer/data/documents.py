@@ -2,7 +2,8 @@
 
 A reader yields either the UTF-8 bytes of a document or a `Skipped` with the reason. Files of prose
 over CUT_BYTES become several documents, cut at blank lines about PIECE_BYTES apart, so that a
-single book gives both splits something; smaller files, and all code, stay whole.
+single book gives both splits something; smaller files, and all code, stay whole. A line of prose
+that is `<|endoftext|>` alone stands between two documents: as published collections are written.
 """
 
 import codecs
@@ -34,6 +35,8 @@ _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
 _DEEP_PAGE = 5000
 _END = "\0sota: the end of the table\0"  # inside a quote that is open it is part of a cell
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+_DIVIDER = b"<|endoftext|>"
+_DIVIDING_LINE = re.compile(rb"^%b[ \t\r]*(?:\n[\r\n]*|\Z)" % re.escape(_DIVIDER), re.MULTILINE)
 # Python refuses integers of thousands of digits; which number it is does not matter here.
 _LENIENT = json.JSONDecoder(parse_int=lambda _: 0)
 
@@ -91,11 +94,27 @@ def _text(segment: Segment) -> Iterator[Document]:
         yield Skipped(BINARY, segment.name)
     elif segment.kind == "html":
         yield _html(data, segment.name)
-    elif segment.kind == "code" or (segment.whole and len(data) <= CUT_BYTES):
+    elif segment.kind == "code":
         yield _decoded(data, segment.name)
     else:
-        for start, stop in _pieces(data):
-            yield _decoded(data[start:stop], f"{segment.name}: byte {segment.start + start}")
+        texts = separate(data)
+        for first, last in texts:
+            short = last - first <= CUT_BYTES and (segment.whole or len(texts) > 1)
+            for start, stop in [(0, last - first)] if short else _pieces(data[first:last]):
+                where = f"{segment.name}: byte {segment.start + first + start}"
+                alone = short and len(texts) == 1
+                yield _decoded(data[first + start : first + stop], segment.name if alone else where)
+
+
+def separate(data: bytes) -> list[tuple[int, int]]:
+    """(start, stop) of the texts that lines of `<|endoftext|>` divide; of one text all bytes."""
+    # Nearly always there is none, which a search for the word tells much faster than for the line.
+    lines = [m.span() for m in _DIVIDING_LINE.finditer(data)] if _DIVIDER in data else []
+    if not lines:
+        return [(0, len(data))]
+    starts, stops = (0, *(stop for _, stop in lines)), (*(start for start, _ in lines), len(data))
+    kept = ((a, a + len(data[a:b].rstrip(b"\r\n"))) for a, b in zip(starts, stops, strict=True))
+    return [(start, stop) for start, stop in kept if start < stop]
 
 
 def _html(data: bytes, where: str) -> Document:

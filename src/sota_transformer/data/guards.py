@@ -88,10 +88,10 @@ def enough(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
         raise SotaError(f"no usable text in the inputs: {reasons}", BAD_DATA)
     for split, part in (("train", train), ("val", val)):
         if not part["documents"] and (split == "train" or val_fraction):
-            what, advice = "1 document is", "add text"
+            what, advice = "1 document is", "add text, or cut it into several files"
             if documents > 1:
                 what = f"{documents:,} documents are"
-                advice += f", or use --val-fraction {_dividing(shards)}"
+                advice = f"add text, or use --val-fraction {_dividing(shards)}"
             raise SotaError(f"{what} too few: the {split} split would be empty; {advice}", BAD_DATA)
     if val_fraction and val["tokens"] < _FEW_TOKENS:
         more, advice = min(0.5, max(2 * val_fraction, 8 / documents)), "add text"

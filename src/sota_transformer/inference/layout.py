@@ -81,6 +81,9 @@ def own_config(values: Any) -> Model:
     """Our configuration from a config.json. SotaError 65 for any other family of models."""
     if not isinstance(values, dict):
         raise SotaError("config.json: needs a JSON object", BAD_DATA)
+    if (kind := values.get("model_type")) not in ("llama", "qwen3"):  # whose keys say nothing here
+        needs = f"model_type {kind!r} (needs 'llama' or 'qwen3')"
+        raise SotaError(f"config.json is not of this family: {needs}"[:600], BAD_DATA)
     known = {*_NEEDED, *_APART, *_ANY, *(theirs for theirs, _ in _SIZES.values())}
     if unknown := sorted(set(values) - known):
         raise SotaError(f"config.json: unknown keys {', '.join(map(repr, unknown[:9]))}", BAD_DATA)
@@ -89,9 +92,6 @@ def own_config(values: Any) -> Model:
         for key, allowed in _NEEDED.items()
         if key in values and values[key] not in allowed
     ]
-    kind = values.get("model_type")
-    if kind not in ("llama", "qwen3"):
-        found.append(f"model_type {kind!r} (needs 'llama' or 'qwen3')")
     if values.get("tie_word_embeddings") is not True:
         found.append("tie_word_embeddings is not true: this family ties them")
     if found:

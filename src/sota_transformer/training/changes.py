@@ -12,7 +12,7 @@ fit.
 
 from pathlib import Path
 
-from sota_transformer import durable
+from sota_transformer import durable, schedules
 from sota_transformer.config import HABITS, RunConfig
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.training import checkpoint
@@ -55,6 +55,13 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
             USAGE,
         )
     return list(changed.values())
+
+
+def of_rate(folder: Path, config: RunConfig, step: int) -> list[str]:
+    """What the changes of a run make of the rate of its next step: longer, it leaps up again."""
+    before, now = (schedules.learning_rate(step, each) for each in (read_config(folder), config))
+    was, is_ = f"{before:.2e}", f"{now:.2e}"
+    return [f"learning rate at step {step} was {was}, is {is_}"] if step and was != is_ else []
 
 
 def _imported(folder: Path, steps: list[int]) -> bool:

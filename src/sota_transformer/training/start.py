@@ -54,6 +54,7 @@ def train(
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(trainer, state)
         if state is not None:
+            changed += changes.of_rate(folder, config, start) if changed else []
             changed += changes.of_data(config, state, trainer)
         if start >= config.train.steps and _finished(folder, start, verified):
             steps = counted(config.train.steps, "step")
