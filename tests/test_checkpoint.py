@@ -61,6 +61,7 @@ def test_our_safetensors_are_what_the_library_writes(tmp_path: Path) -> None:
 
 
 def test_latest_takes_the_newest_that_verifies_and_names_the_others(tmp_path: Path) -> None:
+    tmp_path /= "two\nlines"
     for step in (9, 10, 100):
         checkpoint.save(tmp_path, state(step))
     os.utime(checkpoint.path_of(tmp_path, 9))  # the newest by time
@@ -71,7 +72,7 @@ def test_latest_takes_the_newest_that_verifies_and_names_the_others(tmp_path: Pa
     path.write_bytes(content)
     lines: list[str] = []
     assert checkpoint.latest(tmp_path, warn_into(lines)) == 10
-    assert len(lines) == 1
+    assert len(lines) == 1 and "\n" not in lines[0]
     assert "step 100" in lines[0] and "model.safetensors" in lines[0] and "sha256" in lines[0]
     with pytest.raises(SotaError, match=r"model\.safetensors") as caught:
         checkpoint.load(tmp_path, 100)

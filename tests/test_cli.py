@@ -10,10 +10,12 @@ import weakref
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sota_transformer import cli
 from sota_transformer.__main__ import main as started
 from sota_transformer.cli import VERBS, guarded, main
+from sota_transformer.commands.generate import _typed
 from sota_transformer.config import Run
 from sota_transformer.data import forks
 from sota_transformer.errors import SotaError, interruptible
@@ -239,7 +241,7 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     assert "perplexity" in printed and "bits per byte" in printed
     hidden = data.rename(tmp_path / "hidden")
     code, _, err = run(capsys, "evaluate", out)
-    assert code == 66 and "the run's data, is not here" in err
+    assert code == 66 and "the run's data, is not here; judge it on --text" in err
     hidden.rename(data)
     text = tmp_path / "other.txt"
     text.write_text("The captain saw the river while the storm carried 12 others. " * 30)
@@ -292,6 +294,21 @@ def test_a_letter_that_the_terminal_lacks_ends_nothing(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii", write_through=True))
     assert guarded(lambda: print("d\u00e9j\u00e0 vu") or 0) == 0
     assert raw.getvalue() == b"d?j? vu\n"
+
+
+@pytest.mark.parametrize("columns", ["0", "5", "\u00b2", "9" * 5000])
+def test_a_terminal_of_no_width_gets_its_lines(monkeypatch, capsys, columns: str) -> None:
+    """rich printed nothing, so training was silent and the doctor's table empty."""
+    monkeypatch.setenv("COLUMNS", columns)
+    assert guarded(lambda: Console().print("A line of some length.") or 0) == 0
+    assert capsys.readouterr().out == "A line of some length.\n"
+
+
+def test_a_prompt_typed_where_the_locale_is_ascii_is_read_as_utf_8() -> None:
+    for text in ("d\u00e9j\u00e0 \U0001f600", "plain"):
+        assert _typed(text.encode().decode("ascii", "surrogateescape")) == text
+        assert _typed(text) == text
+    assert _typed("\udcff") == "\ufffd"
 
 
 @pytest.mark.parametrize("line", ["{", '{"text": "y"}', '{"prompt": 3}', "[]", '"x"'])

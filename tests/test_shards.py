@@ -118,10 +118,10 @@ def test_other_vocabulary_format_or_manifest(copy: Path) -> None:
     rewrite(copy, vocab_size=32000)
     refused(copy, 65, "32000", "50258")
     rewrite(copy, vocab_size=50258, format="other")
-    refused(copy, 65, "format")
+    refused(copy, 65, "format", "give a folder made by `sota prepare`")  # perhaps a checkpoint
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace('"tokens"', '"tokenz"', 1))
-    refused(copy, 65, "hash")
+    refused(copy, 65, "hash", f"move {copy} away, then `sota prepare INPUT --out {copy}`")
 
 
 @pytest.mark.parametrize("change", ["cut", "grown", "gone", "fifo", "link", "folder", "flipped"])
@@ -138,7 +138,7 @@ def test_damaged_shards_are_refused_by_name(copy: Path, change: str) -> None:
     elif change != "gone":
         data[len(data) // 2] ^= 1
         path.write_bytes({"cut": data[:-2], "grown": data + b"\0\0"}.get(change, bytes(data)))
-    refused(copy, 65, path.name)
+    refused(copy, 65, path.name, f"move {copy} away")  # for `sota prepare` would leave it so
 
 
 def test_hashed_once_then_again_when_the_file_changed(

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pkgutil
+import re
 import signal
 import sys
 import traceback
@@ -35,7 +36,7 @@ from sota_transformer.options import (
     Report,
     Serve,
 )
-from sota_transformer.words import in_shell
+from sota_transformer.words import in_shell, one_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +49,8 @@ def guarded(work: Callable[[], int]) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if not re.fullmatch(r"[1-9]\d{1,4}", os.environ.get("COLUMNS", "80"), re.ASCII):
+        del os.environ["COLUMNS"]  # rich prints nothing into none, tyro comes to no end in five
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that it does not have ends no run
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -112,8 +115,7 @@ def _usage() -> str:
 
 def _complain(text: str, code: int) -> int:
     sys.stdout.flush()
-    lines = (line.strip() for line in text.splitlines())
-    print(f"sota: {' '.join(line for line in lines if line)}", file=sys.stderr)
+    print(f"sota: {one_line(text)}", file=sys.stderr)
     return code
 
 

@@ -17,6 +17,11 @@ def in_shell(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
+def one_line(text: str) -> str:
+    """The text without its line ends, which the name of a folder may have, too."""
+    return " ".join(line for line in map(str.strip, text.splitlines()) if line)
+
+
 def perplexity(value: float | None) -> str:
     """A perplexity, of any size; None is one that JSON could not hold."""
     if value is None:

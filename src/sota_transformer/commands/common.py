@@ -15,6 +15,7 @@ from sota_transformer.model.transformer import Transformer
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import read_config
+from sota_transformer.words import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Opened:
 
 def warn(text: str) -> None:
     """One line beside the result."""
-    print(f"sota: {text}", file=sys.stderr)
+    print(f"sota: {one_line(text)}", file=sys.stderr)
 
 
 def open_to_generate(folder: Path, device: str, step: int | None, dtype: str) -> Opened:

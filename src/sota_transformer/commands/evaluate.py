@@ -114,9 +114,9 @@ def _validation_split(opened: Opened, context: int) -> TokenWindows:
         kind = "exported" if opened.config is None else "imported"
         raise SotaError(f"an {kind} model has no validation split; give --text FILE")
     if not opened.data.is_dir():
+        here = "" if opened.data.is_absolute() else "go to the folder it was started from, or "
         raise SotaError(
-            f"{opened.data}, the run's data, is not here; go to the folder from which the run was "
-            "started, or judge it on --text FILE",
+            f"{opened.data}, the run's data, is not here; {here}judge it on --text FILE",
             NO_INPUT,
         )
     return TokenWindows(opened.data, "val", context)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def run_generate(options: Generate) -> int:
             "give --prompt or --file, not both": not (options.prompt and options.file),
         }
     )
-    prompts = list(options.prompt) if options.file is None else _prompts(options.file)
+    prompts = list(map(_typed, options.prompt)) if options.file is None else _prompts(options.file)
     prompts = prompts or [""]
     opened = open_to_generate(options.run, options.device, options.step, options.dtype)
     tokenizer = Tokenizer()
@@ -48,7 +49,7 @@ def run_generate(options: Generate) -> int:
             ),
             max_tokens=options.max_tokens,
             alternatives=options.logprobs if options.logprobs >= 0 else None,
-            stops=options.stop,
+            stops=tuple(map(_typed, options.stop)),
         )
         for number, prompt in enumerate(prompts)
     ]
@@ -71,6 +72,15 @@ def run_generate(options: Generate) -> int:
             drawn[shown] = [drawn[shown][-1]]  # one prompt's worth of memory is enough
             shown += 1
     return 0
+
+
+def _typed(text: str) -> str:
+    """Text of the command line, whose bytes are surrogates where the locale knows ASCII alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode(errors="replace")
+    return text
 
 
 def _show(

@@ -85,7 +85,8 @@ def _first(texts: Path) -> str:
 
 def _unfit(folder: Path, what: str, advice: str = "") -> SotaError:
     """SotaError 65 for what is not as `sota prepare` leaves it, with what to do about it."""
-    advice = advice or f"prepare it again with `sota prepare INPUT --out {in_shell(folder)}`"
+    again = f"`sota prepare INPUT --out {in_shell(folder)}`"  # which leaves what is there as it is
+    advice = advice or f"move {in_shell(folder)} away, then {again} makes it again"
     return SotaError(f"{what}; {advice}", BAD_DATA)
 
 
@@ -101,9 +102,13 @@ def load_manifest(folder: Path) -> dict[str, Any]:
             return _foreign(folder)
         advice = _first(folder) if any(folder.iterdir()) else ""
         raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
-    manifest = read_manifest(folder / MANIFEST)
-    if (found := manifest.get("format")) != FORMAT:
-        raise _unfit(folder, f"{folder} has format {found!r}, not {FORMAT!r}")
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+    except SotaError as error:
+        raise _unfit(folder, str(error)) from error
+    if (found := manifest.get("format")) != FORMAT:  # a checkpoint, say, not to be moved
+        advice = "give a folder made by `sota prepare`"
+        raise _unfit(folder, f"{folder} has format {found!r}, not {FORMAT!r}", advice)
     if (found := manifest.get("vocab_size")) != VOCAB:
         raise _unfit(folder, f"{folder} has a vocabulary of {found}, not {VOCAB}")
     if wrong := misfit(manifest, _SHAPE | _APPENDED, MANIFEST):

@@ -45,8 +45,16 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
             "Give the same options, or another --out",
             BAD_DATA,
         )
+    fitting = bool(steps) and not _imported(folder, steps)
+    rate = "optim.matrix_rate"
+    if fitting and rate in changed and 0 in (before[rate], config.optim.matrix_rate):
+        raise SotaError(
+            f"{folder} holds a run with another optimizer: {changed[rate]}; AdamW and NorMuon do "
+            "not go on from each other. Give the same options, or another --out",
+            BAD_DATA,
+        )
     refused = [name for name in changed if name not in config.run.override.split(",")]
-    if refused and steps and not _imported(folder, steps):
+    if refused and fitting:
         asked = " ".join(f"--override {name}=VALUE" for name in refused)
         raise SotaError(
             f"{folder} holds a run with another configuration: "

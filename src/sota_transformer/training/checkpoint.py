@@ -30,6 +30,7 @@ from sota_transformer.errors import BAD_DATA, DIVERGED, IO_FAILED, NO_INPUT, Sot
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.shapes import misfit
 from sota_transformer.training.runlog import read_config
+from sota_transformer.words import one_line
 
 FORMAT = 1
 _MANIFEST = {  # as far as it is read; an older checkpoint may lack any of it
@@ -150,7 +151,7 @@ def latest(run_folder: Path, warn: Callable[[str], None], until: int | None = No
         problems = _problems(run_folder, step)
         if not problems:
             return step
-        warn(f"step {step} rejected: {problems[0]}")
+        warn(one_line(f"step {step} rejected: {problems[0]}"))
     if found:
         raise SotaError(f"{run_folder}: no checkpoint verifies (of {len(found)})", BAD_DATA)
     return None

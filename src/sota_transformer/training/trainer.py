@@ -224,7 +224,7 @@ class Trainer:
             raise SotaError(
                 f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
                 "go on from an earlier checkpoint (--resume step:N), or anew, at a lower rate "
-                "(--override optim.learning_rate=RATE)",
+                "(--override optim.learning_rate=RATE, NorMuon's optim.matrix_rate=RATE)",
                 DIVERGED,
             )
         self.signals.critical(True)
