@@ -296,6 +296,12 @@ def test_a_letter_that_the_terminal_lacks_ends_nothing(monkeypatch) -> None:
     assert raw.getvalue() == b"d?j? vu\n"
 
 
+def test_an_extra_is_named_as_zsh_takes_it() -> None:
+    """Which takes brackets without quotes for a pattern, and finds no such file."""
+    for path in Path(cli.__file__).parent.rglob("*.py"):
+        assert "install sota-transformer[" not in path.read_text(), path
+
+
 @pytest.mark.parametrize("columns", ["0", "5", "\u00b2", "9" * 5000])
 def test_a_terminal_of_no_width_gets_its_lines(monkeypatch, capsys, columns: str) -> None:
     """rich printed nothing, so training was silent and the doctor's table empty."""

@@ -123,7 +123,7 @@ def _html(data: bytes, where: str) -> Document:
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.html import HTMLTree
     except ImportError:
-        return Skipped("HTML needs `pip install sota-transformer[html]`", where)
+        return Skipped("HTML needs `pip install 'sota-transformer[html]'`", where)
     document = _decoded(data, where)
     whole = document.repaired if isinstance(document, Skipped) else document
     page = HTMLTree.parse(whole.decode())

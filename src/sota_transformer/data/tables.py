@@ -99,7 +99,7 @@ class Tables:
             else:
                 yield from self._range(segment, field)
         except ImportError:
-            hint = "parquet and Arrow need `pip install sota-transformer[parquet]`"
+            hint = "parquet and Arrow need `pip install 'sota-transformer[parquet]'`"
             yield Skipped(hint, segment.name)
         except KeyError:
             if not segment.start:  # else the first piece says it
