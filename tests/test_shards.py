@@ -129,7 +129,9 @@ def test_other_vocabulary_format_or_manifest(copy: Path) -> None:
     refused(copy, 65, "hash")
 
 
-@pytest.mark.parametrize("change", ["cut", "grown", "gone", "fifo", "link", "folder", "flipped", "other"])
+@pytest.mark.parametrize(
+    "change", ["cut", "grown", "gone", "fifo", "link", "folder", "flipped", "other"]
+)
 def test_damaged_shards_are_refused_by_name(copy: Path, change: str) -> None:
     path = copy / "train-00001.npy"
     data = bytearray(path.read_bytes())
