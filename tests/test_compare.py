@@ -175,7 +175,8 @@ def test_other_data_on_the_way_begins_anew_and_is_said(two: list[Path]) -> None:
         file.write(json.dumps(judgement(150, 1.0)) + "\n")
     text = write_comparison(two, two[0] / "page.html")
     assert cells(text)["best validation, nats"][0] == "4.0000 +- 0.0100"
-    assert f"cold was changed on its way, at step 150: {', '.join(changed)}" in text
+    said = f"cold was changed on its way, at step 150: {', '.join(changed)}"
+    assert said in text and f"<p>{said}</p>" in (two[0] / "page.html").read_text()
     record["attempts"].append({"from_step": 200, "changed": changed})  # and not judged since
     (two[0] / "run.json").write_text(json.dumps(record))
     text = write_comparison(two, two[0] / "page.html")
@@ -186,7 +187,7 @@ def test_other_data_on_the_way_begins_anew_and_is_said(two: list[Path]) -> None:
     (two[0] / "run.json").write_text(json.dumps(record))
     text = write_comparison(two, two[0] / "page.html")
     assert cells(text)["best validation, nats"][0] == "1.0000 +- 0.0100"
-    assert "at step 0" not in text
+    assert "at step 0" not in text and "at step 100" not in text  # the second changed nothing
 
 
 def test_curves_are_over_tokens_and_told_apart(tmp_path: Path) -> None:

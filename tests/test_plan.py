@@ -31,7 +31,9 @@ def test_the_law_at_chinchilla_itself() -> None:
 
 
 def test_no_number_where_the_law_was_not_fitted() -> None:
-    assert "no number" in plan.expected(123_552_000, 10_000_000, 0)
+    for there in (0, 10_000_000):
+        said = plan.expected(123_552_000, 10_000_000, there)
+        assert "no number" in said and "repeats" not in said
     assert "repeats teach nothing new" in plan.expected(16_000_000, 10**9, there=1_000_000)
     assert "nats" in plan.expected(123_552_000, 2_500_000_000, 0)
 

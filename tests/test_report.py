@@ -46,7 +46,9 @@ def test_the_page_has_the_figures_of_the_folder(run: Path) -> None:
     assert "100 of 200: not complete" in page
     assert "3.2500 +- 0.0100 nats, perplexity 25.79, 1.5000 bits/byte" in page
     assert "512 tokens/s" in page and "2.00 GB" in page and "f00d" in page
-    assert "last words --- step by step" in page and "earlier words" in page
+    assert page.count("last words --- step by step") == 1 == page.count("earlier words")
+    for anchor, tick in (("end", "5"), ("middle", "100")):  # of the axes
+        assert f'text-anchor="{anchor}">{tick}</text>' in page
     assert page.count("<svg") == 4 and page.count("<circle") == 2
     # 100 steps of 512 tokens at 512 tokens/s
     assert "<td>time in training steps</td><td>1:40</td>" in page

@@ -6,7 +6,7 @@ import pytest
 
 from sota_transformer.config import RunConfig
 from sota_transformer.presets import PRESETS
-from sota_transformer.schedules import dropout, learning_rate, rows, warmup_steps
+from sota_transformer.schedules import describe, dropout, learning_rate, rows, warmup_steps
 
 
 def run(steps: int, **optim: float) -> RunConfig:
@@ -63,3 +63,14 @@ def test_dropout_goes_linearly_from_start_to_end() -> None:
 def test_rows_of_steps_tile_the_numbers() -> None:
     config = run(5)
     assert [row for step in range(5) for row in rows(step, config)] == list(range(40))
+
+
+def test_steps_that_learned_from_other_batches_are_told_apart() -> None:
+    """A step of now has 8 rows of 64 tokens."""
+    for done, learned, said in [
+        (0, 0, "10 steps x 512 tokens = 5,120 tokens"),
+        (4, 2048, "10 steps x 512 tokens = 5,120 tokens"),
+        (4, 1024, "10 steps, 4 with 1,024 tokens and 6 x 512 = 4,096 tokens"),
+        (10, 1024, "10 steps, 1,024 tokens"),
+    ]:
+        assert f"run: {said}, " in describe(run(10), 0, done, learned)[1]

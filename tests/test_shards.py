@@ -119,12 +119,19 @@ def test_other_vocabulary_format_or_manifest(copy: Path) -> None:
     refused(copy, 65, "32000", "50258")
     rewrite(copy, vocab_size=50258, format="other")
     refused(copy, 65, "format", "give a folder made by `sota prepare`")  # perhaps a checkpoint
+    files = read_manifest(copy / "manifest.json")["files"]
+    rewrite(copy, format=shards.FORMAT, files=files | {"train-00001.npy": {}})
+    refused(copy, 65, "train-00001.npy")
+    rewrite(copy, files={name: files[name] for name in files if name != "train-00001.npy"})
+    refused(copy, 65, "has not the files of")
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace('"tokens"', '"tokenz"', 1))
     refused(copy, 65, "hash", f"move {copy} away, then `sota prepare INPUT --out {copy}`")
 
 
-@pytest.mark.parametrize("change", ["cut", "grown", "gone", "fifo", "link", "folder", "flipped"])
+@pytest.mark.parametrize(
+    "change", ["cut", "grown", "gone", "fifo", "link", "folder", "flipped", "other"]
+)
 def test_damaged_shards_are_refused_by_name(copy: Path, change: str) -> None:
     path = copy / "train-00001.npy"
     data = bytearray(path.read_bytes())
@@ -135,6 +142,10 @@ def test_damaged_shards_are_refused_by_name(copy: Path, change: str) -> None:
         path.symlink_to("/dev/zero")
     elif change == "folder":
         path.mkdir()
+    elif change == "other":  # as the manifest says, and no file of ours
+        path.write_bytes(data.replace(b"<u2", b"<i2", 1))
+        entry = {"bytes": len(data), "sha256": shards.sha256_file(path)}
+        rewrite(copy, files=read_manifest(copy / "manifest.json")["files"] | {path.name: entry})
     elif change != "gone":
         data[len(data) // 2] ^= 1
         path.write_bytes({"cut": data[:-2], "grown": data + b"\0\0"}.get(change, bytes(data)))

@@ -71,7 +71,7 @@ def save(run_folder: Path, state: State, own: Collection[int] = ()) -> Path:
     tensors = state.model | state.optim
     for name, tensor in tensors.items():
         # The extremes need no copy of the tensor, and a NaN is both of them.
-        if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():
             raise SotaError(f"{name} is not finite at step {state.step}: not saved", DIVERGED)
     check_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
     final = path_of(run_folder, state.step)
