@@ -157,3 +157,10 @@ def test_the_share_that_is_advised_leaves_no_split_empty(
     advised = float(str(caught.value).rpartition("--val-fraction ")[2])
     splits = run(out, source, val_fraction=advised)["splits"]
     assert splits["val"]["documents"] == min(8, count // 2)
+
+
+def test_more_validation_takes_beginning_anew(tmp_path: Path, capsys) -> None:
+    """What is prepared keeps its share, also under --append, so the note may not say less."""
+    (tmp_path / "few.jsonl").write_bytes(jsonl(some(40)))
+    run(tmp_path / "data", tmp_path / "few.jsonl", val_fraction=0.2)
+    assert "or begin anew with --val-fraction 0.4" in capsys.readouterr().out
