@@ -172,3 +172,10 @@ def test_lines_of_end_of_text_divide_a_text_file(tmp_path: Path, ending: str) ->
     rest = [text for text in taken if text.startswith("A long line")]
     assert len(rest) > 10 and len("".join(rest)) == len(stories[7])
     assert len(taken) == 39 + len(rest) + 1
+
+
+def test_more_validation_takes_beginning_anew(tmp_path: Path, capsys) -> None:
+    """What is prepared keeps its share, also under --append, so the note may not say less."""
+    (tmp_path / "few.jsonl").write_bytes(jsonl(some(40)))
+    run(tmp_path / "data", tmp_path / "few.jsonl", val_fraction=0.2)
+    assert "or begin anew with --val-fraction 0.4" in capsys.readouterr().out

@@ -96,7 +96,7 @@ def enough(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
     if val_fraction and val["tokens"] < _FEW_TOKENS:
         more, advice = min(0.5, max(2 * val_fraction, 8 / documents)), "add text"
         if more > val_fraction and documents >= 16:
-            advice += f", or use --val-fraction {more:.2g}"
+            advice += f", or begin anew with --val-fraction {more:.2g}"
         print(f"note: validation has only {val['tokens']:,} tokens; {advice}")
 
 

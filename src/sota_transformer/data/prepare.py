@@ -81,7 +81,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
     if old and not options.append:
         raise SotaError(
             f"{options.out} holds data from other inputs (or changed ones) or with other options; "
-            "--append adds to it; or choose another --out, or delete it: "
+            "--append adds new inputs to it; or choose another --out, or delete it: "
             f"rm -r {in_shell(options.out)}",
             LOCKED,
         )

@@ -243,10 +243,10 @@ class TokenWindows:
         shards = (name for each in SPLITS for name in manifest["splits"][each]["shards"])
         self.files = {name: manifest["files"][name]["sha256"] for name in shards}
         if self.tokens < seq_len + 1:
-            advice = "add text" if split == "train" else "add text or raise --val-fraction"
+            anew = ", or begin anew with a larger --val-fraction," * (split == "val")
             raise SotaError(
                 f"{folder}: the {split} split has {counted(self.tokens, 'token')} and a "
-                f"window needs {seq_len + 1:,}; {advice} in `sota prepare`, or shorten "
+                f"window needs {seq_len + 1:,}; add text{anew} in `sota prepare`, or shorten "
                 "--model.seq-len",
                 BAD_DATA,
             )
