@@ -136,9 +136,11 @@ class Pretended(TorchFunctionMode):
                 return _engine_run_backward(
                     loss, one, False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
-        if func is F.scaled_dot_product_attention and kwargs.get("is_causal"):
-            leaks = self.kind == "mps" and args[0].dtype != torch.float32  # pytorch#195910
+        sdpa = func is F.scaled_dot_product_attention and isinstance(args[0], Away)
+        if sdpa and self.kind == "mps":
+            leaks = kwargs.get("is_causal") and args[0].dtype != torch.float32  # pytorch#195910
             assert not leaks, "three queries of four would look ahead"
+            assert not kwargs.get("enable_gqa"), "the process would end"  # pytorch#149132
         if func is Tensor.pin_memory:
             if self.kind != "cuda":
                 raise AssertionError("pinned where nothing asks for it")

@@ -72,9 +72,9 @@ def _mix(y: Tensor, layer: Attention, cosine: Tensor, sine: Tensor, known: Tenso
     qkv[:turned] = (qk * cosine).addcmul_(qk.roll(width // 2, -1), sine)
     q, new = qkv.split((layer.heads, 2 * layer.kv_heads))
     known[..., -1, :] = new.view(2, 1, layer.kv_heads, width)
-    grouped = layer.heads != layer.kv_heads
     if known.is_cpu:  # one query in bfloat16 takes three times as long
         q, known = q.float(), known.float()
     keys, values = known.unbind()
-    found = F.scaled_dot_product_attention(q[None, :, None], keys, values, enable_gqa=grouped)
+    q = q.view(1, layer.kv_heads, -1, width)  # all see the same: heads of a group as its queries
+    found = F.scaled_dot_product_attention(q, keys, values)
     return found.view(1, -1).to(y.dtype)

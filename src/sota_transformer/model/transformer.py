@@ -123,16 +123,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     (B, H, T, h), (B, K, S, h), (B, K, S, h) -> (B, H, T, h).
     """
-    causal, grouped = mask is None and q.shape[2] > 1, k.shape[1] != q.shape[1]
-    dtype = q.dtype
+    causal, dtype = mask is None and q.shape[2] > 1, q.dtype
     if q.is_mps:
         # In 16 bits its causal kernel lets three queries of four look ahead (pytorch#195910).
         q, k, v = q.float(), k.float(), v.float()
-        if grouped:  # has ended the process there (pytorch#149132)
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-            grouped = False
+        if k.shape[1] != q.shape[1]:  # grouped, it has ended the process (pytorch#149132)
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         if mask is not None:  # misreads booleans for few queries (pytorch#182285)
             mask = torch.where(mask, 0.0, -torch.inf)
+    grouped = k.shape[1] != q.shape[1]
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
     )
