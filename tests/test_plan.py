@@ -102,6 +102,17 @@ def test_what_a_step_of_takes_too_long_is_not_measured(monkeypatch) -> None:
     assert not measured and "sota train 16m" in lines[-1]
 
 
+def test_time_beyond_what_the_data_can_teach_is_not_planned(monkeypatch) -> None:
+    """A step is 32,768 tokens: 24 steps read 200,000 tokens 3.93 times, 25 read them 4.1 times."""
+    monkeypatch.setattr(plan, "measure", lambda config: SPEED)
+    config = PRESETS["16m"]()
+    lines = list(plan.compare(config, "16m", SPEED, hours=8, there=200_000))
+    assert all("24 steps" in line and "4 times" in line for line in lines[:3])
+    assert lines[-1].endswith("--steps 24")
+    lines = list(plan.compare(config, "16m", SPEED, hours=8, there=200_000_000))
+    assert "900 steps" in lines[0] and "4 times" not in lines[0]
+
+
 def test_what_one_measurement_has_left_is_free_for_the_next(monkeypatch) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -174,6 +185,7 @@ def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data
     folder = tmp_path / "my data"
     folder.symlink_to(data)
     monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
+    monkeypatch.setattr(plan, "FRESH_EPOCHS", 10_000)  # or the small text would end the run
     asked = ["16m", "--recipe", "fast", "--data", str(folder), "--device", "cpu"]
     asked += ["--run.compile", "off", "--train.batch-rows", "4", "--data.document-mask"]
     assert main(["plan", *asked, "--hours", "0.1"]) == 0

@@ -137,6 +137,9 @@ def compare(
             yield f"  {name:>5}: {error}"
             continue
         steps = int(hours * 3600 / taken.seconds)
+        enough = max(1, FRESH_EPOCHS * there // taken.tokens) if there else steps
+        limited = f", enough to read the data {FRESH_EPOCHS} times" * (enough < steps)
+        steps = min(steps, enough)  # more would over-fit, as the plan of a run says
         tokens = steps * taken.tokens
         loss = _predicted(parameters, tokens, there)
         if steps:
@@ -145,7 +148,7 @@ def compare(
             choices.append((order, name, steps, other))
         yield (
             f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
-            f"{other.train.batch_rows} x {other.model.seq_len}, "
+            f"{other.train.batch_rows} x {other.model.seq_len}{limited}, "
             f"{tokens / parameters:.1f} tokens a parameter, "
             + ("too few tokens to predict" if loss is None else f"about {loss:.2f} nats")
         )
