@@ -33,8 +33,8 @@ def test_the_law_at_chinchilla_itself() -> None:
 def test_no_number_where_the_law_was_not_fitted() -> None:
     for there in (0, 10_000_000):
         said = plan.expected(123_552_000, 10_000_000, there)
-        assert "no number" in said and "repeats" not in said
-    assert "repeats teach nothing new" in plan.expected(16_000_000, 10**9, there=1_000_000)
+        assert "no prediction" in said and "repeats" not in said
+    assert "repeats past 4 epochs add nothing" in plan.expected(16_000_000, 10**9, there=1_000_000)
     assert "nats" in plan.expected(123_552_000, 2_500_000_000, 0)
 
 
@@ -46,7 +46,7 @@ def test_a_run_in_words() -> None:
     assert f"{seconds / 86_400:.1f} days" in text
     assert "3.28 times" in text
     assert f"{4 * 12 * 123_552_000 / 1e9:.2f} GB for 4 checkpoints" in text
-    assert f"{100_000 * 64 * 512 / 123_552_000:.1f} tokens a parameter" in text
+    assert f"{100_000 * 64 * 512 / 123_552_000:.1f} tokens per parameter" in text
 
 
 def test_a_measured_step_is_faster_than_nothing_and_slower_than_light() -> None:
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
     monkeypatch.setattr(Runtime, "available_memory", lambda self: 1_000_000_000)
     monkeypatch.setattr(plan, "step_seconds", lambda config, *more: (2.0, 1.0))
     assert main(["plan", "125m", *common]) == TEMPORARY
-    assert "take 2.0 GB, free are 1.0; a smaller preset" in capsys.readouterr().err
+    assert "take 2.0 GB, but only 1.0 GB are free; a smaller preset" in capsys.readouterr().err
     assert main(["plan", "16m", *common, "--hours", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "take 4.1 GB" in next(line for line in lines if " 250m: " in line)
@@ -98,8 +98,19 @@ def test_what_a_step_of_takes_too_long_is_not_measured(monkeypatch) -> None:
     config = PRESETS["16m"]()
     lines = list(plan.compare(config, "16m", SPEED, hours=0.01, there=0))
     seconds = 32.0 * 123_552_000 / config.model.parameter_count * 64 * 512 / SPEED.tokens
-    assert f"125m: a step takes some {seconds / 60:.1f} minutes" in lines[1]
+    assert f"125m: one step takes about {seconds / 60:.1f} minutes" in lines[1]
     assert not measured and "sota train 16m" in lines[-1]
+
+
+def test_time_beyond_what_the_data_can_teach_is_not_planned(monkeypatch) -> None:
+    """A step is 32,768 tokens: 24 steps read 200,000 tokens 3.93 times, 25 read them 4.1 times."""
+    monkeypatch.setattr(plan, "measure", lambda config: SPEED)
+    config = PRESETS["16m"]()
+    lines = list(plan.compare(config, "16m", SPEED, hours=8, there=200_000))
+    assert all("24 steps" in line and "4 epochs" in line for line in lines[:3])
+    assert lines[-1].endswith("--steps 24")
+    lines = list(plan.compare(config, "16m", SPEED, hours=8, there=200_000_000))
+    assert "900 steps" in lines[0] and "4 epochs" not in lines[0]
 
 
 def test_what_one_measurement_has_left_is_free_for_the_next(monkeypatch) -> None:
@@ -174,6 +185,7 @@ def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data
     folder = tmp_path / "my data"
     folder.symlink_to(data)
     monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
+    monkeypatch.setattr(plan, "FRESH_EPOCHS", 10_000)  # or the small text would end the run
     asked = ["16m", "--recipe", "fast", "--data", str(folder), "--device", "cpu"]
     asked += ["--run.compile", "off", "--train.batch-rows", "4", "--data.document-mask"]
     assert main(["plan", *asked, "--hours", "0.1"]) == 0
@@ -184,7 +196,7 @@ def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data
     own, best = resolve(asked, "train"), resolve(words[2:], "train")
     assert best == change(own, steps=180)
     assert main(["plan", *asked, "--hours", "0.0001"]) == 0
-    assert "best: none; not one step" in capsys.readouterr().out
+    assert "best: none; not even one step" in capsys.readouterr().out
 
 
 def test_recomputed_activations_are_measured_so(monkeypatch) -> None:

@@ -1,7 +1,7 @@
-"""Before the run: what it takes in time, memory and disk, and what may come of it.
+"""The plan before a run: its time, memory, disk and expected loss.
 
-Speed and memory are measured on this machine with the real training step; the expected loss is a
-published scaling law and says so. Where the law was not fitted there is no number.
+Speed and memory are measured on this machine with the real training step. The expected loss comes
+from a published scaling law and says so; outside the range the law was fitted on there is none.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from sota_transformer.words import counted
 if TYPE_CHECKING:
     from sota_transformer.runtime import Runtime
 
-# Hoffmann et al. 2022, table A.3, approach 3, in nats a token of their data and tokenizer. Their
-# smallest runs saw about a token a parameter; below that the law was never fitted.
+# Hoffmann et al. 2022, table A.3, approach 3, in nats per token of their data and tokenizer. Their
+# smallest runs saw about one token per parameter; the law was not fitted below that.
 _E, _A, _B, _ALPHA, _BETA = 1.69, 406.4, 410.7, 0.34, 0.28
 _LAW_ERROR = 0.3  # nats: other text, another tokenizer, another recipe
 _LEAST_RATIO = 1.0
-_BALANCED = 20  # tokens a parameter (Hoffmann et al. 2022)
+_BALANCED = 20  # tokens per parameter (Hoffmann et al. 2022)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,17 @@ class Speed:
 
     seconds: float
     tokens: int
-    """Learned from, so without padding."""
+    """Tokens with a loss: padding is not counted."""
     memory: int
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens trained in a second."""
+        """Tokens trained per second."""
         return self.tokens / self.seconds
 
 
 def run_plan(config: RunConfig, preset: str, hours: float) -> int:
-    """Print the plan of one run, and with `hours` the best preset and steps for that time."""
+    """Print the plan of one run and, with `hours`, the best preset and steps for that time."""
     there = training_tokens(config.data.path)
     for line in describe(config, padding(config)):
         print(line)
@@ -56,15 +56,15 @@ def run_plan(config: RunConfig, preset: str, hours: float) -> int:
     for line in (*estimates(config, speed, there), memory_estimate(config)):
         print(line)
     if hours:
-        print(f"in {hours:g} h here:")
+        print(f"in {hours:g} h on this machine:")
         for line in compare(config, preset, speed, hours, there):
             print(line)
     return 0
 
 
 def run_config(config: RunConfig) -> int:
-    """Print the resolved run and what follows from it."""
-    # The data may be on another machine, for which this run is meant.
+    """Print the resolved configuration and its derived numbers."""
+    # The data may be missing here: this run may be meant for another machine.
     share = padding(config) if config.data.path.is_dir() else 0.0
     print(config.to_json(), end="")
     for line in (*describe(config, share), memory_estimate(config)):
@@ -73,33 +73,33 @@ def run_config(config: RunConfig) -> int:
 
 
 def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
-    """Time, memory, data and expected loss of a run at this speed; `there` training tokens."""
+    """Time, memory, data and expected loss of a run at this speed on `there` training tokens."""
     steps, parameters = config.train.steps, config.model.parameter_count
     total, seconds = speed.tokens * steps, speed.seconds * steps
     yield (
-        f"speed: {speed.tokens_per_second:,.0f} tokens/s here, measured over {speed.tokens:,} "
-        f"tokens; {speed.memory / 1e9:.2f} GB of memory at the peak"
+        f"speed: {speed.tokens_per_second:,.0f} tokens/s, measured here over {speed.tokens:,} "
+        f"tokens; peak memory {speed.memory / 1e9:.2f} GB"
     )
-    yield f"time: {_span(seconds)} for {counted(steps, 'step')}, validation and samples not counted"
+    yield f"time: {_span(seconds)} for {counted(steps, 'step')}, without validation and samples"
     if there:
         epochs = total / there
-        over = "; past four times it over-fits: more text or fewer steps"
+        over = "; past four times it overfits: use more text or fewer steps"
         read = f"data: {there:,} training tokens, read {epochs:.2f} times"
         yield read + over * (epochs > FRESH_EPOCHS)
     keep = config.train.most_checkpoints
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
-    yield f"balance: {total / parameters:.1f} tokens a parameter; about {_BALANCED} is balanced"
+    yield f"balance: {total / parameters:.1f} tokens per parameter; about {_BALANCED} is balanced"
     yield expected(parameters, total, there)
 
 
 def expected(parameters: int, tokens: int, there: int) -> str:
-    """The loss that the law predicts, or why it says nothing."""
+    """The loss that the law predicts, or why there is no prediction."""
     loss = _predicted(parameters, tokens, there)
     if loss is None:
-        told = "under one token a parameter the scaling law is not fitted"
+        reason = "the scaling law was not fitted below one token per parameter"
         repeated = there and tokens > FRESH_EPOCHS * there
-        more = f", and past {FRESH_EPOCHS} readings repeats teach nothing new" * bool(repeated)
-        return f"expected loss: no number; {told}{more}"
+        more = f", and repeats past {FRESH_EPOCHS} epochs add nothing" * bool(repeated)
+        return f"expected loss: no prediction; {reason}{more}"
     return (
         f"expected loss: {loss:.2f} +- {_LAW_ERROR} nats on web text (Chinchilla's law, annealed, "
         f"without label smoothing), perplexity {math.exp(loss):.0f}"
@@ -107,20 +107,20 @@ def expected(parameters: int, tokens: int, there: int) -> str:
 
 
 def _predicted(parameters: int, tokens: int, there: int) -> float | None:
-    """Nats a token after `tokens` of data that has `there`; None where the law was not fitted."""
+    """Nats per token after `tokens` of data that has `there`; None where the law does not apply."""
     useful = min(tokens, FRESH_EPOCHS * there) if there else tokens
     return law(parameters, useful) if useful >= _LEAST_RATIO * parameters else None
 
 
 def law(parameters: int, tokens: int) -> float:
-    """Nats a token after training on `tokens` fresh tokens."""
+    """Nats per token after training on `tokens` fresh tokens."""
     return _E + _A / parameters**_ALPHA + _B / tokens**_BETA
 
 
 def compare(
     config: RunConfig, preset: str, speed: Speed, hours: float, there: int
 ) -> Iterator[str]:
-    """What each preset would make of the time, and which to take."""
+    """What each preset reaches in the time, and the command for the best one."""
     choices, recipe = [], recipe_of(config)
     for name in (name for name in PRESETS if name in (preset, "16m", "125m", "250m")):
         other = config
@@ -128,8 +128,8 @@ def compare(
             other = dataclasses.replace(PRESETS[name](recipe), run=config.run, data=config.data)
         parameters, per_step = other.model.parameter_count, step_tokens(other, 0)
         work = parameters / config.model.parameter_count * per_step / speed.tokens
-        if name != preset and speed.seconds * work > 3600 * hours:  # measuring it would take longer
-            yield f"  {name:>5}: a step takes some {_span(speed.seconds * work)}"
+        if name != preset and speed.seconds * work > 3600 * hours:  # measuring would take longer
+            yield f"  {name:>5}: one step takes about {_span(speed.seconds * work)}"
             continue
         try:
             taken = speed if name == preset else measure(other)
@@ -137,40 +137,43 @@ def compare(
             yield f"  {name:>5}: {error}"
             continue
         steps = int(hours * 3600 / taken.seconds)
+        enough = max(1, FRESH_EPOCHS * there // taken.tokens) if there else steps
+        limited = f" (all that {FRESH_EPOCHS} epochs of the data allow)" * (enough < steps)
+        steps = min(steps, enough)  # more would overfit, as `estimates` warns
         tokens = steps * taken.tokens
         loss = _predicted(parameters, tokens, there)
         if steps:
-            # Under the law's range the smaller model wins: it sees a token a parameter the sooner.
+            # Below the law's range the smaller model wins: it reaches a token per parameter sooner.
             order = (math.inf if loss is None else loss, parameters)
             choices.append((order, name, steps, other))
         yield (
             f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
-            f"{other.train.batch_rows} x {other.model.seq_len}, "
-            f"{tokens / parameters:.1f} tokens a parameter, "
+            f"{other.train.batch_rows} x {other.model.seq_len}{limited}, "
+            f"{tokens / parameters:.1f} tokens per parameter, "
             + ("too few tokens to predict" if loss is None else f"about {loss:.2f} nats")
         )
     if not choices:
-        yield "  best: none; not one step fits into the time"
+        yield "  best: none; not even one step fits in the time"
         return
     _, name, steps, other = min(choices)
-    usual = dataclasses.replace(other.train, steps=PRESETS[name](recipe).train.steps)
-    run = dataclasses.replace(other.run, out=Path())  # each preset's has a name of its own
-    words = command(name, dataclasses.replace(other, train=usual, run=run))
+    default = dataclasses.replace(other.train, steps=PRESETS[name](recipe).train.steps)
+    run = dataclasses.replace(other.run, out=Path())  # each preset has its own default folder
+    words = command(name, dataclasses.replace(other, train=default, run=run))
     yield f"  best: {shlex.join([*words, '--steps', str(steps)])}"
 
 
 def memory_estimate(config: RunConfig) -> str:
-    """What weights, gradients and moments take; activations come on top."""
+    """Memory of weights, gradients and moments; activations come on top."""
     state = config.state_bytes
     return (
         f"memory: {(state + 4 * config.model.parameter_count) / 1e9:.2f} GB for weights, gradients "
-        "and moments in float32, and the activations of a micro-batch; a checkpoint takes "
+        "and moments in float32, plus the activations of a micro-batch; a checkpoint takes "
         f"{state / 1e9:.2f} GB"
     )
 
 
 def training_tokens(data: Path) -> int:
-    """Tokens of the training split of data that a run could read; 0 where none is given."""
+    """Tokens in the training split of prepared data; 0 if no data is given."""
     if data == Path():
         return 0
     from sota_transformer.data.shards import load_manifest
@@ -179,7 +182,7 @@ def training_tokens(data: Path) -> int:
 
 
 def padding(config: RunConfig) -> float:
-    """Share of the training targets that is padding, once the data is cut as this run cuts it."""
+    """Share of the training targets that is padding with this run's windows."""
     if config.data.path == Path() or config.data.windows != "best-fit":
         return 0.0
     return _best_fit_padding(config.data.path, config.model.seq_len)
@@ -187,14 +190,14 @@ def padding(config: RunConfig) -> float:
 
 @cache
 def _best_fit_padding(data: Path, seq_len: int) -> float:
-    """The same for the data; packing it takes a while, and a plan asks several times."""
+    """The padding of best-fit windows; cached, since packing is slow and a plan asks repeatedly."""
     from sota_transformer.data.packing import BestFit
 
     return BestFit(data, "train", seq_len).padding
 
 
 def _span(seconds: float) -> str:
-    """A duration in the unit that people would use."""
+    """A duration in a readable unit."""
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -202,20 +205,20 @@ def _span(seconds: float) -> str:
 
 
 def measure(config: RunConfig) -> Speed:
-    """One optimizer step of this run on this machine, its micro-batches timed and multiplied.
+    """Time one optimizer step of this run: one micro-batch is timed and scaled to the batch.
 
-    SotaError 75 where it does not fit.
+    SotaError 75 if it does not fit in memory.
     """
     from sota_transformer.runtime import Runtime, out_of_memory
     from sota_transformer.training.micro_batch import dividing, micro_rows
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
-    # A system that lends memory it does not have would end this process.
+    # On a system that overcommits memory, trying would get this process killed.
     needed = config.state_bytes + 4 * config.model.parameter_count
     if needed > (free := runtime.available_memory()):
         raise SotaError(
-            f"weights, gradients and moments take {needed / 1e9:.1f} GB, free are "
-            f"{free / 1e9:.1f}; a smaller preset may fit",
+            f"weights, gradients and moments take {needed / 1e9:.1f} GB, but only "
+            f"{free / 1e9:.1f} GB are free; a smaller preset may fit",
             TEMPORARY,
         )
     rows = micro_rows(config, runtime)
@@ -228,7 +231,7 @@ def measure(config: RunConfig) -> Speed:
                 raise
             rows = dividing(config.train.batch_rows, rows // 2)
             if not rows:
-                text = f"not even one window of {config.model.seq_len} tokens fits into the memory"
+                text = f"not even one window of {config.model.seq_len} tokens fits in memory"
                 raise SotaError(text, TEMPORARY) from error
     rounds = config.train.batch_rows // rows
     total = rounds * (seconds - update) + update
@@ -239,7 +242,7 @@ def measure(config: RunConfig) -> Speed:
 def step_seconds(
     config: RunConfig, runtime: "Runtime", rows: int, steps: int = 3
 ) -> tuple[float, float]:
-    """Seconds of a step of `rows` windows, and of its update alone: medians of `steps`."""
+    """Seconds of a step of `rows` windows, and of its update alone; medians of `steps`."""
     from sota_transformer.runtime import out_of_memory
 
     try:
@@ -292,18 +295,18 @@ def _step_seconds(
 
 
 def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
-    """The run with as many rows a step as let its steps end in `seconds` here.
+    """The run with the largest batch that lets all its steps finish in `seconds` on this machine.
 
-    Where few rows fit, one more would be a large step: longer rows use the time that is left, and
-    where not one fits, a shorter row takes less; half a row at least.
+    When only a few rows fit, one more would be a large jump, so longer rows use up the remaining
+    time; when not even one fits, the row is shortened, to half at the least.
     """
     from sota_transformer.runtime import Runtime
 
     runtime = Runtime.detect(config.run, config.model.parameter_count)
-    few, more = 4, 8  # windows; eight are one micro-batch on a CPU, so above that in eights
+    few, more = 4, 8  # windows; a micro-batch on a CPU is eight, so larger batches are multiples
     fast, fixed = step_seconds(config, runtime, few)
     per_row = (fast - fixed) / few
-    if (seconds / config.train.steps - fixed) / per_row > few:  # else compile no second shape
+    if (seconds / config.train.steps - fixed) / per_row > few:  # else no second shape
         slow, _ = step_seconds(config, runtime, more)
         per_row = max((slow - fast) / (more - few), slow / more / 4)
         fixed = max(0.0, fast - few * per_row)
@@ -311,7 +314,7 @@ def fit_budget(config: RunConfig, seconds: float) -> RunConfig:
     if fitting < 0.5:
         least, steps = fixed + per_row / 2, counted(config.train.steps, "step")
         whole = _span(config.train.steps * least)
-        print(f"{steps} of half a window take {whole} here, not {_span(seconds)}")
+        print(f"{steps} of half a window take {whole} on this machine, not {_span(seconds)}")
     rows = max(1, int(fitting))
     rows -= rows % more if rows > more else 0
     seq_len = config.model.seq_len

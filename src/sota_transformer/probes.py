@@ -60,7 +60,7 @@ def _probe_vocabulary(device: torch.device, dtype: torch.dtype) -> float:
     """
     head = torch.randn(50_258, 64).mul(0.3).to(dtype).float()
     windows = torch.arange(18).mul(2956).repeat_interleave(4).view(2, 36)
-    windows[0, -4:] = PAD
+    windows[0, -4:] = windows[1, -9:] = PAD
     expected = head.double().requires_grad_()
     hidden = F.embedding(windows[:, :-1], expected)
     logits, targets = hidden @ expected.t(), targets_of(windows)

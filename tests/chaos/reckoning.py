@@ -146,7 +146,7 @@ class Reckoned:
         state = gigabytes(self.config)
         return (
             f"memory: {state + 4 * self.count / 1e9:.2f} GB for weights, gradients and moments in "
-            "float32, and the activations of a micro-batch; a checkpoint takes "
+            "float32, plus the activations of a micro-batch; a checkpoint takes "
             f"{state:.2f} GB"
         )
 
@@ -154,8 +154,8 @@ class Reckoned:
         """What a plan says besides, where it depends on no clock."""
         train, there = self.config["train"], len(self.sides["train"].tokens)
         total, keep = self.each * train["steps"], train["keep_checkpoints"] + 2
-        over = "; past four times it over-fits: more text or fewer steps"
-        useful, law = min(total, 4 * there), "expected loss: no number; under one token a parameter"
+        over = "; past four times it overfits: use more text or fewer steps"
+        useful, law = min(total, 4 * there), "expected loss: no prediction; the scaling law was not"
         if useful >= self.count:  # Hoffmann et al. 2022, approach 3
             nats = 1.69 + 406.4 / self.count**0.34 + 410.7 / useful**0.28
             law = f"expected loss: {nats:.2f} +- 0.3 nats on web text (Chinchilla's law, annealed, "
@@ -163,11 +163,11 @@ class Reckoned:
         read = f"data: {there:,} training tokens, read {total / there:.2f} times"
         return [
             *self.described(),
-            f"measured over {self.each:,} tokens;",
-            f"for {things(train['steps'], 'step')}, validation and samples not counted",
+            f"measured here over {self.each:,} tokens;",
+            f"for {things(train['steps'], 'step')}, without validation and samples",
             read + over * (total > 4 * there),
             f"disk: {keep * gigabytes(self.config):.2f} GB for {keep} checkpoints",
-            f"balance: {total / self.count:.1f} tokens a parameter; about 20 is balanced",
+            f"balance: {total / self.count:.1f} tokens per parameter; about 20 is balanced",
             law,
             self.memory(),
         ]
