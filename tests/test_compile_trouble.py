@@ -20,7 +20,7 @@ from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, in_short, out_of_memory
 from sota_transformer.training import judge, trainer
 from sota_transformer.training.start import train
-from tests.pretended import pretended
+from tests.simulated import simulated
 from tests.training_runs import MakeRun, logged
 
 KINDS = ["cpu", "cuda", "mps"]
@@ -66,7 +66,7 @@ def faulty(kind: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     """A device of this kind, where torch.compile has this fault."""
     monkeypatch.setattr(judge, "_SAMPLE_TOKENS", 2)
     monkeypatch.setattr(torch, "compile", compiler(fault))
-    with pretended(kind) if kind != "cpu" else contextlib.nullcontext():
+    with simulated(kind) if kind != "cpu" else contextlib.nullcontext():
         yield
 
 

@@ -1,4 +1,4 @@
-"""What a GPU or a Mac would refuse or lose, on a device that is pretended (`pretended.py`)."""
+"""What a GPU or a Mac would refuse or lose, on a device that is pretended (`simulated.py`)."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ from sota_transformer.runtime import Runtime, out_of_memory
 from sota_transformer.training import judge, trainer
 from sota_transformer.training.micro_batch import micro_rows
 from sota_transformer.training.start import train
-from tests.pretended import Away, Pretended, pretended
+from tests.simulated import DeviceTensor, SimulatedDevice, simulated
 from tests.training_runs import MakeRun, change, logged
 
 SHAPE = Model(layers=2, d_model=128, heads=2, kv_heads=1, d_ff=64, seq_len=24, vocab_size=300)
@@ -48,7 +48,7 @@ def small() -> Transformer:
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_it_refuses_what_a_device_refuses(kind: str) -> None:
-    with pretended(kind):
+    with simulated(kind):
         away, here = torch.ones(2, device=kind), torch.ones(2)
         assert away.device == torch.device(kind, 0) and not away.is_cpu
         assert (away * torch.ones(())).device.type == kind and (away + 1).cpu().is_cpu
@@ -93,12 +93,12 @@ def test_a_run_and_its_resumption_are_the_cpus(
     waits, original = [], trainer.Trainer._train_step
 
     def step(self: trainer.Trainer) -> None:
-        before = len(Pretended.now.waits)
+        before = len(SimulatedDevice.now.waits)
         original(self)
-        waits.append(Pretended.now.waits[before:])
+        waits.append(SimulatedDevice.now.waits[before:])
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step)
-    with pretended(kind) as device:
+    with simulated(kind) as device:
         first, second = train(config), train(again)
         monkeypatch.setattr(runtime, "_COMPILE_FROM_PARAMETERS", 0)
         monkeypatch.setattr(
@@ -124,7 +124,7 @@ def test_a_run_and_its_resumption_are_the_cpus(
 def test_a_device_is_taken_in_the_type_it_computes(
     kind: str, capability: tuple[int, int], dtype: str
 ) -> None:
-    with pretended(kind, capability):
+    with simulated(kind, capability):
         machine = Runtime.detect(Run(), 1)
     assert (machine.device.type, machine.dtype) == (kind, getattr(torch, dtype))
 
@@ -159,7 +159,7 @@ def test_the_doctor_and_the_plan_run_there(monkeypatch, kind: str, dtype: str) -
         return original(machine, "cpu")
 
     monkeypatch.setattr(probes, "one_step", one_step)
-    with pretended(kind):
+    with simulated(kind):
         run = Run(device=kind, dtype=dtype, compile="off")  # type: ignore[arg-type]
         machine = Runtime.detect(run, 1)
         checks = doctor.arithmetic(machine)
@@ -174,7 +174,7 @@ def test_the_doctor_and_the_plan_run_there(monkeypatch, kind: str, dtype: str) -
 )
 def test_the_doctor_sees_an_update_that_is_not_made(monkeypatch, kernel: str, recipe: Any) -> None:
     """As on MPS, where operations on strided tensors wrote to a copy of them."""
-    made = Away.__torch_dispatch__
+    made = DeviceTensor.__torch_dispatch__
 
     def lost(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__.split(".")[0] == kernel:
@@ -182,9 +182,9 @@ def test_the_doctor_sees_an_update_that_is_not_made(monkeypatch, kernel: str, re
         return made(func, types, args, kwargs)
 
     for fault in (False, True):
-        with pretended("mps"), monkeypatch.context() as patch:
+        with simulated("mps"), monkeypatch.context() as patch:
             if fault:
-                patch.setattr(Away, "__torch_dispatch__", classmethod(lost))
+                patch.setattr(DeviceTensor, "__torch_dispatch__", classmethod(lost))
             machine = Runtime.detect(Run(device="mps"), 1)
             probe = partial(probes._probe_update, recipe)
             assert doctor._probed("updates", probe, machine).passed != fault
@@ -211,7 +211,7 @@ def test_generation_and_judgement_are_the_cpus(kind: str, monkeypatch) -> None:
 
     with torch.no_grad():
         expected = answers(small())
-        with pretended(kind):
+        with simulated(kind):
             found = answers(small().to(kind))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5)
@@ -246,7 +246,7 @@ def test_float16_keeps_the_direction_of_a_small_gradient() -> None:
 
 
 def test_bfloat16_on_mps_keeps_normuon_in_float32(monkeypatch) -> None:
-    with pretended("mps"):
+    with simulated("mps"):
         model = small().to("mps")
         model.dtype = torch.bfloat16
         assert optimizers(model, PRESETS["tiny"]("fast").optim)[0]._dtype == torch.float32
@@ -267,7 +267,7 @@ def test_attention_that_is_planned_for_each_shape_is_for_compiled_training(monke
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     planned = torch.backends.cuda.cudnn_sdp_enabled
     torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, and its first choice on Hopper
-    with pretended("cuda"):
+    with simulated("cuda"):
         machine = Runtime.detect(Run(compile="off"), 1)
         assert not planned()  # generation, judgement
         machine = dataclasses.replace(machine, compile=True)
@@ -286,7 +286,7 @@ def test_attention_that_is_planned_for_each_shape_is_for_compiled_training(monke
 
 def test_a_mac_is_asked_for_no_sum_that_it_gets_wrong(make_run: MakeRun) -> None:
     """The gradient of a weight is one over the tokens of a micro-batch."""
-    with pretended("mps"):
+    with simulated("mps"):
         machine = Runtime.detect(Run(device="mps"), 1)
         assert micro_rows(make_run(batch_rows=1024, micro_rows=512), machine) == 512
         with pytest.raises(SotaError, match="take 1022 or fewer"):
@@ -299,7 +299,7 @@ def test_a_mac_is_asked_for_no_sum_that_it_gets_wrong(make_run: MakeRun) -> None
 def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said: str) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pretended(kind), pytest.raises(SotaError, match=said):
+    with simulated(kind), pytest.raises(SotaError, match=said):
         Runtime.detect(Run(device=kind), 1)  # type: ignore[arg-type]
 
 
@@ -319,10 +319,10 @@ def test_a_gpu_that_torch_was_not_built_for_is_not_taken(monkeypatch, said: str)
     def ones(*_: Any, **__: Any) -> None:
         raise RuntimeError(said)
 
-    with pretended("cuda"), monkeypatch.context() as patch:
+    with simulated("cuda"), monkeypatch.context() as patch:
         patch.setattr(torch, "ones", ones)
         machine = Runtime.detect(Run(), 1)
-        assert machine.device.type == "cpu" and "no kernels for the pretended" in machine.reasons[0]
+        assert machine.device.type == "cpu" and "no kernels for the simulated" in machine.reasons[0]
         with pytest.raises(SotaError, match="--device cpu"):
             Runtime.detect(Run(device="cuda"), 1)
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -334,7 +334,7 @@ def test_a_mac_is_full_before_it_swaps(monkeypatch) -> None:
     limits: list[float] = []
     monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
     with (
-        pretended("mps"),
+        simulated("mps"),
         mock.patch.object(torch.mps, "set_per_process_memory_fraction", limits.append),
     ):
         Runtime.detect(Run(device="mps"), 1)
@@ -360,7 +360,7 @@ def test_a_mac_stays_awake_as_long_as_the_run(tmp_path: Path, monkeypatch) -> No
 def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(doctor, "arithmetic", lambda _: asked.append("asked") or [])
-    with pretended("mps"):
+    with simulated("mps"):
         for version in ("15.5", "15.5", "26.1"):
             monkeypatch.setattr("platform.mac_ver", lambda version=version: (version, "", ""))
             doctor.admit(tmp_path, Runtime.detect(Run(device="mps"), 1))

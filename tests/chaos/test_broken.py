@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sota_transformer import doctor, probes
-from tests.pretended import pretended
+from tests.simulated import simulated
 
 from . import broken
 from .kernels import FAULTS
@@ -34,7 +34,7 @@ def test_one_wrong_kernel_is_seen(operation: str, name: str, probe: str) -> None
     (fault,) = (fault for fault in FAULTS if fault.name == name)
     case = broken.Breakage("mps", "float32", "seed", f"aten.{operation}", fault, frozenset())
     for compute in (broken.wrong(case), None):
-        with pretended("mps") as device:
+        with simulated("mps") as device:
             machine = broken.machine_of("mps", "float32")
             device.compute = compute or device.compute
             found = doctor._probed(probe, probes.PROBES[probe], machine)
@@ -46,7 +46,7 @@ def test_adamw_is_in_float32_beside_bfloat16() -> None:
     case = broken.Breakage(
         "cuda", "bfloat16", "", "aten._foreach_add_.Scalar", FAULTS[0], frozenset()
     )
-    with pretended("cuda") as device:
+    with simulated("cuda") as device:
         device.compute = broken.wrong(case)
         machine = broken.machine_of("cuda", "bfloat16")
         assert not doctor._probed(ADAMW, probes.PROBES[ADAMW], machine).passed
