@@ -23,7 +23,7 @@ GENERATION = "generation of uneven rows (pytorch#182285)"
         ("mul_.Tensor", "nothing from element 1,048,576 on", VOCABULARY),
         ("masked_fill.Scalar", "booleans are inverted", VOCABULARY),
         ("gather.default", "float32 is 10% off", VOCABULARY),
-        ("tril.default", "masks are not read", DOCUMENTS),
+        ("tril.default", "masks are ignored", DOCUMENTS),
         ("eq.Tensor", "the last block is zero", DOCUMENTS),
         ("add_.Tensor", "few rows are 10% off", GENERATION),
         ("_fused_adamw_.default", "nothing from element 65,536 on", ADAMW),
