@@ -274,7 +274,7 @@ class Pairs:
             share = max(0.0, far - rounding) / max(way, 1e-12)
             muon = twin.config["optim"]["matrix_rate"] and value.ndim == 2 and "blocks" in key
             kind = "a NorMuon matrix" if muon else "a matrix" if value.ndim == 2 else "gains"
-            self.result.same(name, f"way of {kind}", share, 0.0, MUON if muon else WEIGHTS)
+            self.result.same(name, f"movement of {kind}", share, 0.0, MUON if muon else WEIGHTS)
         told = json.loads((folder / "trainer.json").read_text())
         for key, value in (("tokens", twin.tokens), ("rows", twin.row), ("updates", twin.updates)):
             self.result.same(name, key, told[key], value, 0.0)
