@@ -1,4 +1,4 @@
-"""`sota report`: the page says what is in the folder, and nothing in the folder can hurt it."""
+"""`sota report`: the page shows what is in the folder, and nothing in the folder can harm it."""
 
 import io
 import json
@@ -22,7 +22,7 @@ LAST = {"val_loss": 3.25, "val_error": 0.01, "val_perplexity": 25.79, "val_bits_
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder after 100 of its 200 steps, a bad one among them and a torn last line."""
+    """A run's folder after 100 of its 200 steps, with a bad step and a torn last line."""
     (tmp_path / "config.json").write_text(PRESETS["tiny"]().to_json())
     lines = [
         {"step": step, "loss": 10 - step / 20, "lr": 1e-3, "tokens_per_second": 512.0}
@@ -54,8 +54,8 @@ def test_the_page_has_the_figures_of_the_folder(run: Path) -> None:
     assert "<td>time in training steps</td><td>1:40</td>" in page
 
 
-def test_the_page_shows_the_branch_that_counts(run: Path) -> None:
-    """The run has gone on from step 40, and lies at step 60 of what it is now."""
+def test_the_page_shows_the_current_branch(run: Path) -> None:
+    """The run resumed from step 40 and is now at step 60 of its new branch."""
     lines = [{"step": 40, "event": "start"}]
     lines += [{"step": step, "loss": 0.5 + step} for step in (50, 60)]
     with (run / "metrics.jsonl").open("a") as file:
@@ -70,13 +70,13 @@ def test_the_page_shows_the_branch_that_counts(run: Path) -> None:
     assert "words of now" in page and "earlier words" not in page
 
 
-def test_nothing_is_fetched_and_nothing_of_the_run_is_markup(run: Path) -> None:
+def test_nothing_is_loaded_and_nothing_of_the_run_is_markup(run: Path) -> None:
     page = write_report(run, run / "report.html").read_text()
     assert not re.search(r"https?:|<script|<b>|src=|@import|url\(", page)
     assert "&lt;script&gt;" in page and "nan" not in re.sub(r"&lt;b&gt;nan&lt;/b&gt;", "", page)
 
 
-def test_what_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
+def test_a_folder_that_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path / "nothing")]) == NO_INPUT
     (run / "run.json").write_text("{")
     assert main(["report", str(run)]) == BAD_DATA
@@ -108,7 +108,7 @@ def test_a_damaged_line_costs_no_report(run: Path, line: str) -> None:
     assert main(["report", str(run)]) == 0
 
 
-def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsys) -> None:
+def test_an_unwritable_page_is_named_as_given(run: Path, capsys) -> None:
     (run / "folder").mkdir()
     for out in (run / "none" / "a.html", run / "folder"):
         assert main(["report", str(run), "--out", str(out)]) == LOCKED
@@ -116,8 +116,8 @@ def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsy
     assert not list(run.glob(".tmp*"))
 
 
-def test_a_page_goes_into_what_is_no_file_and_not_in_its_place(run: Path, tmp_path: Path) -> None:
-    """Root would have no /dev/null any more."""
+def test_a_page_is_written_to_a_device_without_replacing_it(run: Path, tmp_path: Path) -> None:
+    """Otherwise root would lose /dev/null."""
     link, pipe = tmp_path / "link", tmp_path / "pipe"
     link.symlink_to("page.html")
     os.mkfifo(pipe)
@@ -145,7 +145,7 @@ def test_ticks_are_few_and_within(low: float, high: float) -> None:
 
 
 def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
-    """On from step 40 and killed before a save, so on from the 100 that was there all along."""
+    """Resumed from step 40 and killed before a save, then resumed from the original step 100."""
     path = run / "metrics.jsonl"
     here = [{"step": 40, "event": "saved"}, {"step": 70, "event": "saved"}]
     here += [{"step": 100, "event": "saved"}, {"step": 100, "sample": "a\n--- step 7\nb"}]
@@ -158,7 +158,7 @@ def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
     assert losses == {step: 10 - step / 20 for step in range(10, 101, 10)} | {110: 4.5}
     page = write_report(run, run / "report.html").read_text()
     assert "step 50: 8.0000" in page and "110 of 200" in page and "Sample at step 100" in page
-    # The branch again, saved this time at 60: then 70 and 100 are gone, 40 is of the first start.
+    # The branch again, this time saved at 60: now 70 and 100 are gone, 40 is of the first start.
     saved = [*left, {"step": 60, "event": "saved"}, {"step": 60, "event": "start"}]
     with path.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in saved))
@@ -166,7 +166,7 @@ def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
     assert losses == {10: 9.5, 20: 9.0, 30: 8.5, 40: 8.0, 50: 99.0}
 
 
-def test_the_panel_of_a_run_that_goes_on_begins_where_it_is(tmp_path: Path) -> None:
+def test_the_panel_of_a_resumed_run_starts_where_it_is(tmp_path: Path) -> None:
     with RunLog(tmp_path, 100) as log:
         log.console = Console(file=io.StringIO(), force_terminal=True, width=80)
         log.begin_live(73)
