@@ -1,4 +1,4 @@
-"""train_sota.py: what it asks, where it puts prepared data, and how it goes on."""
+"""train_sota.py: what it asks, where it puts prepared data, and how it resumes."""
 
 import importlib.util
 import json
@@ -59,13 +59,13 @@ def test_texts_of_one_name_do_not_meet(launcher: types.ModuleType) -> None:
 def test_python_is_the_machines_and_no_folder_of_that_name(launcher: types.ModuleType) -> None:
     Path("a").rename("python")
     assert launcher.prepared("python") == Path("data/python")
-    assert not launcher.made_of(Path("data/python"), "python:")
+    assert not launcher.prepared_from(Path("data/python"), "python:")
 
 
 def test_a_changed_text_says_the_ways_on(launcher: types.ModuleType) -> None:
     launcher.prepared("a")
     Path("a/more.txt").write_text("more\n")
-    with pytest.raises(SotaError, match="--data data/a goes on") as caught:
+    with pytest.raises(SotaError, match="--data data/a continues") as caught:
         launcher.prepared("a")
     assert caught.value.code == LOCKED
     assert launcher.prepared("data/a") == Path("data/a")
@@ -123,11 +123,11 @@ def test_a_run_goes_on_where_and_on_what_it_is_told(
     (config.run.out / "config.json").write_text(config.to_json())
     moved = config.run.out.rename("moved")
     asked = launcher.Options(device="cuda")
-    found: RunConfig = launcher.going_on(moved, asked, Path("elsewhere"))
+    found: RunConfig = launcher.resumed(moved, asked, Path("elsewhere"))
     assert (found.run.out, found.run.resume, found.run.device) == (moved, "auto", "cuda")
     assert found.data.path == Path("elsewhere") and found.train == config.train
-    kept = launcher.going_on(moved, launcher.Options(), None)
-    assert "not used" not in capsys.readouterr().out
+    kept = launcher.resumed(moved, launcher.Options(), None)
+    assert "is ignored" not in capsys.readouterr().out
     assert (kept.run.device, kept.data.path) == ("cpu", config.data.path)
 
 
@@ -139,15 +139,15 @@ def test_what_a_run_that_goes_on_cannot_use_is_said_or_refused(
         config.run.out.mkdir()
         (config.run.out / "config.json").write_text(config.to_json())
         asked = launcher.Options(recipe=recipe, minutes=9.0)
-        assert launcher.going_on(config.run.out, asked, None).optim == config.optim
-        assert "--minutes is not used" in capsys.readouterr().out
+        assert launcher.resumed(config.run.out, asked, None).optim == config.optim
+        assert "--minutes is ignored" in capsys.readouterr().out
         resume = ["--resume", str(config.run.out)]
         assert launcher.main([*resume, "--recipe", other]) == 2
         assert launcher.main([*resume, "--out", "elsewhere"]) == 2
         size = ["--full", "--data", str(config.data.path), "--recipe", recipe]
         assert launcher.main([*size, "--out", str(config.run.out)]) == 2
         first, second, third = capsys.readouterr().err.splitlines()
-        assert f"begun with --recipe {recipe}, not {other}" in first and "--out" in second
+        assert f"started with --recipe {recipe}, not {other}" in first and "--out" in second
         assert "parameters, not 125m" in third
 
 
