@@ -218,7 +218,7 @@ def test_what_is_appended_is_checked_as_what_is_there(tmp_path: Path) -> None:
     before = bytes_of(out)
     for name, worse in (("exclude", ()), ("near_dedup", 0.0), ("near_dedup", 0.9)):
         left = clean | {name: worse}
-        with pytest.raises(SotaError, match=f"with --{name.replace('_', '-')} .*give that again"):
+        with pytest.raises(SotaError, match=f"with --{name.replace('_', '-')} .*needs the same"):
             run(out, more, append=True, **left)
     assert bytes_of(out) == before
     run(out, more, append=True, **clean)
@@ -277,9 +277,9 @@ def test_an_excluded_file_that_changed_counts_again(
     run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
     assert len(everything(tmp_path / "data")) == 99
     run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
-    assert "already holds these inputs" in capsys.readouterr().out
+    assert "already prepared from these inputs" in capsys.readouterr().out
     (held / "b.jsonl").write_bytes(jsonl([items[3], items[6]]))
-    with pytest.raises(SotaError, match="with other options"):
+    with pytest.raises(SotaError, match="with different options"):
         run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
 
 
