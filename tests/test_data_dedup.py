@@ -256,7 +256,7 @@ def test_no_excluded_text_is_passed_over_in_silence(
     capsys.readouterr()
     write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
     said = capsys.readouterr().out
-    assert "--exclude passes over 4 files; the first is" in said
+    assert "--exclude ignores 4 files; the first is" in said
     assert "/bench.json: .json file is not a text format\n" in said
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(SotaError, match=r"gone\.txt: link that"):
