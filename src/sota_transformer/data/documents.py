@@ -61,14 +61,14 @@ def _documents(segment: Segment, field: str, tables: Tables) -> Iterator[Documen
     return _text(segment)
 
 
-def checked(text: str, where: str, data: bytes | None = None) -> Document:
+def as_document(text: str, where: str, data: bytes | None = None) -> Document:
     """The text as a document, or the reason to skip it; `data` is its UTF-8, if available."""
     if not text or text.isspace():
         return Skipped("empty document", where)
     try:
         data = text.encode() if data is None else data
     except UnicodeEncodeError:
-        mended = checked(utf8(text).decode(), where)
+        mended = as_document(utf8(text).decode(), where)
         return _repaired("lone surrogates, not valid Unicode", where, mended)
     if len(data) > DOCUMENT_BYTES:
         return Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", where)
@@ -131,8 +131,8 @@ def _html(data: bytes, where: str) -> Document:
     text = "" if deep else extract_plain_text(page, main_content=True)
     text = text or extract_plain_text(page)
     if isinstance(document, Skipped):
-        return _repaired(document.reason, where, checked(text, where))
-    return checked(text, where)
+        return _repaired(document.reason, where, as_document(text, where))
+    return as_document(text, where)
 
 
 def _deep(page: Any) -> bool:
@@ -159,9 +159,11 @@ def _deep(page: Any) -> bool:
 def _decoded(data: bytes, where: str) -> Document:
     """Bytes of text as a document, or the reason to skip them."""
     try:
-        return checked(data.decode(), where, data)
+        return as_document(data.decode(), where, data)
     except UnicodeDecodeError:
-        return _repaired("not valid UTF-8", where, checked(data.decode(errors="replace"), where))
+        return _repaired(
+            "not valid UTF-8", where, as_document(data.decode(errors="replace"), where)
+        )
 
 
 def without_mark(data: bytes) -> bytes:
@@ -245,7 +247,7 @@ def _records(segment: Segment, field: str) -> Iterator[Document]:
             try:
                 text = orjson.loads(view[start:end])[field]
                 if type(text) is str:
-                    document = checked(text, "")
+                    document = as_document(text, "")
                     if type(document) is bytes:
                         yield document
                         continue
@@ -272,7 +274,7 @@ def _slow_record(line: bytes, field: str, where: str) -> Document:
         return Skipped(f"no field {field!r}", where)
     if not isinstance(value[field], str):
         return Skipped(f"field {field!r} is not text", where)
-    return checked(value[field], where)
+    return as_document(value[field], where)
 
 
 def _cells(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
@@ -284,7 +286,7 @@ def _cells(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
         row, value = item
         where = f"{segment.name}: row {row}"
         if isinstance(value, str | bytes):  # some programs write text as bytes
-            yield _decoded(value, where) if isinstance(value, bytes) else checked(value, where)
+            yield _decoded(value, where) if isinstance(value, bytes) else as_document(value, where)
         else:
             what = "is empty" if value is None else "is not text"
             yield Skipped(f"field {field!r} {what}", where)

@@ -26,7 +26,7 @@ def worker_context() -> BaseContext:
 
 
 @contextmanager
-def bare() -> Iterator[None]:
+def without_main_module() -> Iterator[None]:
     """Start processes without passing them the main module and arguments, which they do not need.
 
     Importing the main module fails if it is standard input, and runs a script again that has no
@@ -50,7 +50,7 @@ def warm_up() -> None:
         # Ctrl-C reaches the server too, which ignores it only once it runs: block it until then.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with bare():
+            with without_main_module():
                 forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -23,7 +23,7 @@ from sota_transformer.options import Prepare
 _FEW_TOKENS = 4096
 _MOST_WORKERS = 1024
 _PARENT_MB, _WORKER_MB = 110, 130  # measured by benchmarks/prepare.py, rounded up
-CREATE = {  # the path is wrong, not the disk
+CREATE = {  # errors that mean a bad path, not a bad disk
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -52,7 +52,7 @@ def workers(options: Prepare) -> int:
 
 
 @contextmanager
-def plain_errors(out: Path) -> Iterator[None]:
+def one_line_errors(out: Path) -> Iterator[None]:
     """Turn OSError into a one-line SotaError with an exit code."""
     try:
         yield
@@ -80,7 +80,7 @@ def stoppable(work: Path) -> Iterator[None]:
         raise SotaError(text, error.code) from error
 
 
-def enough(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
+def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
     """SotaError 65 if a split would be empty; prints a note if validation is very short."""
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     documents = train["documents"] + val["documents"]
@@ -92,7 +92,7 @@ def enough(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
             what, advice = "1 document is", "add text, or split it into several files"
             if documents > 1:
                 what = f"{documents:,} documents are"
-                advice = f"add text, or use --val-fraction {_dividing(shards)}"
+                advice = f"add text, or use --val-fraction {_workable_fraction(shards)}"
             raise SotaError(f"{what} too few: the {split} split would be empty; {advice}", BAD_DATA)
     if val_fraction and val["tokens"] < _FEW_TOKENS:
         more, advice = min(0.5, max(2 * val_fraction, 8 / documents)), "add text"
@@ -101,7 +101,7 @@ def enough(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
         print(f"note: validation has only {val['tokens']:,} tokens; {advice}")
 
 
-def _dividing(shards: Path) -> str:
+def _workable_fraction(shards: Path) -> str:
     """The shortest --val-fraction that puts up to eight of these documents into validation and at
     least as many into training. With so few documents it depends on their hashes.
     """

@@ -140,7 +140,7 @@ def _seal(path: Path, file: Any, tokens: int) -> dict[str, Any]:
         file.flush()
         os.pwrite(file.fileno(), npy_header("<u2", (tokens,)), 0)
         durable = aside.submit(fsync, file.fileno())
-        digest = sha256_file(path)  # while the disk works
+        digest = sha256_file(path)  # while the disk syncs
         durable.result()
     return {"bytes": HEADER_BYTES + 2 * tokens, "sha256": digest}
 
@@ -167,7 +167,7 @@ class Merger:
         self._val_below = np.uint64(val_below)
         self.by_input = np.zeros((inputs, 3), np.int64)  # documents, text bytes, tokens
 
-    def know(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def load_existing(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Append to a prepared folder: continue its shards and skip documents it contains."""
         for split, writer in self.splits.items():
             shards = manifest["splits"][split]["shards"]
@@ -187,7 +187,7 @@ class Merger:
                     lengths = np.diff(part, prepend=start).astype(np.uint32)
                     ids = tokens.read(start, int(part[-1]))
                     place = Place(folder / name, HEADER_BYTES + 2 * start)
-                    self._similar.know(Batch(ids, lengths, *sketch(ids, lengths), place))
+                    self._similar.add_existing(Batch(ids, lengths, *sketch(ids, lengths), place))
 
     def add(self, encoded: Encoded) -> None:
         """Merge the next unit."""
@@ -196,9 +196,9 @@ class Merger:
             return
         fresh = self._seen.new(encoded.hashes)
         if not fresh.all():
-            self._repeated(encoded, np.flatnonzero(~fresh))
+            self._note_duplicates(encoded, np.flatnonzero(~fresh))
         if self._similar is not None:
-            fresh = self._unlike(encoded, fresh)
+            fresh = self._without_near_duplicates(encoded, fresh)
         val = encoded.hashes[:, 0] < self._val_below
         self.splits["train"].add(encoded, fresh & ~val)
         self.splits["val"].add(encoded, fresh & val)
@@ -208,7 +208,7 @@ class Merger:
             counted = np.bincount(encoded.inputs[fresh], values[fresh], rows)
             self.by_input[:, column] += counted.astype(np.int64)
 
-    def _repeated(self, encoded: Encoded, again: NDArray[np.int64]) -> None:
+    def _note_duplicates(self, encoded: Encoded, again: NDArray[np.int64]) -> None:
         """Record exact duplicates of documents in other units; their files are unknown here."""
         self.rejects.add(DUPLICATE, "", len(again))
         starts = np.cumsum(encoded.lengths, dtype=np.int64) - encoded.lengths
@@ -217,7 +217,9 @@ class Merger:
             ids = encoded.tokens[start : start + encoded.lengths[document] - 1]
             self._again.append(ids[:_BEGINNING].copy())
 
-    def _unlike(self, encoded: Encoded, fresh: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _without_near_duplicates(
+        self, encoded: Encoded, fresh: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
         """`fresh` without the near-duplicates of earlier documents."""
         assert self._similar is not None and encoded.place is not None
         sketched = (encoded.tokens, encoded.lengths, encoded.keys, encoded.marks)

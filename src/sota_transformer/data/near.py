@@ -29,7 +29,7 @@ _FINER = 4  # ... one this many times as large if undecided, until all are compa
 _SIGMAS = 4
 _AT_ONCE = 1 << 20  # tokens hashed at a time
 _KEPT = 1 << 12  # earlier documents whose 5-grams stay in memory, at most 8 kB each
-_CACHED, _CACHED_TOKENS = 128, 1 << 16  # finer samples of long documents to cache; longest of them
+_CACHED, _CACHED_TOKENS = 128, 1 << 16  # finer samples to cache, of documents up to this long
 _SEEN_BITS = 24
 _LOW = (1 << 32) - 1
 _BESIDE = 256  # most documents of its own unit, with the same key, that a document is compared with
@@ -115,7 +115,7 @@ class Similar:
         stays[looked] = stayed
         return stays
 
-    def know(self, batch: Batch) -> None:
+    def add_existing(self, batch: Batch) -> None:
         """Add documents that are kept in any case."""
         looked, first = np.flatnonzero(batch.marks.any(axis=1)), self._count
         self._add(batch, looked)
@@ -175,7 +175,7 @@ class Similar:
         share = (same - (MARKS - seen)) / seen
         a, b = self._where[rows, 2].astype(np.int64), self._where[others, 2].astype(np.int64)
         union = (a + b - 2 * GRAM) / (1 + self._threshold)  # upper bound for near-duplicates
-        error = doubt(self._threshold, seen) * np.sqrt(np.maximum(1 - seen / union, 1 / 16))
+        error = tolerance(self._threshold, seen) * np.sqrt(np.maximum(1 - seen / union, 1 / 16))
         open_ = np.flatnonzero(share >= self._threshold - error)
         order = open_[np.lexsort((others[open_], -share[open_], rows[open_]))]
         sure = (share >= self._threshold + error) & (np.maximum(a, b) - GRAM > _FEW)
@@ -222,7 +222,7 @@ class Similar:
         if share == 1 and min(map(len, sets)) < self._threshold * max(map(len, sets)):
             return 0.0
         index, union = jaccard(*sets)
-        while share > 1 and abs(index - self._threshold) < doubt(self._threshold, union):
+        while share > 1 and abs(index - self._threshold) < tolerance(self._threshold, union):
             share = max(1, share // _FINER)
             sets = self._grams(a, share), self._grams(b, share)
             index, union = jaccard(*sets)
@@ -326,7 +326,7 @@ def jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[float, int]:
     return common / union, union
 
 
-def doubt(threshold: float, seen: Any) -> Any:
+def tolerance(threshold: float, seen: Any) -> Any:
     """Four standard deviations of a proportion measured on `seen` samples whose mean is
     `threshold`; near a mean of 1, where they would vanish, at least those for 31/32.
     """

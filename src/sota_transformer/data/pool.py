@@ -25,7 +25,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sota_transformer.data.forks import bare, worker_context
+from sota_transformer.data.forks import without_main_module, worker_context
 from sota_transformer.data.sources import Source
 from sota_transformer.data.units import Job, Unit
 from sota_transformer.errors import BAD_DATA, SotaError
@@ -58,13 +58,13 @@ def runs(units: Iterable[Unit], workers: int) -> Iterator[Run]:
     for key, group in groupby(units, _row_group):
         while run := tuple(islice(group, _RUN_UNITS)):
             if len(key) == 1:
-                yield from _singly(held)
+                yield from _split_runs(held)
                 yield run
                 continue
             held.append(run)
             while held and sum(map(len, held)) >= workers * len(held[0]):
                 yield held.popleft()
-    yield from _singly(held)
+    yield from _split_runs(held)
 
 
 def _row_group(unit: Unit) -> tuple[str | int, ...]:
@@ -74,7 +74,7 @@ def _row_group(unit: Unit) -> tuple[str | int, ...]:
     return (unit.index,) if whole else (first.path, first.offset)
 
 
-def _singly(held: deque[Run]) -> Iterator[Run]:
+def _split_runs(held: deque[Run]) -> Iterator[Run]:
     """Drain the held runs as single units."""
     while held:
         yield from ((unit,) for unit in held.popleft())
@@ -98,7 +98,7 @@ class Pool:
 
     def _submit(self, work: Callable[[Any], Any], item: Any) -> Any:
         """A future of `work(item)`; may start a worker."""
-        with bare():
+        with without_main_module():
             return self._pool.submit(work, item)
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Done]]:

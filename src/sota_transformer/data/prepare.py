@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sota_transformer.data.forks import warm_up
-from sota_transformer.data.guards import enough, plain_errors, stoppable, workers
+from sota_transformer.data.guards import check_splits, one_line_errors, stoppable, workers
 from sota_transformer.data.pool import Pool, result_path
 from sota_transformer.data.progress import Progress, summary
 from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find
@@ -69,7 +69,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
         options = dataclasses.replace(options, out=options.out.resolve())
     sources, skipped = find(options.inputs)
     request = _request(options, sources)
-    work = _work(options.out)
+    work = _work_folder(options.out)
     skipped = [item for item in skipped if work.name not in Path(item.where).parts]
     old = _existing(options)
     if old and request in old["requests"]:
@@ -85,7 +85,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
             f"rm -r {in_shell(options.out)}",
             LOCKED,
         )
-    with plain_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
+    with one_line_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
         run = _Run(options, sources, skipped, request, old, work, encoder)
         make_folder(run.own)
         try:
@@ -109,7 +109,7 @@ def merge(options: Merge) -> dict[str, Any]:
     SotaError 66 if parts are missing, 65 if their inputs have changed.
     """
     out = options.out.resolve()
-    work = _work(out)
+    work = _work_folder(out)
     if (out / MANIFEST).exists() and not (work / _ASKED).exists():
         from sota_transformer.data.shards import load_manifest
 
@@ -142,7 +142,7 @@ def merge(options: Merge) -> dict[str, Any]:
         return prepare(whole)
 
 
-def _work(out: Path) -> Path:
+def _work_folder(out: Path) -> Path:
     """The work folder, which holds everything until the target is renamed into place."""
     return out.parent / f".{out.name}.preparing"
 
@@ -185,11 +185,11 @@ def _existing(options: Prepare) -> dict[str, Any] | None:
                 "new folder",
                 BAD_DATA,
             )
-        _as_clean(options, manifest["options"])
+        _check_same_filters(options, manifest["options"])
     return manifest
 
 
-def _as_clean(options: Prepare, before: dict[str, Any]) -> None:
+def _check_same_filters(options: Prepare, before: dict[str, Any]) -> None:
     """An append must exclude and deduplicate at least what the folder does. SotaError 2."""
     names = {Path(text).name for text in options.exclude}  # by name: the files may have moved
     missing = [f"--exclude {text}" for text in before["exclude"] if Path(text).name not in names]
@@ -197,8 +197,7 @@ def _as_clean(options: Prepare, before: dict[str, Any]) -> None:
         missing.append(f"--near-dedup {before['near_dedup']:g}")
     if missing:
         raise SotaError(
-            f"{options.out} was prepared with {', '.join(missing)}; --append needs the same: add "
-            "it to the command"
+            f"{options.out} was prepared with {', '.join(missing)}; --append needs the same options"
         )
 
 
@@ -229,7 +228,7 @@ class _Run:
             (self.own / name).mkdir()
         make_folder(self.work / "units")
         if self.options.part:
-            self._ask()
+            self._save_request()
         job = Job(
             self.work / "units",
             self.options.text_field,
@@ -245,7 +244,7 @@ class _Run:
         try:
             units = self._encoded(pool, progress)
             manifest = {} if self.options.part else self._merged(units)
-            for _ in units:  # a part only encodes
+            for _ in units:  # a part only encodes its units
                 pass
         except BaseException:
             progress.close()
@@ -267,7 +266,7 @@ class _Run:
             f"{progress.text_bytes / seconds / 1e6:,.1f} MB/s, {seconds:,.1f} s"
         )
 
-    def _ask(self) -> None:
+    def _save_request(self) -> None:
         """Save the options for `merge`. SotaError 73 if another part has different ones."""
         own, path = ("out", "part", "workers", "memory_mb"), self.work / _ASKED
         options = {n: v for n, v in dataclasses.asdict(self.options).items() if n not in own}
@@ -278,8 +277,8 @@ class _Run:
         elif path.read_bytes() != canonical_json(asked):
             raise SotaError(
                 f"{self.work} holds parts with different or changed inputs, different options, "
-                "another number of parts or another working directory; repeat theirs, or start "
-                f"over: rm -r {in_shell(self.work)}",
+                "another number of parts or another working directory; use the same ones, or "
+                f"start over: rm -r {in_shell(self.work)}",
                 LOCKED,
             )
 
@@ -349,7 +348,7 @@ class _Run:
                 print(f"note: --append keeps the folder's --val-fraction of {below / 2**64:.3g}")
         merger = Merger(self.own / "shards", below, len(options.inputs), options.near_dedup)
         if old is not None:
-            merger.know(options.out, old)
+            merger.load_existing(options.out, old)
         return merger
 
     def _inputs(self, merger: "Merger") -> dict[str, Any]:
@@ -379,7 +378,7 @@ class _Run:
 
         shards, out = self.own / "shards", self.options.out
         if self.old is None:
-            enough(manifest, self.options.val_fraction, shards)
+            check_splits(manifest, self.options.val_fraction, shards)
             manifest = complete(manifest, self.val_below)
             commit_new(shards, out, manifest)
         else:

@@ -104,9 +104,10 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
         lines.append(_row(f"-> {split}", *(manifest["splits"][split][key] for key in _SUMS)))
     rejects = list(manifest["rejects"].items())
     rejects.sort(key=lambda item: (item[0].endswith(REPAIRED), -item[1]["count"]))
-    if rejects and not rejects[0][0].endswith(REPAIRED):
-        lines.append("skipped:")
+    heading = ""
     for reason, entry in rejects:
+        if heading != (heading := "repaired:" if reason.endswith(REPAIRED) else "skipped:"):
+            lines.append(heading)
         example = f"  e.g. {_short(entry['examples'][0], 200)}" if entry["examples"] else ""
         lines.append(f"  {entry['count']:>9,}  {reason}{example}")
     lines.append(f"fingerprint {manifest['fingerprint'][:16]}  in {folder}")

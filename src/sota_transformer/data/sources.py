@@ -137,11 +137,11 @@ def _roots(text: str) -> Iterator[tuple[str, str, str]]:
         what = "matches nothing" if any(sign in text for sign in "*?[") else "does not exist"
         raise SotaError(f"input {text!r} {what}; check the path", NO_INPUT)
     taken, made = set[str](), cache(_made)
-    wanted = any(map(hidden, Path(text).parts))  # the pattern itself names something hidden
+    wanted = any(map(is_hidden, Path(text).parts))  # the pattern itself names something hidden
     for match in matches:  # `**` matches a folder and also everything inside it
         if not any(parent in taken for parent in map(str, Path(match).parents)):
             taken.add(match)
-            unseen = any(map(hidden, Path(match).parts)) and not wanted
+            unseen = any(map(is_hidden, Path(match).parts)) and not wanted
             above = next(filter(None, map(made, Path(match).parents)), "")
             yield match, match, "hidden" if unseen else above
 
@@ -158,7 +158,7 @@ def _matches(pattern: str) -> list[str]:
         return []
 
 
-def hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether to skip the file or folder because of its name."""
     return name == "__pycache__" or (name.startswith(".") and name not in (".", ".."))
 
@@ -195,7 +195,7 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
             continue
         for entry in entries:
             inside = f"{below}/{entry.name}"
-            if hidden(entry.name):
+            if is_hidden(entry.name):
                 if not only:
                     yield Skipped("hidden", inside)
             elif only and entry.name == "site-packages":
@@ -229,7 +229,7 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
         return Skipped("not a regular file", name)
     if not os.access(path, os.R_OK):
         return Skipped("cannot be read (no permission)", name)
-    codec, kind = what(Path(path).name)
+    codec, kind = format_of(Path(path).name)
     if not kind and not named:
         return Skipped(f"{_ending(path)} is not a text format", name)
     if codec and kind in TABLES:
@@ -248,7 +248,7 @@ def looks_like(head: bytes) -> str:
     return "jsonl" if _RECORD.match(head) else "text"
 
 
-def what(name: str) -> tuple[str, str]:
+def format_of(name: str) -> tuple[str, str]:
     """(codec, kind) according to a file name; the kind is "" if unknown."""
     stem, _, suffix = name.lower().rpartition(".")
     if suffix in _SHORT:

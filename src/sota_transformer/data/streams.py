@@ -27,9 +27,9 @@ from sota_transformer.data.sources import (
     TABLES,
     Skipped,
     Source,
-    hidden,
+    format_of,
+    is_hidden,
     looks_like,
-    what,
 )
 
 CHUNK = 1 << 20
@@ -203,8 +203,8 @@ def _unnamed(name: str, chunks: Iterator[bytes]) -> Iterator[Stream]:
 def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] | None:
     """(full name, codec, kind) of an archive member; None if it is refused, after reporting why."""
     full = f"{archive}!{name}"
-    codec, kind = what(name)
-    if any(map(hidden, name.split("/"))):  # as in a folder; covers macOS' `__MACOSX/.../._NAME`
+    codec, kind = format_of(name)
+    if any(map(is_hidden, name.split("/"))):  # as in a folder; covers macOS' `__MACOSX/.../._NAME`
         refused(Skipped("hidden", full))
     elif kind in ARCHIVES:
         refused(Skipped("archive inside an archive; unpack it first", full))
@@ -295,7 +295,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                 blocks, zeros = vars(archive)["fileobj"], bytes(CHUNK)
                 padding = (blocks.read(CHUNK) for _ in range(_BOMB_BYTES // CHUNK))
                 if next((data for data in padding if data != zeros), b"").strip(b"\0"):
-                    raise tarfile.ReadError("it goes on behind its end, as two put together do")
+                    raise tarfile.ReadError("data after its end, as in two concatenated archives")
     except damage() as error:
         refused(Skipped(f"damaged archive; {_STARTED}", f"{source.name}: {error}"[:200]))
 
@@ -311,7 +311,7 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} where a member or the end should be") from error
+            raise tarfile.ReadError(f"{error}, expected a member or the end") from error
 
 
 def _failing(error: BaseException) -> Iterator[bytes]:

@@ -106,7 +106,7 @@ def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:
     return encode
 
 
-def _knows_its_ids(encode: Callable[[Any], NDArray[np.uint32]]) -> bool:
+def _passes_self_test(encode: Callable[[Any], NDArray[np.uint32]]) -> bool:
     """Whether the encoder gives the known ids, from str and from bytes."""
     return all(
         encode(given).tolist() == ids for text, ids in _KNOWN for given in (text, text.encode())
@@ -168,7 +168,7 @@ def _choose(kind: str) -> tuple[str, Callable[[Any], NDArray[np.uint32]]]:
     for name in makers if kind == "auto" else (kind,):
         try:
             encode = makers[name]()
-            works = _knows_its_ids(encode)
+            works = _passes_self_test(encode)
         except (ImportError, OSError, TypeError, ValueError, AttributeError):
             continue  # not installed, no space for its file, or a changed API (gigatoken#42)
         if works:

@@ -220,7 +220,7 @@ class _Rows:
 
 
 class _Cutter:
-    """Finds where a unit ends: after the first line end at or behind each multiple of UNIT_BYTES.
+    """Finds where a unit ends: after the first line end at or past each multiple of UNIT_BYTES.
 
     Plain text without a line end is cut a little later, between two characters. In CSV and TSV a
     line end inside quotes does not end a row, so every byte has to be scanned.

@@ -23,7 +23,7 @@ from sota_transformer.options import DataView
 from sota_transformer.words import counted
 
 _BLOCK = 1 << 20
-_SAMPLED = 200  # documents read for the languages
+_SAMPLED = 200  # documents read to determine the scripts
 _MOST_GRAMS = 1 << 20  # validation n-grams counted for the leakage; beyond that, a sample
 _MOST_SCRIPTS = 8  # listed by name
 
