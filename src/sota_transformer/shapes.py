@@ -30,7 +30,7 @@ def misfit(value: Any, shape: Any, at: str = "it") -> str:
             for name, key, inner in known
             if name in value or name == key
         )
-    return "" if _fits(value, shape) else f"{at} is {repr(value)[:40]}"
+    return "" if _fits(value, shape) else f"{at} is invalid: {repr(value)[:40]}"
 
 
 def _first(found: Any) -> str:

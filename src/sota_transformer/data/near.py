@@ -212,7 +212,7 @@ class Similar:
         return (self._cached if small else self._finer)(text.number, share)
 
     def _finer(self, number: int, share: int) -> NDArray[np.uint32]:
-        """The same, computed. Of 8,192 distinct 5-grams two share a number once in 128 times."""
+        """The same, computed. Among 8,192 distinct 5-grams, two collide with probability 1/128."""
         return distinct(_every(gram_order(self._ids(number), GRAM), share))
 
     def _jaccard(self, a: Text, b: Text) -> float:

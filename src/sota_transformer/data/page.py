@@ -69,14 +69,14 @@ def page(
             scripts = ", ".join(f"{name} {share:.1%}" for name, share in part["scripts"].items())
             body.append(f"<p>Letters by script: {escape(scripts)}</p>")
     body.append(section("Inputs", ("input", "files", "documents", "tokens"), inputs))
-    body.append(section("Not taken", ("reason", "count", "for example"), rejects))
+    body.append(section("Skipped", ("reason", "count", "examples"), rejects))
     for split, number, text in samples:
         body.append(f"<h2>{split} document {number:,}</h2><pre>{escape(text[:3000])}</pre>")
     return document(f"Data: {folder}", body)
 
 
 def document(title: str, body: list[str]) -> str:
-    """A whole page of parts that are HTML already."""
+    """A complete page; `body` holds parts that are already HTML."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
@@ -84,7 +84,7 @@ def document(title: str, body: list[str]) -> str:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table of plain text."""
+    """An HTML table of plain-text cells."""
 
     def line(tag: str, cells: tuple[str, ...]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
