@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import tarfile
 import time
 import zipfile
@@ -179,3 +180,15 @@ def test_more_validation_takes_beginning_anew(tmp_path: Path, capsys) -> None:
     (tmp_path / "few.jsonl").write_bytes(jsonl(some(40)))
     run(tmp_path / "data", tmp_path / "few.jsonl", val_fraction=0.2)
     assert "or start over with --val-fraction 0.4" in capsys.readouterr().out
+
+
+def test_repaired_text_is_not_listed_as_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    (folder / "b.txt").touch()
+    run(tmp_path / "data", folder, val_fraction=0, bad_text="replace")
+    _, skipped, repaired = re.split("skipped:\n|repaired:\n", capsys.readouterr().out)
+    assert "empty file" in skipped and "not valid UTF-8" in repaired
