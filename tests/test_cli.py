@@ -137,7 +137,7 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (
             ["train", "tiny", "--data", "a/b"],
             66,
-            ["a/b: no such folder in ", "; go to where it is"],
+            ["a/b: no such folder in ", "; change directory"],
         ),
         (["data", "a  b\n c"], 66, ["a  b c: no such folder", "--out 'a  b c'`"]),
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
@@ -145,7 +145,7 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (["plan", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
         (["train", "tiny", "--seed", str(2**64 - 1)], 2, ["run.seed", "below 2**63"]),
         (["config", "tiny", "--model.layers", "9" * 4000], 2, ["model.layers must be below 2**63"]),
-        (["data", "DATA", "--window", "val:" + "9" * 5000], 2, ["must be train:INDEX or"]),
+        (["data", "DATA", "--window", "val:" + "9" * 5000], 2, ["must be SPLIT:INDEX or"]),
         (["train", "tiny", "--optim.eps", "inf"], 2, ["optim.eps must be below 2**63"]),
         (["train", "tiny", "--data", "DATA", "--out", "DATA/manifest.json"], 73, ["cannot make"]),
         (["train", "tiny", "--data", "DATA", "--model.vocab-size", "999"], 2, ["vocab"]),
@@ -163,12 +163,12 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
         (
             ["data", "DATA", "--html", "NOWHERE/x"],
             73,
-            ["cannot be made (", "; name a file in a folder"],
+            ["cannot be created (", "; give a file in an existing folder"],
         ),
         (
             ["data", "DATA", "--html", "EMPTY"],
             73,
-            ["cannot be made (", "; name a file in a folder"],
+            ["cannot be created (", "; give a file in an existing folder"],
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
