@@ -71,7 +71,7 @@ def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
     assert code == 0
     assert '"steps": 1000' in out and '"learning_rate": 0.0006' in out
     assert "123,552,000 parameters" in out
-    assert "50 steps of warm-up (5% of the run; 4000 in long runs)" in out
+    assert "50 warm-up steps (capped at 5% of the run; 4000 configured)" in out
     code, out, _ = run(capsys, "config", "tiny", "--steps", "1")
     assert "run: 1 step x" in out
 
