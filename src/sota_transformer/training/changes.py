@@ -50,7 +50,7 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
     if fitting and rate in changed and 0 in (before[rate], config.optim.matrix_rate):
         raise SotaError(
             f"{folder} was trained with another optimizer: {changed[rate]}; AdamW and NorMuon "
-            "cannot resume each other's state. Use the same options, or another --out",
+            "cannot resume from each other's state. Use the same options, or another --out",
             BAD_DATA,
         )
     refused = [name for name in changed if name not in config.run.override.split(",")]
