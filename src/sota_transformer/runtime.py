@@ -297,7 +297,7 @@ def _device(wanted: str) -> tuple[torch.device, str]:
     if not asked:
         wanted = next((name for name, there in available.items() if there), "cpu")
     elif not available.get(wanted, True):
-        raise SotaError(f"no {wanted} device found; leave out --device to use what there is")
+        raise SotaError(f"no {wanted} device found; leave out --device to use what is available")
     why = ""
     if wanted == "cuda":
         index, there = _launched("LOCAL_RANK", 0), torch.cuda.device_count()

@@ -41,8 +41,8 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
     fixed = [name for name in changed if name.startswith("model.") and name != _WEIGHTLESS]
     if steps and fixed:
         raise SotaError(
-            f"{folder} has a different model: {'; '.join(changed[name] for name in fixed)}. "
-            "Use the same options, or another --out",
+            f"{folder} was trained with a different model: "
+            f"{'; '.join(changed[name] for name in fixed)}. Use the same options or another --out",
             BAD_DATA,
         )
     fitting = bool(steps) and not _imported(folder, steps)
@@ -50,14 +50,14 @@ def of_configuration(folder: Path, config: RunConfig) -> list[str]:
     if fitting and rate in changed and 0 in (before[rate], config.optim.matrix_rate):
         raise SotaError(
             f"{folder} was trained with another optimizer: {changed[rate]}; AdamW and NorMuon "
-            "cannot resume from each other's state. Use the same options, or another --out",
+            "cannot resume from each other's state. Use the same options or another --out",
             BAD_DATA,
         )
     refused = [name for name in changed if name not in config.run.override.split(",")]
     if refused and fitting:
         asked = " ".join(f"--override {name}=VALUE" for name in refused)
         raise SotaError(
-            f"{folder} has a run with a different configuration: "
+            f"{folder} was trained with a different configuration: "
             f"{'; '.join(changed[name] for name in refused)}. Use the same options or another "
             f"--out; to resume with the change: {asked}",
             USAGE,
