@@ -238,7 +238,7 @@ def out_of_memory(error: Exception) -> bool:
     # Metal's limit on a single buffer, and cuBLAS when the rest of the memory is in use.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
     words += ("Cannot allocate memory (12)",)  # mapping a file (safetensors#528)
-    said = str(error)  # a compiler out of memory would be so again with fewer rows
+    said = str(error)  # a compiler would run out of it again with fewer rows
     known = any(word in said for word in words) and "C++ compile error" not in said
     return known or isinstance(error, torch.OutOfMemoryError | MemoryError)
 

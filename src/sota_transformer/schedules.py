@@ -8,7 +8,7 @@ import math
 from sota_transformer.config import RunConfig
 from sota_transformer.words import counted
 
-FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is worth about as much as new
+FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new
 _WARMUP_SHARE = 0.05  # the original's 4,000 of 100,000 steps are 4%; short runs stay close to that
 
 

@@ -11,12 +11,12 @@ import math
 import statistics
 from typing import Any
 
-PATIENCE = 10
-RETURNS = 3
+PATIENCE = 10  # bad steps in a row before a rollback
+RETURNS = 3  # rollbacks before giving up
 _WINDOW = 128  # losses remembered
 _KNOWN = 32  # losses to have seen before one can be an outlier
 _DEVIATIONS = 8.0  # of the window's median absolute deviation; llm.c and OLMo use 4 to 6 sigma
-_LEAST = 1.0  # nats; a batch of hard text causes smaller rises
+_LEAST = 1.0  # nats; a smaller rise may be a batch of hard text
 
 
 class Guard:

@@ -48,7 +48,7 @@ def train(
             if admit is not None:
                 runtime = admit(folder, runtime)
             start = _resume_step(config, log.say)
-        runtime, start = _follow_first_rank(runtime, start)
+        runtime, start = _as_the_first(runtime, start)
         verified = not config.run.resume.startswith("step:")  # the first rank found the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
@@ -93,7 +93,7 @@ def _fit(trainer: Trainer) -> Perplexity:
         ) from error
 
 
-def _follow_first_rank(runtime: Runtime, start: int) -> tuple[Runtime, int]:
+def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
     """Whether to compile and the step to resume from, as the first rank has chosen."""
     start, compiled = runtime.of_first(start, int(runtime.compile))
     if runtime.compile and not compiled:

@@ -89,36 +89,36 @@ class Trainer:
             self._go_back()
         elif self.step and (self._due(train.eval_every) or self._due(train.sample_every)):
             known = judged(self.config.run.out, self.step)  # a signal may have cut it short
-            self._judge_where_due(*self.runtime.of_first(*known))
+            self._evaluate_if_due(*self.runtime.of_first(*known))
         while self.step < train.steps:
             self._train_step()
             if self.step == self._interval[1]:
                 continue  # just rolled back to this step
             if self._due(train.log_every) or self.step == train.steps:
                 self._log()
-            self._judge_where_due()
+            self._evaluate_if_due()
             if self._save_due():
                 with self._paused():
                     self._save()
         left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # after --resume step:N
         if self.step not in self.good or left:
             self._save()
-        result = self._judged(self.judge.validate)
-        self._judged(self.judge.sample)
+        result = self._evaluate(self.judge.validate)
+        self._evaluate(self.judge.sample)
         if self.judge.best_step != self.step:
             self.log.say(self.judge.advice())
         return result
 
-    def _judge_where_due(self, validated: int = 0, sampled: int = 0) -> None:
+    def _evaluate_if_due(self, validated: int = 0, sampled: int = 0) -> None:
         """Validate and sample if due and not done yet; `_loop` does it for the last step."""
         train = self.config.train
         if self._due(train.eval_every) and self.step < train.steps and not validated:
             before = self.judge.best
-            self._judged(self.judge.validate)
-            if self.guard.bad_in_a_row:  # no checkpoint will be saved here to be the best
+            self._evaluate(self.judge.validate)
+            if self.guard.bad_in_a_row:  # nothing is saved here: keep the previous best
                 self.judge.best = before
         if self._due(train.sample_every) and self.step < train.steps and not sampled:
-            self._judged(self.judge.sample)
+            self._evaluate(self.judge.sample)
 
     def _train_step(self) -> None:
         """One optimizer step over its micro-batches; waits for the GPU once, before the update."""
@@ -228,7 +228,7 @@ class Trainer:
                 DIVERGED,
             )
         self.signals.critical(True)
-        target = self._last_good()  # may lose a peer, and then saves the guard as it is
+        target = self._last_good()  # if a peer is lost here, the guard is saved as it is
         found, guard, self.guard = self.step, self.guard, Guard()
         if target is None:
             self.judge.best = None
@@ -326,7 +326,7 @@ class Trainer:
         )
         self._begin_interval()
 
-    def _judged(self, by: Callable[[Transformer, int], Any]) -> Any:
+    def _evaluate(self, by: Callable[[Transformer, int], Any]) -> Any:
         """Evaluate the model as it is now, with the training clock stopped."""
         self.model.eval()
         with self._paused(), self.runtime.uncompiled():
