@@ -39,11 +39,11 @@ class Model:
     d_ff: int
     """Hidden width of the SwiGLU."""
     seq_len: int
-    """Tokens in a training window, and the longest context of the model."""
+    """Tokens per training window, and the model's maximum context."""
     vocab_size: int = VOCAB
     """Rows of the embedding: the GPT-2 vocabulary and a pad token."""
     rope_base: float = 10_000.0
-    """Base of the rotary position frequencies."""
+    """Base of the RoPE frequencies."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
@@ -84,9 +84,9 @@ class Data:
     path: Path = Path()
     """Folder made by `sota prepare`."""
     windows: Literal["stream", "best-fit"] = "stream"
-    """Training windows: slices of the token stream, or documents kept whole, with padding."""
+    """Windows cut evenly from the token stream, or documents kept whole at the cost of padding."""
     document_mask: bool = False
-    """Mask attention to a token's own document, not what precedes it in the window."""
+    """Tokens attend only within their own document, not to earlier ones in the window."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,25 +96,25 @@ class Optim:
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     matrix_rate: float = 0.0
-    """Peak learning rate of NorMuon on the blocks' matrices; 0 uses AdamW for them too."""
+    """Peak learning rate of NorMuon on the blocks' matrices; 0 leaves them to AdamW."""
     cooldown: float = 0.0
-    """Final share of the run in which the rate decays linearly; 0 uses cosine decay."""
+    """Final fraction of the run with linear learning-rate decay; 0 uses a cosine schedule."""
     final_fraction: float = 0.1
-    """Final learning rate as a share of the peak."""
+    """Final learning rate as a fraction of the peak."""
     warmup_steps: int = 4000
-    """Steps of linear warm-up; capped at 5% of the run."""
+    """Steps of linear warm-up; at most 5% of the run."""
     beta1: float = 0.9
-    """AdamW's decay rate of the mean gradient."""
+    """AdamW's decay rate for the mean gradient."""
     beta2: float = 0.98
-    """AdamW's decay rate of the mean squared gradient."""
+    """AdamW's decay rate for the mean squared gradient."""
     eps: float = 1e-8
-    """AdamW's term against division by zero."""
+    """AdamW's epsilon, which prevents division by zero."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, of matrices only; with NorMuon, of the blocks' matrices only."""
+    """Decoupled weight decay of matrices; with NorMuon, of the blocks' matrices only."""
     clip_norm: float = 1.0
     """Maximum gradient norm; 0 turns clipping off."""
     label_smoothing: float = 0.1
-    """Share of the target spread over the vocabulary; in the objective, not in reported losses."""
+    """Share of the target spread over the vocabulary; part of the objective, never reported."""
     dropout_start: float = 0.1
     """Dropout rate at the first step."""
     dropout_end: float = 0.0
@@ -138,14 +138,14 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Length of the run, batch, and what happens how often."""
+    """Length, batch size, and how often to log, validate, sample and save."""
 
     steps: int
-    """Optimizer steps of the whole run."""
+    """Total optimizer steps."""
     batch_rows: int
     """Windows per optimizer step, over all ranks and micro-batches."""
     micro_rows: int = 0
-    """Windows per forward pass on one device, a divisor of its rows; 0 chooses by device."""
+    """Windows per forward pass on one device; must divide its rows. 0 picks one by device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a quarter slower."""
     log_every: int = 10
@@ -153,15 +153,15 @@ class Train:
     eval_every: int = 250
     """Steps between validations; 0 validates only at the end."""
     eval_tokens: int = 65_536
-    """Tokens per validation; the whole split if it is smaller."""
+    """Validation tokens to read each time; the whole split if it is smaller."""
     sample_every: int = 250
     """Steps between generated samples; 0 samples only at the end."""
     save_every_minutes: float = 5.0
-    """Minutes between checkpoints; 0 turns the clock off."""
+    """Minutes between checkpoints; 0 disables saving by time."""
     save_every_steps: int = 0
-    """Steps between checkpoints, in addition to the clock; 0 turns this off."""
+    """Steps between checkpoints, in addition to saving by time; 0 disables it."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep, besides the one with the lowest validation loss."""
+    """Number of newest checkpoints to keep, besides the one with the lowest validation loss."""
 
     @property
     def most_checkpoints(self) -> int:
@@ -183,23 +183,23 @@ class Run:
     """Where the run is stored and what it runs on."""
 
     out: Path = Path()
-    """Folder of the run."""
+    """Run folder."""
     seed: int = 1337
-    """Determines initial weights, data order and dropout."""
+    """Seed of the initial weights, the data order and dropout."""
     resume: str = "auto"
-    """auto (resume if there is a checkpoint), latest (require one), never, or step:N."""
+    """auto (resume if a checkpoint exists), latest (require one), never, or step:N."""
     exact: bool = False
-    """Refuse to resume where a bit of the result could differ from an uninterrupted run's."""
+    """Refuse to resume if the result might not be bit-identical to an uninterrupted run."""
     override: str = ""
-    """Comma-separated fields that may differ from the run's; --override FIELD=VALUE sets both."""
+    """Comma-separated fields that may change on resume; --override FIELD=VALUE also sets one."""
     data_change: Literal["refuse", "continue", "restart-epoch"] = "refuse"
-    """If the data differs from the run's: refuse, or resume at the position or the next epoch."""
+    """If the data changed: refuse, continue at the same position, or start a new epoch."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to run on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the activations; weights and optimizer state stay float32."""
+    """dtype of the activations; weights and optimizer state stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile."""
+    """Whether to use torch.compile."""
     threads: int = 0
     """CPU threads; 0 uses torch's default."""
 

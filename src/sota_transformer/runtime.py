@@ -35,7 +35,7 @@ _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Functions of torch.cpu: with either, bfloat16 matrix products are faster than float32 ones.
 _FAST_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 _NO_KERNELS = "no kernel image", "invalid device function"  # the messages of CUDA and ROCm
-_TIMEOUT = timedelta(minutes=10)  # longer than the first rank takes to check, sample or save
+_SILENCE = timedelta(minutes=10)  # longer than the first rank takes to check, sample or save
 
 
 class PeerLostError(SotaError):
@@ -83,7 +83,7 @@ class Runtime:
                 _check_networks()
             try:
                 with _collective():
-                    dist.init_process_group(backend, timeout=_TIMEOUT)
+                    dist.init_process_group(backend, timeout=_SILENCE)
             except ValueError as error:
                 line = f"WORLD_SIZE is {world}, but torchrun's other variables are missing"
                 raise SotaError(f"{line} ({error}); use torchrun, or unset WORLD_SIZE") from error

@@ -42,7 +42,7 @@ ACCIDENTS: dict[str, tuple[int, str, float]] = {
 
 def main() -> int:
     """`sota`, with a note of every batch in $SOTA_IDS and an end after step $SOTA_LEAVE."""
-    runtime._TIMEOUT = timedelta(seconds=SILENCE)
+    runtime._SILENCE = timedelta(seconds=SILENCE)
     note, leave = os.environ.get("SOTA_IDS"), int(os.environ.get("SOTA_LEAVE", "0"))
     rank = os.environ.get("RANK", "0")
     batch, update = BatchLoader.batch, Trainer._update
