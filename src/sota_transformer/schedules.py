@@ -65,13 +65,15 @@ def describe(config: RunConfig, padding: float = 0, done: int = 0, learned: int 
     warmup, asked = warmup_steps(config), config.optim.warmup_steps
     shortened = f" (capped at 5% of the run; {asked} configured)" if warmup < asked else ""
     optim = config.optim
-    decay = f"linear over the last {optim.cooldown:.0%}" if optim.cooldown else "cosine"
+    decay = "cosine decay"
+    if optim.cooldown:
+        decay = f"linear decay over the last {optim.cooldown:.0%}"
     muon = f", NorMuon {optim.matrix_rate:g} on the blocks' matrices" if optim.matrix_rate else ""
     return [
         f"model: {config.model.parameter_count:,} parameters, context {config.model.seq_len}",
         f"run: {work} {total:,} tokens, {total / config.model.parameter_count:.1f} per parameter",
         f"schedule: peak learning rate {optim.learning_rate:g}{muon}, "
-        f"{counted(warmup, 'warm-up step')}{shortened}, {decay} decay to "
+        f"{counted(warmup, 'warm-up step')}{shortened}, {decay} to "
         f"{optim.final_fraction:.0%}; dropout {optim.dropout_start:g} -> {optim.dropout_end:g}; "
         f"label smoothing {optim.label_smoothing:g} (reported losses exclude it)",
     ]

@@ -108,13 +108,15 @@ class Reckoned:
             went = f" {done:,} with {learned:,} tokens and {steps - done:,} x {self.each:,} ="
             work = f"{things(steps, 'step')},{went if done < steps else ''}"
         short = f" (capped at 5% of the run; {o['warmup_steps']} configured)"
-        fall = f"linear over the last {o['cooldown']:.0%}" if o["cooldown"] else "cosine"
+        fall = (
+            f"linear decay over the last {o['cooldown']:.0%}" if o["cooldown"] else "cosine decay"
+        )
         muon = f", NorMuon {o['matrix_rate']:g} on the blocks' matrices" * bool(o["matrix_rate"])
         return [
             f"model: {self.count:,} parameters, context {self.length}",
             f"run: {work} {total:,} tokens, {total / self.count:.1f} per parameter",
             f"schedule: peak learning rate {o['learning_rate']:g}{muon}, "
-            f"{things(warmup, 'warm-up step')}{short * (warmup < o['warmup_steps'])}, {fall} decay "
+            f"{things(warmup, 'warm-up step')}{short * (warmup < o['warmup_steps'])}, {fall} "
             f"to {o['final_fraction']:.0%}; dropout {o['dropout_start']:g} -> "
             f"{o['dropout_end']:g}; label smoothing {o['label_smoothing']:g} (reported losses "
             "exclude it)",
