@@ -62,7 +62,7 @@ def train(
             return None
         differing = changes.of_numerics(state, trainer) if state is not None else []
         if config.run.exact and (found := changed + differing):
-            raise SotaError(f"--exact: {'; '.join(found)}. Restore this, or leave out --exact")
+            raise SotaError(f"--exact: {'; '.join(found)}. Restore the old values, or drop --exact")
         if state is not None:  # before config.json records this start
             trainer.restore(state)
         del state  # else its weights would stay in memory beside the model's
