@@ -71,7 +71,7 @@ def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
     assert code == 0
     assert '"steps": 1000' in out and '"learning_rate": 0.0006' in out
     assert "123,552,000 parameters" in out
-    assert "50 steps of warm-up (5% of the run; 4000 in long runs)" in out
+    assert "50 warm-up steps (capped at 5% of the run; 4000 configured)" in out
     code, out, _ = run(capsys, "config", "tiny", "--steps", "1")
     assert "run: 1 step x" in out
 
@@ -83,7 +83,7 @@ def test_a_recipe_sets_what_is_not_given(capsys) -> None:
     assert code == 0
     assert '"qk_norm": true' in out and '"heads": 6' in out and '"beta1": 0.7' in out
     assert '"out": "runs/125m-fast-d"' in out
-    assert "NorMuon 0.02" in out and "linear over the last 65% to 0%" in out
+    assert "NorMuon 0.02" in out and "linear decay over the last 65% to 0%" in out
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_no_run_begins_where_its_checkpoints_could_not_be_opened(tmp_path: Path)
 )
 def test_what_no_launcher_sets_is_named(monkeypatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(SotaError, match=f"{name}={value},"):
+    with pytest.raises(SotaError, match=f"{name}={value} is not from torchrun"):
         Runtime.detect(Run(), 1)
 
 
