@@ -1,5 +1,5 @@
-# `make quick` and `make test` set everything up themselves, on a machine that has only Python.
-# A Mac's own python3 may be too old where a newer one is installed beside it.
+# `make quick` and `make test` set up everything they need on a machine that has only Python.
+# A Mac's own python3 may be too old, so newer versions installed beside it are tried, too.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	echo $$python && break; done)
@@ -29,7 +29,7 @@ types: $(VENV)/.installed-dev
 check: test lint types
 
 $(VENV)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer here: install one, or name it:" \
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or give its path:" \
 		"make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""From text to a trained model and its first words, by a menu or by flags.
+"""From text to a trained model and a text sample, by menu or by flags.
 
-    python train_sota.py            asks: quick test, full training, 250M, resume
+    python train_sota.py            shows a menu: quick test, full training, 250M, resume
     python train_sota.py --quick    16M, 1,000 steps, in about five minutes on this machine
     python train_sota.py --full --data PATH
 
-It checks the configuration, prepares the data where that is missing, says what it will do and how
-long it will take, trains, evaluates and shows a sample. Started again, it goes on where it was.
+It checks the configuration, prepares the data if that is not done yet, prints what it will do and
+how long it will take, trains, evaluates and shows a sample. Run again, it resumes.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ try:
     from sota_transformer.presets import recipe_of
 except ImportError:
     advice = "`source .venv/bin/activate` after `make quick`, or `pip install -e .`"
-    print(f"sota: not installed here; {advice}", file=sys.stderr)
+    print(f"sota: the package is not installed; {advice}", file=sys.stderr)
     raise SystemExit(2) from None
 
-MENU = """What shall it be?
+MENU = """What do you want to do?
   1  quick test     16M parameters, 1,000 steps, about five minutes
   2  full training  125M parameters, 100,000 steps
   3  large          250M parameters, 100,000 steps
   4  resume a run"""
-QUICK_SEQ_LEN = 256  # half the preset's: more windows, so finer steps, on a small machine
-QUICK_EVAL_TOKENS = 1 << 15  # four times; twice as many took a slow machine over two minutes
+QUICK_SEQ_LEN = 256  # half the preset's, so that a small machine can size its batch more finely
+QUICK_EVAL_TOKENS = 1 << 15  # four times a run; double took over two minutes on a slow machine
 QUICK_MINUTES = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to train."""
+    """Train a model from text, or resume a run."""
 
     quick: bool = False
     """16M parameters, 1,000 steps, fitted to --minutes."""
@@ -50,21 +50,21 @@ class Options:
     large: bool = False
     """250M parameters, 100,000 steps."""
     resume: Path | None = None
-    """Folder of a run to go on with."""
+    """Folder of a run to resume."""
     data: str = "python:"
-    """Text: a file, folder or glob, a prepared folder, or the Python source on this machine."""
+    """Text file, folder or glob, a prepared folder, or python: (the source on this machine)."""
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
     recipe: Literal["seed", "fast"] | None = None
-    """How it learns: as the project's origin did, or, as the quick test does, faster."""
+    """seed, the classic recipe, or fast, which the quick test uses."""
     minutes: float | None = None
-    """Time budget of --quick, five by default; a run that goes on keeps its own."""
+    """Time budget of --quick, by default five; a resumed run keeps its original plan."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
+    """Device to train on."""
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code of the command."""
+    """Run the command; returns its exit code."""
 
     def work() -> int:
         with interruptible(signal.SIGTERM, signal.SIGHUP):  # until training takes them over
@@ -77,27 +77,27 @@ def run(options: Options) -> int:
     """Resolve what to do, then do it."""
     asked = [bool(x) for x in (options.quick, options.full, options.large, options.resume)]
     if sum(asked) > 1:
-        raise cli.SotaError("give one of --quick, --full, --large and --resume RUN")
+        raise cli.SotaError("give only one of --quick, --full, --large and --resume RUN")
     if options.minutes is not None and not 0 < options.minutes < 1e6:
         raise cli.SotaError(f"--minutes {options.minutes} must be above 0 and finite")
     if not any(asked):
         options = ask(options)
     if options.minutes is not None and (options.full or options.large):
-        raise cli.SotaError("--minutes is the budget of --quick; leave it out")
+        raise cli.SotaError("--minutes applies only to --quick; leave it out")
     if options.resume and options.out not in (None, options.resume):
-        raise cli.SotaError(f"--resume {options.resume} goes on in that folder; leave --out out")
+        raise cli.SotaError(f"--resume {options.resume} continues in that folder; leave out --out")
     if options.resume is None:
         return cli.train_and_show(configure(options, prepared(options.data)))
     given = options.data != Options.data  # the run's own data may have moved
     return cli.train_and_show(
-        going_on(options.resume, options, prepared(options.data) if given else None)
+        resumed(options.resume, options, prepared(options.data) if given else None)
     )
 
 
 def ask(options: Options) -> Options:
-    """The menu, where there is somebody to ask."""
+    """The options chosen from the menu; SotaError 2 without a terminal."""
     if not sys.stdin.isatty():
-        raise cli.SotaError("nobody to ask here: give --quick, --full, --large or --resume RUN")
+        raise cli.SotaError("no terminal for a menu: give --quick, --full, --large or --resume RUN")
     print(MENU)
     try:
         choice = input("1, 2, 3 or 4: ").strip()
@@ -116,9 +116,9 @@ def ask(options: Options) -> Options:
 
 
 def named(answer: str) -> str:
-    """The path of an answer; a name that was dropped on the terminal comes as a shell's word."""
+    """The path of an answer; a file dragged onto the terminal arrives quoted for a shell."""
     path = Path(answer)
-    with contextlib.suppress(ValueError, RuntimeError):  # a lone quote; ~ before nobody's name
+    with contextlib.suppress(ValueError, RuntimeError):  # unmatched quote; ~ of an unknown user
         path = path.expanduser()
         words = shlex.split(answer)
         if not path.exists() and len(words) == 1:
@@ -127,15 +127,15 @@ def named(answer: str) -> str:
 
 
 def prepared(data: str) -> Path:
-    """The prepared folder of `data`, made now if need be; a name that is taken gets a number."""
+    """The prepared folder of `data`, made now if missing; a taken name gets a number."""
     if (Path(data) / "manifest.json").is_file():
         return Path(data)
     name = "python" if data == "python:" else Path(data).resolve().stem.partition(".")[0]
     name = name.strip("*") or "text"
     folders = (Path("data") / f"{name}{f'-{number}' * (number > 1)}" for number in count(1))
-    folder = next(path for path in folders if not path.exists() or made_of(path, data))
+    folder = next(path for path in folders if not path.exists() or prepared_from(path, data))
     if data == "python:" and folder.exists():
-        return folder  # what is installed here may have changed since; the run's data may not
+        return folder  # installed packages may have changed since; the run's data must not
     from sota_transformer.data.prepare import prepare
 
     try:
@@ -144,15 +144,15 @@ def prepared(data: str) -> Path:
         if error.code != LOCKED or not folder.exists():
             raise
         raise cli.SotaError(
-            f"{data} is not what it was when {folder} was made of it: --data {folder} goes on with "
-            f"what it was; to begin anew, move {folder} away and give another --out",
+            f"{data} has changed since {folder} was prepared from it: --data {folder} continues "
+            f"with the old text; to start over, move {folder} away and give another --out",
             LOCKED,
         ) from error
     return folder
 
 
-def made_of(folder: Path, data: str) -> bool:
-    """Whether a folder was prepared from this input alone."""
+def prepared_from(folder: Path, data: str) -> bool:
+    """Whether a folder was prepared from exactly this input."""
     try:
         inputs = json.loads((folder / "manifest.json").read_bytes())["inputs"]
         return [Path(part["input"]).resolve() for part in inputs] == [Path(data).resolve()]
@@ -161,7 +161,7 @@ def made_of(folder: Path, data: str) -> bool:
 
 
 def configure(options: Options, data: Path) -> config.RunConfig:
-    """The run these options ask for; a quick one is fitted to this machine once, then kept."""
+    """The run these options ask for; a quick one is fitted to this machine at its first start."""
     name = "16m" if options.quick else "125m" if options.full else "250m"
     kind, usual = ("quick", "fast") if options.quick else (name, "seed")
     recipe = options.recipe or usual
@@ -170,11 +170,11 @@ def configure(options: Options, data: Path) -> config.RunConfig:
     flags = ["--data", str(data), "--out", str(out), "--device", options.device]
     resolved = cli.resolve([name, "--recipe", recipe, *flags], "train")
     if (out / "config.json").exists():
-        kept = going_on(out, options, data)
+        kept = resumed(out, options, data)
         if kept.model.d_model != resolved.model.d_model:
             held = f"{out} holds a model of {kept.model.parameter_count:,} parameters, not {name}"
-            raise cli.SotaError(f"{held}; --resume {out} goes on with it, or give another --out")
-        print(f"{out} is there: going on with it (remove the folder to start anew)")
+            raise cli.SotaError(f"{held}; resume it with --resume {out}, or give another --out")
+        print(f"{out} exists: resuming it (remove the folder to start over)")
         return kept
     from sota_transformer import plan
     from sota_transformer.training.start import check_folders, check_room
@@ -183,7 +183,7 @@ def configure(options: Options, data: Path) -> config.RunConfig:
         model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
         train = dataclasses.replace(resolved.train, eval_tokens=QUICK_EVAL_TOKENS)
         resolved = dataclasses.replace(resolved, model=model, train=train)
-    check_folders(resolved)  # what cannot work is said before minutes go by
+    check_folders(resolved)  # fail now rather than after minutes of measuring
     check_room(resolved)
     print("measuring this machine", flush=True)
     if not options.quick:
@@ -193,10 +193,10 @@ def configure(options: Options, data: Path) -> config.RunConfig:
     return plan.fit_budget(resolved, (options.minutes or QUICK_MINUTES) * 60)
 
 
-def going_on(folder: Path, options: Options, data: Path | None) -> config.RunConfig:
-    """The run in `folder` as it was begun, on this data and device if they are given.
+def resumed(folder: Path, options: Options, data: Path | None) -> config.RunConfig:
+    """The run in `folder` with its own configuration, but this data and device if given.
 
-    SotaError 2 for another recipe; a budget was used up when the run was fitted to it.
+    SotaError 2 for another recipe. --minutes has no effect: it only shapes a new run.
     """
     from sota_transformer.training.runlog import read_config
 
@@ -204,11 +204,11 @@ def going_on(folder: Path, options: Options, data: Path | None) -> config.RunCon
     recipe = recipe_of(kept)
     if options.recipe not in (None, recipe):
         raise cli.SotaError(
-            f"{folder} was begun with --recipe {recipe}, not {options.recipe}; leave --recipe out, "
-            "or give another --out to start anew"
+            f"{folder} was started with --recipe {recipe}, not {options.recipe}; leave out "
+            "--recipe, or give another --out to start over"
         )
     if options.minutes is not None:
-        print(f"--minutes is not used: {folder} goes on with the steps and batch it was begun with")
+        print(f"--minutes is ignored: {folder} keeps the steps and batch size it was started with")
     device = kept.run.device if options.device == "auto" else options.device
     run = dataclasses.replace(kept.run, out=folder, resume="auto", device=device)
     path = dataclasses.replace(kept.data, path=data or kept.data.path)

@@ -71,7 +71,7 @@ def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
     assert code == 0
     assert '"steps": 1000' in out and '"learning_rate": 0.0006' in out
     assert "123,552,000 parameters" in out
-    assert "50 steps of warm-up (5% of the run; 4000 in long runs)" in out
+    assert "50 warm-up steps (capped at 5% of the run; 4000 configured)" in out
     code, out, _ = run(capsys, "config", "tiny", "--steps", "1")
     assert "run: 1 step x" in out
 
@@ -83,7 +83,7 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
     assert code == 0
     assert '"qk_norm": true' in out and '"heads": 6' in out and '"beta1": 0.7' in out
     assert '"out": "runs/125m-fast-d"' in out
-    assert "NorMuon 0.02" in out and "linear over the last 65% to 0%" in out
+    assert "NorMuon 0.02" in out and "linear decay over the last 65% to 0%" in out
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (
             ["train", "tiny", "--data", "a/b"],
             66,
-            ["a/b: no such folder in ", "; go to where it is"],
+            ["a/b: no such folder in ", "; change directory"],
         ),
         (["data", "a  b\n c"], 66, ["a  b c: no such folder", "--out 'a  b c'`"]),
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
@@ -145,7 +145,7 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["plan", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
         (["train", "tiny", "--seed", str(2**64 - 1)], 2, ["run.seed", "below 2**63"]),
         (["config", "tiny", "--model.layers", "9" * 4000], 2, ["model.layers must be below 2**63"]),
-        (["data", "DATA", "--window", "val:" + "9" * 5000], 2, ["must be train:INDEX or"]),
+        (["data", "DATA", "--window", "val:" + "9" * 5000], 2, ["must be SPLIT:INDEX or"]),
         (["train", "tiny", "--optim.eps", "inf"], 2, ["optim.eps must be below 2**63"]),
         (["train", "tiny", "--data", "DATA", "--out", "DATA/manifest.json"], 73, ["cannot make"]),
         (["train", "tiny", "--data", "DATA", "--model.vocab-size", "999"], 2, ["vocab"]),
@@ -163,12 +163,12 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (
             ["data", "DATA", "--html", "NOWHERE/x"],
             73,
-            ["cannot be made (", "; name a file in a folder"],
+            ["cannot be created (", "; give a file in an existing folder"],
         ),
         (
             ["data", "DATA", "--html", "EMPTY"],
             73,
-            ["cannot be made (", "; name a file in a folder"],
+            ["cannot be created (", "; give a file in an existing folder"],
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
@@ -343,7 +343,7 @@ def test_no_run_starts_where_its_checkpoints_could_not_be_opened(tmp_path: Path)
 )
 def test_an_invalid_launcher_variable_is_named(monkeypatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(SotaError, match=f"{name}={value},"):
+    with pytest.raises(SotaError, match=f"{name}={value} is not from torchrun"):
         Runtime.detect(Run(), 1)
 
 

@@ -53,7 +53,7 @@ def test_an_import_prints_no_command_that_is_refused(tmp_path: Path, data, capsy
     folder, out = folder_of(tmp_path, GPT2_VOCAB), tmp_path / "imported"
     asked = ["import", str(folder), "--out", str(out)]
     assert main([*asked, "--data", str(data)]) == 2
-    assert "50,257 ids and prepared data 50,258" in capsys.readouterr().err
+    assert "50,257 token ids and prepared data has 50,258" in capsys.readouterr().err
     assert not out.exists()
     assert main(asked) == 0
 
@@ -74,7 +74,7 @@ def test_an_import_that_was_killed_can_be_given_again(tmp_path: Path, capsys) ->
     (out / "checkpoints/step-00000000").rename(out / "checkpoints/step-00000007")
     (out / "config.json").unlink()
     assert main(asked) == 2  # the checkpoint of another run
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_the_card_of_an_imported_model_does_not_say_how_it_was_trained(

@@ -218,7 +218,7 @@ def test_appended_documents_are_checked_like_existing_ones(tmp_path: Path) -> No
     before = bytes_of(out)
     for name, worse in (("exclude", ()), ("near_dedup", 0.0), ("near_dedup", 0.9)):
         left = clean | {name: worse}
-        with pytest.raises(SotaError, match=f"with --{name.replace('_', '-')} .*give that again"):
+        with pytest.raises(SotaError, match=f"with --{name.replace('_', '-')} .*needs the same"):
             run(out, more, append=True, **left)
     assert bytes_of(out) == before
     run(out, more, append=True, **clean)
@@ -256,7 +256,7 @@ def test_no_excluded_text_is_silently_skipped(
     capsys.readouterr()
     write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
     said = capsys.readouterr().out
-    assert "--exclude passes over 4 files; the first is" in said
+    assert "--exclude ignores 4 files; the first is" in said
     assert "/bench.json: .json file is not a text format\n" in said
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(SotaError, match=r"gone\.txt: link that"):
@@ -277,9 +277,9 @@ def test_a_changed_excluded_file_is_a_new_preparation(
     run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
     assert len(everything(tmp_path / "data")) == 99
     run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
-    assert "already holds these inputs" in capsys.readouterr().out
+    assert "already prepared from these inputs" in capsys.readouterr().out
     (held / "b.jsonl").write_bytes(jsonl([items[3], items[6]]))
-    with pytest.raises(SotaError, match="with other options"):
+    with pytest.raises(SotaError, match="with different options"):
         run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
 
 

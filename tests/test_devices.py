@@ -289,7 +289,7 @@ def test_no_product_that_a_mac_gets_wrong_is_used(make_run: MakeRun) -> None:
     with simulated("mps"):
         machine = Runtime.detect(Run(device="mps"), 1)
         assert micro_rows(make_run(batch_rows=1024, micro_rows=512), machine) == 512
-        with pytest.raises(SotaError, match="take 1022 or fewer"):
+        with pytest.raises(SotaError, match="use 1022 or fewer"):
             micro_rows(make_run(batch_rows=1024, micro_rows=1024), machine)
         with pytest.raises(SotaError, match="shorten"):
             micro_rows(make_run(batch_rows=1, seq_len=40_000), machine)

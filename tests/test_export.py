@@ -207,7 +207,7 @@ def test_an_imported_run_trains_on(
     """The command printed by `sota import` is the one that continues."""
     out = tmp_path / "run"
     run_import(Import(model=exported, out=out, data=data, steps=2))
-    command = capsys.readouterr().out.partition("train on:")[2]
+    command = capsys.readouterr().out.partition("train it further:")[2]
     config = resolve([*shlex.split(command)[2:], "--train.batch-rows=16"], "train")
     assert config.model == model.config and config.run.out == out
     monkeypatch.setattr("sota_transformer.training.judge._SAMPLE_TOKENS", 4)
@@ -248,12 +248,12 @@ def test_a_wrong_export_is_never_reported_as_done(
 def test_an_existing_target_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    with pytest.raises(SotaError, match="exists already"):
+    with pytest.raises(SotaError, match="already exists"):
         run_export(Export(run=run, out=tmp_path / "out"))
-    with pytest.raises(SotaError, match="--out FOLDER"):
+    with pytest.raises(SotaError, match="--out must name"):
         run_export(Export(run=run))
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SotaError, match="exists already"):
+    with pytest.raises(SotaError, match="already exists"):
         run_export(Export(run=run, out=tmp_path / "link"))
 
 

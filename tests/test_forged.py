@@ -77,7 +77,7 @@ def use(folder: Path) -> None:
     options = {"inputs": ("x",), "out": folder, "append": True, "near_dedup": 0.9}
     manifest = _existing(Prepare(**options))
     assert manifest is not None
-    Merger(folder.parent / "new", 1, 1, 0.9).know(folder, manifest)
+    Merger(folder.parent / "new", 1, 1, 0.9).load_existing(folder, manifest)
 
 
 def judge(folder: Path, what: str) -> bool:

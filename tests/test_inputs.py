@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import tarfile
 import time
 import zipfile
@@ -110,10 +111,10 @@ def test_merge_needs_the_inputs_of_its_parts(tmp_path: Path) -> None:
     for part in ("1/2", "2/2"):
         run(out, folder, part=part)
     (folder / "1.jsonl").rename(tmp_path / "1.jsonl")
-    with pytest.raises(SotaError, match=r"changed since.* without --part") as caught:
+    with pytest.raises(SotaError, match=r"have changed;.* without --part") as caught:
         merge(Merge(out=out, workers=1))
     assert caught.value.code == 65 and not out.exists()
-    fails(73, "or changed ones", out=out, inputs=(folder,), part="1/2")
+    fails(73, "or changed inputs", out=out, inputs=(folder,), part="1/2")
     (tmp_path / "1.jsonl").rename(folder / "1.jsonl")
     merge(Merge(out=out, workers=1))
     assert everything(out) == sorted(text for i in range(3) for text in some(40, seed=i))
@@ -178,4 +179,16 @@ def test_more_validation_needs_a_fresh_preparation(tmp_path: Path, capsys) -> No
     """Prepared data keeps its fraction, even under --append, so the note must say so."""
     (tmp_path / "few.jsonl").write_bytes(jsonl(some(40)))
     run(tmp_path / "data", tmp_path / "few.jsonl", val_fraction=0.2)
-    assert "or begin anew with --val-fraction 0.4" in capsys.readouterr().out
+    assert "or start over with --val-fraction 0.4" in capsys.readouterr().out
+
+
+def test_repaired_text_is_not_listed_as_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    (folder / "b.txt").touch()
+    run(tmp_path / "data", folder, val_fraction=0, bad_text="replace")
+    _, skipped, repaired = re.split("skipped:\n|repaired:\n", capsys.readouterr().out)
+    assert "empty file" in skipped and "not valid UTF-8" in repaired

@@ -59,13 +59,13 @@ def test_texts_of_the_same_name_are_kept_apart(launcher: types.ModuleType) -> No
 def test_python_means_the_machines_and_no_folder_of_that_name(launcher: types.ModuleType) -> None:
     Path("a").rename("python")
     assert launcher.prepared("python") == Path("data/python")
-    assert not launcher.made_of(Path("data/python"), "python:")
+    assert not launcher.prepared_from(Path("data/python"), "python:")
 
 
 def test_a_changed_text_lists_the_options(launcher: types.ModuleType) -> None:
     launcher.prepared("a")
     Path("a/more.txt").write_text("more\n")
-    with pytest.raises(SotaError, match="--data data/a goes on") as caught:
+    with pytest.raises(SotaError, match="--data data/a continues") as caught:
         launcher.prepared("a")
     assert caught.value.code == LOCKED
     assert launcher.prepared("data/a") == Path("data/a")
@@ -123,11 +123,11 @@ def test_a_run_resumes_where_and_on_the_data_it_is_told(
     (config.run.out / "config.json").write_text(config.to_json())
     moved = config.run.out.rename("moved")
     asked = launcher.Options(device="cuda")
-    found: RunConfig = launcher.going_on(moved, asked, Path("elsewhere"))
+    found: RunConfig = launcher.resumed(moved, asked, Path("elsewhere"))
     assert (found.run.out, found.run.resume, found.run.device) == (moved, "auto", "cuda")
     assert found.data.path == Path("elsewhere") and found.train == config.train
-    kept = launcher.going_on(moved, launcher.Options(), None)
-    assert "not used" not in capsys.readouterr().out
+    kept = launcher.resumed(moved, launcher.Options(), None)
+    assert "is ignored" not in capsys.readouterr().out
     assert (kept.run.device, kept.data.path) == ("cpu", config.data.path)
 
 
@@ -139,15 +139,15 @@ def test_options_a_resumed_run_cannot_use_are_reported_or_refused(
         config.run.out.mkdir()
         (config.run.out / "config.json").write_text(config.to_json())
         asked = launcher.Options(recipe=recipe, minutes=9.0)
-        assert launcher.going_on(config.run.out, asked, None).optim == config.optim
-        assert "--minutes is not used" in capsys.readouterr().out
+        assert launcher.resumed(config.run.out, asked, None).optim == config.optim
+        assert "--minutes is ignored" in capsys.readouterr().out
         resume = ["--resume", str(config.run.out)]
         assert launcher.main([*resume, "--recipe", other]) == 2
         assert launcher.main([*resume, "--out", "elsewhere"]) == 2
         size = ["--full", "--data", str(config.data.path), "--recipe", recipe]
         assert launcher.main([*size, "--out", str(config.run.out)]) == 2
         first, second, third = capsys.readouterr().err.splitlines()
-        assert f"begun with --recipe {recipe}, not {other}" in first and "--out" in second
+        assert f"started with --recipe {recipe}, not {other}" in first and "--out" in second
         assert "parameters, not 125m" in third
 
 

@@ -223,7 +223,7 @@ def test_padding_does_not_count_as_data_as_in_training(monkeypatch, capsys, make
     trained = capsys.readouterr().out
     (run,) = re.findall("^run: .*", trained, re.M)
     (epochs,) = re.findall(r"([0-9.]+) epochs", trained)
-    assert float(re.findall("([0-9.]+)% of their targets", trained)[0]) > 1
+    assert float(re.findall("([0-9.]+)% padding", trained)[0]) > 1
     assert run in planned.splitlines()
     assert f"read {epochs} times" in planned
 

@@ -161,7 +161,7 @@ def test_a_signal_leaves_nothing_visible_and_no_process(
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=20)
-    assert errors.strip().endswith(str(128 + number)) and "goes on" in errors
+    assert errors.strip().endswith(str(128 + number)) and "to resume from" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "data").exists()
     assert ended(children, seconds=5)
@@ -188,7 +188,7 @@ def test_prepared_again_says_so_and_other_inputs_are_refused(
     assert "already" in capsys.readouterr().out
     refused(73, "--append", f"rm -r '{out}'", out=out, inputs=(source,), val_fraction=0.2)
     source.write_bytes(jsonl(texts(10)))
-    refused(73, "other inputs", out=out, inputs=(source,))
+    refused(73, "different or changed inputs", out=out, inputs=(source,))
     assert bytes_of(out) == before
 
 
@@ -214,15 +214,15 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     refused(
         65, "val split would be empty", "--val-fraction", out=out, inputs=(good,), val_fraction=1e-9
     )
-    refused(73, "is no folder", out=tmp_path / "file", inputs=(good,))
-    refused(73, "not prepared data", out=tmp_path / "full", inputs=(good,))
+    refused(73, "is not a folder", out=tmp_path / "file", inputs=(good,))
+    refused(73, "no prepared data", out=tmp_path / "full", inputs=(good,))
     refused(73, "cannot be written", out=tmp_path / "file" / "below", inputs=(good,))
     refused(66, "--append", out=out, inputs=(good,), append=True)
     for wrong in ({"val_fraction": 1.5}, {"workers": -1}, {"near_dedup": 0.1}, {"part": "3/2"}):
         refused(2, *wrong, out=out, inputs=(good,), **wrong)
     refused(2, "INPUT", out=out, inputs=())
     refused(2, "standard input", out=out, inputs=("-",), part="1/2")
-    refused(2, "too little", out=out, inputs=(good,), memory_mb=10)
+    refused(2, "too small", out=out, inputs=(good,), memory_mb=10)
     assert not out.exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
@@ -243,7 +243,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sota_transformer.data.merge._seal", full)
     (tmp_path / "none").mkdir()
     inputs = (tmp_path / "none", source)
-    refused(74, "No space left", "MB are free", out=tmp_path / "data", inputs=inputs)
+    refused(74, "No space left", "MB free", out=tmp_path / "data", inputs=inputs)
     assert not (tmp_path / "data").exists()
     monkeypatch.undo()  # then without the failed input: another one gets its number
     assert run(tmp_path / "data", source)["inputs"][0]["documents"] == 50
@@ -293,11 +293,11 @@ def test_merge_puts_parts_together(
     assert caught.value.code == 66
     for part in ("3/3", "1/3"):
         run(out, source.name, part=part)
-    with pytest.raises(SotaError, match="parts of other inputs ") as caught:
+    with pytest.raises(SotaError, match="parts with different or changed inputs,") as caught:
         run(out, source.name, part="2/3", near_dedup=0.8)
     assert caught.value.code == 73
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SotaError, match=r"not done yet .*--part 2/3") as caught:
+    with pytest.raises(SotaError, match=r"unfinished parts .*--part 2/3") as caught:
         merge(Merge(out=out))
     assert caught.value.code == 66
     monkeypatch.chdir(source.parent)
@@ -306,7 +306,9 @@ def test_merge_puts_parts_together(
     begun = json.loads((tmp_path / ".data.preparing" / "asked.json").read_text())
     with monkeypatch.context() as patch:
         patch.setattr(json, "loads", lambda _: begun | {"folder": str(tmp_path / "gone")})
-        with pytest.raises(SotaError, match=r"gone, where the parts .* is gone") as caught:
+        with pytest.raises(
+            SotaError, match=r"gone, the working directory .* no longer exists"
+        ) as caught:
             merge(Merge(out=Path("data"), workers=1))
         assert caught.value.code == 66
     merged = merge(Merge(out=Path("data"), workers=1))

@@ -105,7 +105,7 @@ def test_missing_or_unfinished(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", 66, "sota prepare")
     refused(tmp_path, 65, "no manifest.json", "sota prepare")
     (tmp_path / "a.txt").write_text("Text that was given for data, not what is made of it.")
-    refused(tmp_path, 65, f"first: sota prepare {tmp_path} --out data/{tmp_path.stem}, then")
+    refused(tmp_path, 65, f"first run `sota prepare {tmp_path} --out data/{tmp_path.stem}`, then")
 
 
 def test_too_short_says_how_many_tokens(folder: Path) -> None:
@@ -118,15 +118,17 @@ def test_other_vocabulary_format_or_manifest(copy: Path) -> None:
     rewrite(copy, vocab_size=32000)
     refused(copy, 65, "32000", "50258")
     rewrite(copy, vocab_size=50258, format="other")
-    refused(copy, 65, "format", "give a folder made by `sota prepare`")  # perhaps a checkpoint
+    refused(copy, 65, "format", "give a folder created by `sota prepare`")  # perhaps a checkpoint
     files = read_manifest(copy / "manifest.json")["files"]
     rewrite(copy, format=shards.FORMAT, files=files | {"train-00001.npy": {}})
     refused(copy, 65, "train-00001.npy")
     rewrite(copy, files={name: files[name] for name in files if name != "train-00001.npy"})
-    refused(copy, 65, "has not the files of")
+    refused(copy, 65, "lacks files of its")
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace('"tokens"', '"tokenz"', 1))
-    refused(copy, 65, "hash", f"move {copy} away, then `sota prepare INPUT --out {copy}`")
+    refused(
+        copy, 65, "hash", f"move {copy} away and recreate it with `sota prepare INPUT --out {copy}`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,7 @@ def test_a_shard_cut_while_in_use_is_an_error_not_a_crash(copy: Path) -> None:
         os.truncate(path, 200)
     with pytest.raises(SotaError) as caught:
         windows[len(windows) - 1]
-    assert caught.value.code == 65 and "cut short" in str(caught.value)
+    assert caught.value.code == 65 and "truncated" in str(caught.value)
 
 
 def test_read_only_folder_is_fine(copy: Path) -> None:

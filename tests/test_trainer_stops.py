@@ -53,11 +53,11 @@ def test_a_disk_too_small_for_a_checkpoint_is_reported_before_the_first_step(
         assert caught.value.code == IO_FAILED
         assert not losses(config)
     train(config)
-    assert "may come to take" not in capsys.readouterr().out
+    assert "GB more, and" not in capsys.readouterr().out
     patched = types.SimpleNamespace(free=int(1.2 * size))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: patched)
     train(make_run("other", steps=3))
-    assert "may come to take 0.04 GB more" in capsys.readouterr().out
+    assert "may need 0.04 GB more, and" in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     assert train(config) is None and "complete" in capsys.readouterr().out
 
@@ -150,7 +150,7 @@ def test_signals_save_and_leave_and_the_same_command_ends_in_the_same_bytes(
     config, reference = (make_run(n, steps=40, save_every_steps=5) for n in ("run", "reference"))
     train(reference)
     for begun, until, number, code in (
-        ("starting anew", "loss", signal.SIGTERM, 143),
+        ("starting from scratch", "loss", signal.SIGTERM, 143),
         ("resuming from step", "saved step 15", signal.SIGKILL, -signal.SIGKILL),
         ("resuming from step", "loss", signal.SIGINT, 130),
     ):

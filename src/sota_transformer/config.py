@@ -1,9 +1,9 @@
 """Every option of a training run, as frozen dataclasses; standard library only.
 
 RunConfig has five sections: Model (the network), Data (what it reads), Optim (how it learns), Train
-(how long, how often) and Run (where and on what). A field's text is its help on the command line.
-`problems()` lists all that is wrong with a section, and RunConfig refuses to exist while any
-section has a problem. The options of the other verbs are in `options.py`.
+(how long, how often) and Run (where and on what). A field's docstring is its command-line help.
+`problems()` lists everything wrong with a section, and RunConfig cannot be constructed while any
+section has a problem. The options of the other commands are in `options.py`.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from typing import Any, Literal, get_args
 from sota_transformer.errors import OptionError
 
 GPT2_VOCAB = 50_257
-VOCAB = GPT2_VOCAB + 1  # and <|pad|>
-MOST_VOCAB = 50_304  # filled up to a multiple of 64; more has no token, and no export could be read
+VOCAB = GPT2_VOCAB + 1  # with <|pad|>
+MOST_VOCAB = 50_304  # padded to a multiple of 64; more rows would have no token and break exports
 STEP_DIGITS = 8  # of a checkpoint's name
-_MOST_THREADS = 1024  # OpenMP ends the process when it cannot start so many
+_MOST_THREADS = 1024  # OpenMP aborts the process if it cannot start this many
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -29,21 +29,21 @@ class Model:
     """The network: a Llama (a Qwen3 with qk_norm), tied embeddings, no biases."""
 
     layers: int
-    """Blocks, each attention then SwiGLU."""
+    """Transformer blocks, each attention and SwiGLU."""
     d_model: int
     """Width of the residual stream."""
     heads: int
     """Attention heads; d_model / heads is the head dimension."""
     kv_heads: int
-    """Key and value heads; fewer than heads is grouped-query attention."""
+    """Key and value heads; fewer than heads means grouped-query attention."""
     d_ff: int
     """Hidden width of the SwiGLU."""
     seq_len: int
-    """Tokens in a training window, and the longest context of the model."""
+    """Tokens per training window, and the model's maximum context."""
     vocab_size: int = VOCAB
-    """Rows of the embedding: the GPT-2 vocabulary and one pad token."""
+    """Rows of the embedding: the GPT-2 vocabulary and a pad token."""
     rope_base: float = 10_000.0
-    """Base of the rotary position frequencies."""
+    """Base of the RoPE frequencies."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
@@ -64,7 +64,7 @@ class Model:
         return self.vocab_size * self.d_model + blocks + norms
 
     def problems(self) -> list[str]:
-        """All that is wrong with this section."""
+        """Everything wrong with this section."""
         sizes = ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab_size")
         found = at_least(self, 1, *sizes) + at_least(self, 8, "seq_len")
         found += _positive(self, "rope_base", "norm_eps")
@@ -84,49 +84,49 @@ class Data:
     path: Path = Path()
     """Folder made by `sota prepare`."""
     windows: Literal["stream", "best-fit"] = "stream"
-    """Training windows: the stream cut evenly, or documents kept whole, at the cost of padding."""
+    """Windows cut evenly from the token stream, or documents kept whole at the cost of padding."""
     document_mask: bool = False
-    """Tokens see their own document only, not what stands before it in the window."""
+    """Tokens attend only within their own document, not to earlier ones in the window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW or NorMuon, the schedule, and regularisation."""
+    """AdamW or NorMuon, the schedule, and regularization."""
 
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     matrix_rate: float = 0.0
-    """Peak learning rate of NorMuon on the matrices of the blocks; 0 leaves them to AdamW."""
+    """Peak learning rate of NorMuon on the blocks' matrices; 0 leaves them to AdamW."""
     cooldown: float = 0.0
-    """Share of the run in which the rate falls linearly from its peak; 0 takes a cosine."""
+    """Final fraction of the run with linear learning-rate decay; 0 uses a cosine schedule."""
     final_fraction: float = 0.1
-    """Share of the peak that the rate ends at."""
+    """Final learning rate as a fraction of the peak."""
     warmup_steps: int = 4000
-    """Linear warm-up; never more than 5% of the run."""
+    """Steps of linear warm-up; at most 5% of the run."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's decay rate for the mean gradient."""
     beta2: float = 0.98
-    """AdamW's decay of the mean square."""
+    """AdamW's decay rate for the mean squared gradient."""
     eps: float = 1e-8
-    """AdamW's term against division by zero."""
+    """AdamW's epsilon, which prevents division by zero."""
     weight_decay: float = 0.01
-    """Decoupled decay, of matrices only; with NorMuon of the blocks' matrices only."""
+    """Decoupled weight decay of matrices; with NorMuon, of the blocks' matrices only."""
     clip_norm: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Maximum gradient norm; 0 turns clipping off."""
     label_smoothing: float = 0.1
-    """Share of the target spread over the vocabulary; optimised, never reported."""
+    """Share of the target spread over the vocabulary; part of the objective, never reported."""
     dropout_start: float = 0.1
     """Dropout rate at the first step."""
     dropout_end: float = 0.0
-    """Dropout rate at the last step; linear between."""
+    """Dropout rate at the last step; linear in between."""
 
     @property
     def drops_out(self) -> bool:
-        """Whether any step has dropout."""
+        """Whether any step uses dropout."""
         return max(self.dropout_start, self.dropout_end) > 0
 
     def problems(self) -> list[str]:
-        """All that is wrong with this section."""
+        """Everything wrong with this section."""
         shares = ("beta1", "beta2", "label_smoothing", "dropout_start", "dropout_end")
         counts = ("warmup_steps", "weight_decay", "clip_norm", "matrix_rate")
         found = _positive(self, "learning_rate", "eps")
@@ -138,38 +138,38 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, in what pieces, and what happens every so often."""
+    """Length, batch size, and how often to log, validate, sample and save."""
 
     steps: int
-    """Optimizer steps of the whole run."""
+    """Total optimizer steps."""
     batch_rows: int
-    """Windows in one optimizer step, over all ranks and micro-batches."""
+    """Windows per optimizer step, over all ranks and micro-batches."""
     micro_rows: int = 0
-    """Windows in one forward pass on one device, a divisor of its rows; 0 chooses by device."""
+    """Windows per forward pass on one device; must divide its rows. 0 picks one by device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a quarter slower."""
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between log lines."""
     eval_every: int = 250
-    """Steps between two validations; 0 leaves only the one at the end."""
+    """Steps between validations; 0 validates only at the end."""
     eval_tokens: int = 65_536
-    """Validation tokens read each time; the whole split where it is smaller."""
+    """Validation tokens to read each time; the whole split if it is smaller."""
     sample_every: int = 250
-    """Steps between two generated samples; 0 leaves only the one at the end."""
+    """Steps between generated samples; 0 samples only at the end."""
     save_every_minutes: float = 5.0
-    """Minutes between two checkpoints; 0 turns the clock off."""
+    """Minutes between checkpoints; 0 disables saving by time."""
     save_every_steps: int = 0
-    """Steps between two checkpoints, beside the clock; 0 turns it off."""
+    """Steps between checkpoints, in addition to saving by time; 0 disables it."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the one of the lowest validation loss stays, too."""
+    """Number of newest checkpoints to keep, besides the one with the lowest validation loss."""
 
     @property
     def most_checkpoints(self) -> int:
-        """What a run may come to hold: also the best one, and one that is being written."""
+        """The most checkpoints at a time: also the best one, and one being written."""
         return self.keep_checkpoints + 2
 
     def problems(self) -> list[str]:
-        """All that is wrong with this section."""
+        """Everything wrong with this section."""
         counts = ("micro_rows", "eval_every", "sample_every", "save_every_steps")
         found = at_least(self, 1, "steps", "batch_rows", "log_every", "eval_tokens")
         found += at_least(self, 2, "keep_checkpoints")
@@ -180,31 +180,31 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where the run lives and what it runs on."""
+    """Where the run is stored and what it runs on."""
 
     out: Path = Path()
-    """Folder of the run."""
+    """Run folder."""
     seed: int = 1337
-    """Weights, order of the data and dropout follow from it."""
+    """Seed of the initial weights, the data order and dropout."""
     resume: str = "auto"
-    """auto (go on if there is something), latest (there must be), never, or step:N."""
+    """auto (resume if a checkpoint exists), latest (require one), never, or step:N."""
     exact: bool = False
-    """Refuse to go on where the result could differ in a bit from an undisturbed run's."""
+    """Refuse to resume if the result might not be bit-identical to an uninterrupted run."""
     override: str = ""
-    """Fields, with commas, that may differ from the run's; --override FIELD=VALUE sets both."""
+    """Comma-separated fields that may change on resume; --override FIELD=VALUE also sets one."""
     data_change: Literal["refuse", "continue", "restart-epoch"] = "refuse"
-    """When the data is not that of the run: refuse, or go on from the same place or an epoch."""
+    """If the data changed: refuse, continue at the same position, or start a new epoch."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to run on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the activations; weights and optimizer stay float32."""
+    """dtype of the activations; weights and optimizer state stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile."""
+    """Whether to use torch.compile."""
     threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    """CPU threads; 0 uses torch's default."""
 
     def problems(self) -> list[str]:
-        """All that is wrong with this section."""
+        """Everything wrong with this section."""
         found = at_least(self, 0, "seed", "threads")
         if self.threads > _MOST_THREADS:
             found.append(f"run.threads {self.threads} must be at most {_MOST_THREADS}")
@@ -215,7 +215,7 @@ class Run:
         return found
 
 
-# Where a run lies and how often it speaks, judges and saves: it learns the same all the same.
+# Where a run is stored and how often it logs, evaluates and saves: training is unaffected.
 HABITS = {
     "data.path", "run.out", "train.log_every", "train.eval_every", "train.eval_tokens",
     "train.sample_every", "train.save_every_minutes", "train.save_every_steps",
@@ -225,7 +225,7 @@ HABITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a training run."""
+    """Everything that determines a training run."""
 
     model: Model
     data: Data
@@ -234,7 +234,7 @@ class RunConfig:
     run: Run
 
     def __post_init__(self) -> None:
-        checked = (self.model, self.optim, self.train, self.run)  # any of Data's values may be
+        checked = (self.model, self.optim, self.train, self.run)  # Data has nothing to check
         found = [line for section in checked for line in section.problems()]
         found += [
             f"{name} must be below 2**63"
@@ -248,14 +248,14 @@ class RunConfig:
     def state_bytes(self) -> int:
         """Bytes of weights and moments in float32, which is what a checkpoint holds.
 
-        AdamW keeps two moments; NorMuon, where it has the blocks' matrices, one.
+        AdamW keeps two moments; NorMuon, if it has the blocks' matrices, keeps one.
         """
         parameters = self.model.parameter_count
         in_blocks = parameters - self.model.vocab_size * self.model.d_model
         return 12 * parameters - (4 * in_blocks if self.optim.matrix_rate else 0)
 
     def fields(self) -> dict[str, Any]:
-        """Every value by its section and name, as `train.steps`."""
+        """Every value by its section and name, such as `train.steps`."""
         return {
             f"{section}.{name}": value
             for section in _SECTIONS
@@ -268,9 +268,9 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """The configuration of `to_json`. ValueError for anything else, unknown fields included.
+        """Parse what `to_json` wrote. ValueError for anything else, including unknown fields.
 
-        A field that has a default may be missing: the run may be older than the field.
+        A field with a default may be missing: the run may be older than the field.
         """
         value = json.loads(text)
         if not isinstance(value, dict) or set(value) != set(_SECTIONS):
@@ -282,7 +282,7 @@ _SECTIONS = {"model": Model, "data": Data, "optim": Optim, "train": Train, "run"
 
 
 def _section(kind: type, values: Any) -> Any:
-    """One section from its JSON object, with each value checked against its field's type."""
+    """One section from its JSON object; checks each value against its field's type."""
     if not isinstance(values, dict):
         raise ValueError(f"section {kind.__name__} must be an object")
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
@@ -314,6 +314,6 @@ def _positive(section: object, *names: str) -> list[str]:
 
 
 def _unless(holds: Callable[[Any], bool], must: str, section: object, *names: str) -> list[str]:
-    """One line for each named field of which this does not hold; it never does of NaN."""
+    """One line for each named field for which `holds` is false, as it is for NaN."""
     values, prefix = vars(section), type(section).__name__.lower()
     return [f"{prefix}.{n} {values[n]} must be {must}" for n in names if not holds(values[n])]

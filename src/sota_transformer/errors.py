@@ -1,4 +1,4 @@
-"""What a user can do wrong or meet, as one exception with a documented exit code.
+"""User errors and I/O failures as one exception type with a documented exit code.
 
 The numbers follow `sysexits.h`; `docs/guide.md` repeats this table for schedulers and scripts.
 """
@@ -11,19 +11,19 @@ from contextlib import contextmanager
 from typing import Any
 
 USAGE = 2  # a flag or a configuration that cannot work
-BAD_DATA = 65  # something that was read is damaged, malformed or does not fit
-NO_INPUT = 66  # something that should be read is not there
-DIVERGED = 70  # the numbers went bad and stayed bad
-UNFORESEEN = 70  # a fault of this program or below it, with a traceback
+BAD_DATA = 65  # an input is damaged, malformed or does not match
+NO_INPUT = 66  # an input is missing
+DIVERGED = 70  # training diverged and did not recover
+UNFORESEEN = 70  # a bug in this program or a dependency, with a traceback
 LOCKED = 73  # another process holds the folder, or it cannot be created
 IO_FAILED = 74  # the disk is full or failed
-TEMPORARY = 75  # may work when tried again
+TEMPORARY = 75  # may succeed if retried
 INTERRUPTED = 130  # SIGINT
 TERMINATED = 143  # SIGTERM
 
 
 class SotaError(Exception):
-    """One line for the user: what, where, what to do. `code` is the exit status."""
+    """One line for the user: what happened, where, what to do. `code` is the exit status."""
 
     def __init__(self, message: str, code: int = USAGE) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class SotaError(Exception):
 
 
 class OptionError(SotaError, ValueError):
-    """An option that cannot work; to whoever makes a configuration of it a wrong value."""
+    """An invalid option; also a ValueError, which callers that build a configuration expect."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,10 +43,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def raised_again(kind: type[BaseException], again: Callable[[Any], None]) -> Iterator[None]:
-    """Hand to `again` what of this `kind` a handler of signals has raised in vain.
+    """Pass to `again` an exception of this `kind` that a signal handler raised but Python dropped.
 
-    Nothing passes out of the callback of a weak reference, of which imports and compilers have
-    many: Python prints a traceback and goes on.
+    No exception leaves a weak reference callback, and imports and compilers use many of them:
+    Python prints a traceback and continues.
     """
 
     def swallowed(what: Any) -> None:
@@ -68,8 +68,8 @@ def raised_again(kind: type[BaseException], again: Callable[[Any], None]) -> Ite
 
 @contextmanager
 def interruptible(*numbers: int) -> Iterator[None]:
-    """Signals as Interrupted, also where C code makes something else of what a handler raises:
-    numpy, when it is met while it is being imported, an ImportError.
+    """Raise Interrupted on these signals, even where C code converts what a handler raises: numpy
+    turns an exception during its import into an ImportError.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,9 +1,9 @@
-"""The four sizes, each a function that returns a complete run of a recipe.
+"""The four sizes, each a function that returns the complete configuration of a run.
 
-`seed` is the project's origin taken literally; the dataclasses' defaults hold it, and what differs
-between sizes stands here. `fast` reaches the same loss in far fewer tokens: NorMuon, a straight
-line to zero, no label smoothing and no dropout, normalised queries and keys. Parameter counts are
-tested; the evidence for `fast` is in docs/results.md.
+The recipe `seed` follows the project's origin to the letter: it is in the defaults of the
+dataclasses, and this module has what differs between sizes. `fast` reaches the same loss in far
+fewer tokens: NorMuon, linear decay to zero, no label smoothing or dropout, normalised queries and
+keys. Parameter counts are tested; the evidence for `fast` is in docs/results.md.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ RECIPES: tuple[Recipe, ...] = ("seed", "fast")
 
 
 def tiny(recipe: Recipe = "seed") -> RunConfig:
-    """3.3 million parameters, nearly all of them the embedding: for tests and a first look."""
+    """3.3 million parameters, nearly all in the embedding: for tests and a first look."""
     model = Model(layers=2, d_model=64, heads=2, kv_heads=2, d_ff=176, seq_len=64)
     return _run(model, Train(steps=200, batch_rows=8, eval_every=50, sample_every=100), recipe)
 
@@ -30,7 +30,7 @@ def small(recipe: Recipe = "seed") -> RunConfig:
 
 def base(recipe: Recipe = "seed") -> RunConfig:
     """125m: 123.6 million parameters, the size of GPT-2 small."""
-    heads = 12 if recipe == "seed" else 6  # of 128: half the attention's memory, and no worse
+    heads = 12 if recipe == "seed" else 6  # of width 128: half the attention memory, no worse
     model = Model(layers=12, d_model=768, heads=heads, kv_heads=heads, d_ff=2048, seq_len=512)
     train = Train(steps=100_000, batch_rows=64, eval_every=1000, sample_every=1000)
     return _run(model, train, recipe)
@@ -54,7 +54,7 @@ def _run(model: Model, train: Train, recipe: Recipe) -> RunConfig:
             final_fraction=0.0,
             warmup_steps=10,
             beta1=0.8,
-            beta2=0.998,  # half-life 350 updates: small batches seldom have most of the tokens
+            beta2=0.998,  # half-life 350 updates: most tokens seldom occur in a small batch
             eps=1e-10,
             weight_decay=0.05,
             clip_norm=0.0,
@@ -70,12 +70,12 @@ PRESETS: dict[str, Callable[..., RunConfig]] = {
 
 
 def recipe_of(config: RunConfig) -> Recipe:
-    """The recipe that a run follows: it is NorMuon that tells."""
+    """The recipe of a run: `fast` if it uses NorMuon."""
     return "fast" if config.optim.matrix_rate else "seed"
 
 
 def command(name: str, config: RunConfig) -> list[str]:
-    """The words that train `config` from the preset of this name."""
+    """The command line that trains `config`, based on the preset `name`."""
     recipe = recipe_of(config)
     known = PRESETS[name](recipe).fields()
     changed = {field: value for field, value in config.fields().items() if value != known[field]}
@@ -84,7 +84,7 @@ def command(name: str, config: RunConfig) -> list[str]:
 
 
 def flag(field: str, value: Any) -> str:
-    """A field as it is written on the command line."""
+    """A field as a command-line option."""
     section, _, name = field.replace("_", "-").partition(".")
     if isinstance(value, bool):
         return f"--{section}.{'' if value else 'no-'}{name}"

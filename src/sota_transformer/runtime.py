@@ -1,8 +1,8 @@
 """What the run computes on: device, precision, compilation, threads and ranks, chosen once.
 
-Every choice is a value with a reason that is printed and recorded. Only this module chooses a
-backend or reads the launcher's environment. Functions over ranks work without a process group;
-one process is not a special case.
+Every choice has a reason, which is printed and recorded. Only this module chooses a backend or
+reads the launcher's environment. Collective functions also work without a process group, so a
+single process is no special case.
 """
 
 import ctypes
@@ -30,16 +30,16 @@ from torch import Tensor
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
 
-_COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling takes longer than it saves
+_COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling costs more time than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Of torch.cpu: with either, matrix products in bfloat16 are faster than in float32.
+# Functions of torch.cpu: with either, bfloat16 matrix products are faster than float32 ones.
 _FAST_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-_NO_KERNELS = "no kernel image", "invalid device function"  # as CUDA and as ROCm says it
-_SILENCE = timedelta(minutes=10)  # longer than the first process alone checks, samples or saves
+_NO_KERNELS = "no kernel image", "invalid device function"  # the messages of CUDA and ROCm
+_SILENCE = timedelta(minutes=10)  # longer than the first rank takes to check, sample or save
 
 
 class PeerLostError(SotaError):
-    """Another process of this run is gone, or has said nothing for too long."""
+    """Another process of this run has exited or timed out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,37 +56,37 @@ class Runtime:
 
     @classmethod
     def detect(cls, run: Run, parameters: int) -> "Runtime":
-        """Resolve `auto` for a model of this many parameters. SotaError if it cannot be had."""
+        """Resolve `auto` for a model of this size. SotaError for what is not available."""
         rank, world = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
         try:
             getpass.getuser()
-        except (KeyError, OSError):  # docker --user 1234: torch below 2.13 ends for want of a name
+        except (KeyError, OSError):  # docker --user 1234: torch before 2.13 needs a user name
             os.environ["USER"] = str(os.getuid())
         device, why_device = _device(run.device)
         if world > 1 and device.type == "mps":
-            raise SotaError("MPS trains in one process; start it without torchrun")
+            raise SotaError("MPS supports one process only; start it without torchrun")
         if run.threads:
             torch.set_num_threads(run.threads)
         if device.type == "cpu":
             _keep_freed_memory()
         if device.type == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
-            # torch's own 1.7 is more than the machine has: a Mac would swap, and never be full.
+            # torch's own 1.7 exceeds the machine's memory: a Mac would swap and never run out.
             torch.mps.set_per_process_memory_fraction(1.0)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # where shapes vary: see `optimize`
+        torch.backends.cuda.enable_cudnn_sdp(False)  # slow for varying shapes: see `optimize`
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
-            if _launched("LOCAL_WORLD_SIZE", 1) == world:  # all of them on this machine
-                # gloo would take the address behind the machine's name, which goes with a network.
+            if _launched("LOCAL_WORLD_SIZE", 1) == world:  # all ranks on this machine
+                # gloo would resolve the host name, whose address disappears with the network.
                 loopback = "lo0" if sys.platform == "darwin" else "lo"
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
             if backend == "gloo":
                 _check_networks()
             try:
-                with _together():
+                with _collective():
                     dist.init_process_group(backend, timeout=_SILENCE)
             except ValueError as error:
-                line = f"WORLD_SIZE is {world}, and the rest of what torchrun sets is missing"
-                raise SotaError(f"{line} ({error}); start it with torchrun, or unset it") from error
+                line = f"WORLD_SIZE is {world}, but torchrun's other variables are missing"
+                raise SotaError(f"{line} ({error}); use torchrun, or unset WORLD_SIZE") from error
         dtype, why_dtype = activations(run.dtype, device)
         compiled, why_compile = _compile(run.compile, device, parameters)
         return cls(
@@ -100,22 +100,22 @@ class Runtime:
         )
 
     def optimize(self, model: Any, masked: bool = False) -> None:
-        """Compile both halves of each block, or undo it: two compilations serve all, names stay.
+        """Compile both halves of each block, or undo it; all blocks share the two compilations.
 
         Compiled as one, the backward pass would compute the stream between them three times. On a
-        CPU the backward pass computes anew whatever is no matrix product and no reduction: norms,
-        the gate, weights in bfloat16. That costs no time and halves what a block keeps. A GPU also
-        gets what stands before and behind the blocks, 40 passes over the stream where few do.
-        `masked`: attention will be given a mask.
+        CPU the backward pass recomputes whatever is neither a matrix product nor a reduction:
+        norms, the gate, bfloat16 weights. That costs no time and halves what a block keeps. A GPU
+        also compiles what precedes and follows the blocks: 40 passes over the stream become few.
+        `masked`: attention will get a mask. Parameter names do not change.
         """
         parts = [(block, half) for block in model.blocks for half in ("mix", "feed")]
         for block in model.blocks:
             block.attention.compiled_on_cpu = self.compile and self.device.type == "cpu"
         for module, name in (*parts, (model, "begin"), (model, "end")):
-            vars(module).pop(name, None)  # what was compiled stands before the method
-        # torch prefers cuDNN's attention on Hopper and newer. It is planned anew for each shape,
-        # which takes up to 0.4 s (a B200): for training, not for each length of what is generated.
-        # With a mask its backward pass has made NaNs (pytorch#196678), with causal alone none.
+            vars(module).pop(name, None)  # the compiled attribute shadows the method
+        # torch prefers cuDNN's attention on Hopper and newer. It makes a plan for each shape, which
+        # takes up to 0.4 s (on a B200): fine for training, not for every length in generation.
+        # With a mask, not with causal alone, its backward pass has given NaN (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(self.compile and not masked)
         if not self.compile:
             return
@@ -129,12 +129,12 @@ class Runtime:
             setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 
     def without_compiling(self, why: object) -> "Runtime":
-        """The same in eager mode, which is slower and as right, and why."""
+        """The same in eager mode, which is slower but equally correct, with the reason `why`."""
         return replace(self, compile=False, reasons=(*self.reasons[:2], _not_compiled(why)))
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Compile nothing inside: what has other shapes than training would not pay for it."""
+        """Run the body in eager mode: compiling for shapes other than training's does not pay."""
         if not self.compile:
             yield
             return
@@ -147,7 +147,7 @@ class Runtime:
             torch.backends.cuda.enable_cudnn_sdp(planned)
 
     def put(self, array: NDArray[Any]) -> Tensor:
-        """An array to the device. A GPU copies it in its turn, and nothing waits for that."""
+        """Copy an array to the device; to a GPU asynchronously."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -156,39 +156,39 @@ class Runtime:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
-            with _together():
+            with _collective():
                 dist.all_reduce(tensor)
         return tensor
 
     def sum_array(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Sum an array, which is on the CPU, over ranks; one rank's does not leave it."""
+        """Sum a CPU array over ranks; with one rank it does not visit the device."""
         if self.world == 1:
             return array
         return self.sum_(torch.from_numpy(array).to(self.device)).cpu().numpy()
 
     def of_first(self, *values: int) -> list[int]:
-        """The first process's values, in every process."""
+        """The first rank's values, on every rank."""
         mine = values if self.rank == 0 else (0,) * len(values)
-        said = torch.tensor(mine, dtype=torch.int64, device=self.device)  # bools are a byte each
-        return self.sum_(said).tolist()
+        sent = torch.tensor(mine, dtype=torch.int64, device=self.device)  # bools are a byte each
+        return self.sum_(sent).tolist()
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum every gradient over ranks; losses are already divided by the global token count."""
         if self.world > 1:
-            with _together():
+            with _collective():
                 for parameter in parameters:
                     if parameter.grad is not None:
                         dist.all_reduce(parameter.grad)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was asked of it."""
+        """Wait until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def peak_memory(self) -> int:
-        """Most bytes in use so far: of the device, or of this process on the CPU."""
+        """Peak memory in bytes: of the device, or of this process on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         if self.device.type == "mps":
@@ -197,9 +197,9 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def available_memory(self) -> int:
-        """Bytes that a new run could take: of the device, or of the machine.
+        """Bytes available to a new run, of the device or of the machine.
 
-        What this process keeps of memory that it does not use any more is among them.
+        They include what this process has freed but still holds in its caches.
         """
         if self.device.type == "cuda":
             kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -212,7 +212,7 @@ class Runtime:
             fields = dict(
                 line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()
             )
-            return min(int(fields["MemAvailable"].split()[0]) * 1024, _left_by_limit())
+            return min(int(fields["MemAvailable"].split()[0]) * 1024, _cgroup_memory_left())
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def close(self) -> None:
@@ -234,54 +234,54 @@ class Runtime:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a device could not hold what was asked; not every backend has a type for it."""
-    # Metal's limit of one buffer, and cuBLAS where the rest of the memory is taken.
+    """Whether `error` is an allocation failure; not every backend has a type for it."""
+    # Metal's limit on a single buffer, and cuBLAS when the rest of the memory is in use.
     words = ("out of memory", "can't allocate memory", "Invalid buffer size", "_ALLOC_FAILED")
-    words += ("Cannot allocate memory (12)",)  # a file that is mapped (safetensors#528)
-    said = str(error)  # a compiler that ran out of it would do so again for fewer rows
+    words += ("Cannot allocate memory (12)",)  # mapping a file (safetensors#528)
+    said = str(error)  # a compiler would run out of it again with fewer rows
     known = any(word in said for word in words) and "C++ compile error" not in said
     return known or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Something that all processes do. PeerLostError where one of them does not."""
+def _collective() -> Iterator[None]:
+    """Wrap a collective operation. PeerLostError if another process does not take part."""
     try:
         yield
     except RuntimeError as error:
         if out_of_memory(error):
             raise
         raise PeerLostError(
-            "another process of this run died, left or was silent for too long; what it said last "
-            f"tells why, and the same command goes on ({' '.join(str(error).split())[:120]})",
+            "another process of this run died, exited or timed out; see its last output for the "
+            f"cause; the same command resumes the run ({' '.join(str(error).split())[:120]})",
             TEMPORARY,
         ) from error
 
 
 def _check_networks() -> None:
-    """SotaError for a GLOO_SOCKET_IFNAME that is not here; gloo would not say what is wrong."""
+    """SotaError if GLOO_SOCKET_IFNAME does not exist; gloo's own message does not name it."""
     given, here = os.environ.get("GLOO_SOCKET_IFNAME"), [name for _, name in socket.if_nameindex()]
     if given and not {*given.split(",")} <= {*here}:
-        raise SotaError(f"GLOO_SOCKET_IFNAME is {given}, and here are {', '.join(here)}; unset it")
+        raise SotaError(f"GLOO_SOCKET_IFNAME is {given}, not one of {', '.join(here)}; unset it")
 
 
-def _left_by_limit() -> int:
-    """Bytes that the memory limit of a container or service leaves; sys.maxsize without one."""
+def _cgroup_memory_left() -> int:
+    """Bytes left under the memory limit of a container or service; sys.maxsize without one."""
     try:
         group = re.search("^0::/(.*)$", _CGROUP.read_text(), re.M)
         folder = _CGROUPS / (group[1] if group else "")
         limit, used = (int((folder / f"memory.{n}").read_text()) for n in ("max", "current"))
         cached = re.search("^inactive_file ([0-9]+)$", (folder / "memory.stat").read_text(), re.M)
         return max(0, limit - used + (int(cached[1]) if cached else 0))
-    except (OSError, ValueError):  # no such system, or the limit is the word "max"
+    except (OSError, ValueError):  # no cgroup v2, or the limit is "max"
         return sys.maxsize
 
 
 def _launched(name: str, least: int) -> int:
-    """A number that torchrun sets, `least` without torchrun. SotaError if it is none."""
+    """A variable that torchrun sets, or `least` without torchrun. SotaError if invalid."""
     value = os.environ.get(name, str(least))
     if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
-        raise SotaError(f"the environment says {name}={value}, as torchrun never does; unset it")
+        raise SotaError(f"environment variable {name}={value} is not from torchrun; unset it")
     return int(value)
 
 
@@ -297,13 +297,13 @@ def _device(wanted: str) -> tuple[torch.device, str]:
     if not asked:
         wanted = next((name for name, there in available.items() if there), "cpu")
     elif not available.get(wanted, True):
-        raise SotaError(f"no {wanted} device here; leave --device out to take what there is")
+        raise SotaError(f"no {wanted} device found; leave out --device to use what is available")
     why = ""
     if wanted == "cuda":
         index, there = _launched("LOCAL_RANK", 0), torch.cuda.device_count()
         if index >= there:
             raise SotaError(
-                f"process {index} has no GPU of its own: torchrun's --nproc-per-node {there}"
+                f"process {index} has no GPU of its own; use torchrun --nproc-per-node {there}"
             )
         torch.cuda.set_device(index)
         name = torch.cuda.get_device_name(index)
@@ -311,13 +311,13 @@ def _device(wanted: str) -> tuple[torch.device, str]:
             return torch.device("cuda", index), f"device {name}"
         why = f"torch {torch.__version__} has no kernels for the {name}"
         if asked or _launched("WORLD_SIZE", 1) > 1:  # other processes may have other GPUs
-            raise SotaError(f"{why}; give --device cpu, or install a build of torch that has")
-        wanted, why = "cpu", f": {why}, another build of it may"
+            raise SotaError(f"{why}; use --device cpu, or install a torch build that has them")
+        wanted, why = "cpu", f": {why}; another torch build may have them"
     return torch.device(wanted), f"device {_device_name(torch.device(wanted))}{why}"
 
 
 def _has_kernels(device: torch.device) -> bool:
-    """Whether torch was built for this GPU: 2.11's usual build is for none before Turing."""
+    """Whether torch was built for this GPU; the default 2.11 build drops those before Turing."""
     try:
         torch.ones(1, device=device)
     except RuntimeError as error:
@@ -331,19 +331,19 @@ def _device_name(device: torch.device) -> str:
     """The name people know the device by."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type == "mps":  # many of its kernels come with the system
+    if device.type == "mps":  # macOS provides many of its kernels
         return f"mps ({platform.machine()}, macOS {platform.mac_ver()[0]})"
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 
 def activations(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The type of the activations and why; `auto` is the fastest that the hardware has."""
+    """The type of the activations and why; `auto` is the fastest in hardware."""
     if wanted != "auto":
         return getattr(torch, wanted), f"{wanted} as asked"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "bfloat16: this GPU has it in hardware"
-        return torch.float16, "float16 with a scaled loss: this GPU has no bfloat16"
+        return torch.float16, "float16 with loss scaling: this GPU has no bfloat16"
     if device.type == "mps":
         return torch.float32, "float32: bfloat16 is emulated on M1 and M2"
     if any(getattr(torch.cpu, name, bool)() for name in _FAST_BFLOAT16):
@@ -357,33 +357,33 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
         return False, "not compiled, as asked"
     if wanted == "auto":
         if device.type == "mps":
-            return False, "not compiled: torch.compile on MPS has given wrong results"
+            return False, "not compiled: torch.compile has given wrong results on MPS"
         if parameters < _COMPILE_FROM_PARAMETERS:
-            return False, "not compiled: too small a model to pay for it"
+            return False, "not compiled: the model is too small to benefit"
         compilers = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if device.type == "cpu" and not compilers:
-            return False, "not compiled: no C++ compiler here (with g++ it is twice as fast)"
+            return False, "not compiled: no C++ compiler found (g++ doubles the speed)"
     try:
         probe = torch.compile(lambda x: x.sin() + 1)
         probe(torch.ones(64, device=device))
-    except Exception as error:  # any failure of a compiler we do not own means: do without
+    except Exception as error:  # whatever fails, do without
         return False, _not_compiled(error)
     return True, "compiled"
 
 
 def _not_compiled(why: object) -> str:
-    """A reason, from what a compiler or a check said."""
-    return f"not compiled: torch.compile failed here ({in_short(why)})"
+    """The reason, from the message of a compiler or a check."""
+    return f"not compiled: torch.compile failed ({in_short(why)})"
 
 
 def in_short(error: object) -> str:
-    """What a compiler said, without its command line and torch's advice."""
+    """A compiler's message, without its command line and torch's advice."""
     words = re.sub(r" Command: .* Output: | Set TORCHDYNAMO_.*", " ", " ".join(str(error).split()))
     return words.strip()[:200] or type(error).__name__
 
 
 def stay_awake() -> None:
-    """Keep a Mac that nobody touches from going to sleep, as long as this process lives."""
+    """Keep an idle Mac from sleeping while this process runs."""
     if sys.platform == "darwin" and (caffeinate := shutil.which("caffeinate")):
         nothing = subprocess.DEVNULL
         command = [caffeinate, "-i", "-s", "-w", str(os.getpid())]
@@ -392,7 +392,7 @@ def stay_awake() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep and reuse large buffers, which it would unmap and fault in anew each step."""
+    """Let glibc reuse large buffers, instead of unmapping them and faulting them in each step."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
         mallopt(mmap_max, 0)

@@ -1,6 +1,6 @@
 """What changes over a run, as pure functions of the step.
 
-`step` counts optimizer steps completed, so the first update is made at step 0.
+`step` counts completed optimizer steps, so the first update happens at step 0.
 """
 
 import math
@@ -8,19 +8,19 @@ import math
 from sota_transformer.config import RunConfig
 from sota_transformer.words import counted
 
-FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is worth about as much as new
-_WARMUP_SHARE = 0.05  # the origin's 4,000 steps are 4% of its 100,000; short runs keep about that
+FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new
+_WARMUP_SHARE = 0.05  # the original's 4,000 of 100,000 steps are 4%; short runs stay close to that
 
 
 def warmup_steps(config: RunConfig) -> int:
-    """Warm-up of this run: as configured, but never more than 5% of its steps."""
+    """Warm-up steps of this run: as configured, but at most 5% of its steps."""
     return min(config.optim.warmup_steps, int(config.train.steps * _WARMUP_SHARE))
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
-    """Rate of AdamW's update at `step`: linear warm-up that starts above zero, then the decay.
+    """AdamW's learning rate at `step`: a linear warm-up that starts above zero, then decay.
 
-    The decay is a cosine or, with a cooldown, a straight line over the last part of the run.
+    The decay is a cosine or, with a cooldown, linear over the last part of the run.
     """
     optim, warmup, steps = config.optim, warmup_steps(config), config.train.steps
     if step < warmup:
@@ -34,7 +34,7 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
 
 def dropout(step: int, config: RunConfig) -> float:
-    """Dropout rate of the forward passes at `step`: linear from start to end."""
+    """Dropout rate at `step`: linear from start to end."""
     optim = config.optim
     progress = min(1.0, step / max(1, config.train.steps - 1))
     return optim.dropout_start + (optim.dropout_end - optim.dropout_start) * progress
@@ -47,14 +47,14 @@ def rows(step: int, config: RunConfig) -> range:
 
 
 def step_tokens(config: RunConfig, padding: float) -> int:
-    """Tokens that a step learns from, on the average where this share of its targets is padding."""
+    """Tokens that a step trains on; an average if `padding`, a share of its targets, is not 0."""
     return round(config.train.batch_rows * config.model.seq_len * (1 - padding))
 
 
 def describe(config: RunConfig, padding: float = 0, done: int = 0, learned: int = 0) -> list[str]:
-    """The run in words, of which `done` steps have learned from so many tokens.
+    """Summary lines of a run whose first `done` steps were trained on `learned` tokens.
 
-    Those may have been of another batch or window, or without an update.
+    Those steps may have had another batch or window size, or skipped updates.
     """
     steps, tokens = config.train.steps, step_tokens(config, padding)
     total = learned + max(0, steps - done) * tokens
@@ -63,15 +63,17 @@ def describe(config: RunConfig, padding: float = 0, done: int = 0, learned: int 
         rest = f" {done:,} with {learned:,} tokens and {steps - done:,} x {tokens:,} ="
         work = f"{counted(steps, 'step')},{rest * (done < steps)}"
     warmup, asked = warmup_steps(config), config.optim.warmup_steps
-    shortened = f" (5% of the run; {asked} in long runs)" if warmup < asked else ""
+    shortened = f" (capped at 5% of the run; {asked} configured)" if warmup < asked else ""
     optim = config.optim
-    decay = f"linear over the last {optim.cooldown:.0%}" if optim.cooldown else "cosine"
+    decay = "cosine decay"
+    if optim.cooldown:
+        decay = f"linear decay over the last {optim.cooldown:.0%}"
     muon = f", NorMuon {optim.matrix_rate:g} on the blocks' matrices" if optim.matrix_rate else ""
     return [
         f"model: {config.model.parameter_count:,} parameters, context {config.model.seq_len}",
         f"run: {work} {total:,} tokens, {total / config.model.parameter_count:.1f} per parameter",
-        f"schedule: peak {optim.learning_rate:g}{muon}, {counted(warmup, 'step')} of "
-        f"warm-up{shortened}, {decay} to {optim.final_fraction:.0%}; "
-        f"dropout {optim.dropout_start:g} -> {optim.dropout_end:g}; "
-        f"label smoothing {optim.label_smoothing:g} (reported losses are without it)",
+        f"schedule: peak learning rate {optim.learning_rate:g}{muon}, "
+        f"{counted(warmup, 'warm-up step')}{shortened}, {decay} to "
+        f"{optim.final_fraction:.0%}; dropout {optim.dropout_start:g} -> {optim.dropout_end:g}; "
+        f"label smoothing {optim.label_smoothing:g} (reported losses exclude it)",
     ]

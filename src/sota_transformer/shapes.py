@@ -1,21 +1,20 @@
-"""Whether a JSON value that was read has the shape its reader relies on: one check at the door.
+"""Validate the shape of a JSON value once, right after reading it.
 
-A checksum says that a file is as somebody wrote it, not that it was us.
+A checksum proves that a file is as it was written, not that we wrote it.
 """
 
 import math
 from typing import Any
 
-_MOST = 2**64  # no number of ours is as large
+_MOST = 2**64  # larger than any number we write
 
 
 def misfit(value: Any, shape: Any, at: str = "it") -> str:
-    """Where `value`, which is `at`, has not the shape, in words; "" if it has.
+    """The first place where `value`, called `at`, does not match the shape; "" if it matches.
 
-    A shape is `int` (a count, which is not negative), `float` (any finite number), `str`, `bool` or
-    None; [shape] of a list; {str: shape} of keys with any name; {"key": shape, "other?": shape} of
-    these keys, where the second may be missing and nobody looks at further ones; or a tuple of
-    shapes, one of which fits.
+    A shape is `int` (a count, not negative), `float` (any finite number), `str`, `bool` or None;
+    [shape] for a list; {str: shape} for a dict with any keys; {"key": shape, "other?": shape} for
+    these keys, where `other` is optional and further keys are ignored; or a tuple of alternatives.
     """
     if isinstance(shape, tuple):
         found = [misfit(value, one, at) for one in shape]
@@ -31,16 +30,16 @@ def misfit(value: Any, shape: Any, at: str = "it") -> str:
             for name, key, inner in known
             if name in value or name == key
         )
-    return "" if _fits(value, shape) else f"{at} is {repr(value)[:40]}"
+    return "" if _fits(value, shape) else f"{at} is invalid: {repr(value)[:40]}"
 
 
 def _first(found: Any) -> str:
-    """The first thing that is wrong."""
+    """The first problem found, or ""."""
     return next(filter(None, found), "")
 
 
 def _fits(value: Any, shape: Any) -> bool:
-    """Whether a single value is as the shape says."""
+    """Whether a scalar matches its shape."""
     if shape is int:
         return type(value) is int and 0 <= value < _MOST
     if shape is float:

@@ -1,4 +1,4 @@
-"""What several commands say in the same words."""
+"""Formatting shared by several commands."""
 
 import json
 import math
@@ -8,29 +8,29 @@ from typing import Any
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things: `1 step`, `2,000 steps`."""
+    """A number with its noun: `1 step`, `2,000 steps`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def in_shell(path: Path | str) -> str:
-    """A path in a command that somebody may copy: `rm -r my data` would remove two others."""
+    """A path quoted for a command that a user may copy: `rm -r my data` would remove two others."""
     return shlex.quote(str(path))
 
 
 def one_line(text: str) -> str:
-    """The text without its line ends, which the name of a folder may have, too."""
+    """The text on one line: even a folder name may contain line breaks."""
     return " ".join(line for line in map(str.strip, text.splitlines()) if line)
 
 
 def perplexity(value: float | None) -> str:
-    """A perplexity, of any size; None is one that JSON could not hold."""
+    """A perplexity of any size; None is one that JSON cannot represent."""
     if value is None:
         return "inf"
     return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"
 
 
 def json_line(value: Any) -> str:
-    """`value` as JSON, which knows no NaN and no infinity: null stands for both."""
+    """`value` as JSON, with null for NaN and infinity, which JSON does not have."""
     return json.dumps(_finite(value), allow_nan=False)
 
 

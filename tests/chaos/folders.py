@@ -142,7 +142,7 @@ def _trained(place: Path, data: Path, theirs: PreTrainedModel, context: int) -> 
     ids = torch.from_numpy(np.concatenate([np.load(path) for path in shards]).astype(np.int64))
     count = (len(ids) - 1) // context
     windows = torch.stack([ids[n * context : n * context + context + 1] for n in range(count)])
-    words = done.output.partition("train on:")[2].split()[2:]
+    words = done.output.partition("train it further:")[2].split()[2:]
     config = cli.resolve([*words, *TRAINING.split(), f"--train.batch-rows={count}"], "train")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         train(config)

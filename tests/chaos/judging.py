@@ -74,7 +74,8 @@ class Judge(Writing):
         words = ("import", made.folder, "--out", out, "--data", self.data)
         done = command(*words)
         assert done.code == 0, done.output
-        told, masked = done.output.partition("train on:")[2].split()[2:], source.random() < 0.4
+        told = done.output.partition("train it further:")[2].split()[2:]
+        masked = source.random() < 0.4
         told += [*TRAINING.split(), f"--train.steps={steps}", "--train.batch-rows=2"]
         done = command("train", *told, *(["--data.document-mask"] if masked else []))
         assert done.code == 0, done.output

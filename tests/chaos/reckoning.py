@@ -107,29 +107,32 @@ class Reckoned:
         if learned != done * self.each:
             went = f" {done:,} with {learned:,} tokens and {steps - done:,} x {self.each:,} ="
             work = f"{things(steps, 'step')},{went if done < steps else ''}"
-        short = f" (5% of the run; {o['warmup_steps']} in long runs)"
-        fall = f"linear over the last {o['cooldown']:.0%}" if o["cooldown"] else "cosine"
+        short = f" (capped at 5% of the run; {o['warmup_steps']} configured)"
+        fall = (
+            f"linear decay over the last {o['cooldown']:.0%}" if o["cooldown"] else "cosine decay"
+        )
         muon = f", NorMuon {o['matrix_rate']:g} on the blocks' matrices" * bool(o["matrix_rate"])
         return [
             f"model: {self.count:,} parameters, context {self.length}",
             f"run: {work} {total:,} tokens, {total / self.count:.1f} per parameter",
-            f"schedule: peak {o['learning_rate']:g}{muon}, {things(warmup, 'step')} of warm-up"
-            f"{short * (warmup < o['warmup_steps'])}, {fall} to {o['final_fraction']:.0%}; "
-            f"dropout {o['dropout_start']:g} -> {o['dropout_end']:g}; label smoothing "
-            f"{o['label_smoothing']:g} (reported losses are without it)",
+            f"schedule: peak learning rate {o['learning_rate']:g}{muon}, "
+            f"{things(warmup, 'warm-up step')}{short * (warmup < o['warmup_steps'])}, {fall} "
+            f"to {o['final_fraction']:.0%}; dropout {o['dropout_start']:g} -> "
+            f"{o['dropout_end']:g}; label smoothing {o['label_smoothing']:g} (reported losses "
+            "exclude it)",
         ]
 
     def announced(self, micro: int, ranks: int = 1, done: int = 0, learned: int = 0) -> list[str]:
         """What a start prints, except for the machine; `micro` rows at a time."""
         steps, there = self.config["train"]["steps"], len(self.sides["train"].tokens)
         total, data = learned + (steps - done) * self.each, self.config["data"]
-        kind = "of the stream"
+        kind = "cut from the token stream"
         if self.packed:
-            kind = f"by best fit, {self.padding:.1%} of their targets are padding, which no loss "
-            kind += "counts; validation keeps to the stream"
-        sees = "; a token sees across documents"
+            kind = f"packed by best fit, {self.padding:.1%} padding, which no loss counts; "
+            kind += "validation windows are cut from the token stream"
+        sees = "; attention crosses documents"
         if data["document_mask"]:
-            sees = "; in training and validation a token sees its own document only"
+            sees = "; attention stays within a document, in training and validation"
         lines = [
             *self.described(done, learned),
             f"data: {self.path}, {there:,} training tokens, {total / there:.2f} epochs; "
@@ -138,7 +141,7 @@ class Reckoned:
             f"micro-batch {micro} x {self.length}, accumulated {self.rows // micro // ranks}x",
         ]
         if total > 4 * there:
-            lines.append(f"note: the data is read {total / there:.0f} times; past four epochs it")
+            lines.append(f"note: {total / there:.0f} epochs over the data; beyond four the model")
         return lines
 
     def memory(self) -> str:

@@ -77,13 +77,13 @@ def _figures(split: str, side: Side, said: str) -> Iterator[str]:
     each = sorted([n for n in each if n] or each)
     ratio = len(text_of(side.tokens)) / max(1, sum(each))
     line = f"{split}: {things(len(each), 'document')}, {things(len(side.tokens), 'token')}, "
-    if (line := f"{line}{ratio:.2f} bytes per token; letters: ") not in said:
+    if (line := f"{line}{ratio:.2f} bytes per token; letters by script: ") not in said:
         yield f"does not say {line!r}, but {re.findall(f'^{split}: .*', said, re.MULTILINE)}"
         return
     below = said[said.index(line) :].splitlines()[1:]
     found = re.fullmatch(
-        r"  tokens per document: ([\d,]+) \.\. ([\d,]+) \(10%\) \.\. ([\d,]+) \(half\) \.\. "
-        r"([\d,]+) \(90%\) \.\. ([\d,]+)",
+        r"  tokens per document: min ([\d,]+), 10% ([\d,]+), median ([\d,]+), "
+        r"90% ([\d,]+), max ([\d,]+)",
         below[0],
     )
     for number, percent in enumerate((0, 10, 50, 90, 100), 1):

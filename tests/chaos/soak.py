@@ -75,7 +75,7 @@ def soak_train(bench: Bench, zygote: Zygote, kills: int, seed: int = 0) -> Soak:
                 result.kills += 1
                 done = zygote.end(pid)
             resumed = numbers(r"resuming from step (\d+)", done.output)
-            begun = "resuming" in done.output or "starting anew" in done.output
+            begun = "resuming" in done.output or "starting from scratch" in done.output
             if begun:  # a kill before that has printed nothing
                 first = resumed[0] if resumed else 0
                 result.check(first >= saved, f"saved step {saved}, resumed from {first}")

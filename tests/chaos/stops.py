@@ -53,7 +53,7 @@ def stop_train(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Stops
                 result.kills += 1
             found = re.findall(r"resuming from step (\d+)", done.output)
             resumed = int(found[0]) if found else 0
-            if found or "starting anew" in done.output:
+            if found or "starting from scratch" in done.output:
                 result.check(resumed >= saved, f"saved step {saved}, resumed from {resumed}")
             said = [int(n) for n in re.findall(r"saved step (\d+)", done.output)]
             saved = max([saved, *said])
@@ -82,7 +82,7 @@ def _stop(zygote: Zygote, pid: int, twice: bool, result: Soak) -> tuple[Finished
     if done is None:
         os.killpg(pid, signal.SIGKILL)
         done = zygote.end(pid)
-    began_training = "starting anew" in done.output or "resuming" in done.output
+    began_training = "starting from scratch" in done.output or "resuming" in done.output
     if began_training and done.code == TERMINATED and not twice:
         last = done.output.strip().splitlines()[-1]
         result.check("stopped by SIGTERM" in last or "saved step" in last, f"last words: {last}")

@@ -107,7 +107,7 @@ def test_sigterm_during(bench: Bench, tmp_path: Path, during, options: str, not_
     words = [*train_arguments(bench.data, fresh(bench, tmp_path / "run")), *options.split()]
     log, caches = tmp_path / "log", {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     process = ranks.start([sys.executable, "-m", "sota_transformer", *words], log, **caches)
-    begun = "starting anew" if during == "compilation" else "step      1/"
+    begun = "starting from scratch" if during == "compilation" else "step      1/"
     while begun not in log.read_text():
         assert process.poll() is None and time.sleep(0.01) is None, log.read_text()
     time.sleep(1.0 if during == "compilation" else 0.0)

@@ -1,4 +1,4 @@
-"""`sota export` and `sota import`: a run becomes a model of other programs, and the other way."""
+"""`sota export` and `sota import`: a run to and from the formats of other programs."""
 
 import dataclasses
 import glob
@@ -30,7 +30,7 @@ from sota_transformer.words import counted, perplexity
 
 
 def run_export(options: Export) -> int:
-    """Write, read back, compare, and only then let the folder appear."""
+    """Write the model, read it back, compare logits, and only then commit the folder."""
     check(
         {
             "--dtype q8_0 needs --format gguf": options.dtype != "q8_0" or options.format == "gguf",
@@ -41,9 +41,13 @@ def run_export(options: Export) -> int:
     model, out = opened.model, options.out.absolute()
     size = 4 * model.config.parameter_count
     if shutil.disk_usage(_existing(out)).free < 1.2 * size:
-        raise SotaError(f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk", IO_FAILED)
+        raise SotaError(
+            f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk space", IO_FAILED
+        )
     durable.make_folder(out.parent)
-    for left in out.parent.glob(f".tmp-{glob.escape(out.name)}-????????"):  # by a killed export
+    for left in out.parent.glob(
+        f".tmp-{glob.escape(out.name)}-????????"
+    ):  # left by a killed export
         durable.remove(left)
     with durable.commit_folder(out, {"format": options.format, "dtype": options.dtype}) as writer:
         if options.format == "gguf":
@@ -58,14 +62,14 @@ def run_export(options: Export) -> int:
 
 
 def _free(out: Path, but: tuple[str, ...] = ()) -> dict[str, bool]:
-    """The rules that the folder to write must keep: it is empty, but for what begins so."""
+    """What the output folder must satisfy: empty, except for names that begin with one of `but`."""
     if out == Path():
-        return {"name the folder to write, not the current one: --out FOLDER": False}
+        return {"--out must name a new folder, not the current one": False}
     taken = out.is_symlink() or (out.exists() and not out.is_dir())
     taken |= out.is_dir() and not all(path.name.startswith(but) for path in out.iterdir())
     return {
-        f"{out} exists already; give another --out": not taken,
-        f"{out.absolute()} is not UTF-8, as safetensors needs it; give another --out": (
+        f"{out} already exists; give another --out": not taken,
+        f"{out.absolute()} is not a UTF-8 path, which safetensors requires; give another --out": (
             checkpoint.is_utf8(out)
         ),
     }
@@ -76,7 +80,7 @@ def _existing(path: Path) -> Path:
 
 
 def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[str]:
-    """The file, a Modelfile for Ollama, and the proof."""
+    """Write the file and a Modelfile for Ollama; return the proof."""
     try:
         from sota_transformer.inference import gguf_file
     except ImportError as error:
@@ -94,16 +98,16 @@ def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[str]
 
 
 def _card(opened: Opened, dtype: str) -> str:
-    """The model card: what it is, what it was trained on, how good it is, how to load it."""
+    """The model card: the model, its training, its validation figures and how to load it."""
     c = opened.model.config
     kind = "Qwen3" if c.qk_norm else "Llama"
     lines = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags: [sota-transformer]\n---",
         f"# {opened.name}",
-        f"A {kind} language model of {c.parameter_count:,} parameters, written by "
-        f"`sota_transformer`; GPT-2's tokenizer and one pad token. It continues text; it was "
-        "not tuned to follow instructions, and it repeats what its training text says.",
+        f"A {kind} language model with {c.parameter_count:,} parameters, exported by "
+        "`sota_transformer`. It uses GPT-2's tokenizer plus one pad token. It is a base model: it "
+        "continues text, was not tuned to follow instructions, and reflects its training text.",
         "| layers | width | heads | key/value heads | feed-forward | context | vocabulary |\n"
         "|---|---|---|---|---|---|---|\n"
         f"| {c.layers} | {c.d_model} | {c.heads} | {c.kv_heads} | {c.d_ff} | {c.seq_len} | "
@@ -115,10 +119,10 @@ def _card(opened: Opened, dtype: str) -> str:
             (checkpoint.path_of(opened.folder, seen) / "trainer.json").read_bytes()
         )
         learned = f" on {trainer['tokens']:,} tokens" if "tokens" in trainer else ""
-        if seen or learned:  # else imported and no more
+        if seen or learned:  # otherwise it was only imported
             lines.append(
                 f"Trained for {seen:,} of {counted(opened.config.train.steps, 'step')}{learned}, "
-                f"in windows of {c.seq_len}, seed {opened.config.run.seed}, on the data "
+                f"in windows of {c.seq_len}, with seed {opened.config.run.seed}, on the data "
                 f"`{opened.config.data.path.name}`."
             )
     if figures := _figures(opened.folder, opened.step):
@@ -133,14 +137,14 @@ def _card(opened: Opened, dtype: str) -> str:
 
 
 def _figures(folder: Path, step: int | None) -> str:
-    """The last validation up to `step`, as a table; empty where there was none."""
+    """The last validation up to `step` as a table; empty if there was none."""
     lines = [m for m in validations(read_metrics(folder)) if isinstance(m.get("val_tokens"), int)]
     until = [line for line in lines if line["step"] <= (step or 0)]
     if not until:
         return ""
     last = until[-1]
     return (
-        "| validation loss (nats a token) | perplexity | bits per byte | tokens | step |\n"
+        "| validation loss (nats per token) | perplexity | bits per byte | tokens | step |\n"
         "|---|---|---|---|---|\n"
         f"| {last['val_loss']:.4f} | {perplexity(last['val_perplexity'])} | "
         f"{last['val_bits_per_byte']:.4f} | {last['val_tokens']:,} | {last['step']:,} |"
@@ -148,22 +152,22 @@ def _figures(folder: Path, step: int | None) -> str:
 
 
 def run_import(options: Import) -> int:
-    """A run at step 0 with the folder's weights, to evaluate, use or train on."""
-    begun = checkpoint.steps(options.out) in ([], [0])  # and killed before config.json
+    """Create a run at step 0 with the folder's weights, to evaluate, use or train further."""
+    begun = checkpoint.steps(options.out) in ([], [0])  # an import killed before config.json
     check(_free(options.out, (".lock", ".tmp-", "checkpoints") if begun else ()))
-    if checkpoint.steps(options.model):  # of ours
+    if checkpoint.steps(options.model):  # a run of this program
         model = open_model(options.model, "cpu", None).model
     else:
         model = read_model(options.model)
     out = options.out.absolute()
     if options.data and model.config.vocab_size < VOCAB:
         raise SotaError(
-            f"{options.model} has {model.config.vocab_size:,} ids and prepared data {VOCAB:,}, so "
-            "it cannot be trained on; leave --data out to evaluate, use or export it"
+            f"{options.model} has {model.config.vocab_size:,} token ids and prepared data has "
+            f"{VOCAB:,}, so it cannot be trained further; omit --data to evaluate, use or export it"
         )
     data = options.data.absolute() if options.data else Path()
     if options.data:
-        load_manifest(data)  # says what is wrong with it
+        load_manifest(data)  # raises if it is not usable
     config = RunConfig(
         model=model.config,
         data=Data(path=data),
@@ -171,25 +175,25 @@ def run_import(options: Import) -> int:
         train=Train(steps=options.steps, batch_rows=16),
         run=Run(out=out),
     )
-    try:  # before anything lies where the same command would find it
+    try:  # before anything is written where a retry would find it
         checkpoint.check_room(_existing(out), 4 * model.config.parameter_count)
         durable.make_folder(out)
     except OSError as error:
-        raise SotaError(f"cannot make {out}: {error.strerror}", LOCKED) from error
+        raise SotaError(f"cannot create {out}: {error.strerror}", LOCKED) from error
     with durable.DirectoryLock(out):
         durable.sweep(out)
         durable.sweep(out / "checkpoints")
         _write_run(config, model)
     print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
     if options.data:
-        # The preset that is closest to it has the shortest command.
+        # The closest preset gives the shortest command.
         words = min((command(name, config) for name in PRESETS), key=len)
-        print(f"train on:  {shlex.join(words)}")
+        print(f"to train it further:  {shlex.join(words)}")
     return 0
 
 
 def _write_run(config: RunConfig, model: Transformer) -> None:
-    """The checkpoint of step 0, then config.json: it is what makes the folder a run."""
+    """The checkpoint of step 0, then config.json, whose presence makes the folder a run."""
     state = checkpoint.State(
         step=0,
         model=model.state_dict(),

@@ -1,7 +1,7 @@
-"""The last step of a preparation: the manifest, and the name that makes the folder real.
+"""The last step of a preparation: write the manifest and make the result visible.
 
-A new folder is renamed into place. An append moves its new shards in beside the old ones, which
-nobody looks at yet, and then replaces the manifest: readers see the old set or the new one.
+A new folder is renamed into place. An append moves its new shards in next to the old ones, where
+readers ignore them, and then replaces the manifest: readers see the old set or the new one.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from sota_transformer.durable import MANIFEST, canonical_json, fsync_folder, sea
 
 
 def complete(part: dict[str, Any], val_below: int) -> dict[str, Any]:
-    """A manifest from what the merger and the inputs say."""
+    """A full manifest from the parts that the merger and the inputs provide."""
     return part | {
         "format": FORMAT,
         "vocab_size": VOCAB,
@@ -30,13 +30,13 @@ def complete(part: dict[str, Any], val_below: int) -> dict[str, Any]:
 
 
 def fingerprint(part: dict[str, Any]) -> str:
-    """Hash of the content: the shards' bytes in order, whatever their inputs were called."""
+    """Hash of the content: the shards' bytes in order, regardless of the inputs' names."""
     content = {"files": part["files"], "splits": part["splits"], "tokenizer": RANKS_SHA256}
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def commit_new(shards: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Give a finished folder its manifest and its name."""
+    """Write the manifest of a finished folder and rename it into place."""
     write_file(shards / MANIFEST, canonical_json(seal(manifest)))
     fsync_folder(shards)
     shards.rename(out)
@@ -44,7 +44,7 @@ def commit_new(shards: Path, out: Path, manifest: dict[str, Any]) -> None:
 
 
 def commit_append(shards: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Move new shards into a prepared folder, then let its manifest know of them."""
+    """Move new shards into a prepared folder, then replace its manifest."""
     for path in sorted(shards.iterdir()):
         path.rename(out / path.name)
     fsync_folder(out)
@@ -52,7 +52,7 @@ def commit_append(shards: Path, out: Path, manifest: dict[str, Any]) -> None:
 
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a prepared folder and what is appended to it."""
+    """The manifest of a prepared folder combined with that of an append."""
     splits = {  # more shards, and larger counts
         name: {key: old["splits"][name][key] + more for key, more in part.items()}
         for name, part in new["splits"].items()

@@ -1,9 +1,9 @@
-"""The documents of a segment: parsing, decoding and the policy on what is no usable text.
+"""The documents of a segment: parsing, decoding, and the rules for unusable text.
 
-A reader yields either the UTF-8 bytes of a document or a `Skipped` with the reason. Files of prose
+A reader yields either the UTF-8 bytes of a document or a `Skipped` with the reason. Prose files
 over CUT_BYTES become several documents, cut at blank lines about PIECE_BYTES apart, so that a
-single book gives both splits something; smaller files, and all code, stay whole. A line of prose
-that is `<|endoftext|>` alone stands between two documents: as published collections are written.
+single book contributes to both splits; smaller files, and all code, stay whole. In prose, a line
+that consists of `<|endoftext|>` separates two documents, as in published collections.
 """
 
 import codecs
@@ -33,20 +33,20 @@ CUT_BYTES, PIECE_BYTES = 64 << 10, 8 << 10
 BINARY = "NUL bytes, probably not text"
 _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
 _DEEP_PAGE = 5000
-_END = "\0sota: the end of the table\0"  # inside a quote that is open it is part of a cell
+_END = "\0sota: the end of the table\0"  # if a quote is still open, it becomes part of a cell
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 _DIVIDER = b"<|endoftext|>"
 _DIVIDING_LINE = re.compile(rb"^%b[ \t\r]*(?:\n[\r\n]*|\Z)" % re.escape(_DIVIDER), re.MULTILINE)
-# Python refuses integers of thousands of digits; which number it is does not matter here.
+# Python rejects integers with thousands of digits; their value does not matter here.
 _LENIENT = json.JSONDecoder(parse_int=lambda _: 0)
 
 Document = bytes | Skipped
 
 
 def documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
-    """Documents of a segment in their order; `field` names the text in records and tables."""
+    """Documents of a segment in order; `field` names the text in records and tables."""
     found = _documents(segment, field, tables)
-    if segment.whole:  # of a piece of a file others may hold them all
+    if segment.whole:  # a piece may be empty because other pieces hold all the documents
         found = chain([next(found, Skipped(NOTHING, segment.name))], found)
     return found
 
@@ -61,14 +61,14 @@ def _documents(segment: Segment, field: str, tables: Tables) -> Iterator[Documen
     return _text(segment)
 
 
-def checked(text: str, where: str, data: bytes | None = None) -> Document:
-    """A text, whose UTF-8 may be there as `data`, as a document, or why it is none."""
+def as_document(text: str, where: str, data: bytes | None = None) -> Document:
+    """The text as a document, or the reason to skip it; `data` is its UTF-8, if available."""
     if not text or text.isspace():
         return Skipped("empty document", where)
     try:
         data = text.encode() if data is None else data
     except UnicodeEncodeError:
-        mended = checked(utf8(text).decode(), where)
+        mended = as_document(utf8(text).decode(), where)
         return _repaired("lone surrogates, not valid Unicode", where, mended)
     if len(data) > DOCUMENT_BYTES:
         return Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", where)
@@ -78,12 +78,12 @@ def checked(text: str, where: str, data: bytes | None = None) -> Document:
 
 
 def _repaired(reason: str, where: str, document: Document) -> Skipped:
-    """Left out for its encoding, unless the repaired document is asked for."""
+    """Skipped for its encoding, along with the repaired document for --bad-text replace."""
     return Skipped(reason, where, b"" if isinstance(document, Skipped) else document)
 
 
 def _text(segment: Segment) -> Iterator[Document]:
-    """A file of prose, code or HTML: one document, or pieces of a long text."""
+    """The documents of a prose, code or HTML file: one, or the pieces of a long text."""
     if segment.kind != "text" and segment.stop > DOCUMENT_BYTES:
         yield Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", segment.name)
         return
@@ -107,8 +107,8 @@ def _text(segment: Segment) -> Iterator[Document]:
 
 
 def separate(data: bytes) -> list[tuple[int, int]]:
-    """(start, stop) of the texts that lines of `<|endoftext|>` divide; of one text all bytes."""
-    # Nearly always there is none, which a search for the word tells much faster than for the line.
+    """(start, stop) of the texts between `<|endoftext|>` lines; without one, all of `data`."""
+    # There is rarely one, and searching for the word is much faster than matching the line.
     lines = [m.span() for m in _DIVIDING_LINE.finditer(data)] if _DIVIDER in data else []
     if not lines:
         return [(0, len(data))]
@@ -118,7 +118,7 @@ def separate(data: bytes) -> list[tuple[int, int]]:
 
 
 def _html(data: bytes, where: str) -> Document:
-    """The text a reader of the page would want, without menus and scripts if they can be told."""
+    """The main text of the page, without menus and scripts where they can be recognized."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.html import HTMLTree
@@ -131,13 +131,13 @@ def _html(data: bytes, where: str) -> Document:
     text = "" if deep else extract_plain_text(page, main_content=True)
     text = text or extract_plain_text(page)
     if isinstance(document, Skipped):
-        return _repaired(document.reason, where, checked(text, where))
-    return checked(text, where)
+        return _repaired(document.reason, where, as_document(text, where))
+    return as_document(text, where)
 
 
 def _deep(page: Any) -> bool:
-    """Whether elements are nested so deep that telling menus apart, which takes the square of it,
-    would take long: 12 s at 20,000. Nobody writes such a page; a program may.
+    """Whether elements are nested so deeply that finding the main content, which is quadratic in
+    the depth, would be slow: 12 s at 20,000. Only a program writes such a page.
     """
     from resiliparse.parse.html import traverse_dom
 
@@ -147,32 +147,34 @@ def _deep(page: Any) -> bool:
         nonlocal deepest
         deepest = max(deepest, place.depth)
 
-    # As it was understood: each element is closed but the void ones, and nothing else is.
+    # In the parser's output every element is closed except the void ones, and nothing else is.
     codes = np.frombuffer(page.document.html.encode(), np.uint8)
     follows = codes[np.flatnonzero(codes[:-1] == ord("<")) + 1]
     open_tags = np.cumsum(np.where(follows == ord("/"), -1, 1))
-    if len(open_tags) and np.ptp(open_tags) >= _DEEP_PAGE:  # else few are so deep: a visit is slow
+    if len(open_tags) and np.ptp(open_tags) >= _DEEP_PAGE:  # rules most pages out: visits are slow
         traverse_dom(page.document, visit)
     return deepest >= _DEEP_PAGE
 
 
 def _decoded(data: bytes, where: str) -> Document:
-    """Bytes that should be a text as a document, or why they are none."""
+    """Bytes of text as a document, or the reason to skip them."""
     try:
-        return checked(data.decode(), where, data)
+        return as_document(data.decode(), where, data)
     except UnicodeDecodeError:
-        return _repaired("not valid UTF-8", where, checked(data.decode(errors="replace"), where))
+        return _repaired(
+            "not valid UTF-8", where, as_document(data.decode(errors="replace"), where)
+        )
 
 
 def without_mark(data: bytes) -> bytes:
-    """The start of a text without its byte order mark, in UTF-8; it is all of a text in UTF-16."""
+    """The start of a text as UTF-8 without a byte order mark; UTF-16 must be the whole text."""
     if data.startswith(UTF16):
         data = b"".join(recoded(iter([data])))
     return data.removeprefix(codecs.BOM_UTF8)
 
 
 def _pieces(data: bytes) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the pieces of a long text, a function of the text alone."""
+    """(start, stop) of the pieces of a long text; depends on the text alone."""
     start = 0
     while len(data) - start > 2 * PIECE_BYTES:
         earliest, latest = start + PIECE_BYTES, start + 4 * PIECE_BYTES
@@ -206,12 +208,12 @@ def _read(segment: Segment) -> bytes:
 
 
 def _cut() -> OSError:
-    """A file that is shorter by now than when its segments were chosen."""
+    """The error for a file that has become shorter since it was cut into segments."""
     return OSError(errno.EIO, "it was cut while it was read")
 
 
 def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
-    """(position, whole lines); None for a line that is over LINE_BYTES."""
+    """(position, whole lines); None instead of a line over LINE_BYTES."""
     if segment.stop - segment.start <= _AT_ONCE:
         yield segment.start, _read(segment)
         return
@@ -221,7 +223,7 @@ def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
         while position < segment.stop:
             line = file.readline(min(LINE_BYTES + 1, segment.stop - position))
             end, over = position + len(line), len(line) > LINE_BYTES and not line.endswith(b"\n")
-            while end < segment.stop and not line.endswith(b"\n"):  # the rest of one that is over
+            while end < segment.stop and not line.endswith(b"\n"):  # skip the rest of a long line
                 if not (line := file.readline(min(_BLOCK, segment.stop - end))):
                     raise _cut()
                 end += len(line)
@@ -230,7 +232,7 @@ def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _records(segment: Segment, field: str) -> Iterator[Document]:
-    """Text fields of JSON lines; orjson is stricter than `json`, which takes all that it takes."""
+    """Text fields of JSON lines. `json` accepts everything that the stricter orjson accepts."""
     for position, block in _blocks(segment):
         if block is None:
             yield Skipped(f"line over {LINE_BYTES >> 20} MiB", f"{segment.name}: byte {position}")
@@ -245,7 +247,7 @@ def _records(segment: Segment, field: str) -> Iterator[Document]:
             try:
                 text = orjson.loads(view[start:end])[field]
                 if type(text) is str:
-                    document = checked(text, "")
+                    document = as_document(text, "")
                     if type(document) is bytes:
                         yield document
                         continue
@@ -256,7 +258,7 @@ def _records(segment: Segment, field: str) -> Iterator[Document]:
 
 
 def _slow_record(line: bytes, field: str, where: str) -> Document:
-    """A line that the fast way did not take: the document after all, or the reason."""
+    """A line that the fast path did not accept: its document after all, or the reason."""
     try:
         value = _LENIENT.decode(line.decode())
     except UnicodeDecodeError:
@@ -272,7 +274,7 @@ def _slow_record(line: bytes, field: str, where: str) -> Document:
         return Skipped(f"no field {field!r}", where)
     if not isinstance(value[field], str):
         return Skipped(f"field {field!r} is not text", where)
-    return checked(value[field], where)
+    return as_document(value[field], where)
 
 
 def _cells(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
@@ -284,7 +286,7 @@ def _cells(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
         row, value = item
         where = f"{segment.name}: row {row}"
         if isinstance(value, str | bytes):  # some programs write text as bytes
-            yield _decoded(value, where) if isinstance(value, bytes) else checked(value, where)
+            yield _decoded(value, where) if isinstance(value, bytes) else as_document(value, where)
         else:
             what = "is empty" if value is None else "is not text"
             yield Skipped(f"field {field!r} {what}", where)
@@ -296,8 +298,8 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         where = f"{segment.name}: from byte {segment.start}"
         yield Skipped("piece of a table whose header is over 1 MiB", where)
         return
-    csv.field_size_limit(2**31 - 1)  # whoever stops inside a cell takes its rest for rows
-    over = segment.stop - segment.start > LINE_BYTES  # it would end with the first row that ends
+    csv.field_size_limit(2**31 - 1)  # stopping inside a cell would read its rest as rows
+    over = segment.stop - segment.start > LINE_BYTES  # no row ends before that
     data = _read(replace(segment, stop=min(segment.stop, segment.start + LINE_BYTES)))
     data = without_mark(data if segment.start == 0 else segment.header + data)
     text = io.BytesIO(data + _END.encode() * over)
@@ -320,7 +322,7 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
             return
         if row == 1:
             if field not in cells:
-                if not segment.start:  # else the first piece says it
+                if not segment.start:  # otherwise the first piece reports it
                     yield Skipped(f"no column {field!r}", segment.name)
                 return
             column = cells.index(field)

@@ -1,8 +1,8 @@
-"""One unit of work: its documents hashed and encoded, the result in one self-checking file.
+"""Hashes and encodes the documents of one unit of work into one self-checking result file.
 
-The file is a cache that lets a killed preparation go on: it appears under its name whole, carries
-the key of its input and a checksum, and is made anew whenever either does not fit. So it needs no
-fsync: what a power cut leaves of it is noticed.
+The file is a cache that lets a killed preparation resume: it is renamed into place whole, carries
+the key of its input and a checksum, and is rewritten if either does not match. So it needs no
+fsync: damage from a power cut is detected.
 """
 
 import json
@@ -30,25 +30,25 @@ HASH_BYTES = 16
 HASH_RULE = f"BLAKE3-{8 * HASH_BYTES} of the UTF-8 text, key {HASH_KEY.decode()}"
 DUPLICATE = "exact duplicate"
 EXCLUDED = "shares text with an excluded file"
-EXCLUDE_GRAM = 13  # tokens in a row, as GPT-3's decontamination counted words
+EXCLUDE_GRAM = 13  # consecutive tokens; GPT-3's decontamination used 13 words
 
 
 @dataclass
 class Rejects:
-    """Counts by reason, with the first few places of each."""
+    """Counts of skipped items by reason, with the first few places of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
-        """One more document, or file, that was not taken."""
+        """Record a skipped document or file, or several."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         places = self.examples.setdefault(reason, [])
         if where and len(places) < EXAMPLES:
             places.append(where)
 
     def merge(self, other: "Rejects") -> None:
-        """All of another unit's, in the order of the units."""
+        """Add those of the next unit."""
         for reason, count in other.counts.items():
             self.add(reason, "", count)
             room = EXAMPLES - len(self.examples[reason])
@@ -57,32 +57,32 @@ class Rejects:
 
 @dataclass
 class Encoded:
-    """What a unit came to. `tokens` has all its documents, each closed by end-of-text."""
+    """The result of a unit. `tokens` holds all its documents, each closed by end-of-text."""
 
     tokens: NDArray[np.uint16]  # (sum of lengths,)
-    lengths: NDArray[np.uint32]  # (documents,) tokens with end-of-text
+    lengths: NDArray[np.uint32]  # (documents,) tokens, including end-of-text
     text_bytes: NDArray[np.uint32]  # (documents,)
     hashes: NDArray[np.uint64]  # (documents, 2), see HASH_RULE
     inputs: NDArray[np.uint32]  # (documents,) the input each document came with
-    keys: NDArray[np.uint32]  # (documents, bands) of their sketches, or (documents, 0) if not asked
-    marks: NDArray[np.uint8]  # (documents, bins) of the same, or (documents, 0)
+    keys: NDArray[np.uint32]  # (documents, bands) of their sketches; (documents, 0) without them
+    marks: NDArray[np.uint8]  # (documents, bins) of the same; (documents, 0) without them
     rejects: Rejects
-    place: Place | None = None  # where the tokens lie, once stored
+    place: Place | None = None  # location of the tokens, once stored
 
 
 _ARRAYS = (
-    ("hashes", np.dtype("<u8")),  # the widest first keeps all of them aligned
+    ("hashes", np.dtype("<u8")),  # widest first keeps all arrays aligned
     ("lengths", np.dtype("<u4")),
     ("text_bytes", np.dtype("<u4")),
     ("inputs", np.dtype("<u4")),
     ("keys", np.dtype("<u4")),
-    ("marks", np.dtype("u1")),  # so many for each document that the tokens are aligned
+    ("marks", np.dtype("u1")),  # an even number per document keeps the tokens aligned
     ("tokens", np.dtype("<u2")),
 )
 
 
 class Tools:
-    """What a worker keeps from one unit to the next."""
+    """State that a worker keeps between units."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.encoder, self.tables = job, Encoder(job.encoder), Tables()
@@ -91,8 +91,8 @@ class Tools:
 
 
 def encode_unit(unit: Unit, tools: Tools) -> Encoded:
-    """Read, hash and encode all documents of a unit; exact repeats inside it are left out."""
-    tokens = np.empty(UNIT_BYTES // 2, np.uint16)  # seldom too few, and cheap until it is filled
+    """Read, hash and encode all documents of a unit, dropping exact duplicates within it."""
+    tokens = np.empty(UNIT_BYTES // 2, np.uint16)  # rarely too small, and untouched pages are free
     used, lengths, sizes, inputs = 0, [], [], []
     hashes: dict[bytes, str] = {}
     rejects = Rejects()
@@ -137,13 +137,13 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
 
 
 def _exclude(encoded: Encoded, excluded: GramSet, names: list[str]) -> None:
-    """Drop the documents that contain a run of tokens of the excluded texts."""
+    """Drop the documents that share an n-gram with the excluded texts."""
     ends = np.cumsum(encoded.lengths, dtype=np.int64)
     hits = excluded.find_runs(encoded.tokens, EXCLUDE_GRAM)
     if not len(hits):
         return
     owners = np.searchsorted(ends, hits, "right")
-    # The excluded grams hold no end-of-text, so none of these runs over the end of a document.
+    # The excluded n-grams contain no end-of-text, so no hit crosses the end of a document.
     drop = np.zeros(len(ends), bool)
     drop[owners] = True
     for document in np.flatnonzero(drop).tolist():
@@ -154,7 +154,7 @@ def _exclude(encoded: Encoded, excluded: GramSet, names: list[str]) -> None:
 
 
 def _guarded(segment: Segment, tools: Tools) -> Iterator[Document]:
-    """The segment's documents; a file that vanished or cannot be read becomes a reject."""
+    """The segment's documents; a missing or unreadable file becomes a reject."""
     try:
         yield from documents(segment, tools.job.text_field, tools.tables)
     except OSError as error:
@@ -164,7 +164,7 @@ def _guarded(segment: Segment, tools: Tools) -> Iterator[Document]:
 
 
 def store(encoded: Encoded, path: Path, key: str) -> None:
-    """Write a unit's result so that `path` is there whole or not at all."""
+    """Write a unit's result atomically to `path`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     check, shapes = blake3(), {}
     try:
@@ -186,11 +186,11 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
 
 
 def load(path: Path, key: str, *, check: bool) -> Encoded | None:
-    """A stored result, if it is there, belongs to `key` and (if `check`) is not damaged."""
+    """The stored result if it exists, matches `key` and (if `check`) is intact; else None."""
     try:
         with path.open("rb") as file:
-            # Mapped: what is only copied on, the tokens, need not come into this process at all.
-            # For itself alone: many FUSE drives know no other map (numpy#9894, safetensors#545).
+            # Mapped, so that the tokens, which are only copied on, take no memory here. Privately,
+            # since many FUSE drives support no other map (numpy#9894, safetensors#545).
             data = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         size = int.from_bytes(data[-8:], "little")
         head = json.loads(data[-8 - size : -8])
@@ -202,7 +202,7 @@ def load(path: Path, key: str, *, check: bool) -> Encoded | None:
             shape = head["shapes"][name]
             items = int(np.prod(shape))
             arrays[name] = np.frombuffer(data, dtype, items, at).reshape(shape)
-            place = Place(path, at)  # the tokens are the last
+            place = Place(path, at)  # of the tokens, which come last
             at += items * dtype.itemsize
         return Encoded(**arrays, rejects=Rejects(head["counts"], head["examples"]), place=place)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

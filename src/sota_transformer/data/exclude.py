@@ -1,4 +1,4 @@
-"""The grams of texts that must not be trained on: evaluation files named by `--exclude`."""
+"""The n-grams of texts that must not be trained on: the evaluation files given by `--exclude`."""
 
 import json
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ from sota_transformer.words import counted
 
 
 def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None:
-    """Write the sorted gram hashes of all texts as .npy, and say how many are too short for that.
+    """Write the sorted n-gram hashes of all texts as .npy, and report how many are too short.
 
-    SotaError 66 for a missing file, 65 for one that cannot be read or if no text is long enough.
+    SotaError 66 for a missing file, 65 for an unreadable one or if no text is long enough.
     """
     tokenizer, found, short = Tokenizer(), [], 0
     for text in _texts(inputs, text_field):
@@ -33,29 +33,33 @@ def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None
     grams = distinct(np.concatenate(found)) if found else np.empty(0, np.uint64)
     if not len(grams):
         raise SotaError(
-            f"--exclude {', '.join(inputs)}: no text there has {EXCLUDE_GRAM} tokens", BAD_DATA
+            f"--exclude {', '.join(inputs)}: no text has at least {EXCLUDE_GRAM} tokens", BAD_DATA
         )
     if short:
-        print(f"note: {counted(short, 'excluded text')} too short to be found again")
+        verb = "is" if short == 1 else "are"
+        print(
+            f"note: {counted(short, 'excluded text')} {verb} shorter than {EXCLUDE_GRAM} tokens "
+            "and cannot be matched"
+        )
     np.save(path, grams)
 
 
 def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
-    """Texts of the excluded files; of records without the text field every string.
+    """Texts of the excluded files; for records without the text field, every string.
 
-    What cannot be read is an error: left out here in silence, it would be trained on. What only
-    lies in a folder and is no text is said to be left out.
+    Unreadable input is an error: if it were silently skipped here, it would be trained on. Files
+    of a folder that are not text are skipped with a note.
     """
     sources, skipped = find(inputs)
-    passed: list[Skipped] = []
+    ignored: list[Skipped] = []
     for item in skipped:
         if item.reason.endswith("is not a text format"):
-            passed.append(item)
+            ignored.append(item)
         else:
             _refuse(item)
     for source in sources:
         if source.codec or source.kind in ARCHIVES:
-            raise SotaError(f"--exclude {source.name}: unpack it first", USAGE)
+            raise SotaError(f"--exclude {source.name}: packed file; unpack it first", USAGE)
         if source.kind == "jsonl":
             data = without_mark(Path(source.path).read_bytes())
             for line in data.decode(errors="replace").split("\n"):
@@ -68,16 +72,16 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             elif document.repaired:
                 yield document.repaired.decode()
             elif document.reason == BINARY and Path(inputs[source.input]).is_dir():
-                passed.append(document)
+                ignored.append(document)
             else:
                 _refuse(document)
-    if passed:
-        first = f"the first is {printable(passed[0].where)}: {passed[0].reason}"
-        print(f"note: --exclude passes over {counted(len(passed), 'file')}; {first}")
+    if ignored:
+        first = f"the first is {printable(ignored[0].where)}: {ignored[0].reason}"
+        print(f"note: --exclude ignores {counted(len(ignored), 'file')}; {first}")
 
 
 def _refuse(item: Skipped) -> None:
-    """SotaError 65 for what was not taken, unless there is no text in it."""
+    """SotaError 65 for a skipped input, unless it contains no text."""
     if item.reason not in ("hidden", NOTHING) and "empty" not in item.reason:
         raise SotaError(f"--exclude {item.where}: {item.reason}", BAD_DATA)
 
@@ -90,7 +94,7 @@ def _parsed(line: str, name: str) -> Any:
 
 
 def _strings(value: Any, text_field: str) -> Iterator[str]:
-    """The text field of a record, or else all strings in it."""
+    """The text field of a record, or all strings in it if there is none."""
     if isinstance(value, dict) and isinstance(value.get(text_field), str):
         yield value[text_field]
     elif isinstance(value, str):

@@ -1,12 +1,12 @@
-"""Token files of other projects, read as they are: raw uint16 ids, with or without an index.
+"""Token files of other projects ("foreign"), read in place: raw uint16 ids, maybe with an index.
 
     nanoGPT      train.bin, val.bin
-    llm.c        the same with a header of 256 int32; any number of files a split
-    Megatron     x.bin beside x.idx
-    datatrove    x.ds beside x.ds.index
+    llm.c        the same with a header of 256 int32; any number of files per split
+    Megatron     x.bin with x.idx
+    datatrove    x.ds with x.ds.index
 
-A folder without our manifest is looked through for them; a file belongs to validation if its name
-says so. Nothing is converted: the files get a manifest in memory, with their own hashes.
+A folder without our manifest is searched for them; a file belongs to validation if its name says
+so. Nothing is converted: the files get a manifest in memory, with their own hashes.
 """
 
 import hashlib
@@ -32,15 +32,15 @@ _VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")  # a word: not 
 
 
 def foreign_files(folder: Path) -> list[Path]:
-    """The token files of a folder, sorted by name; what is hidden is none, as macOS' `._NAME`."""
+    """The token files of a folder, sorted by name, without hidden ones such as macOS' `._NAME`."""
     found = (path for path in folder.iterdir() if path.suffix in ENDINGS)
     return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
 
 
 def foreign_manifest(folder: Path) -> dict[str, Any]:
-    """A manifest of a folder of raw token files; every id of theirs is read once.
+    """A manifest of a folder of raw token files; reads every id once.
 
-    SotaError 65 for ids outside GPT-2's vocabulary, another id type, or a size that does not fit.
+    SotaError 65 for ids outside GPT-2's vocabulary, another id type, or an impossible file size.
     """
     parts: dict[str, list[Path]] = {"train": [], "val": []}
     for path in foreign_files(folder):
@@ -72,23 +72,26 @@ def foreign_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _first_token(path: Path) -> int:
-    """Byte at which the ids begin."""
+    """Offset of the first id in bytes."""
     with path.open("rb") as file:
         head = file.read(_LLMC_HEADER)
     if len(head) < _LLMC_HEADER or int.from_bytes(head[:4], "little") not in _LLMC_MAGICS:
         return 0
     version, count = struct.unpack_from("<2i", head, 4)
     if version != 1 or _LLMC_HEADER + 2 * count != path.stat().st_size:
-        text = f"{path}: an llm.c file of version {version} with {count:,} ids, not GPT-2's uint16"
+        text = (
+            f"{path}: an llm.c file of version {version} whose header says {count:,} ids; expected "
+            "version 1, with uint16 ids that fill the file"
+        )
         raise SotaError(text, BAD_DATA)
     return _LLMC_HEADER
 
 
 def _measure(path: Path, start: int) -> dict[str, Any]:
-    """Tokens, documents, bytes of text and SHA-256 of one file."""
+    """Counts of tokens, documents and bytes of text, and the SHA-256, of one file."""
     size = path.stat().st_size
     if (size - start) % 2:
-        raise SotaError(f"{path}: {size:,} bytes are no whole number of uint16 ids", BAD_DATA)
+        raise SotaError(f"{path}: {size:,} bytes is not a whole number of uint16 ids", BAD_DATA)
     lengths, digest = Tokenizer().token_bytes, hashlib.sha256()
     documents = text_bytes = 0
     wide = size - start > 2
@@ -104,14 +107,14 @@ def _measure(path: Path, start: int) -> dict[str, Any]:
             documents += int((ids == EOT).sum())
             text_bytes += int(lengths[ids].sum())
     if wide:
-        raise SotaError(f"{path}: every other id is 0: ids of 32 bits, not uint16", BAD_DATA)
+        raise SotaError(f"{path}: every other id is 0: these are 32-bit ids, not uint16", BAD_DATA)
     tokens = (size - start) // 2
     found = {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
     return found | {"sha256": digest.hexdigest()}
 
 
 def _check_index(path: Path, tokens: int) -> None:
-    """SotaError 65 if the index beside a file says that it is something else."""
+    """SotaError 65 if the index next to a file contradicts it."""
     index = path.with_suffix(".idx")
     if path.suffix == ".bin" and index.exists():
         data = index.read_bytes()
@@ -119,9 +122,10 @@ def _check_index(path: Path, tokens: int) -> None:
             raise SotaError(f"{index}: not a Megatron index", BAD_DATA)
         version, kind, sequences = struct.unpack_from("<QBQ", data, len(_MEGATRON_MAGIC))
         if version != 1 or kind != _MEGATRON_UINT16:
-            raise SotaError(f"{index}: version {version}, id type {kind}; not uint16", BAD_DATA)
+            text = f"{index}: version {version}, id type {kind}; expected version 1, uint16 ids"
+            raise SotaError(text, BAD_DATA)
         if len(data) < 34 + 4 * sequences:
-            raise SotaError(f"{index}: cut off, or damaged", BAD_DATA)
+            raise SotaError(f"{index}: truncated or damaged", BAD_DATA)
         lengths = np.frombuffer(data, "<i4", sequences, 34)
         if int(lengths.sum()) != tokens:
             raise SotaError(f"{index} and {path.name} disagree on the number of ids", BAD_DATA)

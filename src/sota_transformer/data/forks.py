@@ -1,4 +1,4 @@
-"""Where worker processes come from: light, so that the fork server can be started first of all."""
+"""How worker processes start. Light imports only, so that the fork server can be started first."""
 
 import multiprocessing
 import os
@@ -13,10 +13,10 @@ from types import ModuleType
 
 
 def worker_context() -> BaseContext:
-    """How worker processes come to be."""
-    # On macOS system libraries do not survive a fork, not even that of a small server. It listens
-    # in the temporary folder, at a name of 107 bytes at most: /pymp-xxxxxxxx/listener-xxxxxxxx
-    # is put behind (gh-132124).
+    """The multiprocessing start method: fork server where it works, else spawn."""
+    # On macOS, system libraries do not survive a fork, not even in a small server. The server's
+    # socket is in the temporary folder, and its path, which ends in
+    # /pymp-xxxxxxxx/listener-xxxxxxxx, may have at most 107 bytes (gh-132124).
     unfit = sys.platform == "darwin" or len(os.fsencode(tempfile.gettempdir())) > 75
     if unfit or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -26,12 +26,12 @@ def worker_context() -> BaseContext:
 
 
 @contextmanager
-def bare() -> Iterator[None]:
-    """For what starts a process, which would get the main module and the arguments, and needs none.
+def without_main_module() -> Iterator[None]:
+    """Start processes without passing them the main module and arguments, which they do not need.
 
-    To import the module fails where it is standard input, and starts over where it is a script
-    without a guard. Python 3.13.12 and 3.14.3 hand all arguments to a fork server in one, which
-    cannot be as long as a folder's worth of names (gh-144503).
+    Importing the main module fails if it is standard input, and runs a script again that has no
+    `__main__` guard. Python 3.13.12 and 3.14.3 pass all arguments to a fork server as a single one,
+    which cannot hold a folder's worth of file names (gh-144503).
     """
     main, arguments = sys.modules["__main__"], sys.argv
     sys.modules["__main__"], sys.argv = ModuleType("__main__"), arguments[:1]
@@ -42,15 +42,15 @@ def bare() -> Iterator[None]:
 
 
 def warm_up() -> None:
-    """Let the fork server load the encoder while this process reads options and looks for files."""
+    """Start the fork server, which loads the encoder while this process looks for files."""
     if worker_context().get_start_method() == "forkserver":
-        # numpy's linear algebra, which none of us needs, would start threads: there a fork must not
-        # meet them, and here they spin while the workers want the processor.
+        # numpy's BLAS, unused here, would start threads: in the server they make forking unsafe,
+        # and in this process they spin on cores that the workers need.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        # Ctrl-C reaches the server, too, which has nothing to say; it ignores it once it runs.
+        # Ctrl-C reaches the server too, which ignores it only once it runs: block it until then.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with bare():
+            with without_main_module():
                 forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

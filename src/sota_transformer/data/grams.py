@@ -1,4 +1,4 @@
-"""Hashes of token n-grams: what near-duplicates, decontamination and the leakage report count."""
+"""Hashes of token n-grams, for near-duplicates, decontamination and the leakage report."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BASE = 0xD6E8FEB86659FD93  # odd, with bits everywhere
-_CHUNK = 1 << 18  # bytes of numbers at a time, so that what is made of them stays in the cache
+_BASE = 0xD6E8FEB86659FD93  # odd, with well-spread bits
+_CHUNK = 1 << 18  # bytes of numbers at a time, so that intermediates stay in the CPU cache
 
 
 def gram_hashes(ids: NDArray[Any], size: int) -> NDArray[np.uint64]:
-    """Hash of each run of `size` ids: (n - size + 1,); empty if there is none."""
+    """Hash of each n-gram of `size` ids: (n - size + 1,); empty if there are too few ids."""
     out = np.empty(max(0, len(ids) - size + 1), np.uint64)
     for chunk, numbers in _chunks(ids, size, out, add=1):
         np.copyto(chunk, _mix(numbers))
@@ -19,26 +19,26 @@ def gram_hashes(ids: NDArray[Any], size: int) -> NDArray[np.uint64]:
 
 
 def gram_order(ids: NDArray[Any], size: int) -> NDArray[np.uint32]:
-    """A number for each run of `size` ids, different as a hash is but for its low bits; half the
-    work: enough to tell runs apart and to choose those of small numbers. `mixed` makes hashes.
+    """A number for each n-gram of `size` ids, like a hash except for weak low bits, at half the
+    cost: enough to tell n-grams apart and to select small numbers. `mixed` makes it a hash.
     """
     out = np.empty(max(0, len(ids) - size + 1), np.uint32)
-    # The factor lets the last id, too, decide on the high bits.
+    # The factor lets the last id, too, affect the high bits.
     for chunk, numbers in _chunks(ids, size, out):
         np.multiply(numbers, np.uint32(_BASE % (1 << 32)), out=chunk)
     return out
 
 
 def mixed(numbers: NDArray[Any]) -> NDArray[Any]:
-    """Hashes of uint32 or uint64, such as `gram_order`'s; different ones of different numbers."""
+    """Hashes of uint32 or uint64, such as those of `gram_order`; distinct for distinct numbers."""
     return _mix(numbers.copy())
 
 
 def _chunks(
     ids: NDArray[Any], size: int, out: NDArray[Any], *, add: int = 0
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Parts of `out` and the polynomials of their runs of ids, each id raised by `add`; what is
-    made on the way lies in the same few rows for all, for memory taken anew costs as much again.
+    """Chunks of `out` with the polynomials of their n-grams, `add` added to each id. All chunks use
+    the same few rows for intermediates: allocating anew would double the cost.
     """
     count = min(len(out), _CHUNK // out.itemsize)
     rows = np.empty((1 + size.bit_length(), count + size - 1), out.dtype)
@@ -50,8 +50,8 @@ def _chunks(
 
 
 def _polynomial(ids: NDArray[Any], size: int, rows: NDArray[Any]) -> NDArray[Any]:
-    """The sum of id times _BASE ** (size - 1 - place) over each run: (len(ids) - size + 1,), in
-    `rows`. That of two runs side by side follows from theirs.
+    """The sum of id * _BASE ** (size - 1 - place) over each n-gram: (len(ids) - size + 1,), in
+    `rows`. The sum of two adjacent n-grams follows from theirs.
     """
     if size == 1:
         return ids
@@ -69,7 +69,7 @@ def _polynomial(ids: NDArray[Any], size: int, rows: NDArray[Any]) -> NDArray[Any
 
 
 def _mix(x: NDArray[Any]) -> NDArray[Any]:
-    """Every bit of the result depends on every bit of x, in place; of uint64 as in splitmix64."""
+    """Mix in place: every output bit depends on every bit of x. uint64 as in splitmix64."""
     dtype = x.dtype.type
     if dtype is np.uint32:
         steps, factors = (16, 15, 16), (0x7FEB352D, 0x846CA68B)
@@ -85,7 +85,7 @@ def _mix(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
-    """Sorted, in place, and once each: np.unique is slower."""
+    """The sorted distinct numbers. Sorts its argument in place; faster than np.unique."""
     numbers.sort()
     first = np.empty(len(numbers), bool)
     first[:1] = True
@@ -94,10 +94,10 @@ def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
 
 
 class GramSet:
-    """A set of 64-bit gram hashes that answers for a million at a time."""
+    """A set of 64-bit n-gram hashes with fast bulk lookups."""
 
     def __init__(self, hashes: NDArray[np.uint64]) -> None:
-        """`hashes` in any order, repeats allowed: (n,)."""
+        """`hashes` in any order, duplicates allowed: (n,)."""
         self.sorted = distinct(hashes.copy())
         bits = max(10, min(24, len(self.sorted).bit_length() + 4))
         self._mask, self._shifts = np.uint64((1 << bits) - 1), (np.uint64(64 - bits), np.uint64(8))
@@ -106,11 +106,11 @@ class GramSet:
             known[self._slots(self.sorted, shift)] = True
 
     def _slots(self, hashes: NDArray[np.uint64], shift: np.uint64) -> NDArray[np.int64]:
-        """Places in a filter, as numbers that numpy need not convert."""
+        """Indices into a filter, in numpy's index dtype, which needs no conversion."""
         return (hashes >> shift & self._mask).view(np.int64)
 
     def find(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Places of those that are in the set, in order."""
+        """Indices of the hashes that are in the set, in order."""
         first, second = self._filters
         maybe = np.flatnonzero(first.take(self._slots(hashes, self._shifts[0])))
         maybe = maybe[second.take(self._slots(hashes[maybe], self._shifts[1]))]
@@ -119,7 +119,7 @@ class GramSet:
         return maybe[self.sorted.take(at, mode="clip") == keys]
 
     def find_runs(self, ids: NDArray[Any], size: int) -> NDArray[np.int64]:
-        """Where in `ids` a run of `size` begins whose hash is in the set, in order."""
+        """Start positions in `ids` of the n-grams whose hash is in the set, in order."""
         found, step = [np.empty(0, np.int64)], _CHUNK // 8
         for start in range(0, len(ids), step):
             hashes = gram_hashes(ids[start : start + step + size - 1], size)

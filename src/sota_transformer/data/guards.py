@@ -1,4 +1,4 @@
-"""What can go wrong around a preparation, in words a person can act on."""
+"""Resource limits and errors of a preparation, reported as one actionable line."""
 
 import errno
 import math
@@ -23,7 +23,7 @@ from sota_transformer.options import Prepare
 _FEW_TOKENS = 4096
 _MOST_WORKERS = 1024
 _PARENT_MB, _WORKER_MB = 110, 130  # measured by benchmarks/prepare.py, rounded up
-CREATE = {  # what says that a place, not a disk, is wrong
+CREATE = {  # errors that mean a bad path, not a bad disk
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -37,7 +37,7 @@ CREATE = {  # what says that a place, not a disk, is wrong
 
 
 def workers(options: Prepare) -> int:
-    """How many processes to use."""
+    """Number of worker processes to use."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -47,40 +47,41 @@ def workers(options: Prepare) -> int:
     fits = (options.memory_mb - _PARENT_MB) // _WORKER_MB
     if fits < 1:
         least = _PARENT_MB + _WORKER_MB
-        raise SotaError(f"--memory-mb {options.memory_mb} is too little; it takes {least} at least")
+        raise SotaError(f"--memory-mb {options.memory_mb} is too small; use at least {least}")
     return min(wanted, fits)
 
 
 @contextmanager
-def plain_errors(out: Path) -> Iterator[None]:
-    """Errors of the operating system as one line with a code."""
+def one_line_errors(out: Path) -> Iterator[None]:
+    """Turn OSError into a one-line SotaError with an exit code."""
     try:
         yield
     except OSError as error:
         place = error.filename or out
         create, free = error.errno in CREATE, ""
         with suppress(OSError):
-            free = f"; {shutil.disk_usage(out.parent).free / 1e6:,.0f} MB are free there"
+            free = f"; {shutil.disk_usage(out.parent).free / 1e6:,.0f} MB free"
         what = "cannot be written" if create else "writing failed"
         raise SotaError(
-            f"{place}: {what} ({error.strerror or error}){free}; choose another --out or make "
-            "room, then give the same command again",
+            f"{place}: {what} ({error.strerror or error}){free}; choose another --out or free "
+            "some space, then run the same command again",
             LOCKED if create else IO_FAILED,
         ) from error
 
 
 @contextmanager
 def stoppable(work: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM as one line that says how to go on."""
+    """Turn Ctrl-C and SIGTERM into one line that says how to resume."""
     try:
         with interruptible(signal.SIGINT, signal.SIGTERM):
             yield
     except Interrupted as error:
-        raise SotaError(f"stopped; the same command goes on from {work}", error.code) from error
+        text = f"stopped; run the same command again to resume from {work}"
+        raise SotaError(text, error.code) from error
 
 
-def enough(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
-    """SotaError 65 when a split is empty; a note when validation is very short."""
+def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
+    """SotaError 65 if a split would be empty; prints a note if validation is very short."""
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     documents = train["documents"] + val["documents"]
     if not documents:
@@ -88,21 +89,21 @@ def enough(manifest: dict[str, Any], val_fraction: float, shards: Path) -> None:
         raise SotaError(f"no usable text in the inputs: {reasons}", BAD_DATA)
     for split, part in (("train", train), ("val", val)):
         if not part["documents"] and (split == "train" or val_fraction):
-            what, advice = "1 document is", "add text, or cut it into several files"
+            what, advice = "1 document is", "add text, or split it into several files"
             if documents > 1:
                 what = f"{documents:,} documents are"
-                advice = f"add text, or use --val-fraction {_dividing(shards)}"
+                advice = f"add text, or use --val-fraction {_workable_fraction(shards)}"
             raise SotaError(f"{what} too few: the {split} split would be empty; {advice}", BAD_DATA)
     if val_fraction and val["tokens"] < _FEW_TOKENS:
         more, advice = min(0.5, max(2 * val_fraction, 8 / documents)), "add text"
         if more > val_fraction and documents >= 16:
-            advice += f", or begin anew with --val-fraction {more:.2g}"
+            advice += f", or start over with --val-fraction {more:.2g}"
         print(f"note: validation has only {val['tokens']:,} tokens; {advice}")
 
 
-def _dividing(shards: Path) -> str:
-    """A share, as short as can be, that gives up to eight of these documents to validation, and as
-    many or more to training: with so few that is for their hashes to say.
+def _workable_fraction(shards: Path) -> str:
+    """The shortest --val-fraction that puts up to eight of these documents into validation and at
+    least as many into training. With so few documents it depends on their hashes.
     """
     import numpy as np
 

@@ -1,8 +1,8 @@
 """The batch of a step, as a pure function of (data, seed, step).
 
-`rows(step)` names the global rows of a step; row g is window `order(...)(g)`, and each rank takes
-its slice last. So no rank, worker or interruption can change what a step sees, and there is no
-state to save: any step can be asked for directly, and the next one is fetched while one computes.
+`rows(step)` gives the global rows of a step; `permute` maps each row to a window, and each rank
+takes its slice of the rows. So no rank, worker or interruption can change what a step sees, and
+there is no state to save: any step can be requested directly, and the next one is prefetched.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,16 @@ _U64 = (1 << 64) - 1
 
 
 class Windows(Protocol):
-    """What a loader reads from: `shards.TokenWindows`, or any sequence of equal rows."""
+    """The source of a loader: `shards.TokenWindows`, or any sequence of equally long rows."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> NDArray[np.uint16]: ...
 
 
 def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where each position of an epoch of `size` windows leads: a permutation without state.
+    """The window at each position of an epoch of `size` windows: a stateless permutation.
 
-    A Feistel network permutes the next power of four; positions that land outside `size` walk on.
+    A Feistel network permutes the next power of four; results outside `size` are permuted again.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
@@ -47,7 +47,7 @@ def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> N
 
 
 class BatchLoader:
-    """Batches by step, for one rank, with the next one fetched in the background."""
+    """Batches by step for one rank, with the next one prefetched in the background."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class BatchLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`rows(step)` gives the step's global rows; their number must divide by `world`."""
+        """`rows(step)` gives the step's global rows; their number must be divisible by `world`."""
         self._windows, self._seed, self._rows = windows, seed, rows
         self._rank, self._world = rank, world
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -72,7 +72,7 @@ class BatchLoader:
         return np.array(rows[self._rank * size : (self._rank + 1) * size], np.int64)
 
     def window_ids(self, step: int) -> NDArray[np.int64]:
-        """Windows of this rank at `step`, each window once an epoch over all ranks: (B,)."""
+        """Windows of this rank at `step`, each window once per epoch over all ranks: (B,)."""
         rows, size = self.row_numbers(step), len(self._windows)
         ids = np.empty(len(rows), np.int64)
         for epoch in np.unique(rows // size).tolist():
@@ -81,7 +81,7 @@ class BatchLoader:
         return ids
 
     def dropout_keys(self, step: int) -> NDArray[np.int32]:
-        """(B,), a hash of the run's seed, the step and each row's global number."""
+        """A hash of the run's seed, the step and each row's global number: (B,)."""
         words = self.row_numbers(step).astype(np.uint64)
         for value in (step, self._seed):
             words = (words + np.uint64(value + 1)) * np.uint64(_GOLDEN)
@@ -89,7 +89,7 @@ class BatchLoader:
         return (words >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """This rank's windows at `step`: (B, T + 1). Errors of the read come out here."""
+        """This rank's windows at `step`: (B, T + 1). Raises errors of the background read."""
         if self._ahead is not None and self._ahead[0] == step:
             result = self._ahead[1].result()
         else:

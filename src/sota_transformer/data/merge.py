@@ -1,7 +1,7 @@
-"""Units in their order -> deduplicated, split, in shards, with a manifest.
+"""Merges units in order: deduplicate, assign splits, write shards, collect the manifest.
 
-The side of a document is a function of its hash alone, and of two equal documents the first in the
-order of the units stays; so nothing here depends on who encoded what, or when.
+A document's split is a function of its hash alone, and of equal documents the first in unit order
+stays; so nothing here depends on which worker encoded what, or when.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from sota_transformer.errors import BAD_DATA, SotaError
 
 SHARD_TOKENS = 1 << 26
 _RUN_DOCUMENTS = 1 << 16
-_KNOWN_DOCUMENTS = 512  # of a prepared folder at a time
+_KNOWN_DOCUMENTS = 512  # existing documents read at a time for an append
 NEAR_DUPLICATE = "near-duplicate"
-_BEGINNING = 16  # tokens of a document that an example shows
+_BEGINNING = 16  # tokens of a document to show as an example
 
 
 class SeenHashes:
@@ -37,7 +37,7 @@ class SeenHashes:
         self._runs: list[NDArray[np.void]] = []
 
     def new(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which of these (n, 2), all different, were not seen before: (n,). They are seen now."""
+        """Which of these distinct hashes, (n, 2), are new: (n,). Records them as seen."""
         keys = np.ascontiguousarray(hashes).view(f"S{HASH_BYTES}").reshape(-1)
         fresh = np.ones(len(keys), bool)
         for run in self._runs:
@@ -53,10 +53,10 @@ class SeenHashes:
 
 
 class SplitWriter:
-    """The shards of one split, each closed at the first document end behind SHARD_TOKENS."""
+    """The shards of one split, each closed at the first document end past SHARD_TOKENS."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        self.before = 0  # shards of the folder that these are appended to
+        self.before = 0  # existing shards of the folder, for an append
         self.shards: list[str] = []
         self.counts = {"tokens": 0, "documents": 0, "text_bytes": 0}
         self.files: dict[str, Future[dict[str, Any]]] = {}
@@ -71,7 +71,7 @@ class SplitWriter:
         """Append the kept documents of a unit, in order."""
         chosen = np.flatnonzero(keep)
         while len(chosen):
-            # As many documents as the shard has room for: it may overshoot by one document.
+            # As many documents as fit into the shard; the last one may overshoot.
             tokens = np.cumsum(encoded.lengths[chosen], dtype=np.int64)
             count = int(np.searchsorted(tokens, SHARD_TOKENS - self._held, "left")) + 1
             self._append(encoded, chosen[:count])
@@ -80,7 +80,7 @@ class SplitWriter:
             chosen = chosen[count:]
 
     def _append(self, encoded: Encoded, chosen: NDArray[np.int64]) -> None:
-        """Some documents of a unit, in order, to the open shard."""
+        """Append some documents of a unit, in order, to the open shard."""
         file = self._file or self._open()
         ends = np.cumsum(encoded.lengths, dtype=np.int64)
         breaks = np.flatnonzero(np.diff(chosen) > 1)
@@ -101,27 +101,27 @@ class SplitWriter:
         self.counts["text_bytes"] += int(encoded.text_bytes[chosen].sum(dtype=np.int64))
 
     def _open(self) -> Any:
-        """The next shard, with room for its header."""
+        """Open the next shard, leaving room for its header."""
         self.shards.append(f"{self._split}-{self.before + len(self.shards):05d}.npy")
         self._file = (self._folder / self.shards[-1]).open("xb", buffering=1 << 20)
         self._file.write(bytes(HEADER_BYTES))
         return self._file
 
     def _finish(self) -> None:
-        """Close the open shard; header, sync and hash happen aside, for they take their time."""
+        """Close the open shard; a thread writes the header, syncs and hashes it, which is slow."""
         if self._file is None:
             return
         name, stem = self.shards[-1], self.shards[-1].removesuffix(".npy")
         finish = self._thread.submit
         self.files[name] = finish(_seal, self._folder / name, self._file, self._held)
         for kind, parts in (("ends", self._ends), ("hashes", self._hashes)):
-            beside = f"{stem}.{kind}.npy"
+            sidecar = f"{stem}.{kind}.npy"
             array = np.concatenate(parts)
-            self.files[beside] = finish(_write_array, self._folder / beside, array)
+            self.files[sidecar] = finish(_write_array, self._folder / sidecar, array)
         self._file, self._ends, self._hashes, self._held = None, [], [], 0
 
     def close(self) -> dict[str, dict[str, Any]]:
-        """Finish the last shard; the manifest's entries of all files, when they are durable."""
+        """Finish the last shard, wait until all files are durable; their manifest entries."""
         self._finish()
         with self._thread:
             return {name: entry.result() for name, entry in self.files.items()}
@@ -135,18 +135,18 @@ class SplitWriter:
 
 
 def _seal(path: Path, file: Any, tokens: int) -> dict[str, Any]:
-    """Write the header of a finished shard, make it durable, hash it."""
+    """Write the header of a finished shard, sync and hash it; its manifest entry."""
     with file, ThreadPoolExecutor(1, thread_name_prefix="sync") as aside:
         file.flush()
         os.pwrite(file.fileno(), npy_header("<u2", (tokens,)), 0)
         durable = aside.submit(fsync, file.fileno())
-        digest = sha256_file(path)  # while the disk works
+        digest = sha256_file(path)  # while the disk syncs
         durable.result()
     return {"bytes": HEADER_BYTES + 2 * tokens, "sha256": digest}
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
-    """A whole array as a durable npy file."""
+    """Write an array as a durable .npy file; its manifest entry."""
     data = npy_header(array.dtype.str, array.shape) + array.tobytes()
     with path.open("xb") as file:
         file.write(data)
@@ -156,19 +156,19 @@ def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
 
 
 class Merger:
-    """Takes units in order, writes both splits, and knows what the manifest must say."""
+    """Takes units in order, writes both splits and collects their part of the manifest."""
 
     def __init__(self, folder: Path, val_below: int, inputs: int, near_dedup: float) -> None:
         """Documents whose hash is below `val_below` go to validation."""
         self.rejects, self._seen = Rejects(), SeenHashes()
-        self._again: list[NDArray[np.uint16]] = []  # beginnings of the first exact duplicates
+        self._again: list[NDArray[np.uint16]] = []  # first tokens of the first exact duplicates
         self._similar = Similar(near_dedup) if near_dedup else None
         self.splits = {split: SplitWriter(folder, split) for split in SPLITS}
         self._val_below = np.uint64(val_below)
         self.by_input = np.zeros((inputs, 3), np.int64)  # documents, text bytes, tokens
 
-    def know(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Go on behind a prepared folder, and take none of its documents again."""
+    def load_existing(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Append to a prepared folder: continue its shards and skip documents it contains."""
         for split, writer in self.splits.items():
             shards = manifest["splits"][split]["shards"]
             writer.before = len(shards)
@@ -180,25 +180,25 @@ class Merger:
                 tokens = Shard(folder, name, manifest)
                 ends = load_array(folder, f"{stem}.ends.npy", manifest).astype(np.int64)
                 if (np.diff(ends, prepend=0) <= 0).any() or not ends[-1:] == tokens.items:
-                    raise SotaError(f"{folder / name}: no documents end so", BAD_DATA)
+                    raise SotaError(f"{folder / name}: does not match its .ends file", BAD_DATA)
                 for at in range(0, len(ends), _KNOWN_DOCUMENTS):
                     start = int(ends[at - 1]) if at else 0
                     part = ends[at : at + _KNOWN_DOCUMENTS]
                     lengths = np.diff(part, prepend=start).astype(np.uint32)
                     ids = tokens.read(start, int(part[-1]))
                     place = Place(folder / name, HEADER_BYTES + 2 * start)
-                    self._similar.know(Batch(ids, lengths, *sketch(ids, lengths), place))
+                    self._similar.add_existing(Batch(ids, lengths, *sketch(ids, lengths), place))
 
     def add(self, encoded: Encoded) -> None:
-        """The next unit."""
+        """Merge the next unit."""
         self.rejects.merge(encoded.rejects)
         if not len(encoded.lengths):
             return
         fresh = self._seen.new(encoded.hashes)
         if not fresh.all():
-            self._repeated(encoded, np.flatnonzero(~fresh))
+            self._note_duplicates(encoded, np.flatnonzero(~fresh))
         if self._similar is not None:
-            fresh = self._unlike(encoded, fresh)
+            fresh = self._without_near_duplicates(encoded, fresh)
         val = encoded.hashes[:, 0] < self._val_below
         self.splits["train"].add(encoded, fresh & ~val)
         self.splits["val"].add(encoded, fresh & val)
@@ -208,8 +208,8 @@ class Merger:
             counted = np.bincount(encoded.inputs[fresh], values[fresh], rows)
             self.by_input[:, column] += counted.astype(np.int64)
 
-    def _repeated(self, encoded: Encoded, again: NDArray[np.int64]) -> None:
-        """Exact duplicates of what other units hold; their files are not known here any more."""
+    def _note_duplicates(self, encoded: Encoded, again: NDArray[np.int64]) -> None:
+        """Record exact duplicates of documents in other units; their files are unknown here."""
         self.rejects.add(DUPLICATE, "", len(again))
         starts = np.cumsum(encoded.lengths, dtype=np.int64) - encoded.lengths
         for document in again[: EXAMPLES - len(self._again)].tolist():
@@ -217,8 +217,10 @@ class Merger:
             ids = encoded.tokens[start : start + encoded.lengths[document] - 1]
             self._again.append(ids[:_BEGINNING].copy())
 
-    def _unlike(self, encoded: Encoded, fresh: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Without the near-duplicates of what came before."""
+    def _without_near_duplicates(
+        self, encoded: Encoded, fresh: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """`fresh` without the near-duplicates of earlier documents."""
         assert self._similar is not None and encoded.place is not None
         sketched = (encoded.tokens, encoded.lengths, encoded.keys, encoded.marks)
         stays = self._similar.new(Batch(*sketched, encoded.place), fresh)
@@ -227,7 +229,7 @@ class Merger:
         return stays
 
     def close(self) -> dict[str, Any]:
-        """Make all files durable; the part of the manifest that follows from the documents."""
+        """Make all files durable; the part of the manifest that describes the documents."""
         files: dict[str, dict[str, Any]] = {}
         for writer in self.splits.values():
             files |= writer.close()

@@ -1,10 +1,10 @@
-"""Near-duplicates: MinHash over token 5-grams to find candidates, their Jaccard index to decide.
+"""Near-duplicates: MinHash over token 5-grams finds candidates, their Jaccard index decides.
 
-1. `sketch.sketch`   a worker's part: keys and marks of every document of a unit
-2. `Similar`         the merger's part: documents that share a key are candidates, most of which the
-                     marks rule out; a document goes if its 5-grams overlap with those of an earlier
-                     one that stayed by at least the threshold (size of intersection over size of
-                     union)
+1. `sketch.sketch`   in the workers: keys and marks of every document of a unit
+2. `Similar`         in the merger: documents that share a key are candidates, most of which the
+                     marks rule out; a document is dropped if the Jaccard index (size of
+                     intersection over size of union) of its 5-grams and those of an earlier kept
+                     document reaches the threshold
 
 Both are functions of the documents and their order, so the result is the same on every machine.
 """
@@ -24,32 +24,32 @@ from sota_transformer.data.sketch import BANDS, GRAM, KEY_BITS, MARKS
 from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.errors import BAD_DATA, SotaError
 
-_FEW = 2048  # 5-grams; of more a share is looked at first, then ...
-_FINER = 4  # ... one so many times as large, if that leaves it open, and only then all of them
+_FEW = 2048  # 5-grams compared in full; with more, a sample is compared first, and ...
+_FINER = 4  # ... one this many times as large if undecided, until all are compared
 _SIGMAS = 4
-_AT_ONCE = 1 << 20  # tokens hashed in one go
+_AT_ONCE = 1 << 20  # tokens hashed at a time
 _KEPT = 1 << 12  # earlier documents whose 5-grams stay in memory, at most 8 kB each
-_CACHED, _CACHED_TOKENS = 128, 1 << 16  # long ones of which more than a share stay, the longest
+_CACHED, _CACHED_TOKENS = 128, 1 << 16  # finer samples to cache, of documents up to this long
 _SEEN_BITS = 24
 _LOW = (1 << 32) - 1
-_BESIDE = 256  # documents of its unit that one is compared with, of those with the same key
-_LAST = 8  # of those before its unit, beside the first of each run
-_PAIRS = 1 << 18  # pairs of documents of one unit looked at in one go
-_ROWS = 1 << 12  # pairs of marks compared in one go, so that they stay in the cache
+_BESIDE = 256  # most documents of its own unit, with the same key, that a document is compared with
+_LAST = 8  # the same for earlier units, per run, in addition to the run's first
+_PAIRS = 1 << 18  # pairs of documents of one unit examined at a time
+_ROWS = 1 << 12  # pairs of marks compared at a time, so that they stay in the CPU cache
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the tokens of a run of documents lie."""
+    """Location of the tokens of consecutive documents."""
 
     path: Path
     offset: int
-    """Byte of the first token."""
+    """Byte offset of the first token."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents one behind another, as `sketch` takes them, and what it gives."""
+    """Consecutive documents, as `sketch` takes them, and what it returns."""
 
     tokens: NDArray[np.uint16]
     lengths: NDArray[np.uint32]
@@ -60,8 +60,8 @@ class Batch:
 
 @dataclass(slots=True)
 class Text:
-    """A document as the sorted set of its 5-grams' numbers; of a long one, those of every
-    `share`-th, which are the smallest.
+    """A document as the sorted set of its 5-grams' numbers; for a long document a sample of one in
+    `share`, the smallest numbers.
     """
 
     number: int
@@ -69,14 +69,14 @@ class Text:
     share: int
 
     def at(self, share: int) -> NDArray[np.uint32]:
-        """The 5-grams of a multiple of its own share."""
+        """The sample for a `share` that is a multiple of its own."""
         if share == self.share:
             return self.grams
         return self.grams[: int(np.searchsorted(self.grams, _limit(share), "right"))]
 
 
 class Similar:
-    """All documents so far, about 400 bytes each; found by their keys are those that stayed."""
+    """All documents so far, about 400 bytes each; the kept ones can be found by their keys."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
@@ -86,18 +86,18 @@ class Similar:
         self._where = np.empty((0, 3), np.uint32)  # place, first token, tokens with end-of-text
         self._marks = np.empty((0, MARKS), np.uint8)
         self._count = 0
-        self._tokens = np.empty(0, np.uint16)  # what lies at the last place
+        self._tokens = np.empty(0, np.uint16)  # the tokens at the last place
         self._kept: dict[int, Text] = {}
         self._cached = lru_cache(_CACHED)(self._finer)
         self.examples: list[tuple[float, NDArray[np.uint16], NDArray[np.uint16]]] = []
 
     def new(self, batch: Batch, candidates: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which of `candidates` are like no earlier document that stayed: (documents,)."""
+        """Which of `candidates` are unlike all earlier kept documents: (documents,)."""
         looked = np.flatnonzero(candidates & batch.marks.any(axis=1))
         first, keys = self._count, batch.keys[looked]
         self._add(batch, looked)
         stayed = np.ones(len(looked), bool)
-        # Nearly all documents share no key with any other: there is nothing to be done for them.
+        # Nearly all documents share no key with any other and need no comparison.
         before = self._before(keys)
         for pairs in _batches(keys, first, before, stayed):
             rows, others, known = self._likely(pairs >> 32, pairs & _LOW)
@@ -115,18 +115,18 @@ class Similar:
         stays[looked] = stayed
         return stays
 
-    def know(self, batch: Batch) -> None:
-        """Documents that are there whatever they are like."""
+    def add_existing(self, batch: Batch) -> None:
+        """Add documents that are kept in any case."""
         looked, first = np.flatnonzero(batch.marks.any(axis=1)), self._count
         self._add(batch, looked)
         self._remember(batch.keys[looked], np.arange(first, self._count))
 
     def _add(self, batch: Batch, looked: NDArray[np.int64]) -> None:
-        """Those of the documents get the next numbers, whether they will stay or not."""
+        """Number the `looked` documents, whether they will be kept or not."""
         start, self._count = self._count, self._count + len(looked)
         if self._count > len(self._where):
             room = self._count + self._count // 8
-            for array in (self._where, self._marks):  # in place: no second copy for a while
+            for array in (self._where, self._marks):  # in place, to avoid a temporary second copy
                 array.resize((room, array.shape[1]), refcheck=False)
         rows = self._where[start : self._count]
         starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
@@ -137,12 +137,13 @@ class Similar:
         self._tokens = batch.tokens
 
     def _before(self, keys: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """Documents (numbered from 0) and earlier ones with a key of theirs, two numbers in one, in
-        order. Of the many that a template has, those are the first and the last few of each run.
+        """Pairs of a document (numbered from 0) and an earlier one with a common key, packed into
+        one number each, in order. If many share a key, as texts from a template do: the first and
+        the last few of each run.
         """
         flat = keys.reshape(-1)
         at = np.flatnonzero(self._seen[flat >> np.uint32(KEY_BITS - _SEEN_BITS)])
-        at = at[np.argsort(flat[at])]  # neighbours are found near each other
+        at = at[np.argsort(flat[at])]  # lookups of neighboring keys are close together
         key, rows = flat[at].astype(np.int64), at // BANDS << 32
         pairs = [np.empty(0, np.int64)]
         for run in self._runs:
@@ -158,12 +159,12 @@ class Similar:
     def _likely(
         self, rows: NDArray[np.int64], others: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """Those of the pairs that may be alike by their marks, the likeliest first for each row,
-        and their Jaccard index where it need not be counted, else 0.
+        """The pairs that may be near-duplicates by their marks, likeliest first for each row, and
+        their Jaccard index where the marks determine it well enough, else 0.
 
-        Of the `seen` bins in which one of the two has a gram, a share is the same. Were those all
-        of their 5-grams, that would be their Jaccard index; as a sample of them it leaves a doubt.
-        For a long document it is as good as any other sample; short ones are always counted.
+        The share of equal marks, among the `seen` bins in which either document has a 5-gram, is an
+        estimate of the Jaccard index from a sample of the 5-grams, with a sampling error. For long
+        documents it is as good as any other sample; short ones are always compared in full.
         """
         same, seen = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         for at in range(0, len(rows), _ROWS):
@@ -173,15 +174,15 @@ class Similar:
             same[part] = (a == b).sum(axis=1, dtype=np.uint16)
         share = (same - (MARKS - seen)) / seen
         a, b = self._where[rows, 2].astype(np.int64), self._where[others, 2].astype(np.int64)
-        union = (a + b - 2 * GRAM) / (1 + self._threshold)  # at most, if they are alike
-        error = doubt(self._threshold, seen) * np.sqrt(np.maximum(1 - seen / union, 1 / 16))
+        union = (a + b - 2 * GRAM) / (1 + self._threshold)  # upper bound for near-duplicates
+        error = tolerance(self._threshold, seen) * np.sqrt(np.maximum(1 - seen / union, 1 / 16))
         open_ = np.flatnonzero(share >= self._threshold - error)
         order = open_[np.lexsort((others[open_], -share[open_], rows[open_]))]
         sure = (share >= self._threshold + error) & (np.maximum(a, b) - GRAM > _FEW)
         return rows[order], others[order], np.where(sure, share, 0.0)[order]
 
     def _sets(self, numbers: list[int]) -> dict[int, Text]:
-        """Documents as sets of 5-grams; those of the last that were asked for stay in memory."""
+        """Documents as sets of 5-grams; the most recently used stay in memory."""
         known = {n: self._kept.pop(n) for n in numbers if n in self._kept}
         missing = [n for n in numbers if n not in known]
         known |= {text.number: text for text in texts((n, self._ids(n)) for n in missing)}
@@ -191,7 +192,7 @@ class Similar:
         return known
 
     def _ids(self, number: int) -> NDArray[np.uint16]:
-        """A document without its end-of-text, from where it lies."""
+        """Read a document's tokens, without end-of-text."""
         place, start, count = self._where[number].tolist()
         if place == len(self._places) - 1:
             return self._tokens[start : start + count - 1]
@@ -202,38 +203,38 @@ class Similar:
         finally:
             os.close(file)
         if len(data) != 2 * (count - 1):
-            raise SotaError(f"{known.path} is shorter than it was; prepare anew", BAD_DATA)
+            raise SotaError(f"{known.path} was truncated while in use; prepare again", BAD_DATA)
         return np.frombuffer(data, np.uint16)
 
     def _grams(self, text: Text, share: int) -> NDArray[np.uint32]:
-        """Every `share`-th 5-gram of a long document; the same ones are asked for often."""
+        """One in `share` of a long document's 5-grams, cached: repeated requests are common."""
         small = self._where[text.number, 2] <= _CACHED_TOKENS
         return (self._cached if small else self._finer)(text.number, share)
 
     def _finer(self, number: int, share: int) -> NDArray[np.uint32]:
-        """The same, counted; two of 8,192 different ones have one number once in 128 times."""
+        """The same, computed. Among 8,192 distinct 5-grams, two collide with probability 1/128."""
         return distinct(_every(gram_order(self._ids(number), GRAM), share))
 
     def _jaccard(self, a: Text, b: Text) -> float:
-        """The Jaccard index of two documents' 5-grams, as far as it takes to decide."""
+        """The Jaccard index of two documents' 5-grams, as precisely as the decision needs."""
         share = max(a.share, b.share)
         sets = a.at(share), b.at(share)
         if share == 1 and min(map(len, sets)) < self._threshold * max(map(len, sets)):
             return 0.0
         index, union = jaccard(*sets)
-        while share > 1 and abs(index - self._threshold) < doubt(self._threshold, union):
+        while share > 1 and abs(index - self._threshold) < tolerance(self._threshold, union):
             share = max(1, share // _FINER)
             sets = self._grams(a, share), self._grams(b, share)
             index, union = jaccard(*sets)
         return index
 
     def _note(self, index: float, a: int, b: int) -> None:
-        """The first pairs are told to the user."""
+        """Keep the first pairs as examples for the user."""
         if len(self.examples) < EXAMPLES:
             self.examples.append((index, self._ids(a).copy(), self._ids(b).copy()))
 
     def _remember(self, keys: NDArray[np.uint32], numbers: NDArray[np.int64]) -> None:
-        """Documents that stayed, with their keys, become candidates for all that come."""
+        """Make kept documents, by their keys, candidates for later ones."""
         if not len(numbers):
             return
         self._seen[keys >> np.uint32(KEY_BITS - _SEEN_BITS)] = True
@@ -241,26 +242,26 @@ class Similar:
         run.sort()
         while self._runs and len(self._runs[-1]) <= 4 * len(run):
             run = np.concatenate([self._runs.pop(), run])
-            run.sort(kind="stable")  # merges what is sorted already
+            run.sort(kind="stable")  # merges the two sorted parts
         self._runs.append(run)
 
 
 def _batches(
     keys: NDArray[np.uint32], first: int, before: NDArray[np.int64], stayed: NDArray[np.bool_]
 ) -> Iterator[NDArray[np.int64]]:
-    """All pairs of a document and an earlier one to look at, two numbers in one, in the order of
-    the documents and some of these at a time: those `before`, and those with a key in common here.
+    """All pairs of a document and an earlier one to compare, packed into one number each, in
+    document order and in batches: the pairs in `before`, and those that share a key in this unit.
 
-    Who did not stay, as the caller notes in `stayed`, is left out of what comes then. `first` is
-    the number of the first document.
+    Documents that the caller marks as dropped in `stayed` are left out of later batches. `first`
+    is the number of the unit's first document.
     """
     flat, done = keys.reshape(-1), 0
     short = flat >> np.uint32(16)
-    at = np.flatnonzero(np.bincount(short)[short] > 1)  # hardly any other key comes twice
+    at = np.flatnonzero(np.bincount(short)[short] > 1)  # rules out nearly all unique keys
     at = at[np.argsort(flat[at], kind="stable")]
     flat, rows = flat[at], at // BANDS
     while done < len(keys):
-        # Of those with the same key, how many came before; the first of them and the last count.
+        # How many documents with the same key come before; the first and the last ones are used.
         new = np.ones(len(flat), bool)
         np.not_equal(flat[1:], flat[:-1], out=new[1:])
         place = np.arange(len(flat))
@@ -283,7 +284,7 @@ def _batches(
 
 
 def texts(documents: Iterable[tuple[int, NDArray[np.uint16]]]) -> Iterator[Text]:
-    """Documents, each with its number and without its end-of-text, hashed many at a time."""
+    """Hash documents, given as (number, tokens without end-of-text), many at a time."""
     held: list[tuple[int, NDArray[np.uint16]]] = []
     size = 0
     for number, ids in documents:
@@ -300,7 +301,7 @@ def _texts(documents: list[tuple[int, NDArray[np.uint16]]]) -> Iterator[Text]:
     """See `texts`."""
     order, at = gram_order(np.concatenate([ids for _, ids in documents]), GRAM), 0
     for number, ids in documents:
-        # Behind each document's own 5-grams come those that reach into the next.
+        # After each document's own 5-grams come those that extend into the next document.
         count = max(0, len(ids) - GRAM + 1)
         share = 1 << (max(0, count - 1) // _FEW).bit_length()
         yield Text(number, distinct(_every(order[at : at + count], share)), share)
@@ -308,7 +309,7 @@ def _texts(documents: list[tuple[int, NDArray[np.uint16]]]) -> Iterator[Text]:
 
 
 def _limit(share: int) -> np.uint32:
-    """The largest number of every `share`-th 5-gram."""
+    """The largest number that belongs to a sample of one in `share`."""
     return np.uint32((1 << 32) // share - 1)
 
 
@@ -317,16 +318,16 @@ def _every(order: NDArray[np.uint32], share: int) -> NDArray[np.uint32]:
 
 
 def jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[float, int]:
-    """Size of the intersection over size of the union of two sorted sets, and the latter."""
+    """The Jaccard index of two sorted sets, and the size of their union."""
     both = np.concatenate([a, b])
-    both.sort(kind="stable")  # merges what is sorted already
+    both.sort(kind="stable")  # merges the two sorted parts
     common = int(np.count_nonzero(both[1:] == both[:-1]))
     union = max(1, len(both) - common)
     return common / union, union
 
 
-def doubt(threshold: float, seen: Any) -> Any:
-    """Four standard deviations of a share of `seen` that is `threshold` on average; near 1, where
-    that would be nothing, at least those of 31 in 32.
+def tolerance(threshold: float, seen: Any) -> Any:
+    """Four standard deviations of a proportion measured on `seen` samples whose mean is
+    `threshold`; near a mean of 1, where they would vanish, at least those for 31/32.
     """
     return _SIGMAS * np.sqrt(max(threshold * (1 - threshold), 1 / 32) / seen)

@@ -1,10 +1,10 @@
-"""Other ways to cut the stream: document ids for masking, and windows that start with a document.
+"""Document-aware windows: document ids for attention masks, and best-fit packing.
 
-`BestFit` fills windows so that each document starts one or stands whole inside one: pieces longer
-than a window are cut, the rest goes by best fit (longest first, into the fullest window that has
-room), as in "Fewer Truncations Improve Language Modeling", arXiv 2404.10830. The pieces of a long
-document overlap by one token, so that no prediction within a document is lost; what stays empty is
-padding, and `padding` says how much of the work that costs.
+`BestFit` packs windows so that each document either starts a window or is whole inside one:
+documents longer than a window are cut, and the pieces are packed by best fit (longest first, into
+the fullest window with room), as in "Fewer Truncations Improve Language Modeling", arXiv
+2404.10830. The pieces of a long document overlap by one token, so that no prediction within a
+document is lost; the unused rest of a window is padding, and `padding` is its share of the targets.
 """
 
 from pathlib import Path
@@ -21,9 +21,9 @@ _READ = 1 << 22
 
 
 def document_ids(windows: NDArray[Any]) -> NDArray[np.int32]:
-    """Number of the document of each token within its window: the shape of `windows`, (..., T).
+    """Index, within its window, of each token's document: the shape of `windows`, (..., T).
 
-    End-of-text belongs to the document it closes. Attention may look only within one number.
+    End-of-text belongs to the document it closes. Attention is limited to tokens of equal index.
     """
     closed = np.zeros(windows.shape, np.int32)
     np.cumsum(windows[..., :-1] == EOT, axis=-1, out=closed[..., 1:])
@@ -38,15 +38,15 @@ def document_ends(windows: TokenWindows) -> NDArray[np.int64]:
         found.append(np.flatnonzero(ids == EOT).astype(np.int64) + start + 1)
     ends = np.concatenate(found)
     if not len(ends) or ends[-1] != windows.tokens:
-        ends = np.append(ends, windows.tokens)  # a foreign stream may stop inside a document
+        ends = np.append(ends, windows.tokens)  # a foreign stream may end inside a document
     return ends
 
 
 class BestFit:
-    """A split as windows of seq_len + 1 tokens that no document enters in its middle if it fits."""
+    """A split as windows of seq_len + 1 tokens; a document that fits into one is never cut."""
 
     def __init__(self, folder: Path, split: Split, seq_len: int) -> None:
-        """As `TokenWindows`; SotaError 65 as there."""
+        """As `TokenWindows`, with the same errors."""
         self._stream = TokenWindows(folder, split, 1)
         self.seq_len, self.tokens = seq_len, self._stream.tokens
         self.documents, self.fingerprint = self._stream.documents, self._stream.fingerprint
@@ -65,7 +65,7 @@ class BestFit:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> NDArray[np.uint16]:
-        """Window `index`: (seq_len + 1,) uint16, filled up with the pad id."""
+        """Window `index`: (seq_len + 1,) uint16, padded with the pad id."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         window = np.full(self.seq_len + 1, Tokenizer.pad, np.uint16)
@@ -78,7 +78,7 @@ class BestFit:
 
 
 def _pieces(ends: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(starts, lengths) of all documents, those over `size` cut into pieces that share a token."""
+    """(starts, lengths) of all documents; those over `size` in pieces that overlap by one token."""
     starts = np.concatenate([[0], ends[:-1]])
     counts = np.maximum(1, -(-(ends - starts - 1) // (size - 1)))
     owner = np.repeat(np.arange(len(ends)), counts)
@@ -88,8 +88,8 @@ def _pieces(ends: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDAr
 
 
 def _move_last_piece(order: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-    """Let the stream's last piece stand last in its window: of a foreign stream that stops inside
-    a document nothing closes it, so what stood behind it would be taken for the same document.
+    """Move the stream's last piece to the end of its window: if a foreign stream ends inside a
+    document, nothing closes it, and a piece after it would count as the same document.
     """
     at = int(np.flatnonzero(order == len(order) - 1)[0])
     end = int(offsets[np.searchsorted(offsets, at, side="right")])
@@ -97,7 +97,7 @@ def _move_last_piece(order: NDArray[np.int64], offsets: NDArray[np.int64]) -> No
 
 
 def _best_fit(lengths: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(pieces by window, where each window's pieces begin), longest first into the least room."""
+    """(pieces by window, start of each window's pieces): longest first, into the tightest fit."""
     by_room: list[list[int]] = [[] for _ in range(size + 1)]
     rooms = 0  # bit r is set while a window with room r exists
     window_of = np.empty(len(lengths), np.int64)

@@ -1,6 +1,6 @@
-"""The page of `sota data --html`, and what `sota report` shares with it.
+"""The HTML page of `sota data --html`, and the parts that `sota report` shares with it.
 
-One file, nothing loaded from elsewhere.
+A page is one self-contained file that loads nothing.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def page(
     figures: dict[str, Any],
     samples: list[tuple[str, int, str]],
 ) -> str:
-    """HTML that shows a prepared folder: tables, histograms of lengths, rejects, samples."""
+    """HTML page of a prepared folder: tables, length histograms, skipped inputs, samples."""
     splits = {name: part for name, part in figures.items() if name != "leakage"}
     sides = [
         (
@@ -61,22 +61,22 @@ def page(
     ]
     if "leakage" in figures:
         share = figures["leakage"]
-        body.append(f"<p>{share:.3%} of validation's 13-grams also stand in training.</p>")
+        body.append(f"<p>{share:.3%} of validation's 13-grams also occur in training.</p>")
     for split, part in splits.items():
         if part["tokens"]:
             body.append(f"<h2>{split}: documents by length in tokens</h2>")
             body.append(_histogram(part["length_histogram"]))
             scripts = ", ".join(f"{name} {share:.1%}" for name, share in part["scripts"].items())
-            body.append(f"<p>Letters: {escape(scripts)}</p>")
+            body.append(f"<p>Letters by script: {escape(scripts)}</p>")
     body.append(section("Inputs", ("input", "files", "documents", "tokens"), inputs))
-    body.append(section("Not taken", ("reason", "count", "for example"), rejects))
+    body.append(section("Skipped", ("reason", "count", "examples"), rejects))
     for split, number, text in samples:
         body.append(f"<h2>{split} document {number:,}</h2><pre>{escape(text[:3000])}</pre>")
     return document(f"Data: {folder}", body)
 
 
 def document(title: str, body: list[str]) -> str:
-    """A whole page of parts that are HTML already."""
+    """A complete page; `body` holds parts that are already HTML."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
@@ -84,7 +84,7 @@ def document(title: str, body: list[str]) -> str:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table of plain text."""
+    """An HTML table of plain-text cells."""
 
     def line(tag: str, cells: tuple[str, ...]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -94,12 +94,12 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def section(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A heading and its table; nothing where that would be empty."""
+    """A heading and its table; "" if there are no rows."""
     return f"<h2>{title}</h2>{table(head, rows)}" if rows else ""
 
 
 def _histogram(bars: list[list[int]]) -> str:
-    """A bar for the lengths from each number on; they double from one to the next."""
+    """One bar per length bucket; the lower edges double from one to the next."""
     most = max(count for _, count in bars)
     rows = (
         f'<tr><td>{edge:,}+</td><td>{count:,}</td><td><div class="bar" '
@@ -110,15 +110,15 @@ def _histogram(bars: list[list[int]]) -> str:
 
 
 def save(path: Path, text: str) -> None:
-    """Write a page. SotaError 73 where no file of this name can be."""
-    data = text.encode(errors="replace")  # names in it may be any bytes
+    """Write a page. SotaError 73 if the file cannot be created."""
+    data = text.encode(errors="replace")  # file names in it may hold any bytes
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(data)  # into /dev/null or /dev/stdout, not in place of it
+            path.write_bytes(data)  # write to /dev/null or /dev/stdout, do not replace it
         else:
             write_file(path, data)
     except OSError as error:
         if error.errno not in CREATE:
             raise
-        text = f"{path}: cannot be made ({error.strerror}); name a file in a folder that is there"
+        text = f"{path}: cannot be created ({error.strerror}); give a file in an existing folder"
         raise SotaError(text, LOCKED) from error

@@ -1,12 +1,12 @@
-"""Worker processes that encode units, in order, and survive the death of a worker.
+"""A pool of worker processes that encodes units in order and survives the death of a worker.
 
-Where there is a fork server, workers come from it: a process of its own, without threads, that has
-loaded the encoder once. Elsewhere they are spawned; this process itself is never forked. A worker
-that dies takes the pool with it; the units that were under way are then tried again one at a time,
-so the one to blame is known by name.
+Where a fork server is available, workers are forked from it: a separate process without threads
+that has loaded the encoder once. Elsewhere they are spawned; this process itself is never forked.
+A worker that dies takes the pool with it; the pending units are then retried one at a time, so
+that the culprit can be named.
 
-What a worker is handed is a run of units, nearly always one. Only what has to be decoded from its
-start by everyone who enters it, a row group, is better left to one worker as a whole.
+A task is a run of units, nearly always a single one. Only the units of a parquet row group, which
+every reader has to decode from its start, go to one worker together.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sota_transformer.data.forks import bare, worker_context
+from sota_transformer.data.forks import without_main_module, worker_context
 from sota_transformer.data.sources import Source
 from sota_transformer.data.units import Job, Unit
 from sota_transformer.errors import BAD_DATA, SotaError
@@ -34,15 +34,15 @@ if TYPE_CHECKING:  # numpy loads in the workers, and here while they start
     from sota_transformer.data.encode import Tools
 
 _DEAD = (BrokenProcessPool, EOFError, ConnectionError)  # a worker, or the server that forks them
-_RECURSION = 3000  # deep but legal JSON; the C scanner stops there with an error, not a crash
-_RUN_UNITS = 64  # a longer row group is shared even so: too long a run leaves others without work
+_RECURSION = 3000  # for deep but valid JSON; beyond it the C scanner raises, it does not crash
+_RUN_UNITS = 64  # longer row groups are shared after all: a very long run leaves others idle
 
 Run = tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a unit came to, in numbers."""
+    """Counts of an encoded unit."""
 
     documents: int
     text_bytes: int
@@ -50,38 +50,38 @@ class Done:
 
 
 def runs(units: Iterable[Unit], workers: int) -> Iterator[Run]:
-    """All units in order: a row group of a parquet file in one run if there is much behind it.
+    """All units in order, a parquet row group as one run if enough work follows it.
 
-    The last row groups come unit by unit, so that no worker is left without work at the end.
+    The last row groups are split into single units, so that no worker is idle at the end.
     """
     held: deque[Run] = deque()
     for key, group in groupby(units, _row_group):
         while run := tuple(islice(group, _RUN_UNITS)):
             if len(key) == 1:
-                yield from _singly(held)
+                yield from _split_runs(held)
                 yield run
                 continue
             held.append(run)
             while held and sum(map(len, held)) >= workers * len(held[0]):
                 yield held.popleft()
-    yield from _singly(held)
+    yield from _split_runs(held)
 
 
 def _row_group(unit: Unit) -> tuple[str | int, ...]:
-    """What units of one row group have in common; its own number for any other unit."""
+    """A key shared by the units of one row group, unique for any other unit."""
     first = unit.segments[0]
     whole = first.kind != "parquet" or first.whole
     return (unit.index,) if whole else (first.path, first.offset)
 
 
-def _singly(held: deque[Run]) -> Iterator[Run]:
-    """The held units one by one; none is held then."""
+def _split_runs(held: deque[Run]) -> Iterator[Run]:
+    """Drain the held runs as single units."""
     while held:
         yield from ((unit,) for unit in held.popleft())
 
 
 def result_path(folder: Path, unit: Unit) -> Path:
-    """Where the result of a unit lies."""
+    """Path of a unit's result file."""
     return folder / f"unit-{unit.index:06d}"
 
 
@@ -98,14 +98,14 @@ class Pool:
 
     def _submit(self, work: Callable[[Any], Any], item: Any) -> Any:
         """A future of `work(item)`; may start a worker."""
-        with bare():
+        with without_main_module():
             return self._pool.submit(work, item)
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Done]]:
-        """Every unit with its outcome, in order; a bounded number is under way at any time."""
+        """Every unit with its counts, in order; a bounded number is pending at any time."""
         for run in runs(units, self._workers):
             future = None
-            with contextlib.suppress(*_DEAD):  # then `_next` finds out, and starts another pool
+            with contextlib.suppress(*_DEAD):  # `_next` will notice, and start another pool
                 future = self._submit(_encode, run)
             self._waiting.append((run, future))
             while self._head_done() or self._enough():
@@ -114,12 +114,12 @@ class Pool:
             yield from self._next()
 
     def _enough(self) -> bool:
-        """Whether the others have work for as long as the first run under way may take."""
+        """Whether enough is queued to keep the other workers busy while the first run finishes."""
         lengths = [len(run) for run, _ in self._waiting]
         return sum(lengths[1:]) >= self._workers * max([4, *lengths[:1]])
 
     def probe(self, source: Source) -> list[tuple[int, int, int]]:
-        """The pieces of a table, found by a worker: its file may be hostile."""
+        """The pieces of a table; a worker finds them, since the file may crash its reader."""
         with contextlib.suppress(*_DEAD):
             return self._submit(_probe, source).result()
         self._one_by_one()
@@ -141,7 +141,7 @@ class Pool:
         yield from zip(run, done, strict=True)
 
     def _one_by_one(self) -> None:
-        """Encode all units under way anew, each alone. SotaError 65 names one that fails again."""
+        """Encode all pending units again, one by one. SotaError 65 names one that fails again."""
         self._restart()
         alone: deque[tuple[Run, Future[list[Done]] | None]] = deque()
         for unit in (unit for run, _ in self._waiting for unit in run):
@@ -151,8 +151,8 @@ class Pool:
         self._waiting = alone
 
     def _restart(self) -> None:
-        """Another pool. A worker that was being started while one died is ended by nobody but us:
-        the executor waits for it without having told it to go (seen in Python 3.11).
+        """Start another pool. A worker that was starting while another died has to be killed here:
+        the executor waits for it without telling it to exit (seen in Python 3.11).
         """
         for process in multiprocessing.active_children():
             process.kill()
@@ -161,8 +161,8 @@ class Pool:
         self._pool = self._start()
 
     def _alone(self, work: Callable[[Any], Any], item: Any, place: str) -> Any:
-        """A future of `work(item)`, done with nothing beside it; once more if it fails, for the
-        first failure may be that of a fork server that was dying already.
+        """A finished future of `work(item)`, run with nothing else pending. Retried once, since the
+        first failure may come from a fork server that was already dying.
         """
         error: BaseException | None = None
         for _ in range(2):
@@ -176,12 +176,12 @@ class Pool:
                 self._restart()
         raise SotaError(
             f"a worker died twice on {place}: out of memory, or a file that crashes its reader; "
-            "leave it out, or use fewer --workers",
+            "remove that file from the inputs, or use fewer --workers",
             BAD_DATA,
         ) from error
 
     def close(self, *, stop: bool = False) -> None:
-        """Let the workers go; `stop` ends them where they are."""
+        """Shut the workers down; `stop` terminates them at once."""
         if stop:
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -190,26 +190,26 @@ class Pool:
 
 
 class _Worker:
-    """This process's own state, made once."""
+    """State of this worker process, created once."""
 
     tools: "Tools"
 
 
 def _begin(job: Job) -> None:
-    """Set a worker up: it leaves stopping to the parent, and ends when the parent is gone."""
+    """Set up a worker: the parent handles Ctrl-C, and the worker exits when the parent is gone."""
     from sota_transformer.data.encode import Tools
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.setrecursionlimit(_RECURSION)
-    # Arrow's default, mimalloc, holds on to what it freed: tens of MB in each worker.
+    # Arrow's default allocator, mimalloc, does not return freed memory: tens of MB per worker.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     threading.Thread(target=_watch, daemon=True).start()
     _Worker.tools = Tools(job)
 
 
 def _watch() -> None:
-    """An orphan would wait for work for ever; its fork server would wait for the orphan."""
+    """Exit with the parent: an orphan would wait for work forever, and its fork server for it."""
     if parent := multiprocessing.parent_process():
         parent.join()
     os._exit(1)
@@ -226,7 +226,7 @@ def _encode(run: Run) -> list[Done]:
 
 
 def _encode_one(unit: Unit) -> Done:
-    """Encode a unit into its file, unless it lies there already."""
+    """Encode a unit into its result file, unless a valid one exists."""
     from sota_transformer.data.encode import encode_unit, load, store
 
     path = result_path(_Worker.tools.job.folder, unit)

@@ -1,13 +1,13 @@
 """`sota prepare`: text in, token shards out.
 
-1. sources.find       which files there are, and what is not taken
-2. units.cut          units of work, a function of the files alone
-3. pool.Pool          worker processes read, check, hash and encode; one result file a unit
-4. merge.Merger       in order: duplicates out, sides chosen, shards written
-5. the folder gets its name last, with a manifest that lists every byte
+1. sources.find       list the files to read and those to skip
+2. units.cut          cut them into units of work, a function of the files alone
+3. pool.Pool          worker processes read, check, hash and encode; one result file per unit
+4. merge.Merger       in order: drop duplicates, assign splits, write shards
+5. rename the finished folder into place, with a manifest that covers every byte
 
-Until then everything lies in a hidden work folder beside the target. A preparation that is stopped
-in any way leaves that folder; the same command then goes on with the units that are done.
+Until then everything is in a hidden work folder next to the target. A preparation that is stopped
+for any reason leaves that folder; the same command resumes and reuses the finished units.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sota_transformer.data.forks import warm_up
-from sota_transformer.data.guards import enough, plain_errors, stoppable, workers
+from sota_transformer.data.guards import check_splits, one_line_errors, stoppable, workers
 from sota_transformer.data.pool import Pool, result_path
 from sota_transformer.data.progress import Progress, summary
 from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find
@@ -57,10 +57,10 @@ _ASKED = "asked.json"
 
 
 def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
-    """Prepare `options.inputs` into `options.out`; the manifest, or {} for one part of the work.
+    """Prepare `options.inputs` into `options.out`. Returns the manifest, or {} for a single part.
 
-    `encoder` is for tests: it changes nothing in the result. SotaError with the documented codes
-    for all that a user can do wrong or meet.
+    `encoder` is for tests and does not affect the result. Every user error and every I/O failure
+    is a SotaError with a documented code.
     """
     if problems := options.problems():
         raise SotaError("; ".join(problems), USAGE)
@@ -69,51 +69,51 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
         options = dataclasses.replace(options, out=options.out.resolve())
     sources, skipped = find(options.inputs)
     request = _request(options, sources)
-    work = _work(options.out)
+    work = _work_folder(options.out)
     skipped = [item for item in skipped if work.name not in Path(item.where).parts]
     old = _existing(options)
     if old and request in old["requests"]:
-        print(f"{options.out} already holds these inputs, prepared with these options")
+        print(f"{options.out} is already prepared from these inputs with these options")
         if work.exists():  # killed after the commit, before the clean-up
             with DirectoryLock(work):
                 remove(work)
         return old
     if old and not options.append:
         raise SotaError(
-            f"{options.out} holds data from other inputs (or changed ones) or with other options; "
-            "--append adds new inputs to it; or choose another --out, or delete it: "
+            f"{options.out} was prepared from different or changed inputs, or with different "
+            "options; use --append to add new inputs, choose another --out, or delete it: "
             f"rm -r {in_shell(options.out)}",
             LOCKED,
         )
-    with plain_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
+    with one_line_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
         run = _Run(options, sources, skipped, request, old, work, encoder)
         make_folder(run.own)
         try:
             stack.enter_context(DirectoryLock(run.own))
-            changed = _existing(options) != old  # whoever held the lock has just added to it
-        except FileNotFoundError:  # or was done while we waited, and removed what we wait for
+            changed = _existing(options) != old  # the previous lock holder just appended to it
+        except FileNotFoundError:  # or it finished while we waited, and removed the work folder
             changed = True
         if changed:
             raise SotaError(
-                f"{options.out} was changed by another process; give the same command again",
+                f"{options.out} was changed by another process; run the same command again",
                 TEMPORARY,
             )
         manifest, text = run.do()
-    print(text)  # all is done: whether anybody still reads does not matter
+    print(text)  # the data is committed: a closed stdout no longer matters
     return manifest
 
 
 def merge(options: Merge) -> dict[str, Any]:
-    """Put the parts of `options.out` together, as `prepare` without a part would; the manifest.
+    """Merge the parts of `options.out` into what `prepare` without --part gives; the manifest.
 
-    SotaError 66 where there are no parts, or not all of them, 65 where their inputs changed.
+    SotaError 66 if parts are missing, 65 if their inputs have changed.
     """
     out = options.out.resolve()
-    work = _work(out)
+    work = _work_folder(out)
     if (out / MANIFEST).exists() and not (work / _ASKED).exists():
         from sota_transformer.data.shards import load_manifest
 
-        print(f"{options.out} is complete; no parts wait beside it")
+        print(f"{options.out} is complete; there are no parts to merge")
         return load_manifest(out)
     try:
         asked = json.loads((work / _ASKED).read_bytes())
@@ -121,33 +121,34 @@ def merge(options: Merge) -> dict[str, Any]:
         missing = [i for i in range(1, parts + 1) if work / f"done-{i}-of-{parts}" not in done]
         if missing:
             names = ", ".join(f"{i}/{parts}" for i in missing)
-            raise SotaError(f"not done yet in {work}: --part {names}", NO_INPUT)
+            raise SotaError(f"unfinished parts in {work}: run --part {names} first", NO_INPUT)
         how: dict[str, Any] = asked["options"]
         how |= {name: tuple(how[name]) for name in ("inputs", "exclude")}
         if not Path(asked["folder"]).is_dir():
-            raise SotaError(f"{asked['folder']}, where the parts were begun, is gone", NO_INPUT)
+            text = f"{asked['folder']}, the working directory of the parts, no longer exists"
+            raise SotaError(text, NO_INPUT)
         whole = Prepare(out=out, workers=options.workers, memory_mb=options.memory_mb, **how)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         make = f"sota prepare INPUT --out {in_shell(out)} --part 1/2"
-        text = f"no parts of {out} in {work}; `{make}` makes one"
+        text = f"no parts of {out} found in {work}; create one with `{make}`"
         raise SotaError(text, NO_INPUT) from error
     with contextlib.chdir(asked["folder"]):
         if _request(whole, find(whole.inputs)[0]) != asked.get("request"):
             raise SotaError(
-                f"the inputs of the parts in {work} have changed since; put them back, or give the "
-                "command of a part without --part: it takes the inputs as they are now",
+                f"the inputs of the parts in {work} have changed; restore them, or run the command "
+                "without --part to prepare the inputs as they are now",
                 BAD_DATA,
             )
         return prepare(whole)
 
 
-def _work(out: Path) -> Path:
-    """Where everything lies until the target has its name."""
+def _work_folder(out: Path) -> Path:
+    """The work folder, which holds everything until the target is renamed into place."""
     return out.parent / f".{out.name}.preparing"
 
 
 def _request(options: Prepare, sources: list[Source]) -> str:
-    """A hash of all that decides the result: another one means another preparation."""
+    """A hash of everything that determines the result; a different hash is a new preparation."""
     settings = (options.val_fraction, options.text_field, options.near_dedup, options.exclude)
     settings += ("replace",) * (options.bad_text == "replace")
     digest = hashlib.sha256(repr(settings).encode())
@@ -158,19 +159,18 @@ def _request(options: Prepare, sources: list[Source]) -> str:
 
 
 def _existing(options: Prepare) -> dict[str, Any] | None:
-    """The manifest of what is in the target, None if nothing is. SotaError 73, 66 or 65 if
-    it cannot be used.
-    """
+    """The target's manifest, None if there is nothing. SotaError 73, 66 or 65 if unusable."""
     out = options.out
     if os.path.lexists(out) and not out.is_dir():
-        raise SotaError(f"{out} exists and is no folder; choose another --out", LOCKED)
+        raise SotaError(f"{out} exists and is not a folder; choose another --out", LOCKED)
     if not out.is_dir() or not any(out.iterdir()):
         if options.append:
-            raise SotaError(f"--append: no prepared data in {out}", NO_INPUT)
+            raise SotaError(f"--append: there is no prepared data in {out}", NO_INPUT)
         return None
     if not (out / MANIFEST).exists():
         raise SotaError(
-            f"{out} is not empty and not prepared data; choose another --out or empty it", LOCKED
+            f"{out} is not empty and holds no prepared data; choose another --out or empty it",
+            LOCKED,
         )
     from sota_transformer.data.shards import load_manifest
 
@@ -180,31 +180,30 @@ def _existing(options: Prepare) -> dict[str, Any] | None:
 
         if (rule := manifest["split_rule"]["hash"]) != HASH_RULE:
             raise SotaError(
-                f"{out} was prepared by another version, which told documents apart in another way "
-                f"({rule}), so --append would not know them again; prepare all of it in a new "
-                "folder",
+                f"{out} was prepared by another version, which hashes documents differently "
+                f"({rule}), so --append could not detect duplicates; prepare everything into a "
+                "new folder",
                 BAD_DATA,
             )
-        _as_clean(options, manifest["options"])
+        _check_same_filters(options, manifest["options"])
     return manifest
 
 
-def _as_clean(options: Prepare, before: dict[str, Any]) -> None:
-    """What is added must not bring in what the folder is said to be without. SotaError 2."""
-    names = {Path(text).name for text in options.exclude}  # the files may have moved
+def _check_same_filters(options: Prepare, before: dict[str, Any]) -> None:
+    """An append must exclude and deduplicate at least what the folder does. SotaError 2."""
+    names = {Path(text).name for text in options.exclude}  # by name: the files may have moved
     missing = [f"--exclude {text}" for text in before["exclude"] if Path(text).name not in names]
     if before["near_dedup"] and not 0 < options.near_dedup <= before["near_dedup"]:
         missing.append(f"--near-dedup {before['near_dedup']:g}")
     if missing:
         raise SotaError(
-            f"{options.out} was prepared with {', '.join(missing)}, and what --append adds has to "
-            "be: give that again"
+            f"{options.out} was prepared with {', '.join(missing)}; --append needs the same options"
         )
 
 
 @dataclasses.dataclass
 class _Run:
-    """One preparation under way."""
+    """One preparation in progress."""
 
     options: Prepare
     sources: list[Source]
@@ -217,19 +216,19 @@ class _Run:
     def __post_init__(self) -> None:
         self.part, self.parts = map(int, (self.options.part or "1/1").split("/"))
         self.val_below = min(int(self.options.val_fraction * 2**64), 2**64 - 1)  # of 64-bit hashes
-        # Parts share the results' folder and nothing else.
+        # Parts share the results folder and nothing else.
         self.own = self.work
         if self.options.part:
             self.own /= f"part-{self.part}-of-{self.parts}"
 
     def do(self) -> tuple[dict[str, Any], str]:
-        """Encode, and unless this is only a part of the work, merge and commit; what to say."""
+        """Encode and, unless this is a single part, merge and commit. (manifest, text to print)"""
         for name in ("shards", "spool"):
             shutil.rmtree(self.own / name, ignore_errors=True)
             (self.own / name).mkdir()
         make_folder(self.work / "units")
         if self.options.part:
-            self._ask()
+            self._save_request()
         job = Job(
             self.work / "units",
             self.options.text_field,
@@ -245,7 +244,7 @@ class _Run:
         try:
             units = self._encoded(pool, progress)
             manifest = {} if self.options.part else self._merged(units)
-            for _ in units:  # of a part nothing but the results is asked for
+            for _ in units:  # a part only encodes its units
                 pass
         except BaseException:
             progress.close()
@@ -257,8 +256,8 @@ class _Run:
             write_file(self.work / f"done-{self.part}-of-{self.parts}", b"")
             remove(self.own)
             return {}, (
-                f"part {self.options.part} is done in {seconds:,.1f} s: the results lie in "
-                f"{self.work}; `sota merge {in_shell(self.options.out)}` puts all parts together"
+                f"part {self.options.part} finished in {seconds:,.1f} s, results in {self.work}; "
+                f"when all parts are done, merge them: sota merge {in_shell(self.options.out)}"
             )
         manifest = self._commit(manifest)
         return manifest, (
@@ -267,8 +266,8 @@ class _Run:
             f"{progress.text_bytes / seconds / 1e6:,.1f} MB/s, {seconds:,.1f} s"
         )
 
-    def _ask(self) -> None:
-        """What `merge` has to know: the options. SotaError 73 where another part had others."""
+    def _save_request(self) -> None:
+        """Save the options for `merge`. SotaError 73 if another part has different ones."""
         own, path = ("out", "part", "workers", "memory_mb"), self.work / _ASKED
         options = {n: v for n, v in dataclasses.asdict(self.options).items() if n not in own}
         asked = {"options": options, "parts": self.parts, "folder": str(Path.cwd())}
@@ -277,14 +276,14 @@ class _Run:
             write_file(path, canonical_json(asked))
         elif path.read_bytes() != canonical_json(asked):
             raise SotaError(
-                f"{self.work} holds parts of other inputs (or changed ones), options or number, or "
-                "begun in another folder; give the same again, or begin anew: "
-                f"rm -r {in_shell(self.work)}",
+                f"{self.work} holds parts with different or changed inputs, different options, "
+                "another number of parts or another working directory; use the same ones, or "
+                f"start over: rm -r {in_shell(self.work)}",
                 LOCKED,
             )
 
     def _excluded(self) -> Path | None:
-        """The file of excluded grams, made if it is asked for."""
+        """The file of excluded n-grams, written if --exclude is given."""
         if not self.options.exclude:
             return None
         from sota_transformer.data.exclude import write_excluded
@@ -294,7 +293,7 @@ class _Run:
         return path
 
     def _units(self, pool: Pool) -> Iterator[Unit]:
-        """This part's units, numbered over all parts, with keys."""
+        """This part's units with their keys, numbered across all parts."""
         options = self.options
         settings = f"13\0{options.text_field}\0{options.near_dedup > 0}"
         settings += "\0replace" * (options.bad_text == "replace")
@@ -312,15 +311,15 @@ class _Run:
             yield Unit(index, segments, hashlib.sha256(text).hexdigest())
 
     def _encoded(self, pool: Pool, progress: Progress) -> Iterator[Unit]:
-        """This part's units, each when its result is there."""
+        """This part's units, each once its result is stored."""
         for unit, done in pool.run(self._units(pool)):
             size = sum(segment.size for segment in unit.segments)
             progress.add_unit(done.documents, done.text_bytes, done.tokens, size)
             yield unit
 
     def _merged(self, units: Iterator[Unit]) -> dict[str, Any]:
-        """All units through the merger; the manifest's contents."""
-        first = next(units, None)  # the workers are busy now: time to load numpy here
+        """Merge all units; the manifest's contents."""
+        first = next(units, None)  # the workers are busy now, so importing numpy here is free
         from sota_transformer.data.encode import load
 
         merger = self._merger()
@@ -328,7 +327,7 @@ class _Run:
             for unit in chain([first] if first else [], units):
                 encoded = load(result_path(self.work / "units", unit), unit.key, check=False)
                 if encoded is None:
-                    text = f"{self.work}: a result vanished; give the command again"
+                    text = f"{self.work}: a result file disappeared; run the same command again"
                     raise SotaError(text, IO_FAILED)
                 merger.add(encoded)
             for item in self.skipped:
@@ -339,21 +338,21 @@ class _Run:
             raise
 
     def _merger(self) -> "Merger":
-        """A merger for this preparation; it knows what is there when this is an append."""
+        """A merger for this preparation; for an append, it knows the existing documents."""
         from sota_transformer.data.merge import Merger
 
         options, old, below = self.options, self.old, self.val_below
         if old is not None:
             below = old["split_rule"]["val_below"]
             if below != self.val_below:
-                print(f"note: validation keeps its share of {below / 2**64:.3g} of the documents")
+                print(f"note: --append keeps the folder's --val-fraction of {below / 2**64:.3g}")
         merger = Merger(self.own / "shards", below, len(options.inputs), options.near_dedup)
         if old is not None:
-            merger.know(options.out, old)
+            merger.load_existing(options.out, old)
         return merger
 
     def _inputs(self, merger: "Merger") -> dict[str, Any]:
-        """The manifest's part that follows from the inputs and options."""
+        """The part of the manifest that depends on the inputs and options."""
         options, files = self.options, [0] * len(self.options.inputs)
         for source in self.sources:
             files[source.input] += 1
@@ -379,7 +378,7 @@ class _Run:
 
         shards, out = self.own / "shards", self.options.out
         if self.old is None:
-            enough(manifest, self.options.val_fraction, shards)
+            check_splits(manifest, self.options.val_fraction, shards)
             manifest = complete(manifest, self.val_below)
             commit_new(shards, out, manifest)
         else:
@@ -387,7 +386,7 @@ class _Run:
             commit_append(shards, out, manifest)
         try:
             remove(self.work)
-        except OSError as error:  # the next process has begun there
+        except OSError as error:  # another process has started there
             if error.errno != errno.ENOTEMPTY:
                 raise
         return manifest

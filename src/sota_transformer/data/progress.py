@@ -1,4 +1,4 @@
-"""What a long command shows while it works, and `sota prepare` when it is done."""
+"""Progress display of long commands, and the summary table of `sota prepare`."""
 
 import sys
 import time
@@ -14,10 +14,10 @@ _SUMS = ("documents", "text_bytes", "tokens")
 
 
 class Meter:
-    """A bar on a terminal, a plain line every few seconds elsewhere; both on stderr."""
+    """A progress bar on a terminal, a plain line every few seconds elsewhere; both on stderr."""
 
     def __init__(self, verb: str, total: int | None) -> None:
-        """`total` of what there is to do, None where unknown."""
+        """`total` amount of work, None if unknown."""
         self._started = self._shown = time.monotonic()
         self._verb, self._total, self._done = verb, total, 0
         self._bar: Any = _bar() if sys.stderr.isatty() else None
@@ -32,7 +32,7 @@ class Meter:
         self.close()
 
     def add(self, size: int) -> None:
-        """So much more is done."""
+        """Record `size` more units of work as done."""
         self._done += size
         now = time.monotonic()
         if now - self._shown >= (_LIVE_SECONDS if self._bar else _PLAIN_SECONDS):
@@ -50,7 +50,7 @@ class Meter:
             print(f"{self._verb}: {text}", file=sys.stderr, flush=True)
 
     def _text(self, seconds: float) -> str:
-        """What is done, after so many seconds: tokens."""
+        """Work done after `seconds`, in tokens."""
         return f"{self._done:,} tokens ({self._done / seconds:,.0f}/s)"
 
     def close(self) -> float:
@@ -61,15 +61,15 @@ class Meter:
 
 
 class Progress(Meter):
-    """The meter of a preparation, which counts more than the bytes of input that were read."""
+    """The meter of a preparation: also counts documents, bytes of text and tokens."""
 
     def __init__(self, total_bytes: int | None) -> None:
-        """`total_bytes` of input to read, None where packed files make it unknown."""
+        """`total_bytes` of input to read, None if compressed files make it unknown."""
         super().__init__("prepare", total_bytes)
         self.documents = self.text_bytes = self.tokens = 0
 
     def add_unit(self, documents: int, text_bytes: int, tokens: int, read_bytes: int) -> None:
-        """One more unit is encoded; `read_bytes` is its share of the input."""
+        """Record an encoded unit; `read_bytes` is its share of the input."""
         self.documents += documents
         self.text_bytes += text_bytes
         self.tokens += tokens
@@ -84,7 +84,7 @@ class Progress(Meter):
 
 
 def _bar() -> Any:
-    """A bar that vanishes when it is done."""
+    """A bar that disappears when stopped."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
@@ -94,19 +94,20 @@ def _bar() -> Any:
 
 
 def summary(manifest: dict[str, Any], folder: Any) -> str:
-    """The prepared data as a table for people: what was taken, what was not, and why."""
+    """The prepared data as a readable table: what was used, what was skipped, and why."""
     lines = [f"{'input':<40} {'documents':>11} {'MB of text':>11} {'tokens':>13}"]
     rows = [(row["input"], *(row[key] for key in _SUMS)) for row in manifest["inputs"]]
-    if rest := rows[_INPUTS:]:  # a pattern that the shell has expanded may be thousands
+    if rest := rows[_INPUTS:]:  # a pattern expanded by the shell may give thousands
         rows[_INPUTS:] = [(f"{len(rest):,} more", *map(sum, list(zip(*rest, strict=True))[1:]))]
     lines += [_row(*row) for row in rows]
     for split in ("train", "val"):
         lines.append(_row(f"-> {split}", *(manifest["splits"][split][key] for key in _SUMS)))
     rejects = list(manifest["rejects"].items())
     rejects.sort(key=lambda item: (item[0].endswith(REPAIRED), -item[1]["count"]))
-    if rejects and not rejects[0][0].endswith(REPAIRED):
-        lines.append("not taken:")
+    heading = ""
     for reason, entry in rejects:
+        if heading != (heading := "repaired:" if reason.endswith(REPAIRED) else "skipped:"):
+            lines.append(heading)
         example = f"  e.g. {_short(entry['examples'][0], 200)}" if entry["examples"] else ""
         lines.append(f"  {entry['count']:>9,}  {reason}{example}")
     lines.append(f"fingerprint {manifest['fingerprint'][:16]}  in {folder}")
@@ -118,12 +119,12 @@ def _row(name: str, documents: int, text_bytes: int, tokens: int) -> str:
 
 
 def _short(text: str, width: int) -> str:
-    """The end of a text that is long."""
+    """The text, cut to the last `width` characters."""
     text = printable(text)
     return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Text from anywhere, safe for a terminal: control characters become question marks."""
+    """Untrusted text made safe for a terminal: control characters become question marks."""
     table = {i: "?" for i in (*range(32), 127, *range(128, 160)) if not (lines and i in (9, 10))}
     return text.encode("utf-8", "replace").decode().translate(table)

@@ -1,13 +1,13 @@
-"""The prepared data on disk, and windows of tokens out of it.
+"""The prepared data on disk, and token windows read from it.
 
     train-00000.npy         uint16 ids, each document closed by end-of-text
     train-00000.ends.npy    uint64, where each document of that shard ends, in tokens
     train-00000.hashes.npy  uint64 (documents, 2), the keyed hash of each document's text
-    val-00000.npy ...       the same for validation; no document lies in two shards
+    val-00000.npy ...       the same for validation; no document spans two shards
     manifest.json           last: sizes and SHA-256, counts, tokenizer, sources; present = complete
 
-`TokenWindows` reads with plain reads, not through a memory map: a shard that is cut short under a
-running process is then an error with a name, where a map would kill the process.
+`TokenWindows` uses plain reads, not a memory map: if a shard is truncated under a running process,
+a read fails with an error that names it, where a map would kill the process with SIGBUS.
 """
 
 import json
@@ -42,13 +42,13 @@ FORMAT = "sota-shards-1"
 SPLITS = ("train", "val")
 HEADER_BYTES = 128
 _BESIDE = ("ends", "hashes")
-_OTHER_FILES = 256  # that a process may have open beside its shards
+_OTHER_FILES = 256  # open files allowed for besides the shards
 _FOREIGN = ".foreign.json"
-_VERIFIED = ".verified.json"  # which files this machine has hashed, as they were then
+_VERIFIED = ".verified.json"  # files already verified, with size, mtime and inode at that time
 
 _SIDE = {"shards": [str], "tokens": int, "documents": int, "text_bytes": int}
 _INPUT = {"input": str, "files": int, "documents": int, "text_bytes": int, "tokens": int}
-_SHAPE = {  # of a manifest, as far as it is read
+_SHAPE = {  # the parts of a manifest that are read
     "files": {str: {"bytes": int, "sha256": str, "start?": int}},
     "splits": dict.fromkeys(SPLITS, _SIDE),
     "fingerprint": str,
@@ -56,7 +56,7 @@ _SHAPE = {  # of a manifest, as far as it is read
     "rejects": {str: {"count": int, "examples": [str]}},
     "requests": [str],
 }
-_APPENDED = {  # what an append reads besides
+_APPENDED = {  # the parts that only an append reads
     "options": {"exclude": [str], "near_dedup": float},
     "split_rule": {"hash": str, "val_below": int},
 }
@@ -65,36 +65,36 @@ Split = Literal["train", "val"]
 
 
 def check_folder(folder: Path) -> None:
-    """SotaError 66 where data is not a folder."""
+    """SotaError 66 if `folder` is not an existing folder."""
     if folder.is_file():
         raise SotaError(f"{folder} is a file, not prepared data; {_first(folder)}", NO_INPUT)
     if not folder.is_dir():
-        here = ";" if folder.is_absolute() else f" in {Path.cwd()}; go to where it is, or"
+        here = ";" if folder.is_absolute() else f" in {Path.cwd()}; change directory, or"
         raise SotaError(
-            f"{folder}: no such folder{here} make it with "
+            f"{folder}: no such folder{here} create it with "
             f"`sota prepare INPUT... --out {in_shell(folder)}`",
             NO_INPUT,
         )
 
 
 def _first(texts: Path) -> str:
-    """What to do about texts that were given for data."""
+    """Advice when raw text is given where prepared data is needed."""
     data = f"data/{texts.absolute().stem}"
-    return f"first: sota prepare {in_shell(texts)} --out {in_shell(data)}, then give {data}"
+    return f"first run `sota prepare {in_shell(texts)} --out {in_shell(data)}`, then use {data}"
 
 
 def _unfit(folder: Path, what: str, advice: str = "") -> SotaError:
-    """SotaError 65 for what is not as `sota prepare` leaves it, with what to do about it."""
-    again = f"`sota prepare INPUT --out {in_shell(folder)}`"  # which leaves what is there as it is
-    advice = advice or f"move {in_shell(folder)} away, then {again} makes it again"
+    """SotaError 65 for data that `sota prepare` did not write like this, with advice."""
+    again = f"`sota prepare INPUT --out {in_shell(folder)}`"  # it never overwrites a folder
+    advice = advice or f"move {in_shell(folder)} away and recreate it with {again}"
     return SotaError(f"{what}; {advice}", BAD_DATA)
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
-    SotaError 66 without the folder; 65 if it is not complete, was changed, or has another format
-    or vocabulary.
+    SotaError 66 if the folder is missing; 65 if it is incomplete, was changed, or has another
+    format or vocabulary.
     """
     check_folder(folder)
     if not (folder / MANIFEST).exists():
@@ -106,8 +106,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_manifest(folder / MANIFEST)
     except SotaError as error:
         raise _unfit(folder, str(error)) from error
-    if (found := manifest.get("format")) != FORMAT:  # a checkpoint, say, not to be moved
-        advice = "give a folder made by `sota prepare`"
+    if (found := manifest.get("format")) != FORMAT:  # perhaps a checkpoint: do not say to move it
+        advice = "give a folder created by `sota prepare`"
         raise _unfit(folder, f"{folder} has format {found!r}, not {FORMAT!r}", advice)
     if (found := manifest.get("vocab_size")) != VOCAB:
         raise _unfit(folder, f"{folder} has a vocabulary of {found}, not {VOCAB}")
@@ -118,13 +118,13 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         names = [f"{split}-{i:05d}.npy" for i in range(len(shards))]
         beside = {name.replace(".npy", f".{kind}.npy") for name in names for kind in _BESIDE}
         if shards != names or not manifest["files"].keys() >= {*names, *beside}:
-            wrong = f"{MANIFEST} has not the files of {counted(len(names), f'{split} shard')}"
+            wrong = f"{MANIFEST} lacks files of its {counted(len(names), f'{split} shard')}"
             raise _unfit(folder, f"{folder}: {wrong}")
     return manifest
 
 
 def _foreign(folder: Path) -> dict[str, Any]:
-    """The manifest of another project's files, remembered as long as they do not change."""
+    """The manifest of another project's files, cached until they change."""
     found = {path.name: path.stat() for path in foreign_files(folder)}
     mark = [[name, status.st_size, status.st_mtime_ns] for name, status in found.items()]
     note = folder / _FOREIGN
@@ -136,18 +136,18 @@ def _foreign(folder: Path) -> dict[str, Any]:
     if known.get("mark") == mark and not misfit(known, _SHAPE) and known["files"].keys() == names:
         return known
     manifest = foreign_manifest(folder) | {"mark": mark}
-    with suppress(OSError):  # a read-only folder is read through at each start
+    with suppress(OSError):  # without a cache, a read-only folder is read in full every time
         write_file(note, canonical_json(seal(manifest)))
     return manifest
 
 
 class Shard:
-    """One `.npy` file of a prepared folder, open for reading; it must be as the manifest says."""
+    """One `.npy` file of a prepared folder, open for reading and checked against the manifest."""
 
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
         """Open and check. SotaError 65 for a wrong size, type or hash."""
         self.path, entry = folder / name, manifest["files"][name]
-        advice = "it must be a plain file" if "start" in entry else ""  # another program's
+        advice = "it must be a regular file" if "start" in entry else ""  # a foreign file
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             self._file = os.fdopen(os.open(self.path, flags), "rb", buffering=0)
@@ -160,22 +160,22 @@ class Shard:
         _verify_once(self.path, found, entry["sha256"])
         self._start = entry.get("start", HEADER_BYTES)
         self.items = (found.st_size - self._start) // 2
-        if "start" not in entry:  # else raw ids
+        if "start" not in entry:  # foreign files have no header of ours
             _check_header(self._file, self.path, found.st_size)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint16]:
-        """Ids start..stop: (stop - start,). SotaError 65 if the file got shorter."""
+        """Ids start..stop: (stop - start,). SotaError 65 if the file was truncated."""
         at, want, data = self._start + 2 * start, 2 * (stop - start), b""
-        while len(data) < want:  # a read may stop at 2 GB, or at the end of a file that was cut
+        while len(data) < want:  # a read may stop at 2 GB, or at the end of a truncated file
             more = os.pread(self._file.fileno(), want - len(data), at + len(data))
             if not more:
-                raise SotaError(f"{self.path} was cut short while in use", BAD_DATA)
+                raise SotaError(f"{self.path} was truncated while in use", BAD_DATA)
             data += more
         return np.frombuffer(data, "<u2")
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The header of every `.npy` file of ours, HEADER_BYTES long."""
+    """The header of all our `.npy` files, HEADER_BYTES long."""
     text = repr({"descr": dtype, "fortran_order": False, "shape": shape})
     room = HEADER_BYTES - npy.MAGIC_LEN - 2
     head = npy.magic(1, 0) + room.to_bytes(2, "little")
@@ -183,7 +183,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def _check_header(file: IO[bytes], path: Path, size: int) -> None:
-    """SotaError 65 unless a file of `size` bytes has the header that we write."""
+    """SotaError 65 unless a file of `size` bytes has the header that we write for that size."""
     wide = {".hashes": ("<u8", (2,)), ".ends": ("<u8", ())}
     dtype, columns = wide.get(Path(path.stem).suffix, ("<u2", ()))
     row = np.dtype((dtype, columns)).itemsize
@@ -193,7 +193,7 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> None:
 
 
 def load_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]:
-    """What a file of prepared data holds. SotaError 65 if it is damaged, OSError if it is gone."""
+    """The array in a file of prepared data. SotaError 65 if damaged, OSError if missing."""
     path = folder / name
     _verify_once(path, path.stat(), manifest["files"][name]["sha256"])
     with path.open("rb") as file:
@@ -202,7 +202,7 @@ def load_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any
 
 
 def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
-    """Hash the file unless this very file was hashed before. SotaError 65 on a mismatch."""
+    """Hash the file unless the same file was verified before. SotaError 65 on a mismatch."""
     note, mark = path.parent / _VERIFIED, [found.st_size, found.st_mtime_ns, found.st_ino, sha256]
     try:
         known = json.loads(note.read_bytes())
@@ -213,29 +213,29 @@ def _verify_once(path: Path, found: os.stat_result, sha256: str) -> None:
         return
     if sha256_file(path) != sha256:
         raise _unfit(path.parent, f"{path}: sha256 mismatch, the file is damaged")
-    with suppress(OSError):  # a read-only data folder is hashed at each start
+    with suppress(OSError):  # a read-only data folder is hashed on every start
         write_file(note, json.dumps(known | {path.name: mark}).encode())
 
 
 def _allow_files(count: int) -> None:
-    """Let this process open so many files, as far as it may: macOS begins with 256."""
+    """Raise the limit on open files to `count`, as far as allowed: macOS starts at 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    count = count if hard < 0 else min(count, hard)  # below zero is no limit
+    count = count if hard < 0 else min(count, hard)  # negative means unlimited
     if 0 <= soft < count:
-        with suppress(OSError, ValueError):  # then opening says so
+        with suppress(OSError, ValueError):  # opening the files will report it
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 class TokenWindows:
-    """A split as windows of seq_len + 1 tokens, each starting at the last token of the one before.
+    """A split as windows of seq_len + 1 tokens; consecutive windows overlap by one token.
 
-    Windows run over the documents as one stream; nothing is dropped but less than one window.
+    The documents form one stream; only a remainder shorter than a window is dropped.
     """
 
     padding = 0.0
 
     def __init__(self, folder: Path, split: Split, seq_len: int) -> None:
-        """Open and check. SotaError 66 without the folder, 65 if damaged or too short."""
+        """Open and check. SotaError 66 if the folder is missing, 65 if damaged or too short."""
         manifest = load_manifest(Path(folder))
         part = manifest["splits"][split]
         self.seq_len, self.tokens, self.text_bytes = seq_len, part["tokens"], part["text_bytes"]
@@ -243,18 +243,18 @@ class TokenWindows:
         shards = (name for each in SPLITS for name in manifest["splits"][each]["shards"])
         self.files = {name: manifest["files"][name]["sha256"] for name in shards}
         if self.tokens < seq_len + 1:
-            anew = ", or begin anew with a larger --val-fraction," * (split == "val")
+            larger = "prepare again with a larger --val-fraction, " * (split == "val")
             raise SotaError(
-                f"{folder}: the {split} split has {counted(self.tokens, 'token')} and a "
-                f"window needs {seq_len + 1:,}; add text{anew} in `sota prepare`, or shorten "
+                f"{folder}: the {split} split has {counted(self.tokens, 'token')}, but a "
+                f"window needs {seq_len + 1:,}; prepare more text, {larger}or reduce "
                 "--model.seq-len",
                 BAD_DATA,
             )
-        _allow_files(_OTHER_FILES + 2 * len(self.files))  # of the other split, too
+        _allow_files(_OTHER_FILES + 2 * len(self.files))  # including the other split's
         self._shards = [Shard(Path(folder), name, manifest) for name in part["shards"]]
         self._starts = [0, *accumulate(shard.items for shard in self._shards)]
         if self._starts[-1] != self.tokens:
-            found = f"{self._starts[-1]:,} tokens, the manifest says {self.tokens:,}"
+            found = f"{self._starts[-1]:,} tokens, but the manifest says {self.tokens:,}"
             raise SotaError(f"{folder}: the {split} shards hold {found}", BAD_DATA)
 
     def __len__(self) -> int:

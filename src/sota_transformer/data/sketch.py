@@ -1,8 +1,8 @@
-"""MinHash of documents: what tells whether two of them may be near-duplicates.
+"""MinHash sketches of documents, which tell whether two of them may be near-duplicates.
 
-The 5-grams of a document fall into bins by their hash, and of each bin the smallest is its own. Two
-documents have the same one there as likely as their sets are alike (the Jaccard index). Groups of
-bins make `keys`, by which candidates are found; `marks` then say how alike two documents are.
+The 5-grams of a document are hashed into bins, and each bin keeps the smallest. The probability
+that two documents agree in a bin is their Jaccard index. Groups of bins form `keys`, which find
+candidates; `marks` then estimate how similar two documents are.
 """
 
 import numpy as np
@@ -10,27 +10,27 @@ from numpy.typing import NDArray
 
 from sota_transformer.data.grams import gram_order, mixed
 
-GRAM = 5  # tokens in a row
+GRAM = 5  # consecutive tokens
 _MARK_BITS, _BIN_BITS = 8, 6
 MARKS, BINS = 1 << _MARK_BITS, 1 << _BIN_BITS
 BANDS = 16
-KEY_BITS = 31  # so that a key and a document's number make one number with a sign
-_PER_MARK = 8  # grams looked at for each: it stays empty though it should not with p = exp(-8)
-_MORE = 4  # times as many, where that leaves too many bins empty
+KEY_BITS = 31  # a key and a 32-bit document number fit into one signed 64-bit integer
+_PER_MARK = 8  # 5-grams sampled per mark: its bin is wrongly empty with probability exp(-8)
+_MORE = 4  # factor for a larger sample if too many bins stay empty
 _EMPTY = np.uint32(0xFFFFFFFF)
 _STEP = 0x9E3779B9
 _MIX = np.uint64(0xD6E8FEB86659FD93)
-_AT_ONCE = 1 << 18  # tokens, so that what is made of them stays in the cache ...
-_DOCUMENTS = 1 << 12  # ... and documents, where they are short
+_AT_ONCE = 1 << 18  # tokens at a time, so that intermediate results stay in the CPU cache ...
+_DOCUMENTS = 1 << 12  # ... and documents at a time, if they are short
 
 
 def sketch(
     tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
-    """Keys and marks of each document: (documents, BANDS), (documents, MARKS); a mark of 0 says
+    """Keys and marks of each document: (documents, BANDS), (documents, MARKS); a mark of 0 means
     that its bin is empty.
 
-    `tokens` holds the documents one after another, each closed by end-of-text, `lengths` long.
+    `tokens` holds the documents one after another, with `lengths` that include end-of-text.
     """
     keys = np.empty((len(lengths), BANDS), np.uint32)
     marks = np.empty((len(lengths), MARKS), np.uint8)
@@ -55,9 +55,9 @@ def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArra
     smallest = np.full((len(lengths), MARKS), _EMPTY, np.uint32)
     order = gram_order(tokens, GRAM)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    grams = np.maximum(0, lengths.astype(np.int64) - GRAM)  # none reaches over its document's end
+    grams = np.maximum(0, lengths.astype(np.int64) - GRAM)  # none includes end-of-text
     ends = starts + grams
-    # Only the smallest numbers of a bin matter, so of a long document only its small ones do.
+    # Only the smallest number of each bin matters, so a long document needs only its small ones.
     share = np.minimum(1, _PER_MARK * MARKS / np.maximum(1, grams))
     left = np.flatnonzero(grams)
     while len(left):
@@ -72,7 +72,7 @@ def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArra
         cell = np.repeat(left * MARKS, np.diff(np.searchsorted(chosen, ends[left]), prepend=0))
         cell += kept * np.uint32(_STEP) >> np.uint32(32 - _MARK_BITS)  # the bin of each
         np.minimum.at(smallest.reshape(-1), cell, kept)
-        # A text that says the same again and again has fewer than it seems.
+        # A repetitive text has fewer distinct 5-grams than its length suggests.
         empty = np.count_nonzero(smallest[left] == _EMPTY, axis=1)
         left = left[(empty > _PER_MARK) & (share[left] < 1)]
         share[left] = np.minimum(1, _MORE * share[left])
@@ -80,9 +80,9 @@ def _smallest(tokens: NDArray[np.uint16], lengths: NDArray[np.uint32]) -> NDArra
 
 
 def _dense(smallest: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Mixed, and empty bins borrow from the next that is not, marked by the distance.
+    """Hashes of the bins; an empty bin borrows from the next filled one, altered by the distance.
 
-    Short documents leave many empty: without this they would all look alike there.
+    Short documents leave many bins empty, and without this they would all agree there.
     """
     signature = mixed(smallest)
     rows = np.flatnonzero((smallest == _EMPTY).any(axis=1))
@@ -97,7 +97,7 @@ def _dense(smallest: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def _bands(signature: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """A key for each band of each signature: (documents, BANDS)."""
+    """One key per band of each signature: (documents, BANDS)."""
     keys = np.zeros((len(signature), BANDS), np.uint64)
     parts = signature.reshape(len(signature), BANDS, BINS // BANDS).astype(np.uint64)
     for row in range(BINS // BANDS):

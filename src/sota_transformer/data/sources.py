@@ -1,9 +1,9 @@
-"""Which files the inputs name, in an order that does not depend on listing, machine or worker.
+"""Finds the files that the inputs name, in an order independent of listing, machine and worker.
 
-An input is a file, a folder, a glob, `python:` or `-`, standard input. Every file gets a name
-relative to its input; files are taken in the order of (input, name). What is not taken is reported
-with a reason: nothing disappears in silence. Folders are not left through links, and no folder is
-entered twice.
+An input is a file, a folder, a glob, `python:` or `-` (standard input). Every file gets a name
+relative to its input; files are read in the order of (input, name). Whatever is skipped is reported
+with a reason, never silently. Links that leave a folder are not followed, and no folder is visited
+twice.
 """
 
 import os
@@ -55,42 +55,42 @@ class Source:
     name: str
     """Its name inside that input."""
     path: str
-    """Where it is."""
+    """Its path on disk."""
     kind: str
-    """What its documents look like: one of KINDS' values, or an archive; "" if its name does not
-    say it and it has to be unpacked to be seen."""
+    """Its format: one of KINDS' values, or an archive; "" if the name does not tell and the file
+    has to be unpacked to find out."""
     codec: str
-    """How it is compressed: "" or one of CODECS; "stdin" for standard input."""
+    """Its compression: "" or one of CODECS; "stdin" for standard input."""
     size: int
     """Bytes on disk."""
     modified: int
-    """Nanoseconds; only to notice that a file changed between two attempts."""
+    """Modification time in nanoseconds, to detect that a file changed between two attempts."""
 
 
 _RECORD = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\s\0]*\{")  # NUL: UTF-16
-_MADE = (  # what `sota train` and `sota export` leave, and others like them
+_MADE = (  # folders written by `sota train`, `sota export` and similar tools
     (("config.json", "run.json", "metrics.jsonl"), "a run, whose samples a model wrote"),
     (("tokenizer_config.json", "merges.txt"), "a model, whose merges are no text"),
 )
 
-EXAMPLES = 5  # that are kept of what was not taken, for each reason
-REPAIRED = "; taken, with U+FFFD for what is broken"  # behind the reason, if that was asked for
+EXAMPLES = 5  # skipped items to list per reason
+REPAIRED = "; taken, with U+FFFD for what is broken"  # appended to the reason if text was repaired
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was looked at and not taken."""
+    """An input that was skipped."""
 
     reason: str
     where: str
     repaired: bytes = b""
-    """Its text with U+FFFD in place of what is broken, where that is all that is wrong with it."""
+    """The text with U+FFFD for encoding errors, if those are its only problem."""
 
 
 def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
-    """Files of all inputs in their order, and what was not taken.
+    """The files of all inputs in order, and what was skipped.
 
-    SotaError 66 for an input that is not there, or when there is nothing to read at all.
+    SotaError 66 if an input is missing, or if there is nothing to read at all.
     """
     sources: list[Source] = []
     skipped: list[Skipped] = []
@@ -112,14 +112,14 @@ def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
     if not sources:
         hint = "".join(f"; {item.where}: {item.reason}" for item in skipped[:3])
         raise SotaError(
-            f"no text found in {', '.join(inputs)}{hint}; give files or folders of {KNOWN}",
+            f"no text found in {', '.join(inputs)}{hint}; supported formats: {KNOWN}",
             NO_INPUT,
         )
     return sources, skipped
 
 
 def _roots(text: str) -> Iterator[tuple[str, str, str]]:
-    """(path, name, why it is not taken or "") of the files and folders an input stands for."""
+    """(path, name, reason to skip it or "") of the files and folders that an input stands for."""
     if text == PYTHON:
         paths = sysconfig.get_paths()
         roots = {"stdlib": "stdlib", "purelib": "site-packages", "platlib": "site-packages"}
@@ -137,17 +137,17 @@ def _roots(text: str) -> Iterator[tuple[str, str, str]]:
         what = "matches nothing" if any(sign in text for sign in "*?[") else "does not exist"
         raise SotaError(f"input {text!r} {what}; check the path", NO_INPUT)
     taken, made = set[str](), cache(_made)
-    wanted = any(map(hidden, Path(text).parts))  # the pattern itself says so
-    for match in matches:  # `**` also lists what lies inside a folder that it lists
+    wanted = any(map(is_hidden, Path(text).parts))  # the pattern itself names something hidden
+    for match in matches:  # `**` matches a folder and also everything inside it
         if not any(parent in taken for parent in map(str, Path(match).parents)):
             taken.add(match)
-            unseen = any(map(hidden, Path(match).parts)) and not wanted
+            unseen = any(map(is_hidden, Path(match).parts)) and not wanted
             above = next(filter(None, map(made, Path(match).parents)), "")
             yield match, match, "hidden" if unseen else above
 
 
 def _matches(pattern: str) -> list[str]:
-    """Paths that a glob matches, sorted."""
+    """The paths that match a glob, sorted."""
     if not any(sign in pattern for sign in "*?["):
         return []
     path = Path(pattern)
@@ -158,13 +158,13 @@ def _matches(pattern: str) -> list[str]:
         return []
 
 
-def hidden(name: str) -> bool:
-    """Whether the file or folder, or what lies in it, is not for reading."""
+def is_hidden(name: str) -> bool:
+    """Whether to skip the file or folder because of its name."""
     return name == "__pycache__" or (name.startswith(".") and name not in (".", ".."))
 
 
 def _made(folder: Path) -> str:
-    """Why a whole folder is no text, or ""."""
+    """The reason to skip a whole folder, if it is a run or a model, or ""."""
     whys = (why for names, why in _MADE if all(os.path.lexists(folder / name) for name in names))
     return next(whys, "")
 
@@ -172,7 +172,7 @@ def _made(folder: Path) -> str:
 def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skipped]:
     """Every file at or below `root`; `name` stands for the root in names and reports.
 
-    `only` is the one ending that is looked at: `python:` means the sources, not what lies beside.
+    `only` restricts the search to one file extension: `python:` means the sources alone.
     """
     if not Path(root).is_dir():
         yield _file(index, root, name, named=True)
@@ -195,11 +195,11 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
             continue
         for entry in entries:
             inside = f"{below}/{entry.name}"
-            if hidden(entry.name):
+            if is_hidden(entry.name):
                 if not only:
                     yield Skipped("hidden", inside)
             elif only and entry.name == "site-packages":
-                continue  # below the standard library, and a root of its own
+                continue  # inside the standard library's folder, but a root of its own
             elif entry.is_symlink() and not _stays(entry.path, real_root):
                 yield Skipped("link that leaves the folder, or leads nowhere", inside)
             elif entry.is_symlink() and entry.is_dir():
@@ -211,15 +211,15 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
 
 
 def _stays(path: str, real_root: str) -> bool:
-    """Whether a link leads to something that exists below the root."""
+    """Whether a link points to something that exists below the root."""
     real = os.path.realpath(path)
     return Path(real).exists() and os.path.commonpath((real, real_root)) == real_root
 
 
 def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
-    """The file as a source, or why it is none.
+    """The file as a source, or the reason to skip it.
 
-    One named by itself may have any ending, and is then what it begins like.
+    A file given by name may have any extension; its content then determines its kind.
     """
     try:
         status = Path(path).stat()
@@ -229,7 +229,7 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
         return Skipped("not a regular file", name)
     if not os.access(path, os.R_OK):
         return Skipped("cannot be read (no permission)", name)
-    codec, kind = what(Path(path).name)
+    codec, kind = format_of(Path(path).name)
     if not kind and not named:
         return Skipped(f"{_ending(path)} is not a text format", name)
     if codec and kind in TABLES:
@@ -238,18 +238,18 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
         return Skipped("empty file", name)
     if not kind and not codec:
         kind = "text"
-        with suppress(OSError), Path(path).open("rb") as file:  # whoever reads it says why
+        with suppress(OSError), Path(path).open("rb") as file:  # an error is reported on reading
             kind = looks_like(file.read(4096))
     return Source(index, name, path, kind, codec, status.st_size, status.st_mtime_ns)
 
 
 def looks_like(head: bytes) -> str:
-    """The kind of a text without a name that says it: JSON lines, or else prose."""
+    """The kind of a text whose name does not tell: JSON lines, or else prose."""
     return "jsonl" if _RECORD.match(head) else "text"
 
 
-def what(name: str) -> tuple[str, str]:
-    """(codec, kind) that a file name stands for; an empty kind for none that is known."""
+def format_of(name: str) -> tuple[str, str]:
+    """(codec, kind) according to a file name; the kind is "" if unknown."""
     stem, _, suffix = name.lower().rpartition(".")
     if suffix in _SHORT:
         stem, _, suffix = f"{stem}.{_SHORT[suffix]}".rpartition(".")
@@ -260,6 +260,6 @@ def what(name: str) -> tuple[str, str]:
 
 
 def _ending(path: str) -> str:
-    """The ending of a file name, for a reason that many files share."""
+    """The extension of a file, as part of a reason that many files share."""
     suffix = Path(path).suffix.lower()
     return f"{suffix[:12]} file" if suffix else "file without an ending"

@@ -1,7 +1,7 @@
 """Compressed files, archives, UTF-16 and standard input as bounded chunks of bytes.
 
-Damage, bombs and what cannot be read are reported, never passed over in silence. Members of an
-archive are read as streams; nothing is extracted under a name that the archive chose.
+Damaged data, decompression bombs and unreadable files are reported, never silently skipped.
+Archive members are read as streams; nothing is extracted under a name chosen by the archive.
 """
 
 import bz2
@@ -27,16 +27,16 @@ from sota_transformer.data.sources import (
     TABLES,
     Skipped,
     Source,
-    hidden,
+    format_of,
+    is_hidden,
     looks_like,
-    what,
 )
 
 CHUNK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
 NOTHING = "no document inside"
 _DECOMPRESSORS = {"bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
-_PACKED = 8 << 10  # given to a decompressor at a time: damage there takes what came before it along
+_PACKED = 8 << 10  # fed to a decompressor at a time: damage also loses what precedes it in a block
 _LINK = "link or device inside an archive"
 _STARTED = "only its readable start was taken"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -46,7 +46,7 @@ Stream = tuple[str, str, Iterator[bytes]]  # name, kind, chunks
 
 
 def streams(source: Source, refused: Refused) -> Iterator[Stream]:
-    """Every stream of text in a packed source, in order; each must be read before the next."""
+    """Every text stream of a packed source, in order; each must be consumed before the next."""
     if source.codec == "stdin":
         yield from _standard_input(source, refused)
     elif source.kind == "zip":
@@ -65,7 +65,7 @@ def _file(source: Source, refused: Refused) -> Iterator[bytes]:
 
 
 def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) -> Iterator[bytes]:
-    """The chunks, ended early and with a reason where the stream is damaged or a bomb."""
+    """The chunks; stops and reports a reason if the stream is damaged or a bomb."""
     total = 0
     try:
         for chunk in recoded(chunks):
@@ -83,9 +83,9 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
 
 
 def recoded(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The chunks of a text; UTF-16 that says so by its byte order mark becomes UTF-8 without one.
+    """The chunks of a text; UTF-16 with a byte order mark becomes UTF-8 without one.
 
-    What is broken becomes bytes that are no UTF-8 either, to be found where all such bytes are.
+    Invalid UTF-16 becomes invalid UTF-8, so that both are handled in the same place.
     """
     first = next(chunks, b"")
     while len(first) == 1 and (more := next(chunks, b"")):
@@ -100,7 +100,7 @@ def recoded(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """For what is broken in UTF-16 a character that `surrogateescape` makes one bad byte of."""
+    """Replace invalid UTF-16 by a character that `surrogateescape` encodes as one invalid byte."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udcff", error.end
 
@@ -109,7 +109,7 @@ codecs.register_error("sota-escape", _escape)
 
 
 def damage() -> tuple[type[BaseException], ...]:
-    """What a damaged stream or archive may raise."""
+    """The exceptions that a damaged stream or archive may raise."""
     errors = (OSError, EOFError, ValueError, RuntimeError)
     errors += (zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
     zstandard = sys.modules.get("zstandard")
@@ -117,7 +117,7 @@ def damage() -> tuple[type[BaseException], ...]:
 
 
 def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
-    """Chunks of CHUNK to twice as many bytes of the stream `raw`, unpacked; the last is shorter."""
+    """The decompressed stream `raw` in chunks of one to two CHUNKs; the last may be shorter."""
     if codec == "zst":
         yield from _filled(_zstandard(raw))
     elif codec == "gz":
@@ -130,19 +130,19 @@ def unpacked(raw: IO[bytes], codec: str) -> Iterator[bytes]:
 
 
 def _decompressed(raw: IO[bytes], begin: Callable[[], Any]) -> Iterator[bytes]:
-    """Pieces of any number of bz2 or xz streams. EOFError if the end of the last is missing.
+    """Pieces of any number of bz2 or xz streams. EOFError if the last one is truncated.
 
-    The files of the standard library end in silence at a later stream that is damaged.
+    The standard library's file classes silently stop at damage in the second or a later stream.
     """
     stream, data = begin(), b""
     while data or (data := raw.read(_PACKED)):
         if stream.eof:
-            data = data.lstrip(b"\0")  # as xz may be padded
+            data = data.lstrip(b"\0")  # xz allows padding
             if not data:
                 continue
             stream = begin()
         yield stream.decompress(data, CHUNK)
-        # Not until it needs input: bz2 says so while it still holds what came before a cut.
+        # Drain it even if it asks for input: bz2 does so while it still holds data before a cut.
         while not stream.eof and (piece := stream.decompress(b"", CHUNK)):
             yield piece
         data = stream.unused_data
@@ -151,7 +151,7 @@ def _decompressed(raw: IO[bytes], begin: Callable[[], Any]) -> Iterator[bytes]:
 
 
 def _filled(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Chunks of about CHUNK; what comes before damage is not lost with it, as by `read`."""
+    """Chunks of about CHUNK bytes; unlike with `read`, data before damage is not lost."""
     held, size = list[bytes](), 0
     try:
         for piece in pieces:
@@ -169,11 +169,11 @@ def _filled(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
-    """Pieces of a zstandard stream of any number of frames. EOFError if its end is missing."""
+    """Pieces of a zstandard stream of any number of frames. EOFError if it is truncated."""
     import zstandard
 
     context, frame = zstandard.ZstdDecompressor(max_window_size=1 << 27), None
-    while data := raw.read(_PACKED >> 3):  # of four bytes it can make 128 KiB
+    while data := raw.read(_PACKED >> 3):  # four bytes can expand to 128 KiB
         while data:
             frame = frame or context.decompressobj()
             piece = frame.decompress(data)
@@ -184,7 +184,7 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _standard_input(source: Source, refused: Refused) -> Iterator[Stream]:
-    """Standard input, compressed or not: JSON lines if it starts like them, else plain text."""
+    """Standard input, compressed or not: JSON lines if it looks like it, else plain text."""
     raw = sys.stdin.buffer
     head = raw.read(4)
     magic = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zX": "xz"}
@@ -195,16 +195,16 @@ def _standard_input(source: Source, refused: Refused) -> Iterator[Stream]:
 
 
 def _unnamed(name: str, chunks: Iterator[bytes]) -> Iterator[Stream]:
-    """The stream, as what it begins like."""
+    """The stream, with its kind determined from its first bytes."""
     if first := next(chunks, b""):
         yield name, looks_like(first), chain([first], chunks)
 
 
 def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] | None:
-    """(full name, codec, kind) of an archive's member, or None after saying why it is refused."""
+    """(full name, codec, kind) of an archive member; None if it is refused, after reporting why."""
     full = f"{archive}!{name}"
-    codec, kind = what(name)
-    if any(map(hidden, name.split("/"))):  # as in a folder; of macOS every `__MACOSX/.../._NAME`
+    codec, kind = format_of(name)
+    if any(map(is_hidden, name.split("/"))):  # as in a folder; covers macOS' `__MACOSX/.../._NAME`
         refused(Skipped("hidden", full))
     elif kind in ARCHIVES:
         refused(Skipped("archive inside an archive; unpack it first", full))
@@ -218,10 +218,10 @@ def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] |
 
 
 class _BareNames(io.FileIO):
-    """A zip archive whose names do not claim to be UTF-8."""
+    """A zip file with the "names are UTF-8" flags cleared."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """The next bytes, where they are the directory or a member's header without the claim."""
+        """The next bytes; clears the flag in the central directory and in a member's header."""
         data, at = bytearray(super().read(size) or b""), 0
         while data.startswith(b"PK\1\2", at) and len(data) >= at + 46:
             data[at + 9] &= ~8
@@ -233,7 +233,7 @@ class _BareNames(io.FileIO):
 
 @contextmanager
 def _unzipped(path: str) -> Iterator[zipfile.ZipFile]:
-    """A zip archive; a name that claims to be UTF-8 and is not has escapes, and costs no text."""
+    """A zip archive; a name flagged as UTF-8 that is not gets escapes, and no text is lost."""
     try:
         archive = zipfile.ZipFile(path)
     except UnicodeDecodeError:
@@ -278,7 +278,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
             with tarfile.open(fileobj=raw, mode="r|", tarinfo=_Header) as archive:
                 members, nothing = vars(archive)["members"], True
                 for info in iter(archive.next, None):
-                    members.clear()  # else all that ever came stay in memory
+                    members.clear()  # tarfile keeps every member in memory
                     if info.isdir():
                         continue
                     nothing = False
@@ -295,39 +295,39 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
                 blocks, zeros = vars(archive)["fileobj"], bytes(CHUNK)
                 padding = (blocks.read(CHUNK) for _ in range(_BOMB_BYTES // CHUNK))
                 if next((data for data in padding if data != zeros), b"").strip(b"\0"):
-                    raise tarfile.ReadError("it goes on behind its end, as two put together do")
+                    raise tarfile.ReadError("data after its end, as in two concatenated archives")
     except damage() as error:
         refused(Skipped(f"damaged archive; {_STARTED}", f"{source.name}: {error}"[:200]))
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; tarfile takes one that is damaged, or none at all, for the end."""
+    """A member's header; tarfile treats a damaged or missing one as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:  # type: ignore[override]
-        """The next header. ReadError if there is neither one nor the end's zeros."""
+        """The next header. ReadError if there is neither a header nor the end's zero blocks."""
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} where a member or the end should be") from error
+            raise tarfile.ReadError(f"{error}, expected a member or the end") from error
 
 
 def _failing(error: BaseException) -> Iterator[bytes]:
-    """No chunk, but what went wrong behind the last one."""
+    """An iterator that raises `error` instead of yielding a chunk."""
     raise error
     yield
 
 
 class _Reader:
-    """Chunks as a file to read from."""
+    """A file-like reader over chunks."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._held = chunks, bytearray()
 
     def read(self, size: int) -> bytes:
-        """Exactly `size` bytes, fewer only at the end, or once before damage is raised."""
+        """Exactly `size` bytes; fewer only at the end, or once before an error is raised."""
         try:
             while len(self._held) < size and (chunk := next(self._chunks, b"")):
                 self._held += chunk
@@ -341,8 +341,8 @@ class _Reader:
 
 
 class _Ending(_Reader):
-    """One that does not go on for ever: tarfile would read what is not there block by block, up to
-    whatever size a member claims. EOFError for who has met the end and reads on.
+    """A reader that raises EOFError on reads past the end: tarfile would otherwise read missing
+    data block by block, up to whatever size a member claims.
     """
 
     _ended = False

@@ -1,9 +1,10 @@
 """Text columns of parquet and Arrow files, by row ranges; runs in workers, pyarrow is optional.
 
-A row group cannot be entered in its middle. Each worker therefore keeps its last reader and goes on
-from where it stands, so that a file of one huge row group is decoded once a worker, not once a
-unit; and the pool leaves a row group to one worker where it can. Small row groups share a unit, and
-the file stays open: its footer describes every column of every row group, and takes its time.
+Reading cannot start in the middle of a row group. Each worker therefore keeps its last reader and
+continues from its position, so that a file with one huge row group is decoded once per worker, not
+once per unit; and the pool gives a row group to a single worker where it can. Small row groups
+share a unit, and the file stays open: its footer describes every column of every row group and is
+slow to parse.
 """
 
 from bisect import bisect_left
@@ -25,10 +26,10 @@ Row = tuple[int, Any]  # row number, value
 def probe(source: Source, field: str) -> list[tuple[int, int, int]]:
     """(row group or 0, first row, end row) pieces of about UNIT_BYTES; one piece if unreadable.
 
-    Rows count from the beginning of the file, and a piece may go on into the next row groups.
+    Rows count from the beginning of the file; a piece may extend into the following row groups.
     """
     try:
-        if source.kind == "arrow":  # whose batches have to be read to be counted
+        if source.kind == "arrow":  # its batches have to be read to be counted
             columns = _columns(source.path, field)
             pieces = _pieces((len(column), column.nbytes) for column in columns)
             return [(0, first, end) for _, first, end in pieces]
@@ -37,11 +38,11 @@ def probe(source: Source, field: str) -> list[tuple[int, int, int]]:
         meta = parquet.read_metadata(source.path)
         return _pieces(_row_groups(meta, field))
     except (*damage(), ImportError):
-        return [(0, 0, source.size)]  # reading it will say what is wrong
+        return [(0, 0, source.size)]  # reading it will report the problem
 
 
 def _row_groups(meta: Any, field: str) -> Iterator[tuple[int, int]]:
-    """(rows, bytes of the column) of each row group; dictionaries take less than the text."""
+    """(rows, bytes of the column) of each row group; less than the text if dictionary-encoded."""
     places = (at for at in range(meta.num_columns) if meta.schema.column(at).path == field)
     column = next(places, None)
     for number in range(meta.num_row_groups):
@@ -51,13 +52,13 @@ def _row_groups(meta: Any, field: str) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(part, first row, end row) of parts of so many rows and bytes: large ones cut, small ones
-    put together.
+    """(part, first row, end row) pieces, from the (rows, bytes) of each part: large parts are cut,
+    small ones grouped.
     """
     pieces, row, held = [], 0, 0
     for number, (rows, size) in enumerate(parts):
         if not rows:
-            continue  # what follows would go on a large one's last piece, read without it
+            continue  # or the next part would extend a large part's last piece
         end = row + rows
         if pieces and held + size <= UNIT_BYTES:
             pieces[-1] = (*pieces[-1][:2], end)
@@ -71,7 +72,7 @@ def _pieces(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
 
 
 def damage() -> tuple[type[BaseException], ...]:
-    """What reading a damaged table may raise."""
+    """The exceptions that reading a damaged table may raise."""
     try:
         import pyarrow
     except ImportError:
@@ -80,7 +81,7 @@ def damage() -> tuple[type[BaseException], ...]:
 
 
 class Tables:
-    """A worker's table reader, which remembers where it stands."""
+    """A worker's table reader, which remembers its position."""
 
     def __init__(self) -> None:
         self._place: tuple[str, int] | None = None
@@ -92,7 +93,7 @@ class Tables:
         self._rest: list[Any] = []
 
     def rows(self, segment: Segment, field: str) -> Iterator[Row | Skipped]:
-        """The values of a segment's rows, or why there are none."""
+        """The values of a segment's rows, or the reason why there are none."""
         try:
             if segment.whole:
                 yield from self._all(segment, field)
@@ -102,7 +103,7 @@ class Tables:
             hint = "parquet and Arrow need `pip install 'sota-transformer[parquet]'`"
             yield Skipped(hint, segment.name)
         except KeyError:
-            if not segment.start:  # else the first piece says it
+            if not segment.start:  # otherwise the first piece reports it
                 yield Skipped(f"no column {field!r}", segment.name)
         except damage() as error:
             self._place = None
@@ -118,12 +119,12 @@ class Tables:
                 row += 1
 
     def _range(self, segment: Segment, field: str) -> Iterator[Row]:
-        """Rows start..stop, from where the reader stands if that is before."""
+        """Rows start..stop, continuing from the reader's position if that is not past `start`."""
         import pyarrow
 
         place = (segment.path, segment.offset)
         if self._place != place or self._row > segment.start:
-            self._batches, self._rest = iter(()), []  # what is read goes before more comes
+            self._batches, self._rest = iter(()), []  # free the old batches before reading more
             pyarrow.default_memory_pool().release_unused()
             self._row, self._batches = self._open(segment, field)
             self._place = place
@@ -131,9 +132,9 @@ class Tables:
             if not self._rest:
                 batch = next(self._batches, None)
                 if batch is None:
-                    raise OSError("fewer rows than when it was looked at first")
+                    raise OSError("it has fewer rows than when it was cut into units")
                 if self._row + len(batch) <= segment.start:
-                    self._row += len(batch)  # another worker's rows: not worth making strings of
+                    self._row += len(batch)  # another worker's rows: do not convert them
                     continue
                 self._rest = batch.to_pylist()[::-1]
             value = self._rest.pop()
@@ -142,13 +143,13 @@ class Tables:
                 yield self._row - 1, value
 
     def _open(self, segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
-        """The first row and all batches from the segment's row group on, or of an Arrow file."""
+        """The first row and all batches, from the segment's row group or for a whole Arrow file."""
         if segment.kind == "arrow":
             return 0, _arrow(segment, field)
         from pyarrow import parquet
 
         if self._path != segment.path:
-            # In small pieces, for a column may be larger than memory.
+            # Read in small pieces: a column may be larger than memory.
             how: dict[str, Any] = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
             self._path, self._file = "", parquet.ParquetFile(segment.path, **how)
             groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
@@ -158,7 +159,7 @@ class Tables:
 
 
 def _parquet(file: Any, ends: list[int], segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
-    """The first row of the segment's row groups, and the batches of the column in them."""
+    """The first row of the segment's row groups, and their batches of the column."""
     if field not in file.schema_arrow.names:
         raise KeyError(field)
     last = len(ends) if segment.whole else min(len(ends), bisect_left(ends, segment.stop) + 1)
@@ -176,7 +177,7 @@ def _arrow(segment: Segment, field: str) -> Iterator[Any]:
 
 
 def _columns(path: str, field: str) -> Iterator[Any]:
-    """The column of each batch of an Arrow file, or of an Arrow stream, as `datasets` caches it."""
+    """The column of each batch of an Arrow file or Arrow stream (the format `datasets` caches)."""
     import pyarrow
     from pyarrow import ipc
 
@@ -196,17 +197,17 @@ def _columns(path: str, field: str) -> Iterator[Any]:
 
 
 def _column(batch: Any, field: str) -> Any:
-    """The first of that name: names may repeat, and parquet's readers give `text.x` for `text`.
+    """The first column of that name. Names may repeat, and parquet gives `text.x` for `text`.
 
-    Strings are bytes in it, which copies nothing: one that is no UTF-8 would take others along.
+    Strings are viewed as bytes, without a copy: one invalid UTF-8 string would fail its batch.
     """
     column = batch.column(batch.schema.names.index(field))
-    if (values := getattr(column, "dictionary", None)) is not None:  # as of a pandas category
+    if (values := getattr(column, "dictionary", None)) is not None:  # such as a pandas category
         return type(column).from_arrays(column.indices, _raw(values))
     return _raw(column)
 
 
 def _raw(column: Any) -> Any:
-    """A column of strings as one of bytes, any other as it is."""
+    """A string column viewed as bytes; any other column unchanged."""
     raw = _BYTES.get(str(column.type))
     return column.view(raw) if raw else column

@@ -1,10 +1,10 @@
 """GPT-2's byte-level BPE: text to ids and back, offline, identical to the published encoding.
 
 1. `gpt2.npz` holds 256 bytes and 50,000 merges; `_token_table` rebuilds every token's bytes.
-2. `_rank_file` writes the rank file that these tokens stand for; its SHA-256 must be the published.
-3. The encoder is gigatoken where it works here, else tiktoken: the same ids, only slower.
+2. `_rank_file` rebuilds the rank file from these tokens; its SHA-256 must be the published one.
+3. The encoder is gigatoken if it works on this machine, else tiktoken: the same ids, but slower.
 
-Special tokens inside a text are ordinary text; end-of-text is added by id, by whoever needs it.
+Special tokens inside a text are ordinary text; callers add end-of-text by id.
 """
 
 import base64
@@ -54,7 +54,7 @@ def _token_table() -> list[bytes]:
             alphabet, left, right = table["alphabet"], table["left"], table["right"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise SotaError(
-            f"{_TABLE} is damaged ({error}); install the package again", BAD_DATA
+            f"{_TABLE} is damaged ({error}); reinstall the package", BAD_DATA
         ) from error
     tokens = [bytes([byte]) for byte in alphabet.tolist()]
     for a, b in zip(left.tolist(), right.tolist(), strict=True):
@@ -64,24 +64,23 @@ def _token_table() -> list[bytes]:
 
 @cache
 def _rank_file() -> bytes:
-    """The published rank file, rebuilt. Raises SotaError 65 if it is not that file to the byte."""
+    """The published rank file, rebuilt. SotaError 65 unless it is identical byte for byte."""
     encode = base64.b64encode
     text = b"".join(b"%b %d\n" % (encode(t), rank) for rank, t in enumerate(_token_table()))
     if hashlib.sha256(text).hexdigest() != RANKS_SHA256:
-        raise SotaError(f"{_TABLE} is not GPT-2's table; install the package again", BAD_DATA)
+        raise SotaError(f"{_TABLE} is not GPT-2's table; reinstall the package", BAD_DATA)
     return text
 
 
 def _gigatoken() -> Callable[[Any], NDArray[np.uint32]]:
-    """Encoder of str or UTF-8; it reads its ranks from a file, so they get one for a moment.
-
-    The file has no name, so that a process that is killed meanwhile leaves none.
+    """Encoder of str or UTF-8. It reads its ranks from a file, so they are written to a temporary
+    one, which has no name: a process killed meanwhile leaves nothing behind.
     """
     from gigatoken.gigatoken_rs import BPETokenizer
 
     with tempfile.TemporaryFile() as file:
         file.write(_rank_file())
-        file.seek(0)  # where /dev/fd gives the same open file, as on macOS
+        file.seek(0)  # needed where /dev/fd shares the file position, as on macOS
         return BPETokenizer.from_tiktoken(f"/dev/fd/{file.fileno()}", "gpt2", {}).encode
 
 
@@ -98,8 +97,8 @@ def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:
         text = text.decode() if isinstance(text, bytes) else text
         try:
             return plain(text)
-        except ValueError:  # for the last of a million spaces it keeps in mind all of them
-            # That one goes with what follows, so the text may be cut before it.
+        except ValueError:  # its regex hits the backtracking limit on a million spaces
+            # The last space of a run belongs to what follows, so the text can be cut before it.
             ends = (run.end() for run in _SPACES.finditer(text))
             cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]
             return np.concatenate([plain(text[a:b]) for a, b in pairwise(cuts)])
@@ -107,8 +106,8 @@ def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:
     return encode
 
 
-def _knows_its_ids(encode: Callable[[Any], NDArray[np.uint32]]) -> bool:
-    """Whether the encoder gives the ids it must, from str and from bytes."""
+def _passes_self_test(encode: Callable[[Any], NDArray[np.uint32]]) -> bool:
+    """Whether the encoder gives the known ids, from str and from bytes."""
     return all(
         encode(given).tolist() == ids for text, ids in _KNOWN for given in (text, text.encode())
     )
@@ -117,19 +116,19 @@ def _knows_its_ids(encode: Callable[[Any], NDArray[np.uint32]]) -> bool:
 class Encoder:
     """Encodes one document after another, with bounded memory.
 
-    gigatoken remembers every word it has met, for good, and is a fifth slower until it has met the
-    usual ones. So it gets a fresh memory only where this process has grown much since its first
-    few MB of text, when whoever reads and writes had the memory they need; what a renewal leaves
-    is theirs, too, and no reason for the next. That is looked at often; where the system does not
-    tell it, the memory is fresh after so much text that building it anew costs little beside the
-    work done.
+    gigatoken caches every word it meets, forever, and is a fifth slower until it has cached the
+    common ones. So the encoder is replaced only when this process has grown much beyond its size
+    after the first few MB of text, by when readers and writers have allocated what they need.
+    Memory that a replacement does not free belongs to them too and raises the limit. The size is
+    checked often; where the system does not report it, the encoder is replaced after so much text
+    that rebuilding the cache costs little by comparison.
     """
 
     def __init__(self, kind: str = "auto") -> None:
-        """`kind` is auto, gigatoken or tiktoken; auto takes the first that passes its self-test."""
+        """`kind` is auto, gigatoken or tiktoken; auto picks the first that passes its self-test."""
         self.kind, self._encode = _ready.pop() if kind == "auto" and _ready else _choose(kind)
         self._seen, self._look = 0, _FIRST_LOOK_BYTES
-        self._limit: int | None = None  # of resident bytes; 0, always over, where unknown
+        self._limit: int | None = None  # resident bytes; 0 if unknown, which is always exceeded
 
     def __call__(self, text: bytes) -> NDArray[np.uint32]:
         """Ids of one document of valid UTF-8, without end-of-text: (n,)."""
@@ -139,7 +138,7 @@ class Encoder:
                 self._limit = now and now + _GROWN_BYTES
             elif now >= self._limit:
                 self._encode = _gigatoken()
-                now = _resident()  # without what the last one remembered
+                now = _resident()  # without the old encoder's cache
                 self._limit = now and max(self._limit, now + _GROWN_BYTES)
             self._seen, self._look = 0, _LOOK_BYTES if self._limit else _BLIND_BYTES
         self._seen += len(text)
@@ -147,7 +146,7 @@ class Encoder:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not say (all but Linux)."""
+    """Resident memory of this process in bytes; 0 if the system does not report it (non-Linux)."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -159,22 +158,24 @@ _ready: list[tuple[str, Callable[[Any], NDArray[np.uint32]]]] = []
 
 
 def warm_up() -> None:
-    """Make the encoder that the next `Encoder()` of this process, or of its children, will take."""
+    """Create the encoder for the next `Encoder()` in this process or a child forked from it."""
     _ready.append(_choose("auto"))
 
 
 def _choose(kind: str) -> tuple[str, Callable[[Any], NDArray[np.uint32]]]:
-    """The encoder to use and its name. SotaError 65 when none gives the right ids."""
+    """The encoder to use and its name. SotaError 65 if none gives the right ids."""
     makers = {"gigatoken": _gigatoken, "tiktoken": _tiktoken}
     for name in makers if kind == "auto" else (kind,):
         try:
             encode = makers[name]()
-            works = _knows_its_ids(encode)
+            works = _passes_self_test(encode)
         except (ImportError, OSError, TypeError, ValueError, AttributeError):
-            continue  # not installed, no room for its file, or called otherwise (gigatoken#42)
+            continue  # not installed, no space for its file, or a changed API (gigatoken#42)
         if works:
             return name, encode
-    raise SotaError("no working encoder; `pip install gigatoken tiktoken` and try again", BAD_DATA)
+    raise SotaError(
+        "no working encoder; run `pip install gigatoken tiktoken` and try again", BAD_DATA
+    )
 
 
 class Tokenizer:
@@ -189,7 +190,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> NDArray[np.int64]:
-        """Bytes of text that each id stands for: (VOCAB,); 0 for end-of-text and pad."""
+        """Length in bytes of each id's text: (VOCAB,); 0 for end-of-text and pad."""
         return np.array([len(token) for token in _token_table()] + [0, 0], np.int64)
 
     def encode(self, text: str) -> list[int]:
@@ -197,14 +198,14 @@ class Tokenizer:
         return self._encoder(utf8(text)).tolist()
 
     def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
-        """Bytes of the ids; end-of-text and pad stand for none. ValueError for an unknown id."""
+        """Bytes of the ids; end-of-text and pad give none. ValueError for an unknown id."""
         table, values = _token_table(), [int(i) for i in ids]
         if wrong := [i for i in values if not 0 <= i < VOCAB]:
             raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {VOCAB:,}")
         return b"".join(table[i] for i in values if i < EOT)
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """Text of the ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+        """Text of the ids; invalid UTF-8, such as a cut character, becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 

@@ -1,10 +1,10 @@
 """Cuts the sources into units of work: a function of the files, never of workers or memory.
 
-A unit is a list of segments of about UNIT_BYTES of text. Small files are put together; large files
-of lines or of plain text are cut at line ends; whatever is packed, or large and in UTF-16, is
-unpacked once, here, into spool files that are cut at the very same places, so that `x.jsonl` and
-`x.jsonl.zst` give the same documents. Whatever has a format that can be hostile is parsed by the
-workers, not here.
+A unit is a list of segments with about UNIT_BYTES of text in total. Small files are grouped; large
+files of lines or plain text are cut at line ends. Compressed files, archives and large UTF-16 files
+are unpacked once, here, into spool files that are cut at the same places, so that `x.jsonl` and
+`x.jsonl.zst` give the same documents. Formats that a hostile file could exploit are parsed only in
+the workers.
 """
 
 import codecs
@@ -21,16 +21,16 @@ from sota_transformer.data.streams import UTF16, Refused, streams
 
 UNIT_BYTES = 4 << 20
 _UNIT_FILES = 500
-_CUT_KINDS = ("jsonl", "text", "csv", "tsv")  # the others stay in one piece
+_CUT_KINDS = ("jsonl", "text", "csv", "tsv")  # other kinds stay whole
 _TEXT_SLACK = 64 << 10  # how far a cut of plain text looks for a line end
-_HEADER_BYTES = 1 << 20  # all of a first chunk
-_ROW_ENDS = re.compile(rb"[\r\n]")  # of both, the second is an empty row, or ends the header
+_HEADER_BYTES = 1 << 20  # size of a first chunk
+_ROW_ENDS = re.compile(rb"[\r\n]")  # in \r\n the \n is an empty row, or ends the header
 _INSIDE_QUOTES = re.compile(rb'[^"]*+(?:""[^"]*+)*+')
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of one source: bytes (rows of a table) start..stop of it."""
+    """A piece of one source: bytes start..stop, or rows for a table."""
 
     input: int
     name: str
@@ -39,25 +39,25 @@ class Segment:
     start: int
     stop: int
     whole: bool
-    """Whether this is all of the source."""
+    """Whether this is the entire source."""
     offset: int = 0
-    """Where in the file at `path` the piece lies; for a table, the row group it begins in."""
+    """Byte offset of the piece in the file at `path`; for a table, its first row group."""
     header: bytes = b""
-    """First row of a table of text, needed to read any piece of it; b"" if it is too long."""
+    """Header row of a CSV or TSV file, needed to read any piece of it; b"" if it is too long."""
     spooled: bool = False
     """Whether the path is a spool file, to be removed once read."""
     taken: int = 0
-    """Of a range of rows: about how many bytes of the file they take."""
+    """For a range of table rows: approximate number of bytes in the file."""
 
     @property
     def size(self) -> int:
-        """Bytes of input that are read with this piece, for the progress."""
+        """Input bytes of this piece, for the progress display."""
         return self.taken or self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker does in one go, and a key that changes when its input may have."""
+    """The work of one task, and a key that changes whenever its input may have changed."""
 
     index: int
     segments: tuple[Segment, ...]
@@ -66,18 +66,18 @@ class Unit:
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know."""
+    """Settings for every worker."""
 
     folder: Path
-    """Where results go."""
+    """Folder for results."""
     text_field: str
     encoder: str
     repair: bool = False
-    """Whether text of a broken encoding is taken with U+FFFD for what is broken."""
+    """Whether text with encoding errors is kept, with U+FFFD in their place."""
     sketches: bool = False
-    """Whether near-duplicates will be looked for."""
+    """Whether to compute sketches for near-duplicate detection."""
     excluded: Path | None = None
-    """File of gram hashes; documents with one of them are left out."""
+    """File of n-gram hashes; documents that contain one of them are dropped."""
 
 
 Probe = Callable[[Source], list[tuple[int, int, int]]]
@@ -88,8 +88,9 @@ def cut(
 ) -> Iterator[tuple[tuple[Segment, ...], str]]:
     """(segments, identity) of each unit in order.
 
-    `folder` is for spool files; `refused` hears of streams that cannot be read; `probe` gives the
-    (group, first row, end row) pieces of a table. The identity names sources with size and time.
+    `folder` is for spool files; `refused` is called for streams that cannot be read; `probe` gives
+    the (group, first row, end row) pieces of a table. The identity consists of the sources' names,
+    sizes and modification times.
     """
     spool = _Spool(folder)
     group: list[Segment] = []
@@ -118,16 +119,16 @@ def cut(
 
 
 def _recode(source: Source) -> bool:
-    """Whether the file is in UTF-16 and may be of more than one unit in UTF-8."""
+    """Whether the file is UTF-16 and may exceed one unit as UTF-8."""
     if source.size <= UNIT_BYTES // 2 or source.kind in TABLES:
         return False
     with suppress(OSError), Path(source.path).open("rb", buffering=0) as file:
         return file.read(2) in UTF16
-    return False  # whoever reads it says why
+    return False  # an unreadable file is reported when it is read
 
 
 def whole(source: Source) -> Segment:
-    """All of a source as one segment."""
+    """An entire source as one segment."""
     return Segment(source.input, source.name, source.kind, source.path, 0, source.size, True)
 
 
@@ -141,7 +142,7 @@ def _tables(source: Source, probe: Probe) -> Iterator[Segment]:
 
 
 def _lines(source: Source, refused: Refused) -> Iterator[Segment]:
-    """Ranges of a large plain file; one that is gone by now, or fails, is one more not taken."""
+    """Ranges of a large plain file; a file that is gone or fails is reported as skipped."""
     try:
         yield from _ranges(source)
     except OSError as error:
@@ -171,9 +172,10 @@ def _ranges(source: Source) -> Iterator[Segment]:
 
 
 class _Rows:
-    """Finds where rows of a table of text end, as the reader of the standard library does.
+    """Finds the ends of CSV and TSV rows, exactly as the standard library's csv reader does.
 
-    A quote opens a cell at the cell's start alone; inside, two are a letter and one closes it.
+    A quote opens a quoted cell only at its start; inside, two quotes are a literal one and a single
+    quote closes the cell.
     """
 
     def __init__(self, kind: str) -> None:
@@ -181,19 +183,19 @@ class _Rows:
         self.reset()
 
     def first(self, data: bytes) -> bytes:
-        """The first row of a table that begins so, b"" if it goes on behind."""
+        """The first row of a table that begins with `data`; b"" if it is not complete."""
         end = self.end(data, 0, 0)
         self.reset()
         return data[: end + 1]
 
     def reset(self) -> None:
-        """A row begins."""
+        """Start at the beginning of a row."""
         self._inside, self._opens = False, True
 
     def end(self, chunk: bytes, at: int, position: int) -> int:
-        """Index of the first byte of `chunk` at or behind `at` that ends a row, or -1.
+        """Index of the first byte of `chunk` at or after `at` that ends a row, or -1.
 
-        `chunk` is what follows on the last one, and `position` where in the file it begins.
+        `chunk` directly follows the previous chunk; `position` is its offset in the file.
         """
         marked = position == 0 and chunk.startswith(codecs.BOM_UTF8)
         start = place = len(codecs.BOM_UTF8) if marked else 0
@@ -218,10 +220,10 @@ class _Rows:
 
 
 class _Cutter:
-    """Finds where a unit ends: after the first line end at or behind each multiple of UNIT_BYTES.
+    """Finds where a unit ends: after the first line end at or past each multiple of UNIT_BYTES.
 
-    Plain text may be cut without a line end, a little further on, between two characters. In a
-    table of text a line end inside quotes is none; so there every byte has to be seen.
+    Plain text without a line end is cut a little later, between two characters. In CSV and TSV a
+    line end inside quotes does not end a row, so every byte has to be scanned.
     """
 
     def __init__(self, kind: str) -> None:
@@ -231,13 +233,13 @@ class _Cutter:
         self.reset(0)
 
     def reset(self, start: int) -> None:
-        """Look for the end of the unit that starts at `start`."""
+        """Start looking for the end of the unit that begins at `start`."""
         self.target = (start // UNIT_BYTES + 1) * UNIT_BYTES
         if self.rows:
             self.rows.reset()
 
     def find(self, chunk: bytes, position: int) -> int | None:
-        """Absolute end of the unit if it lies in `chunk`, whose first byte is at `position`."""
+        """Absolute end of the unit if it is in `chunk`, whose first byte is at `position`."""
         if not self._cuts:
             return None
         at = min(len(chunk), max(0, self.target - 1 - position))
@@ -247,7 +249,7 @@ class _Cutter:
         return position + line + 1 if line >= 0 else None
 
     def _hard(self, chunk: bytes, position: int, slack: int) -> int | None:
-        """Between two characters, behind the slack."""
+        """A cut between two characters, past the slack."""
         at = max(0, self.target + slack - position)
         while at < len(chunk) and chunk[at] & 0xC0 == 0x80:
             at += 1
@@ -266,7 +268,7 @@ class _Spool:
         self._segments: list[Segment] = []
 
     def unpack(self, source: Source, refused: Refused) -> Iterator[tuple[Segment, ...]]:
-        """Units of a packed source."""
+        """Units of a compressed source or an archive."""
         try:
             for name, kind, chunks in streams(source, refused):
                 base = Segment(source.input, name, kind, "", 0, 0, whole=False, spooled=True)
@@ -279,7 +281,7 @@ class _Spool:
             self._file = None
 
     def _stream(self, base: Segment, chunks: Iterator[bytes]) -> Iterator[tuple[Segment, ...]]:
-        """Complete units of one stream; what is left over waits for more."""
+        """Complete units of one stream; the remainder waits for the next stream."""
         cutter, start, position = _Cutter(base.kind), 0, 0
         for chunk in chunks:
             if cutter.rows and not position:
@@ -306,12 +308,12 @@ class _Spool:
         self._written += len(data)
 
     def _segment(self, base: Segment, start: int, stop: int, *, whole: bool = False) -> None:
-        """Note that the last bytes written are a piece of a stream."""
+        """Record the bytes just written as a piece of a stream."""
         place = {"path": os.fspath(self._path), "offset": self._written - (stop - start)}
         self._segments.append(replace(base, start=start, stop=stop, whole=whole, **place))
 
     def _unit(self) -> tuple[Segment, ...]:
-        """Everything since the last unit."""
+        """Close the spool file; all segments since the last unit."""
         if self._file:
             self._file.close()
         segments = tuple(self._segments)

@@ -1,4 +1,4 @@
-"""`sota data`: what is in a prepared folder, in words, in text, and as a page."""
+"""`sota data`: describe a prepared folder as figures, sample text or an HTML page."""
 
 import json
 import re
@@ -23,15 +23,15 @@ from sota_transformer.options import DataView
 from sota_transformer.words import counted
 
 _BLOCK = 1 << 20
-_SAMPLED = 200  # documents read for the languages
-_MOST_GRAMS = 1 << 20  # of validation, for the leakage; of more, one in so many is counted
-_MOST_SCRIPTS = 8  # shown by name
+_SAMPLED = 200  # documents read to determine the scripts
+_MOST_GRAMS = 1 << 20  # validation n-grams counted for the leakage; beyond that, a sample
+_MOST_SCRIPTS = 8  # listed by name
 
 
 def describe(options: DataView) -> dict[str, Any]:
-    """Print what `options` asks for of a prepared folder; the figures, as a dictionary.
+    """Print what `options` asks for about a prepared folder; the figures, as a dictionary.
 
-    SotaError 66 without the folder, 65 if it is damaged, 2 for a window that is not there.
+    SotaError 66 if the folder is missing, 65 if it is damaged, 2 for a window out of range.
     """
     if options.show < 0:
         raise SotaError(f"--show {options.show} must be 0 or more", USAGE)
@@ -58,29 +58,29 @@ def describe(options: DataView) -> dict[str, Any]:
         print(_lines(split, figures[split]))
     if options.leakage:
         share = figures["leakage"]
-        print(f"leakage: {share:.3%} of validation's {EXCLUDE_GRAM}-grams also stand in training")
+        print(f"leakage: {share:.3%} of validation's {EXCLUDE_GRAM}-grams also occur in training")
     for split, number, text in samples:
         print(f"--- {split} document {number:,}\n{printable(text[:600], lines=True)}")
     return figures
 
 
 def _open(folder: Path, split: Split) -> TokenWindows | None:
-    """The split as a stream, None if it is empty."""
+    """The split as a token stream, None if it is empty."""
     if not load_manifest(folder)["splits"][split]["tokens"]:
         return None
     return TokenWindows(folder, split, 1)
 
 
 def _figures(folder: Path, split: Split) -> dict[str, Any]:
-    """Counts, lengths, ratio and scripts of one side."""
+    """Counts, lengths, bytes per token and scripts of one split."""
     stream = _open(folder, split)
     if stream is None:
         return {"documents": 0, "tokens": 0, "text_bytes": 0}
     ends = document_ends(stream)
     lengths = _lengths(stream, ends)
-    if lengths.any():  # where end-of-text stands before each document, the first one is empty
+    if lengths.any():  # if end-of-text precedes each document, the first document is empty
         lengths = lengths[lengths > 0]
-    edges = 2 ** np.arange(0, 63)  # another project's file may be one document
+    edges = 2 ** np.arange(0, 63)  # a foreign file may be a single document
     counts = np.histogram(np.maximum(lengths, 1), edges)[0].tolist()
     filled = [i for i, count in enumerate(counts) if count]
     return {
@@ -95,16 +95,14 @@ def _figures(folder: Path, split: Split) -> dict[str, Any]:
 
 
 def _lengths(stream: TokenWindows, ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of each document, without end-of-text, which another project's last may lack."""
+    """Tokens per document without end-of-text, which a foreign file's last document may lack."""
     lengths = np.diff(ends, prepend=0) - 1
     lengths[-1] += int(stream.read(stream.tokens - 1, stream.tokens)[0]) != EOT
     return lengths
 
 
 def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
-    """Share of letters by script, the first word of their names, in documents spread over the
-    split.
-    """
+    """Share of letters by script (the first word of their Unicode names), in sampled documents."""
     letters, scripts = Counter[str](), Counter[str]()
     for number in np.unique(np.linspace(0, len(ends) - 1, _SAMPLED).astype(int)).tolist():
         letters.update(filter(str.isalpha, _text(stream, ends, number, 2000)))
@@ -117,13 +115,13 @@ def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
 
 
 def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int = 1 << 30) -> str:
-    """Text of a document, at most `most` tokens of it."""
+    """Text of a document, at most its first `most` tokens."""
     start, end = int(ends[number - 1]) if number else 0, int(ends[number])
     return Tokenizer().decode(stream.read(start, min(end, start + most)))
 
 
 def _samples(folder: Path, count: int) -> Iterator[tuple[str, int, str]]:
-    """(split, number, text) of documents spread over both sides, always the same."""
+    """(split, number, text) of documents spread evenly over both splits; deterministic."""
     for split in SPLITS:
         if (stream := _open(folder, split)) is None:
             continue
@@ -134,7 +132,7 @@ def _samples(folder: Path, count: int) -> Iterator[tuple[str, int, str]]:
 
 
 def _lines(split: str, figures: dict[str, Any]) -> str:
-    """One side in words, with a small histogram."""
+    """One split as text, with a histogram of document lengths."""
     if not figures["tokens"]:
         return f"{split}: empty"
     shortest, low, middle, high, longest = figures["length_quantiles"]
@@ -142,9 +140,9 @@ def _lines(split: str, figures: dict[str, Any]) -> str:
     lines = [
         f"{split}: {counted(figures['documents'], 'document')}, "
         f"{counted(figures['tokens'], 'token')}, {figures['bytes_per_token']:.2f} bytes per token; "
-        f"letters: {scripts}",
-        f"  tokens per document: {shortest:,} .. {low:,} (10%) .. {middle:,} (half) .. "
-        f"{high:,} (90%) .. {longest:,}",
+        f"letters by script: {scripts}",
+        f"  tokens per document: min {shortest:,}, 10% {low:,}, median {middle:,}, "
+        f"90% {high:,}, max {longest:,}",
     ]
     most = max(count for _, count in figures["length_histogram"])
     for edge, count in figures["length_histogram"]:
@@ -154,7 +152,7 @@ def _lines(split: str, figures: dict[str, Any]) -> str:
 
 
 def leakage(folder: Path) -> float:
-    """Share of validation's different 13-grams that also stand in training; of much a sample."""
+    """Share of validation's distinct 13-grams that also occur in training; sampled if many."""
     found = {split: _open(folder, split) for split in SPLITS}
     train, val = found["train"], found["val"]
     if train is None or val is None:
@@ -169,7 +167,7 @@ def leakage(folder: Path) -> float:
 
 
 def _grams(stream: TokenWindows, each: int) -> Iterator[NDArray[np.uint64]]:
-    """One in `each` of a split's grams, chosen by hash; none that runs over a document's end."""
+    """One in `each` of a split's n-grams, chosen by hash; none crosses the end of a document."""
     for start in range(0, stream.tokens, _BLOCK):
         ids = stream.read(start, min(start + _BLOCK + EXCLUDE_GRAM - 1, stream.tokens))
         hashes = gram_hashes(ids, EXCLUDE_GRAM)
@@ -180,9 +178,7 @@ def _grams(stream: TokenWindows, each: int) -> Iterator[NDArray[np.uint64]]:
 
 
 def _print_split(options: DataView) -> None:
-    """One line of JSON a document of one side: number, tokens (without end-of-text) and how it
-    begins.
-    """
+    """One JSON line per document of a split: number, tokens without end-of-text, first words."""
     if options.list_split not in SPLITS:
         raise SotaError(f"--list-split {options.list_split!r} must be train or val", USAGE)
     split: Split = "train" if options.list_split == "train" else "val"
@@ -192,7 +188,7 @@ def _print_split(options: DataView) -> None:
     manifest = load_manifest(options.folder)
     hashes = _hashes(options.folder, split, manifest)
     if hashes is not None and len(hashes) != len(ends):
-        text = f"{len(ends):,} documents end in the {split} shards, {len(hashes):,} have a hash"
+        text = f"the {split} shards hold {len(ends):,} documents but {len(hashes):,} hashes"
         raise SotaError(f"{options.folder}: {text}", BAD_DATA)
     for number, length in enumerate(_lengths(stream, ends).tolist()):
         row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
@@ -202,7 +198,7 @@ def _print_split(options: DataView) -> None:
 
 
 def _hashes(folder: Path, split: Split, manifest: dict[str, Any]) -> NDArray[np.uint64] | None:
-    """The documents' hashes of one side: (documents, 2); None for another project's files."""
+    """The document hashes of one split: (documents, 2); None for foreign files."""
     names = [s.replace(".npy", ".hashes.npy") for s in manifest["splits"][split]["shards"]]
     if not all(name in manifest["files"] and name.endswith(".npy") for name in names):
         return None
@@ -213,14 +209,19 @@ def _print_window(options: DataView) -> None:
     """One training window as text: `SPLIT:INDEX` or `SPLIT:INDEX:SEQ_LEN`."""
     found = re.fullmatch("(train|val):([0-9]{1,18})(?::([0-9]{1,18}))?", options.window)
     if not found:
-        raise SotaError(f"--window {options.window!r} must be train:INDEX or val:INDEX:SEQ_LEN")
+        raise SotaError(
+            f"--window {options.window!r} must be SPLIT:INDEX or SPLIT:INDEX:SEQ_LEN, such as "
+            "train:0 or val:3:512"
+        )
     split, index, seq_len = found[1], int(found[2]), int(found[3] or 512)
     if not seq_len:
-        raise SotaError(f"--window {options.window}: a window has at least one token", USAGE)
+        raise SotaError(f"--window {options.window}: SEQ_LEN must be at least 1", USAGE)
     windows = TokenWindows(options.folder, "train" if split == "train" else "val", seq_len)
     if index >= len(windows):
         raise SotaError(
-            f"--window {options.window}: the split has {counted(len(windows), 'window')}", USAGE
+            f"--window {options.window}: out of range; the split has "
+            f"{counted(len(windows), 'window')}, counted from 0",
+            USAGE,
         )
     pieces = np.split(windows[index], np.flatnonzero(windows[index] == EOT) + 1)
     decode = Tokenizer().decode
@@ -230,15 +231,15 @@ def _print_window(options: DataView) -> None:
 def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write nanoGPT's `train.bin` and `val.bin` into an existing or new folder."""
     if not out.parent.is_dir():
-        raise SotaError(f"--export-bin {out}: no folder {out.parent}", LOCKED)
+        raise SotaError(f"--export-bin {out}: the folder {out.parent} does not exist", LOCKED)
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:
-        text = f"--export-bin {out}: cannot be made ({error.strerror})"
+        text = f"--export-bin {out}: cannot be created ({error.strerror})"
         raise SotaError(text, LOCKED) from error
     for split in SPLITS:
         if (stream := _open(folder, split)) is None:
-            (out / f"{split}.bin").unlink(missing_ok=True)  # of other data, exported here before
+            (out / f"{split}.bin").unlink(missing_ok=True)  # from an earlier export of other data
             continue
         temporary = out / f".{split}.bin.tmp"
         try:
@@ -248,7 +249,7 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
             temporary.replace(out / f"{split}.bin")
         except OSError as error:
             raise SotaError(f"{out / split}.bin: {error.strerror}", IO_FAILED) from error
-        finally:  # a full disk needs the room
+        finally:  # frees the space on a full disk
             temporary.unlink(missing_ok=True)
         print(f"wrote {out / f'{split}.bin'}: {stream.tokens:,} uint16 ids")
     return manifest["splits"]

@@ -1,4 +1,4 @@
-"""What a CPU trains better in a way of its own: the head's loss, and attention when compiled.
+"""CPU versions for faster training: the loss of the head, and attention when compiled.
 
 `benchmarks/training.py` and `benchmarks/attention.py` measure them.
 """
@@ -9,28 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -1  # a target that counts nowhere
-CHUNK_TOKENS = 512  # whose logits exist at a time
-STRIP_ROWS = 8192  # of the head's gradient in bfloat16: a cache holds them until they are added
-# MKL is up to 1.4 times as fast with rows that begin on a line of the cache: 50,258 numbers do not.
+IGNORED = -1  # a target that no loss counts
+CHUNK_TOKENS = 512  # logits exist for this many tokens at a time
+STRIP_ROWS = 8192  # of the head's bfloat16 gradient: they stay in cache until they are added
+# MKL is up to 1.4 times as fast if rows start on a cache line, as rows of 50,258 numbers do not.
 ALIGNED = {torch.float32: 16}
 
 
 def head_loss(
     hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float, train: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The head and its loss, for `loss.token_loss`, with torch's own softmax in place.
+    """The head and its loss, for `loss.token_loss`, with torch's softmax in place.
 
-    (N, D), (V, D), (N,) -> (2,) sums of smoothed and plain loss; to train, gradients of the former,
-    (N, D) and (V, D) float32. What label smoothing asks of all V outputs alike is of rank one and
-    is added to the gradients, not to the logits.
+    (N, D), (V, D), (N,) -> (2,) sums of smoothed and plain loss; with `train`, gradients of the
+    former, (N, D) and (V, D) float32. The part of label smoothing that is the same for all V
+    outputs has rank one and is added to the gradients, not to the logits.
     """
     weight, valid, index = head.detach().to(hidden.dtype), targets != IGNORED, targets.clamp(min=0)
     share, size = smoothing / len(head), min(len(hidden), CHUNK_TOKENS)
     whole = torch.zeros(head.shape[1])
-    if smoothing:  # reading all of the head is a twentieth of its loss
+    if smoothing:  # reading the whole head takes a twentieth of the loss's time
         whole = head.detach().sum(0, dtype=torch.float32)
-    means = hidden.float() @ (whole / len(head))  # (N,) of each token's logits
+    means = hidden.float() @ (whole / len(head))  # (N,) mean logits
     pull = share * hidden[valid].sum(0, dtype=torch.float32)
     missing = -len(head) % ALIGNED.get(hidden.dtype, 1)
     sums, buffer = torch.zeros(2), hidden.new_empty(size, len(head) + missing)
@@ -50,7 +50,7 @@ def head_loss(
         if not valid[part].all():
             logits.index_fill_(0, (~valid[part]).nonzero()[:, 0], 0.0)
         torch.mm(logits, weight, out=hidden_gradient[part])
-        if logits.dtype == torch.float32:  # the type of the gradient, so a product adds to it
+        if logits.dtype == torch.float32:  # the dtype of the gradient: accumulate in place
             head_gradient.addmm_(logits.t(), hidden[part])
             continue
         for top in range(0, len(head), STRIP_ROWS):
@@ -64,16 +64,16 @@ def head_loss(
 def _softmax_losses(
     padded: Tensor, hidden: Tensor, weight: Tensor, index: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Plain losses (N,) and targets' logits (N,); the logits (N, V or more) become gradients.
+    """Plain losses (N,) and target logits (N,); the logits (N, V or more) become gradients.
 
-    A loss is read off the probability of its target: in bfloat16 within 0.002 nats. Where that is
-    over a half, what is missing to one is summed over the others, for 1 - p would be rounding;
-    where it is none at all, the logits are made again.
+    A loss is minus the log of its target's probability p: in bfloat16 within 0.002 nats. For p over
+    a half, 1 - p would be rounding error, so the other probabilities are summed instead; where p
+    underflows, the logits are computed again.
     """
     padded[:, len(weight) :] = -torch.inf
     logits, places = padded[:, : len(weight)], (torch.arange(len(index)), index)
     score = logits[places].float()
-    torch.softmax(padded, -1, out=padded)  # a part of it would be copied first
+    torch.softmax(padded, -1, out=padded)  # a slice would be copied first
     probability = logits[places].float()
     nll, at_target = -probability.log(), probability - (1 - smoothing)
     sure, lost = (probability > 0.5), (probability < torch.finfo(torch.float32).tiny)
@@ -88,10 +88,10 @@ def _softmax_losses(
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of (B, H, T, h), in blocks of queries that skip the future.
+    """Causal attention of (B, H, T, h), in blocks of queries that skip later keys.
 
-    k and v may have fewer heads, (B, K, T, h). A `mask` (B or 1, 1, T, T) may only narrow what a
-    token sees of its past.
+    k and v may have fewer heads, (B, K, T, h). A `mask` (B or 1, 1, T, T) must be a subset
+    of the causal one.
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return _BlockAttention.apply(q, k, v, mask)
@@ -102,7 +102,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Block by block; kept are the logarithms of the sums that probabilities are shares of."""
+        """Block by block; saves the log-sum-exp of the scores for the backward pass."""
         outputs, totals = [], []
         for start, end in _query_blocks(q.shape[2]):
             scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).float()
@@ -122,10 +122,10 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k and v, from probabilities computed again.
+        """Gradients of q, k and v, from recomputed probabilities.
 
-        All of it transposed, (keys, queries): a compiler would find the forward pass's own product
-        again, and keep it.
+        Everything is transposed, (keys, queries): a compiler would otherwise recognize the forward
+        pass's product, and keep it in memory.
         """
         (gradient,), (q, k, v, mask, output, totals) = gradients, ctx.saved_tensors
         tokens, scale = q.shape[2], q.shape[3] ** -0.5
@@ -150,13 +150,13 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _query_blocks(tokens: int) -> list[tuple[int, int]]:
-    """(start, end) of each block: a quarter of the queries, and at least 64."""
+    """(start, end) of each block: a quarter of the queries, but at least 64."""
     size = max(64, tokens // 4)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def _future(start: int, end: int, device: torch.device) -> Tensor:
-    """(end - start, end) float32: 0 where a query may look, -inf where it may not."""
-    key = torch.arange(end, dtype=torch.int32, device=device)  # 64 bits would halve the speed
+    """(end - start, end) float32: 0 where attention is allowed, -inf elsewhere."""
+    key = torch.arange(end, dtype=torch.int32, device=device)  # int64 would halve the speed
     query = torch.arange(start, end, dtype=torch.int32, device=device)
     return torch.where(key > query[:, None], -torch.inf, 0.0)

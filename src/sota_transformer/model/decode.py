@@ -1,8 +1,8 @@
-"""One more token of one sequence: the forward pass of `Transformer` in as few calls as it takes.
+"""Decode one token of one sequence: `Transformer`'s forward pass in as few calls as possible.
 
-A token of a small model costs as much in calls as in arithmetic, and one row needs neither masks
-nor dropout nor modules. The maths is that of `transformer.py`, up to rounding; tests hold the two
-together. Letters as there; everything here has B = T = 1 and leaves both out.
+For a small model, calls cost as much as the arithmetic, and one row needs no masks, dropout or
+modules. The math is that of `transformer.py`, up to rounding; tests compare the two. Shape letters
+as there; everything here has B = T = 1 and omits both.
 """
 
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ from sota_transformer.model.transformer import Attention, Block, RMSNorm, Transf
 
 
 def lay_for_rows(model: Transformer) -> None:
-    """Store the float32 matrices of a model on a CPU so that one row reads memory from end to end.
+    """Store a CPU model's float32 matrices so that a product with one row reads them sequentially.
 
-    The embedding, in which tokens are looked up, by columns: shape and values stay. MKL took
-    11.9 ms for 50,258 x 768 by rows and 6.3 by columns, where reading alone takes 5.6 (one core of
-    a Zen 4, 24 Nov 2026). The others in panels where they can be, which is faster for small ones.
+    The embedding, which is also indexed, is stored by columns: shape and values stay. MKL took
+    11.9 ms for 50,258 x 768 by rows and 6.3 by columns; reading alone takes 5.6 (one core of a
+    Zen 4, 24 Nov 2026). The others use panels where possible, which are faster for small matrices.
     """
     for parameter in model.parameters():
         if parameter.ndim == 2 and parameter.dtype == torch.float32 and parameter.is_cpu:
@@ -30,15 +30,15 @@ def lay_for_rows(model: Transformer) -> None:
 
 
 class OneRow:
-    """The layers of a model beside the cache of one row."""
+    """The layers of a model with the KV cache of one row."""
 
     def __init__(self, model: Transformer, store: Tensor) -> None:
-        """`store` (L, 2, K, S, h) holds the row's keys and values and is added to."""
+        """`store` (L, 2, K, S, h) holds the row's keys and values; new ones are written to it."""
         self._model, self._blocks = model, list(cast(Iterable[Block], model.blocks))
         self._caches = store.unsqueeze(2).unbind()  # (2, 1, K, S, h) of each layer
 
     def __call__(self, token: int, position: int) -> Tensor:
-        """Hidden state (1, D) of a token that stands behind `position` cached ones."""
+        """Hidden state (1, D) of a token that follows `position` cached ones."""
         model = self._model
         cosine, sine = model.rope[:, position].unbind()
         x = model.embedding.weight[token : token + 1].float().clone()  # (1, D) float32
@@ -55,14 +55,14 @@ class OneRow:
 def _norm(x: Tensor, norm: RMSNorm) -> Tensor:
     """RMSNorm of the last dimension, in float32."""
     x = x.float()
-    if len(x) == 1 and x.is_cpu:  # four calls, where the one below makes eight
+    if len(x) == 1 and x.is_cpu:  # four calls; the one below makes eight
         scale = (float(x[0].dot(x[0])) / x.shape[1] + norm.eps) ** -0.5
         return (x * scale).mul_(norm.weight)
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
 
 
 def _mix(y: Tensor, layer: Attention, cosine: Tensor, sine: Tensor, known: Tensor) -> Tensor:
-    """(1, D) -> what the heads found, (1, H h); the token's keys and values will end `known`."""
+    """Attention of (1, D) -> (1, H h); writes the token's keys and values at the end of `known`."""
     turned, width = layer.heads + layer.kv_heads, cosine.shape[0]
     qkv = project(y, layer.qkv.weight).view(turned + layer.kv_heads, width)
     qk = qkv[:turned]
@@ -72,9 +72,9 @@ def _mix(y: Tensor, layer: Attention, cosine: Tensor, sine: Tensor, known: Tenso
     qkv[:turned] = (qk * cosine).addcmul_(qk.roll(width // 2, -1), sine)
     q, new = qkv.split((layer.heads, 2 * layer.kv_heads))
     known[..., -1, :] = new.view(2, 1, layer.kv_heads, width)
-    if known.is_cpu:  # one query in bfloat16 takes three times as long
+    if known.is_cpu:  # in bfloat16 one query takes three times as long
         q, known = q.float(), known.float()
     keys, values = known.unbind()
-    q = q.view(1, layer.kv_heads, -1, width)  # all see the same: heads of a group as its queries
+    q = q.view(1, layer.kv_heads, -1, width)  # no mask needed: heads of a group become its queries
     found = F.scaled_dot_product_attention(q, keys, values)
     return found.view(1, -1).to(y.dtype)

@@ -1,8 +1,8 @@
 """The vocabulary head and its cross-entropy in one pass, in chunks of tokens.
 
 The logits of a micro-batch are the largest tensor of a small model, so they never exist all at
-once: each chunk is multiplied, turned into losses and in place into gradients, which the backward
-pass only scales. That is three matrix products a token, the fewest possible.
+once: the logits of each chunk become losses and, in place, gradients, which the backward pass only
+scales. That is three matrix products per token, the minimum.
 Losses are sums; the caller divides once by the global token count.
 """
 
@@ -17,13 +17,15 @@ from sota_transformer.config import GPT2_VOCAB
 from sota_transformer.model import cpu
 from sota_transformer.model.cpu import IGNORED
 
-PAD = GPT2_VOCAB  # the id behind GPT-2's own
-# Whose logits exist at a time. Each chunk adds to all of the head's gradient: fast devices feel it.
+PAD = GPT2_VOCAB  # the id after GPT-2's own
+# Logits exist for this many tokens at a time. Each chunk adds to the whole gradient of the head,
+# which matters on fast devices.
 CHUNK_TOKENS = {"cpu": cpu.CHUNK_TOKENS, "mps": 2048, "cuda": 4096}
-# Terms of a product's sum. Of 32,767 or more, M1 and M2 add what lies behind the operands
-# (pytorch#195163): in the gradient of the hidden states those are the vocabulary. A multiple of 64.
+# Terms in the sums of a matrix product. With 32,767 or more, M1 and M2 add memory beyond the
+# operands (pytorch#195163); the gradient of the hidden states sums over the vocabulary. A multiple
+# of 64.
 LONGEST_SUM = {"mps": 32_704}
-ALIGNED = {"cuda": 64}  # rows of the head that a device's products want a multiple of
+ALIGNED = {"cuda": 64}  # products are fast if the head's rows are a multiple of this
 
 
 class LossSums(NamedTuple):
@@ -35,7 +37,7 @@ class LossSums(NamedTuple):
 
 
 def targets_of(windows: Tensor) -> Tensor:
-    """Windows (B, T + 1) -> (B, T), what each token but the last shall predict; no padding."""
+    """Windows (B, T + 1) -> targets (B, T) of every token but the last; padding is IGNORED."""
     targets = windows[:, 1:]
     return targets.masked_fill(targets == PAD, IGNORED)
 
@@ -49,22 +51,22 @@ def token_loss(
     (Szegedy et al. 2016); `nll` is the plain negative log-likelihood in nats.
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    if hidden.dtype == torch.float16:  # its gradients over a vocabulary are too small for it
+    if hidden.dtype == torch.float16:  # gradients over a vocabulary underflow in it
         hidden = hidden.float()
     smoothed, nll = _HeadLoss.apply(hidden, head, targets, smoothing, compiled)
     return LossSums(smoothed, nll, (targets != IGNORED).sum())
 
 
 class _HeadLoss(torch.autograd.Function):
-    """(N, D), (V, D), (N,) -> two sums; gradients are made in the forward pass."""
+    """(N, D), (V, D), (N,) -> two sums; the forward pass computes the gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float, compiled: bool
     ) -> tuple[Tensor, Tensor]:
-        """The sums; keeps the gradients of the first for the backward pass."""
+        """The sums; saves the gradients of the first for the backward pass."""
         train = any(ctx.needs_input_grad)
-        # Its bfloat16 losses are within 0.002 nats: enough to learn from, not to judge by.
+        # Its bfloat16 losses are within 0.002 nats: enough for training, not for evaluation.
         if hidden.is_cpu and (train or hidden.dtype == torch.float32):
             sums, *gradients = cpu.head_loss(hidden, head, targets, smoothing, train)
         else:
@@ -76,14 +78,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass made. RuntimeError if that was done before.
+        """Scale the gradients of the forward pass. RuntimeError on a second call.
 
-        A parameter's goes into its `.grad` from here, as Megatron's does: autograd would copy it,
-        154 MB, to add the sparse gradient of the looked-up rows. Not where there is one already:
-        micro-batches add up as ranks do, each by itself first.
+        The gradient of a parameter is put into its `.grad` here, as in Megatron: autograd would
+        copy it, 154 MB, to add the sparse gradient of the looked-up rows. Not if there is one
+        already: micro-batches are summed like ranks, each one complete first.
         """
         if ctx.gradients is None:
-            raise RuntimeError("the head's loss has one backward pass: its gradients are used up")
+            raise RuntimeError("the loss allows one backward pass: its gradients are used up")
         (hidden_gradient, head_gradient), ctx.gradients = ctx.gradients, None
         scale = gradients[0]
         hidden_gradient.mul_(scale.to(hidden_gradient.dtype))
@@ -96,10 +98,10 @@ class _HeadLoss(torch.autograd.Function):
 def _in_chunks(
     hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float, train: bool, compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(2,) sums and, to train, gradients (N, D) and float32 (V, D) of the smoothed one."""
+    """(2,) sums and, with `train`, gradients (N, D) and float32 (V, D) of the smoothed one."""
     vocabulary, kind = len(head), hidden.device.type
     weight, missing = head.detach().to(hidden.dtype), -vocabulary % ALIGNED.get(kind, 1)
-    if missing:  # torch would copy it even to add nothing
+    if missing:  # F.pad copies even to add nothing
         weight = F.pad(weight, (0, 0, 0, missing))
     losses_of = _compiled_losses() if compiled else chunk_losses
     sums = torch.zeros(2, device=hidden.device)
@@ -115,16 +117,16 @@ def _in_chunks(
         if train:
             logits.scatter_(1, index, at_target[:, None])
             hidden_gradient[part] = _product(logits, weight)
-            # In the layout of the parameter; rows behind the vocabulary are padding.
+            # In the layout of the parameter; rows past the vocabulary are padding.
             head_gradient += (logits.t() @ hidden[part])[:vocabulary]
     return sums, hidden_gradient, head_gradient
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """(N, V) by (V, D) -> (N, D), no sum longer than the device adds up rightly.
+    """(N, V) by (V, D) -> (N, D), with no sum longer than the device computes correctly.
 
-    A tensor of its own: what macOS 14 is to write into a part of another one is lost, up to torch
-    2.13 (pytorch#193385).
+    Returns a new tensor: on macOS 14, up to torch 2.13, a product written into a slice of another
+    one is lost (pytorch#193385).
     """
     most = LONGEST_SUM.get(a.device.type, len(b))
     product = a[:, :most].contiguous() @ b[:most]  # other backends need no copy
@@ -139,9 +141,9 @@ def chunk_losses(
 ) -> Tensor:
     """(N, V) logits, (N,) of the targets, (N,) targets -> (2,) sums of smoothed and plain loss.
 
-    With `in_place` the logits become d(smoothed)/d(logits), in their own type, as if no token were
-    a target; those of the targets become theirs. To take and put them amid the others would cost a
-    compiled GPU kernel a second buffer of logits, and a copy of it.
+    With `in_place` the logits become d(smoothed)/d(logits), in their own dtype, as if no token were
+    a target, and `at_target` the gradients of the targets. To gather and scatter them here would
+    cost a compiled GPU kernel a second buffer of logits, and a copy.
     """
     scores = logits.float()
     valid = targets != IGNORED
@@ -161,5 +163,5 @@ def chunk_losses(
 
 @cache
 def _compiled_losses() -> Any:
-    """`chunk_losses` compiled, once a process."""
+    """`chunk_losses`, compiled once per process."""
     return torch.compile(chunk_losses, dynamic=False)

@@ -1,7 +1,7 @@
-"""NorMuon: momentum, made orthogonal, with rows brought to one size (Li et al. 2025, 2510.05491).
+"""NorMuon: orthogonalized momentum with normalized rows (Li et al. 2025, 2510.05491).
 
-For the matrices inside the blocks; AdamW keeps the embedding and the gains. Muon is Jordan et al.
-2024, its iteration here the Polar Express (Amsel et al. 2025, 2505.16932).
+For the matrices inside the blocks; AdamW updates the embedding and the norm gains. Muon is Jordan
+et al. 2024; the iteration here is the Polar Express (Amsel et al. 2025, 2505.16932).
 """
 
 from collections import defaultdict
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm  # what Tensor.norm calls on MPS is deprecated
 
-# Five odd polynomials a x + b x^3 + c x^5, each the best for where the one before has brought the
-# singular values; a margin of 2% keeps them from leaving on the upper side through rounding.
+# Five odd polynomials a x + b x^3 + c x^5, each optimal for the range of singular values that the
+# previous one leaves; a margin of 2% keeps rounding from pushing them above that range.
 _POLAR = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -21,14 +21,14 @@ _POLAR = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 _MARGIN = 1.02
-_MOMENTUM = (0.85, 0.95)  # from the first update to the last of the warm-up
+_MOMENTUM = (0.85, 0.95)  # at the first update and after its warm-up
 _MOMENTUM_STEPS = 300
 _ROW_DECAY = 0.95
-_BATCH_ELEMENTS = 1 << 24  # of matrices that are made orthogonal together
+_BATCH_ELEMENTS = 1 << 24  # of the matrices orthogonalized together
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) -> the nearest orthogonal ones, roughly; singular values go to about 1."""
+    """(N, rows, columns) -> roughly the nearest orthogonal matrices: singular values near 1."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (vector_norm(x, dim=(1, 2), keepdim=True) * _MARGIN + 1e-6)
@@ -39,19 +39,19 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class NorMuon(torch.optim.Optimizer):
-    """One group. Parameters may hold several matrices one below the other, each on its own."""
+    """One parameter group. A parameter may stack several matrices; each is updated by itself."""
 
     def __init__(
         self, matrices: list[tuple[Tensor, list[int]]], weight_decay: float, dtype: torch.dtype
     ) -> None:
-        """`matrices`: parameters with the rows of each of their matrices; `dtype`: of products."""
+        """`matrices`: parameters with the row counts of their matrices; `dtype`: of products."""
         self._rows = dict(matrices)
         self._dtype = dtype
         super().__init__([p for p, _ in matrices], {"lr": 0.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update from the gradients that are there."""
+        """One update of every parameter that has a gradient."""
         group = self.param_groups[0]
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
@@ -82,10 +82,10 @@ class NorMuon(torch.optim.Optimizer):
                 self._update(alike[begin : begin + size], group["lr"], group["weight_decay"])
 
     def _update(self, parts: list[tuple[Tensor, ...]], rate: float, weight_decay: float) -> None:
-        """Matrices of one shape, all at once: (parameter, direction, mean square of each row)."""
+        """Update matrices of one shape together: (parameter, direction, mean squares of rows)."""
         parameters, ahead, row_squares = map(list, zip(*parts, strict=True))
         directions = torch.stack(ahead)  # (N, rows, columns)
-        if self._dtype == torch.float16:  # in which a small gradient would lose its digits
+        if self._dtype == torch.float16:  # in which a small gradient would lose precision
             directions /= vector_norm(directions, dim=(1, 2), keepdim=True) + 1e-30
         directions = orthogonal(directions.to(self._dtype)).float()
         size = vector_norm(directions, dim=(1, 2), keepdim=True)
@@ -94,7 +94,7 @@ class NorMuon(torch.optim.Optimizer):
         )
         directions /= torch.stack(row_squares).sqrt() + 1e-10
         directions *= size / (vector_norm(directions, dim=(1, 2), keepdim=True) + 1e-10)
-        if weight_decay:  # only where the update shrinks the weight too (Chen et al. 2025)
+        if weight_decay:  # only where the update also shrinks the weight (Chen et al. 2025)
             weights = torch.stack(parameters)
             directions.add_(weights * (directions * weights > 0), alpha=weight_decay)
         rows, columns = directions.shape[1:]

@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups, NorMuon beside it, and their state by name for checkpoints."""
+"""AdamW with its parameter groups, NorMuon, and their state by name for checkpoints."""
 
 from collections.abc import Sequence
 
@@ -13,18 +13,18 @@ _KEPT: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
     NorMuon: ("momentum", "row_square"),
 }
-_GAINS = 0.1  # their rate as a share of the embedding's, where NorMuon has the matrices
+_GAINS = 0.1  # norm gains' learning rate relative to the embedding's, with NorMuon
 
 
 def optimizers(model: Transformer, config: Optim) -> list[torch.optim.Optimizer]:
-    """AdamW alone (Loshchilov and Hutter 2019), or NorMuon for the matrices of the blocks first.
+    """AdamW alone (Loshchilov and Hutter 2019), or NorMuon for the blocks' matrices and then AdamW.
 
-    AdamW decays matrices and leaves the gains of norms alone. `update` sets the learning rate.
+    AdamW decays matrices, not norm gains. `update` sets the learning rate.
     """
     found, rest = list[torch.optim.Optimizer](), list(model.parameters())
     decay, gains = config.weight_decay, 1.0
     if config.matrix_rate:
-        # On MPS its products in bfloat16 have given NaN (autoresearch#205).
+        # On MPS its bfloat16 products have given NaN (autoresearch#205).
         products = torch.float32 if model.embedding.weight.is_mps else model.dtype
         muon = NorMuon(model.matrices(), config.weight_decay, products)
         muon.param_groups[0]["relative_rate"] = config.matrix_rate / config.learning_rate
@@ -39,7 +39,7 @@ def optimizers(model: Transformer, config: Optim) -> list[torch.optim.Optimizer]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """() Euclidean norm of all gradients. Dot products are twice as fast as norms on a CPU."""
+    """() Euclidean norm of all gradients. On a CPU, dot products are twice as fast as norms."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if gradients[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(gradients)
@@ -48,16 +48,16 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def clip(model: nn.Module, norm: float, limit: float) -> None:
-    """Scale gradients of this norm down to `limit`, if they are longer. 0 turns clipping off.
+    """Scale gradients of norm `norm` down to at most `limit`. 0 turns clipping off.
 
-    The norm is a number that the caller has waited for already: a GPU's tensor would cost a wait.
+    The caller has the norm as a number already; a GPU tensor would cost another synchronization.
     """
     if limit and norm > limit:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, torch.tensor(norm))
 
 
 def update(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
-    """One update of every parameter, at this rate of AdamW's."""
+    """One update of every parameter; `rate` is AdamW's learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["relative_rate"]
@@ -83,7 +83,7 @@ def load_state_tensors(
     tensors: dict[str, Tensor],
     updates: int,
 ) -> None:
-    """Put back what `state_tensors` gave after `updates` updates. ValueError for another's."""
+    """Restore what `state_tensors` gave after `updates` updates. ValueError if it does not fit."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         optimizer.state.clear()
@@ -92,8 +92,8 @@ def load_state_tensors(
             name, moments = names[parameter], _KEPT[type(optimizer)]
             if lacking := next((m for m in moments if f"{m}.{name}" not in tensors), None):
                 raise ValueError(
-                    f"no {lacking}.{name}; AdamW and NorMuon (optim.matrix_rate) do not go on from "
-                    "each other, so a change of it needs another --out"
+                    f"no {lacking}.{name}; AdamW and NorMuon (optim.matrix_rate) cannot resume "
+                    "from each other's state; use another --out"
                 )
             state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in moments}
             for moment, tensor in state.items():
@@ -101,5 +101,5 @@ def load_state_tensors(
                 if tensor.shape != (row if moment == "row_square" else parameter.shape):
                     raise ValueError(f"optimizer state {moment}.{name} has the wrong shape")
             device = "cpu" if isinstance(optimizer, NorMuon) else parameter.device
-            count = torch.tensor(float(updates), device=device)  # NorMuon reads it at each step
+            count = torch.tensor(float(updates), device=device)  # NorMuon reads it at every step
             optimizer.state[parameter] = {"step": count, **state}

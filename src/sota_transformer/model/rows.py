@@ -1,4 +1,4 @@
-"""Few rows by a matrix on a CPU, as generation has them: each weight is read once, in order.
+"""Products of few rows with a matrix on a CPU, for generation: read each weight once, in order.
 
 `benchmarks/generation.py` measures it.
 """
@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SHARED_FROM = 1 << 19  # weights; fewer, and waking a second thread costs what it saves
-_PANEL = 16  # outputs that stand side by side for each input
-_PANELS_UP_TO = 128  # rows; more repay making the matrix anew
+_SHARED_FROM = 1 << 19  # weights; below, waking a second thread costs what it saves
+_PANEL = 16  # outputs stored side by side for each input
+_PANELS_UP_TO = 128  # rows; beyond, rebuilding the matrix pays off
 _AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def by_columns(weight: Tensor) -> Tensor:
-    """The same matrix (outputs, inputs), stored as (inputs, outputs)."""
+    """The same (outputs, inputs) matrix, stored as (inputs, outputs)."""
     return weight.t().contiguous().t()
 
 
 def panels(weight: Tensor) -> Tensor:
-    """Float32 (outputs, inputs) -> (panels, inputs, 16), or by columns where that cannot be."""
+    """Float32 (outputs, inputs) -> (panels, inputs, 16), or by columns where that is impossible."""
     if len(weight) % _PANEL or not torch.backends.mkl.is_available():
         return by_columns(weight)
     return weight.view(-1, _PANEL, weight.shape[1]).transpose(1, 2).contiguous()
@@ -30,8 +30,8 @@ def panels(weight: Tensor) -> Tensor:
 def by_panels(x: Tensor, weight: Tensor) -> Tensor:
     """(..., inputs) by `panels` of a matrix -> (..., outputs).
 
-    Nothing reads as fast: one row by 768 x 2048 takes 0.29 ms, by columns 0.43, by rows 0.38, and
-    by 256 x 688 0.039, 0.087 and 0.059 (one core of a Zen 4, 24 Nov 2026). Two to 16 rows take
+    The fastest layout for one row: 768 x 2048 takes 0.29 ms, by columns 0.43, by rows 0.38;
+    256 x 688 takes 0.039, 0.087 and 0.059 (one core of a Zen 4, 24 Nov 2026). Two to 16 rows take
     about as long as by columns, 64 up to a quarter longer.
     """
     rows = x.reshape(-1, x.shape[-1])
@@ -44,10 +44,10 @@ def by_panels(x: Tensor, weight: Tensor) -> Tensor:
 def one_row(x: Tensor, weight: Tensor) -> Tensor:
     """(1, inputs) by (outputs, inputs) -> (1, outputs), each weight read once.
 
-    Float32 by columns (`decode.lay_for_rows`) is shared by the threads, each making some of the
-    outputs: MKL gives a single row to a single thread. In bfloat16 torch's own `mv` reads at the
-    memory's rate (50,258 x 768 in 4.1 ms on one core, 24 Nov 2026), but oneDNN is asked first and
-    takes 14. On AMX it takes 6.3, and what torch's own would was not measured.
+    Float32 by columns (`decode.lay_for_rows`) is split over the threads by outputs, because MKL
+    uses a single thread for a single row. In bfloat16 torch's own `mv` reads at memory speed
+    (50,258 x 768 in 4.1 ms on one core, 24 Nov 2026), but oneDNN takes precedence and needs 14. On
+    AMX oneDNN needs 6.3; torch's own was not measured there.
     """
     if weight.dtype == torch.bfloat16:
         return (torch.mv if _AMX else _mv_without_onednn)(weight, x[0])[None]
@@ -61,7 +61,7 @@ def one_row(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _mv_without_onednn(weight: Tensor, x: Tensor) -> Tensor:
-    """`mv` of torch itself. The switch is the process's, so no other thread may compute beside."""
+    """torch's own `mv`. The switch is process-wide: no other thread may compute meanwhile."""
     onednn: Any = torch.backends.mkldnn
     before, onednn.enabled = onednn.enabled, False
     try:

@@ -1,9 +1,9 @@
-"""The network: a Llama with tied embeddings (a Qwen3 when qk_norm is on). Only maths.
+"""The network: a Llama with tied embeddings (a Qwen3 with qk_norm). Math only.
 
-Letters of shapes: B batch, T tokens, S cached and new tokens, D width, H heads, K key/value heads,
+Shape letters: B batch, T tokens, S cached and new tokens, D width, H heads, K key/value heads,
 h head dimension, V vocabulary. Reading order: RMSNorm, rotary positions, dropout, Attention,
 SwiGLU, Block, Transformer. One forward serves training and generation; precision, compilation and
-ranks are applied from outside. The residual stream stays float32, each branch computes in `dtype`.
+ranks are applied from outside. The residual stream stays float32; each branch computes in `dtype`.
 """
 
 import math
@@ -20,14 +20,14 @@ from sota_transformer.model import cpu, rows
 
 
 class Dropout(NamedTuple):
-    """What a forward pass drops: a rate and one key for each row. A pure function of both."""
+    """Dropout of a forward pass, a pure function of its rate and one key per row."""
 
     rate: Tensor  # () float32
     keys: Tensor  # (B,) int32
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, preallocated for `size` tokens."""
+    """KV cache, preallocated for `size` tokens."""
 
     def __init__(self, config: Model, batch: int, size: int, like: Tensor) -> None:
         shape = (config.layers, 2, batch, config.kv_heads, size, config.head_dim)
@@ -35,7 +35,7 @@ class Cache:
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, K, T, h) after the `length` known tokens; all (B, K, S, h) so far."""
+        """Append (B, K, T, h) after `length` cached tokens; returns all, (B, K, S, h)."""
         end = self.length + keys.shape[2]
         store = self.store[layer, :, :, :, :end]
         store[0, :, :, self.length :] = keys
@@ -44,9 +44,9 @@ class Cache:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., inputs) by (outputs, inputs) -> (..., outputs); the weight in the type of x.
+    """(..., inputs) by (outputs, inputs) -> (..., outputs); casts the weight to the dtype of x.
 
-    Also by a weight of three dimensions, `rows.panels`.
+    A weight of three dimensions is one of `rows.panels`.
     """
     weight = weight.to(x.dtype)
     if weight.ndim == 3:
@@ -57,7 +57,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """No bias; the weight is cast to the type of the activations."""
+    """Linear layer without bias; casts the weight to the dtype of the activations."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -68,7 +68,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32."""
+    """Root mean square normalization (Zhang and Sennrich 2019), computed in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) of any type -> the same shape in float32."""
+        """(..., width) of any dtype -> the same shape in float32."""
         x = x.float()
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
@@ -84,7 +84,7 @@ class RMSNorm(nn.Module):
 def rotary(positions: int, head_dim: int, base: float) -> Tensor:
     """Cosines and sines of Su et al. 2021, (2, positions, head_dim), halves repeated as in Llama.
 
-    The first half of the sines is negative, for `rotate`. Computed in float32 in the order of
+    The first half of the sines is negated, for `rotate`. Computed in float32 with the order of
     operations of `transformers`, so that exports agree.
     """
     frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -94,7 +94,7 @@ def rotary(positions: int, head_dim: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate (B, H, T, h) by the positions of rope, (2, T, h); keeps the type of x."""
+    """Rotate (B, H, T, h) by the positions of rope, (2, T, h); keeps the dtype of x."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # the other half of each pair
     return (x * rope[0] + swapped * rope[1]).to(x.dtype)
 
@@ -102,9 +102,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 def drop(x: Tensor, dropout: Dropout | None, site: int) -> Tensor:
     """Dropout of (B, T, D) whose mask is a hash of (row key, site, position).
 
-    No generator is involved: the same row drops the same elements on every device, in any
-    micro-batch and on any rank, and a resumed run needs no saved random state. The mixer is two
-    rounds of multiply and xor-shift on int32; a rate is resolved to 1/65,536.
+    There is no random generator: a row drops the same elements on every device, in any micro-batch
+    and on any rank, and a resumed run needs no saved random state. The hash is two rounds of
+    multiply and xor-shift on int32; the resolution of the rate is 1/65,536.
     """
     if dropout is None:
         return x
@@ -114,22 +114,22 @@ def drop(x: Tensor, dropout: Dropout | None, site: int) -> Tensor:
     bits = (bits ^ (bits >> 15)) * -2048144777
     bits = (bits ^ (bits >> 13)) * -1028477379
     least = (dropout.rate * 65_536).ceil().int()
-    keep = (((bits >> 16) & 0xFFFF) - least >> 31) + 1  # 1 from `least` on; no slow booleans
+    keep = (((bits >> 16) & 0xFFFF) - least >> 31) + 1  # 1 from `least` up; booleans are slow
     return x * (keep / (1 - dropout.rate)).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention through SDPA, with its flash kernel where there is one; causal without a mask.
+    """Attention through SDPA, with its flash kernel if there is one; causal without a mask.
 
     (B, H, T, h), (B, K, S, h), (B, K, S, h) -> (B, H, T, h).
     """
     causal, dtype = mask is None and q.shape[2] > 1, q.dtype
     if q.is_mps:
-        # In 16 bits its causal kernel lets three queries of four look ahead (pytorch#195910).
+        # Its 16-bit causal kernel lets three of four queries see the future (pytorch#195910).
         q, k, v = q.float(), k.float(), v.float()
-        if k.shape[1] != q.shape[1]:  # grouped, it has ended the process (pytorch#149132)
+        if k.shape[1] != q.shape[1]:  # grouped queries have crashed it (pytorch#149132)
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        if mask is not None:  # misreads booleans for few queries (pytorch#182285)
+        if mask is not None:  # misreads boolean masks for few queries (pytorch#182285)
             mask = torch.where(mask, 0.0, -torch.inf)
     grouped = k.shape[1] != q.shape[1]
     y = F.scaled_dot_product_attention(
@@ -139,9 +139,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def same_document(documents: Tensor) -> Tensor:
-    """Numbers of documents (B, T) -> (B, 1, T, T) mask: True back to where the own one begins.
+    """Document numbers (B, T) -> (B, 1, T, T) causal mask: True within a token's own document.
 
-    Rotary positions are relative, so a document needs no positions of its own.
+    Rotary positions are relative, so positions need not restart at each document.
     """
     return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
@@ -149,7 +149,7 @@ def same_document(documents: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; grouped queries when K < H."""
 
-    compiled_on_cpu = False  # set from outside
+    compiled_on_cpu = False  # set by `Runtime.optimize`
 
     def __init__(self, config: Model, layer: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: Tensor, cache: Cache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). `mask` (B or 1, 1, T, S) is True where a token may look."""
+        """(B, T, D) -> (B, T, D). `mask` (B or 1, 1, T, S) is True where attention is allowed."""
         batch, tokens, _ = x.shape
         parts = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x).view(batch, tokens, sum(parts), -1).split(parts, dim=2)
@@ -236,12 +236,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids -> hidden states; the tied head is `logits`, or lives in the loss in training."""
+    """Token ids -> hidden states; the tied head is `logits`, or part of the loss in training."""
 
     rope: Tensor
 
     def __init__(self, config: Model, dtype: torch.dtype = torch.float32) -> None:
-        """`dtype` is the type of the activations; parameters are float32."""
+        """`dtype` is that of the activations; parameters are float32."""
         super().__init__()
         self.config, self.dtype = config, dtype
         self.gradient_checkpointing = False
@@ -252,9 +252,9 @@ class Transformer(nn.Module):
         self.register_buffer("rope", rope, persistent=False)
 
     def init_weights(self, generator: torch.Generator, muon: bool = False) -> None:
-        """Normal(0, 0.02); what writes to the residual stream is scaled by 1/sqrt(2L) (GPT-2).
+        """Normal(0, 0.02); projections into the residual stream scaled by 1/sqrt(2L) (GPT-2).
 
-        `muon`: as NorMuon wants it, see `_init_muon`.
+        `muon`: for NorMuon, see `_init_muon`.
         """
         if muon:
             self._init_muon(generator)
@@ -268,12 +268,12 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, 0.0, std, generator=generator)
 
     def _init_muon(self, generator: torch.Generator) -> None:
-        """As NorMuon wants it: blocks that begin as the identity on an embedding of size one.
+        """For NorMuon: blocks start as the identity, on an embedding of unit scale.
 
-        What writes to the residual stream is zero, the other matrices uniform of standard deviation
-        0.5/sqrt(inputs). With a tied head a token would begin by predicting itself, at a logit of
-        sqrt(D); the last norm makes that a quarter. Queries and keys, where they are normalised,
-        meet at a scale of 0.12 (modded-nanogpt).
+        Projections into the residual stream are zero, the other matrices uniform with standard
+        deviation 0.5/sqrt(inputs). With a tied head a token would start by predicting itself, with
+        a logit of sqrt(D); the last norm reduces that to a quarter. Normalized queries and keys get
+        an attention scale of 0.12 (modded-nanogpt).
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
@@ -291,7 +291,7 @@ class Transformer(nn.Module):
                 nn.init.ones_(parameter)
 
     def matrices(self) -> list[tuple[Tensor, list[int]]]:
-        """Weights of the blocks, each with the rows of the matrices that lie in it one by one."""
+        """Weights of the blocks, each with the row counts of the matrices stacked in it."""
         shape, found = self.config, list[tuple[Tensor, list[int]]]()
         qkv = [heads * shape.head_dim for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
         for block in cast(Iterable[Block], self.blocks):
@@ -311,18 +311,18 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """(B, T) int64 -> (B, T, D) hidden states in `dtype`.
 
-        With a cache the tokens follow the cached ones and are added to it. `positions` (T,), or
-        (B, T) by row, says where the tokens stand when that is not simply behind the cached ones.
+        With a cache, the tokens follow the cached ones and are added to it. `positions`, (T,) or
+        per row (B, T), overrides their positions, which by default follow the cached ones.
         """
         start = cache.length if cache is not None else 0
-        behind = slice(start, start + tokens.shape[1])
-        rope = self.rope[:, behind if positions is None else positions]
-        if rope.ndim == 4:  # by row: (2, B, T, h) -> (2, B, 1, T, h)
+        following = slice(start, start + tokens.shape[1])
+        rope = self.rope[:, following if positions is None else positions]
+        if rope.ndim == 4:  # per row: (2, B, T, h) -> (2, B, 1, T, h)
             rope = rope.unsqueeze(2)
         if cache is not None and mask is None and start and tokens.shape[1] > 1:
-            mask = _causal_behind(start, tokens.shape[1], tokens.device)
-        # The tied head's gradient is dense; a CPU adds the looked-up rows to it alone. Whoever
-        # trains without the head gets a sparse gradient of the embedding.
+            mask = _causal_after(start, tokens.shape[1], tokens.device)
+        # The tied head's gradient is dense; on a CPU only the looked-up rows are added to it.
+        # Training without the head gives the embedding a sparse gradient.
         sparse = self.training and tokens.is_cpu
         x = F.embedding(tokens, self.embedding.weight, sparse=sparse)
         x = self.begin(x, dropout)  # (B, T, D) float32
@@ -338,11 +338,11 @@ class Transformer(nn.Module):
         return self.end(x)
 
     def begin(self, x: Tensor, dropout: Dropout | None) -> Tensor:
-        """Looked-up embeddings (B, T, D) -> the residual stream in float32."""
+        """Looked-up embeddings (B, T, D) -> the residual stream, in float32."""
         return drop(x.float(), dropout, 0)
 
     def end(self, x: Tensor) -> Tensor:
-        """The residual stream behind the blocks -> hidden states in `dtype`."""
+        """The residual stream after the blocks -> hidden states in `dtype`."""
         return self.norm(x).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ class Transformer(nn.Module):
         return project(hidden, self.embedding.weight).float()
 
 
-def _causal_behind(start: int, tokens: int, device: torch.device) -> Tensor:
-    """(1, 1, T, S) mask of T new tokens behind `start` cached ones."""
+def _causal_after(start: int, tokens: int, device: torch.device) -> Tensor:
+    """(1, 1, T, S) causal mask of T new tokens after `start` cached ones."""
     square = torch.ones(tokens, start + tokens, dtype=torch.bool, device=device)
     return square.tril(diagonal=start)[None, None]

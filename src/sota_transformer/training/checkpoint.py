@@ -1,12 +1,12 @@
-"""Checkpoints: the full state of a run in one folder that exists completely or not at all.
+"""Checkpoints: the full state of a run, in a folder that exists completely or not at all.
 
     checkpoints/step-00001000/model.safetensors   float32 weights, the tied embedding once
                               optim.safetensors   moments by parameter name
                               trainer.json        counters
                               manifest.json       SHA-256 of each file, fingerprint, numerics; last
 
-Learning rate, batch and dropout are functions of the step, so no random state is kept. Nothing
-here knows how many ranks there were. No pickle is written or read.
+Learning rate, batch and dropout are functions of the step, so no random state is saved. Nothing
+depends on the number of ranks. No pickle is written or read.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ from sota_transformer.training.runlog import read_config
 from sota_transformer.words import one_line
 
 FORMAT = 1
-_MANIFEST = {  # as far as it is read; an older checkpoint may lack any of it
+_MANIFEST = {  # the keys that are read; an older checkpoint may lack any of them
     "data?": (str, None),
     "data_files?": {str: str},
     "numerics?": {str: (str, float, bool)},
     "model?": {str: (float, bool)},
 }
-_GUARD = {"losses": [float], "rate": float, "shift": float}  # below 0 behind a smaller batch
+_GUARD = {"losses": [float], "rate": float, "shift": float}  # below 0 after a smaller batch
 _TRAINER = {
     **dict.fromkeys(("step?", "updates?", "tokens?", "rows?"), int),
     "guard?": _GUARD | dict.fromkeys(("bad_in_a_row", "skipped", "returns"), int),
@@ -51,7 +51,7 @@ _TYPES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 
 @dataclass(kw_only=True)
 class State:
-    """Everything a run needs to go on."""
+    """Everything needed to resume a run."""
 
     step: int
     model: dict[str, Tensor]
@@ -61,21 +61,22 @@ class State:
 
 
 def save(run_folder: Path, state: State, own: Collection[int] = ()) -> Path:
-    """Commit `state`; when this returns, it survives a power cut and is the newest that verifies.
+    """Commit `state`; on return it survives a power cut and is the newest that verifies.
 
-    Later steps than the first of `own`, which this process has loaded or written, are of a branch
-    that was left by --resume step:N, and go. SotaError 70, 74 or OSError.
+    `own` are the steps that this process has loaded or written. Other steps after the first of
+    them belong to a branch abandoned by --resume step:N and are deleted. SotaError 70, 74 or
+    OSError.
     """
     folder = run_folder / "checkpoints"
     durable.make_folder(folder)
     tensors = state.model | state.optim
     for name, tensor in tensors.items():
-        # The extremes need no copy of the tensor, and a NaN is both of them.
+        # aminmax copies nothing and propagates NaN.
         if not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise SotaError(f"{name} is not finite at step {state.step}: not saved", DIVERGED)
+            raise SotaError(f"{name} is not finite at step {state.step}; not saved", DIVERGED)
     check_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
     final = path_of(run_folder, state.step)
-    if os.path.lexists(final):  # rejected when the run went on from an older one
+    if os.path.lexists(final):  # rejected before the run resumed from an older one
         durable.discard(final)
     manifest = {"format": FORMAT, "step": state.step} | state.manifest
     with durable.commit_folder(final, manifest) as writer:
@@ -91,18 +92,18 @@ def save(run_folder: Path, state: State, own: Collection[int] = ()) -> Path:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """SotaError 74 where a checkpoint of so many bytes does not fit."""
+    """SotaError 74 if a checkpoint of `needed` bytes does not fit."""
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
         raise SotaError(
-            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB "
-            "are free; make room and run the same command again",
+            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB "
+            "are free; free up space and run the same command again",
             IO_FAILED,
         )
 
 
 def write_safetensors(write: Callable[[Any], None], tensors: dict[str, Tensor]) -> None:
-    """Stream a safetensors file tensor by tensor, so that saving needs no second copy of all.
+    """Stream a safetensors file tensor by tensor, so that saving needs no second copy of them.
 
     The format is 8 bytes of header length, a JSON header, then the data
     (https://github.com/huggingface/safetensors).
@@ -124,12 +125,12 @@ def write_safetensors(write: Callable[[Any], None], tensors: dict[str, Tensor]) 
 
 
 def is_utf8(path: Path) -> bool:
-    """Whether the whole path is; safetensors opens no other."""
+    """Whether the absolute path is valid UTF-8; safetensors opens no other."""
     return os.fsencode(path.absolute()).decode(errors="ignore") == str(path.absolute())
 
 
 def steps(run_folder: Path) -> list[int]:
-    """Steps of the committed checkpoints, oldest first; by number, never by time."""
+    """Steps of the committed checkpoints, in ascending order; file times do not matter."""
     found = (run_folder / "checkpoints").glob("step-*")
     numbers = (path.name.removeprefix("step-") for path in found)
     return sorted(int(n) for n in numbers if len(n) == STEP_DIGITS and n.isdecimal())
@@ -141,10 +142,10 @@ def path_of(run_folder: Path, step: int) -> Path:
 
 
 def latest(run_folder: Path, warn: Callable[[str], None], until: int | None = None) -> int | None:
-    """The newest step that verifies, or None where there are no checkpoints at all.
+    """The newest step that verifies, or None if there are no checkpoints at all.
 
-    Every newer one that does not verify is named through `warn`. SotaError 65 if none does.
-    `until`: later ones do not count.
+    Calls `warn` for each newer one that does not verify. SotaError 65 if none does. Steps after
+    `until` are ignored.
     """
     found = [step for step in steps(run_folder) if until is None or step <= until]
     for step in reversed(found):
@@ -153,12 +154,12 @@ def latest(run_folder: Path, warn: Callable[[str], None], until: int | None = No
             return step
         warn(one_line(f"step {step} rejected: {problems[0]}"))
     if found:
-        raise SotaError(f"{run_folder}: no checkpoint verifies (of {len(found)})", BAD_DATA)
+        raise SotaError(f"{run_folder}: none of {len(found)} checkpoints verifies", BAD_DATA)
     return None
 
 
 def _problems(run_folder: Path, step: int) -> list[str]:
-    """What is wrong with a checkpoint; a whole one under the name of another step is wrong too."""
+    """What is wrong with a checkpoint, including an intact one named after another step."""
     folder = path_of(run_folder, step)
     if problems := durable.verify(folder):
         return problems
@@ -167,9 +168,9 @@ def _problems(run_folder: Path, step: int) -> list[str]:
 
 
 def load(run_folder: Path, step: int, *, verified: bool = False) -> State:
-    """The state saved at `step`. SotaError 65 or 66 names the file that is wrong.
+    """The state saved at `step`. SotaError 65 or 66 names the bad file.
 
-    `verified`: `latest` has just found this step, so that its bytes need not be read twice.
+    `verified`: `latest` has just verified this step, so its bytes are not hashed again.
     """
     folder = path_of(run_folder, step)
     if not folder.is_dir():
@@ -189,7 +190,7 @@ def load(run_folder: Path, step: int, *, verified: bool = False) -> State:
     shapes = (manifest, _MANIFEST, durable.MANIFEST), (trainer, _TRAINER, "trainer.json")
     for value, shape, name in shapes:
         if wrong := misfit(value, shape, name):
-            raise SotaError(f"{folder}: {wrong}, which is none that `sota train` wrote", BAD_DATA)
+            raise SotaError(f"{folder}: {wrong}; `sota train` did not write this", BAD_DATA)
     tensors = {name: _tensors(folder / f"{name}.safetensors") for name in ("model", "optim")}
     return State(step=step, trainer=trainer, manifest=manifest, **tensors)
 
@@ -205,11 +206,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def prune(
     run_folder: Path, keep: int, trusted: Container[int] = (), best: int | None = None
 ) -> None:
-    """Delete what is older than the newest `keep` good checkpoints, but never of the last two, nor
-    the `best`.
+    """Delete checkpoints older than the newest `keep` good ones, and at least two; keep the `best`.
 
-    One that does not verify does not count; `trusted` steps are not read again, because this
-    process has just written or loaded them.
+    A checkpoint that does not verify does not count; `trusted` steps are not read again, because
+    this process has written or loaded them.
     """
     left = max(2, keep)
     for step in reversed(steps(run_folder)):
@@ -239,20 +239,20 @@ def load_model(
 
 
 def _same_model(run_folder: Path, config: RunConfig, state: State) -> None:
-    """config.json has no checksum, but what it says of the model has to be what was trained."""
+    """config.json has no checksum, but its model must be the one that was trained."""
     written = state.manifest.get("model", {})
     for name, now in dataclasses.asdict(config.model).items():
         if name in written and written[name] != now:
             raise SotaError(
                 f"{run_folder / 'config.json'} was changed: model.{name} is {now}, but step "
-                f"{state.step} was trained with {written[name]}; train on to a new checkpoint, or "
-                "put it back",
+                f"{state.step} was trained with {written[name]}; restore the old value, or train "
+                "until a new checkpoint",
                 BAD_DATA,
             )
 
 
 def restore_model(model: Transformer, state: State) -> None:
-    """Copy the weights of `state`. SotaError 65 if they are another model's."""
+    """Copy the weights of `state`. SotaError 65 if they belong to another model."""
     try:
         model.load_state_dict(state.model, strict=True)
     except RuntimeError as error:

@@ -1,26 +1,26 @@
-"""When the numbers go bad: which steps are not applied, and when to go back.
+"""Divergence: which updates to skip, and when to roll back.
 
-A step is bad if its loss or gradient is not finite, or if its loss stands far above those before
-it. A bad step's update is not made. After `PATIENCE` bad steps in a row the run goes back to its
-last checkpoint from before them, reads on behind the data that did it and halves the learning rate;
-after `RETURNS` such returns it gives up. All of it is part of the checkpoint, so a resumed run
-decides the same.
+A step is bad if its loss or gradient is not finite, or if its loss is far above those before it.
+A bad step's update is skipped. After `PATIENCE` bad steps in a row the run rolls back to its last
+checkpoint from before them, skips the data that caused them and halves the learning rate; after
+`RETURNS` rollbacks it gives up. This state is part of the checkpoint, so a resumed run decides the
+same.
 """
 
 import math
 import statistics
 from typing import Any
 
-PATIENCE = 10
-RETURNS = 3
+PATIENCE = 10  # bad steps in a row before a rollback
+RETURNS = 3  # rollbacks before giving up
 _WINDOW = 128  # losses remembered
-_KNOWN = 32  # losses to have seen before one can stand out
+_KNOWN = 32  # losses to have seen before one can be an outlier
 _DEVIATIONS = 8.0  # of the window's median absolute deviation; llm.c and OLMo use 4 to 6 sigma
-_LEAST = 1.0  # nats: below, a batch of hard text looks the same
+_LEAST = 1.0  # nats; a smaller rise may be a batch of hard text
 
 
 class Guard:
-    """Judges losses; `shift` rows of data were left out and `rate` scales the learning rate."""
+    """Detects bad steps; `shift` rows of data were skipped, `rate` scales the learning rate."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -31,7 +31,7 @@ class Guard:
         self.rate = 1.0
 
     def problem(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step of this mean loss (nats) and gradient norm; None if nothing."""
+        """What is wrong with a step of this mean loss (nats) and gradient norm, or None."""
         found = None
         if not math.isfinite(loss) or not math.isfinite(norm):
             found = "loss or gradient is not finite"
@@ -39,7 +39,7 @@ class Guard:
             middle = statistics.median(self.losses)
             spread = statistics.median(abs(value - middle) for value in self.losses)
             if loss > middle + max(_LEAST, _DEVIATIONS * spread):
-                found = f"loss {loss:.2f} leaps from a median of {middle:.2f}"
+                found = f"loss {loss:.2f} is far above the median of {middle:.2f}"
         if found is None:
             self.bad_in_a_row = 0
             self.losses = [*self.losses[1 - _WINDOW :], loss]
@@ -49,7 +49,7 @@ class Guard:
         return found
 
     def go_back(self, rows: int) -> None:
-        """Remember one more return, which leaves out `rows` more rows and halves the rate."""
+        """Record a rollback, which skips `rows` more rows and halves the rate."""
         self.returns += 1
         self.shift += rows
         self.rate /= 2
@@ -61,7 +61,7 @@ class Guard:
         return dict(vars(self))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave. KeyError or TypeError if it is something else."""
+        """Restore what `state` returned. KeyError or TypeError for anything else."""
         self.losses = [float(value) for value in state["losses"]]
         for name in ("bad_in_a_row", "skipped", "returns", "shift"):
             setattr(self, name, int(state[name]))

@@ -1,4 +1,4 @@
-"""How a run is judged on its way: validation, over the same windows every time, and samples."""
+"""Evaluation during a run: validation, on the same windows every time, and samples."""
 
 from typing import Any
 
@@ -25,14 +25,14 @@ _SAMPLE_TOKENS = 100
 
 
 class Judge:
-    """Judges a model in evaluation mode, tells the log, and knows the best there was."""
+    """Evaluates a model in eval mode, logs the result, and remembers the lowest loss."""
 
     def __init__(self, config: RunConfig, runtime: Runtime, log: RunLog) -> None:
         self.config, self.runtime, self.log = config, runtime, log
         self.tokenizer = Tokenizer()
         self.windows = TokenWindows(config.data.path, "val", config.model.seq_len)
         self.best: dict[str, Any] | None = None  # step, nats and tokens of the lowest loss
-        self.view = [config.model.seq_len, config.data.document_mask]  # what a token may see
+        self.view = [config.model.seq_len, config.data.document_mask]  # what a token may attend to
 
     def validate(self, model: Transformer, step: int) -> Perplexity:
         """Plain loss of the model after `step` steps, without dropout."""
@@ -51,20 +51,20 @@ class Judge:
         return result
 
     def _compare(self, step: int, nats: float, tokens: int) -> None:
-        """Losses over other windows do not compare."""
+        """Update the best; losses on different windows are not comparable."""
         best = self.best
         if best is None or best["tokens"] != tokens or nats < best["nats"]:
             self.best = {"step": step, "nats": nats, "tokens": tokens}
 
     def recall(self, state: checkpoint.State) -> None:
-        """The best there was when `state` was saved; nothing where --data-change dropped it, or
-        --override changed what a token may see.
+        """Restore the best as of `state`, unless --data-change dropped it or --override changed
+        what a token may attend to.
 
-        A run's last step is saved first and judged then, so that stands in the log alone.
+        A run's last step is saved before it is validated, so its result is in the log only.
         """
         self.best, folder = state.trainer.get("best"), self.config.run.out
         if self.best and not checkpoint.path_of(folder, self.best["step"]).is_dir():
-            self.best = None  # deleted by a branch that was left
+            self.best = None  # deleted with an abandoned branch
         for line in read_metrics(folder) if "best" in state.trainer else ():
             nats, tokens = line.get("val_loss"), line.get("val_tokens")
             if line["step"] == state.step and isinstance(nats, float) and isinstance(tokens, int):
@@ -72,28 +72,28 @@ class Judge:
         same = state.trainer.get("view", self.view) == self.view
         if self.best and not (same and self._judges(self.best["tokens"])):
             self.log.say(
-                f"note: validation is over other windows than before: step {self.best['step']} no "
-                "longer counts as the lowest; copy its checkpoint to keep it"
+                f"note: validation windows differ from before, so step {self.best['step']} no "
+                "longer counts as the lowest loss; copy its checkpoint to keep it"
             )
         self.best = self.best if same else None
 
     @property
     def best_step(self) -> int | None:
-        """The step whose checkpoint had the lowest loss."""
+        """The step with the lowest validation loss."""
         return self.best["step"] if self.best else None
 
     def advice(self) -> str:
-        """What to say where that is not the last step."""
+        """What to print when the best step is not the last."""
         assert self.best is not None
         step, nats = self.best["step"], self.best["nats"]
         return (
             f"validation was lowest at step {step}, {nats:.4f} nats; its checkpoint is kept: "
-            f"`--step {step}` of evaluate, generate, export and serve takes it"
+            f"use `--step {step}` with evaluate, generate, export or serve"
         )
 
     def _sums(self, model: Transformer) -> Array:
-        """`sequence_sums` of the windows to judge by, each rank's batches in their places: the
-        others' are zero there, so that the sum over ranks is to the bit what one makes alone.
+        """`sequence_sums` of the validation windows. Each rank fills in its own batches and leaves
+        zeros elsewhere, so the sum over ranks is bit-identical to that of a single rank.
         """
         found, masked = self._windows(), self.config.data.document_mask
         sums, ranks = np.zeros((len(found), 3)), self.runtime.world
@@ -106,20 +106,20 @@ class Judge:
         return self.runtime.sum_array(sums)
 
     def _windows(self) -> list[int]:
-        """The windows to judge by, spread evenly over the split."""
+        """The windows to validate on, spread evenly over the split."""
         windows = self.windows
         wanted = max(1, min(len(windows), self.config.train.eval_tokens // windows.seq_len))
         return np.linspace(0, len(windows) - 1, wanted).astype(int).tolist()
 
     def _judges(self, tokens: int) -> bool:
-        """Whether so many tokens are judged: files of others may hold padding, which is not."""
+        """Whether validation scores this many tokens: padding, in foreign data, is not scored."""
         found = self._windows()
-        if tokens == len(found) * self.windows.seq_len:  # nearly always, and read without a file
+        if tokens == len(found) * self.windows.seq_len:  # nearly always, and reads no file
             return True
         return tokens == sum(int((self.windows[index][1:] != PAD).sum()) for index in found)
 
     def sample(self, model: Transformer, step: int) -> None:
-        """A continuation of the first words of the validation text; the same seed every time."""
+        """Continue the start of the validation text, with the same seed every time."""
         if self.log.silent:
             return
         prompt = [int(token) for token in self.windows[0][:16]]

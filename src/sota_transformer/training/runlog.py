@@ -1,6 +1,6 @@
-"""What a run says: metrics.jsonl and samples.txt in its folder, a live panel or plain lines.
+"""A run's output: metrics.jsonl and samples.txt in its folder, a live panel or plain lines.
 
-And what of it can be read again without loading torch.
+Also reads them back, without loading torch.
 """
 
 import json
@@ -29,14 +29,14 @@ _SAMPLE_LINES = 12
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """The reader of our output, `head` say, is gone: save and leave as on any signal."""
+        """The reader of our output (`head`, say) has exited: save and stop as on any signal."""
         with suppress(SystemExit):
-            super().on_broken_pipe()  # nothing is written from here on
+            super().on_broken_pipe()  # writes nothing from here on
         raise Stopped(signal.SIGPIPE)
 
 
 class RunLog:
-    """One run's voice; ranks other than the first get one that is `silent`."""
+    """The output of one run; `silent` on every rank but the first."""
 
     def __init__(self, folder: Path, total_steps: int, silent: bool = False) -> None:
         self.folder, self.total, self.silent = folder, total_steps, silent
@@ -45,14 +45,14 @@ class RunLog:
         self._bar = Progress(TextColumn("step"), BarColumn(None), MofNCompleteColumn())
         self._task = self._bar.add_task("steps", total=total_steps)
         self._last: dict[str, Any] = {}
-        self._sample = ""  # as much of the last one as is shown
+        self._sample = ""  # the part of the last one that is shown
 
     def __enter__(self) -> Self:
         if not self.silent:
             path = self.folder / "metrics.jsonl"
             torn = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
             self._metrics = path.open("a", encoding="utf-8")
-            if torn:  # a killed process may leave half a line; readers skip it
+            if torn:  # by a killed process; readers skip the half line
                 self._metrics.write("\n")
         return self
 
@@ -62,14 +62,14 @@ class RunLog:
             self._metrics.close()
 
     def begin_live(self, step: int) -> None:
-        """Show the panel, where there is a terminal to show it on, of a run at `step`."""
+        """Show the panel of a run at `step`, if there is a terminal."""
         self._last["step"] = step
         if self.console.is_terminal and not self.silent:
             self._live = Live(self._panel(), console=self.console, refresh_per_second=4)
             self._live.start()
 
     def end_live(self) -> None:
-        """Leave the panel as it is and go on in plain lines."""
+        """Leave the panel on screen and continue with plain lines."""
         if self._live is not None:
             self._live.update(self._panel())
             self._live.stop()
@@ -102,12 +102,12 @@ class RunLog:
         )
 
     def event(self, values: dict[str, Any], text: str) -> None:
-        """Anything else worth a line in both places."""
+        """Any other event, for the log and the user."""
         self._write(values)
         self.say(text)
 
     def sample(self, step: int, text: str) -> None:
-        """A generated sample, appended to samples.txt for people and to metrics.jsonl for us."""
+        """A generated sample, for samples.txt (people) and metrics.jsonl (programs)."""
         self._sample = "\n".join(text.splitlines()[:_SAMPLE_LINES])
         if not self.silent:
             path = self.folder / "samples.txt"
@@ -142,7 +142,7 @@ class RunLog:
 
 
 def judgement(values: dict[str, Any]) -> str:
-    """A validation in words; a single window has no error."""
+    """A validation as text; a single window has no error estimate."""
     error = values.get("val_error")
     shown = f" +- {error:.4f}" if isinstance(error, int | float) else ""
     return (
@@ -163,18 +163,18 @@ _Lines = dict[tuple[int, str], dict[str, Any]]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl by step; the last of a kind and step counts, a torn one never.
+    """The lines of metrics.jsonl by step, the last of each kind and step; torn lines are skipped.
 
-    Nor does what the run did not become: a start goes on from what was saved at its step, so what
-    lies behind that step, or was never saved, is of a branch that was left.
+    So are abandoned branches: a start resumes from what was saved at its step, so earlier lines
+    that lie past that step, or were never saved, are not part of the run.
     """
     here: _Lines = {}
     before: tuple[tuple[_Lines, int], ...] = ()  # earlier starts, each up to a step
-    saved: dict[int, tuple[tuple[_Lines, int], ...]] = {}  # the same for each checkpoint
+    saved: dict[int, tuple[tuple[_Lines, int], ...]] = {}  # the starts behind each checkpoint
     for line in _lines(folder):
         step, event = line["step"], line.get("event")
         if event == "saved":
-            while saved and next(reversed(saved)) >= step:  # deleted by saving
+            while saved and next(reversed(saved)) >= step:  # saving has deleted it
                 saved.popitem()
             saved[step] = (*before, (here, step))
         elif event == "start":
@@ -190,7 +190,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of metrics.jsonl that is whole and has a step."""
+    """Every complete line of metrics.jsonl that has a step."""
     path = folder / "metrics.jsonl"
     for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
         try:
@@ -202,18 +202,18 @@ def _lines(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _count(digits: str) -> int | None:
-    """A whole number; None for one that no run counts to, and perhaps no float can hold."""
+    """An integer; None for one beyond any step count, which might overflow a float."""
     return int(digits) if len(digits) < 20 else None
 
 
 def samples_of(metrics: list[dict[str, Any]]) -> dict[int, str]:
-    """The samples by step; from the log, for samples.txt may hold lines like its headings."""
+    """Samples by step; from the log, since a sample may contain a heading of samples.txt."""
     lines = [line for line in metrics if isinstance(line.get("sample"), str)]
     return {line["step"]: line["sample"].strip() for line in lines}
 
 
 def judged(folder: Path, step: int) -> tuple[bool, bool]:
-    """Whether the log has a validation, and a sample, of the model after `step` steps."""
+    """Whether the log has a validation and a sample of the model after `step` steps."""
     metrics = read_metrics(folder)
     validated = any("val_loss" in line and line["step"] == step for line in metrics)
     return validated, step in samples_of(metrics)

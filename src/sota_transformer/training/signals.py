@@ -1,4 +1,4 @@
-"""Leaving on a signal: at once, but never between two halves of one change of state."""
+"""Stop on a signal: at once, but never halfway through a change of state."""
 
 import signal
 import time
@@ -9,7 +9,7 @@ from sota_transformer.errors import raised_again
 
 
 class Stopped(BaseException):
-    """A signal asked the run to leave; raised at once, except while the state is changing."""
+    """A signal asked the run to stop; raised at once, except while the state is changing."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -19,8 +19,9 @@ class Stopped(BaseException):
 class Signals:
     """Turns SIGTERM, SIGINT and SIGHUP into Stopped; a second one ends the process at once.
 
-    One that whoever started us has set to be ignored stays so: `nohup` asks for that with SIGHUP.
-    `launched`: torchrun passes on what a terminal has sent to all, so one Ctrl-C comes twice.
+    A signal that the parent process set to be ignored stays ignored: `nohup` does this to SIGHUP.
+    `launched`: torchrun forwards what the terminal has sent to every process, so a Ctrl-C arrives
+    twice.
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -60,6 +61,6 @@ class Signals:
             raise Stopped(self._received)
 
     def critical(self, inside: bool) -> None:
-        """Between True and False weights, moments and step belong together: no interruption."""
+        """Between True and False, weights, moments and step change together: no interruption."""
         self._critical = inside
         self._raise()

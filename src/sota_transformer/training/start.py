@@ -1,4 +1,4 @@
-"""From a configuration to a running trainer: the folder, its lock, what to resume, what to say."""
+"""From a configuration to a running trainer: folder, lock, checkpoint to resume, first lines."""
 
 import dataclasses
 import json
@@ -26,15 +26,15 @@ from sota_transformer.words import counted
 def train(
     config: RunConfig, admit: Callable[[Path, Runtime], Runtime] | None = None
 ) -> Perplexity | None:
-    """Train, or go on training, the run that `config` describes; None if it was complete already.
+    """Start or resume the run that `config` describes; None if it was complete already.
 
-    `admit` is asked once, with the folder locked, before anything is computed, and may say not to
-    compile. Raises SotaError for what a user can mend, Stopped on a signal.
+    `admit` is called once, with the folder locked and before any computation, and may turn
+    compilation off. Raises SotaError for what a user can fix, Stopped on a signal.
     """
     folder = check_folders(config)
     changed: list[str] = []
     with ExitStack() as stack:
-        if is_first_rank():  # before anything slow: who comes second shall know at once
+        if is_first_rank():  # before anything slow, so that a second start fails at once
             stack.enter_context(durable.DirectoryLock(folder))
             durable.sweep(folder)
             durable.sweep(folder / "checkpoints")
@@ -49,7 +49,7 @@ def train(
                 runtime = admit(folder, runtime)
             start = _resume_step(config, log.say)
         runtime, start = _as_the_first(runtime, start)
-        verified = not config.run.resume.startswith("step:")  # by the first rank, as the newest
+        verified = not config.run.resume.startswith("step:")  # the first rank found the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, stack.enter_context(log))
         announce(trainer, state)
@@ -62,17 +62,17 @@ def train(
             return None
         differing = changes.of_numerics(state, trainer) if state is not None else []
         if config.run.exact and (found := changed + differing):
-            raise SotaError(f"--exact: {'; '.join(found)}. Go on as before, or without --exact")
-        if state is not None:  # before config.json says that it was taken
+            raise SotaError(f"--exact: {'; '.join(found)}. Restore the old values, or drop --exact")
+        if state is not None:  # before config.json records this start
             trainer.restore(state)
-        del state  # else its weights would lie beside the model's to the end
+        del state  # else its weights would stay in memory beside the model's
         if runtime.rank == 0:
             _record(trainer, start, changed)
         for line in changed:
             log.say(f"changed: {line}")
         if differing:
-            log.say(f"not bit-exact with before: {'; '.join(differing)}")
-        begun = f"resuming from step {start}" if start >= 0 else "starting anew"
+            log.say(f"not bit-exact with the run so far: {'; '.join(differing)}")
+        begun = f"resuming from step {start}" if start >= 0 else "starting from scratch"
         log.event({"step": max(0, start), "event": "start"}, begun)
         log.begin_live(max(0, start))
         stay_awake()
@@ -80,21 +80,21 @@ def train(
 
 
 def _fit(trainer: Trainer) -> Perplexity:
-    """Train to the end. SotaError 75 where not even small micro-batches fit into the memory."""
+    """Train to the end. SotaError 75 if even small micro-batches do not fit into memory."""
     try:
         return trainer.fit()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise SotaError(
-            f"out of memory on {trainer.runtime.device}; what was saved is good. Smaller "
-            "--train.micro-rows, --train.gradient-checkpointing or a smaller preset may fit",
+            f"out of memory on {trainer.runtime.device}; checkpoints are intact. Try a smaller "
+            "--train.micro-rows, --train.gradient-checkpointing or a smaller preset",
             TEMPORARY,
         ) from error
 
 
 def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
-    """Whether to compile and from which step on, as the first rank has chosen."""
+    """Whether to compile and the step to resume from, as the first rank has chosen."""
     start, compiled = runtime.of_first(start, int(runtime.compile))
     if runtime.compile and not compiled:
         runtime = runtime.without_compiling("in the first process")
@@ -102,9 +102,9 @@ def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
 
 
 def _finished(folder: Path, step: int, newest: bool) -> bool:
-    """Whether the run ends here, judged and with a sample; a signal may have come amid it.
+    """Whether the run ends at `step`, validated and sampled: a signal may have prevented that.
 
-    Where it is not known as the `newest`, that is looked up, at the cost of reading a checkpoint.
+    Unless `step` is known to be the `newest`, that is checked, which reads a checkpoint.
     """
     if not newest and checkpoint.latest(folder, lambda _: None) != step:
         return False
@@ -112,18 +112,18 @@ def _finished(folder: Path, step: int, newest: bool) -> bool:
 
 
 def check_folders(config: RunConfig) -> Path:
-    """The run's folder, made where it is missing, and not before all else is known to be fit.
+    """The run's folder, created if missing once everything else has been checked.
     SotaError for what cannot work.
     """
     if config.data.path == Path():
-        raise SotaError("say what to train on: --data FOLDER (made by `sota prepare`)")
+        raise SotaError("no training data: give --data FOLDER (made by `sota prepare`)")
     if config.run.out == Path():
-        raise SotaError("say where the run shall live: --out FOLDER")
+        raise SotaError("no folder for the run: give --out FOLDER")
     folder = config.run.out
     if config.model.vocab_size < VOCAB:
         raise SotaError(
             f"model.vocab_size {config.model.vocab_size} is less than the {VOCAB} ids of prepared "
-            "data; leave it out"
+            "data; leave the option out"
         )
     if (folder / durable.MANIFEST).exists():  # the files of a run would mix with these
         raise SotaError(
@@ -135,8 +135,8 @@ def check_folders(config: RunConfig) -> Path:
         raise SotaError(f"{folder} has no checkpoint to resume from", NO_INPUT)
     if not checkpoint.is_utf8(folder):
         name = folder.absolute()
-        raise SotaError(f"{name} is not UTF-8, as safetensors needs it; give another --out")
-    if not checkpoint.steps(folder):  # else it began with them, and may not wait for their hashes
+        raise SotaError(f"{name} is not UTF-8, which safetensors requires; give another --out")
+    if not checkpoint.steps(folder):  # else the data was checked at its start; hashing takes time
         for split in ("train", "val"):
             TokenWindows(config.data.path, split, config.model.seq_len)
     try:
@@ -149,26 +149,26 @@ def check_folders(config: RunConfig) -> Path:
 
 
 def check_room(config: RunConfig) -> None:
-    """SotaError 74 where what is learned could not be saved."""
+    """SotaError 74 if a checkpoint would not fit on the disk."""
     if checkpoint.steps(config.run.out)[-1:] != [config.train.steps]:
         checkpoint.check_room(config.run.out, config.state_bytes)
 
 
 def _resume_step(config: RunConfig, say: Callable[[str], None]) -> int:
-    """The step to go on from, or -1 to start anew."""
+    """The step to resume from, or -1 to start from scratch."""
     folder, wanted = config.run.out, config.run.resume
     if wanted.startswith("step:"):
         return int(wanted.removeprefix("step:"))
     if wanted == "never":
         if checkpoint.steps(folder):
-            raise SotaError(f"{folder} holds checkpoints; with --resume never give another --out")
+            raise SotaError(f"{folder} has checkpoints; --resume never needs another --out")
         return -1
-    found = checkpoint.latest(folder, say)  # for `latest` there is one: see `check_folders`
+    found = checkpoint.latest(folder, say)  # --resume latest: `check_folders` has seen one
     return -1 if found is None else found
 
 
 def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
-    """Every derived number, before anything takes time, of a run that goes on from `state`."""
+    """Print every derived number, before anything slow, of a run that resumes from `state`."""
     config, runtime, log = trainer.config, trainer.runtime, trainer.log
     done, learned = (state.step, trainer.learned(state)) if state is not None else (0, 0)
     total = learned + trainer.step_tokens * max(0, config.train.steps - done)
@@ -188,43 +188,43 @@ def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
     )
     if total > schedules.FRESH_EPOCHS * there:
         log.say(
-            f"note: the data is read {total / there:.0f} times; past four epochs it over-fits: "
-            "more text or fewer --steps would serve better"
+            f"note: {total / there:.0f} epochs over the data; beyond four the model overfits: add "
+            "text or lower --steps"
         )
     folder, free = config.run.out, shutil.disk_usage(config.run.out).free
     more = config.train.most_checkpoints - len(checkpoint.steps(folder))
     if free < (needed := more * config.state_bytes):
         log.say(
-            f"note: {folder} may come to take {needed / 1e9:.2f} GB more, of which "
-            f"{free / 1e9:.2f} GB are free; the run ends when a checkpoint finds no room"
+            f"note: checkpoints in {folder} may need {needed / 1e9:.2f} GB more, and "
+            f"{free / 1e9:.2f} GB are free; the run stops when one does not fit"
         )
 
 
 def _windows(trainer: Trainer) -> str:
-    """How the text is cut, and how far a token sees."""
+    """How the text is cut into windows, and what a token attends to."""
     data = trainer.config.data
-    cut = f"windows: {len(trainer.windows):,} of the stream"
+    cut = f"windows: {len(trainer.windows):,} cut from the token stream"
     if data.windows == "best-fit":
         cut = (
-            f"windows: {len(trainer.windows):,} by best fit, {trainer.windows.padding:.1%} of "
-            "their targets are padding, which no loss counts; validation keeps to the stream"
+            f"windows: {len(trainer.windows):,} packed by best fit, {trainer.windows.padding:.1%} "
+            "padding, which no loss counts; validation windows are cut from the token stream"
         )
     if data.document_mask:
-        return f"{cut}; in training and validation a token sees its own document only"
-    return f"{cut}; a token sees across documents"
+        return f"{cut}; attention stays within a document, in training and validation"
+    return f"{cut}; attention crosses documents"
 
 
 def _record(trainer: Trainer, start: int, changed: list[str]) -> None:
-    """run.json, where this run came from, with an entry for each start; then config.json.
+    """Write run.json, the run's provenance with an entry for each start, then config.json.
 
-    In this order, so that a change that is in config.json was recorded.
+    In this order, so that every change in config.json has been recorded.
     """
     config, folder = trainer.config, trainer.config.run.out
     path = folder / "run.json"
     try:
         record = json.loads(path.read_text())
         attempts = list(record["attempts"])
-        durable.canonical_json(attempts)  # it may be written again
+        durable.canonical_json(attempts)  # raises if it cannot be written again
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         attempts = []
     attempts.append(
@@ -257,7 +257,7 @@ def _record(trainer: Trainer, start: int, changed: list[str]) -> None:
 
 
 def _git() -> str | None:
-    """The commit of the source tree, where this is one."""
+    """The commit of the source tree, if it is one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)

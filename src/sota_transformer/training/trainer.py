@@ -1,9 +1,9 @@
-"""The training loop and its step.
+"""The training loop and the training step.
 
 A run is a function of its configuration and its data: batch, learning rate and dropout follow from
-the step, the loss is a sum over tokens divided once by their global count, and a checkpoint plus
-the step number is all there is to remember. So a run that was killed and started again ends in the
-same bytes as one that was not.
+the step, the loss is a sum over tokens divided once by their global count, and a checkpoint with
+its step number is the only state. So a run that was killed and resumed ends in the same bytes as
+one that was not.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from sota_transformer.training.signals import Signals, Stopped
 
 
 class Trainer:
-    """One run in one process (of each rank)."""
+    """One run, in one process (one per rank)."""
 
     def __init__(self, config: RunConfig, runtime: Runtime, log: RunLog) -> None:
         self.config, self.runtime, self.log = config, runtime, log
@@ -58,14 +58,14 @@ class Trainer:
         self.model.to(runtime.device)
         self.optimizers = optimizers(self.model, config.optim)
         half = runtime.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)  # else it idles
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)  # else a no-op
         self.step = self.updates = 0
-        self.tokens = 0  # learned from: what no update was made of does not count
+        self.tokens = 0  # trained on; batches of skipped updates do not count
         self.guard = Guard()
-        self.good: set[int] = set()  # the checkpoints that this process has written or loaded
+        self.good: set[int] = set()  # checkpoints that this process has written or loaded
 
     def fit(self) -> Perplexity:
-        """Train to the last step and judge the result. Stopped or an error ends it early."""
+        """Train to the last step and evaluate the result. Stopped or an error ends it early."""
         self.runtime.optimize(self.model, self.config.data.document_mask)
         with ExitStack() as stack:
             self.signals = stack.enter_context(Signals(self.runtime.world > 1))
@@ -78,50 +78,50 @@ class Trainer:
                 self._leave(f"stopped by {stop}")
                 raise
             except PeerLostError:
-                self._leave("another process is gone")
+                self._leave("another process was lost")
                 raise
 
     def _loop(self) -> Perplexity:
         train = self.config.train
         self._saved_at = time.monotonic()
         self._begin_interval()
-        if self.guard.bad_in_a_row >= PATIENCE:  # stopped amid the last of them
+        if self.guard.bad_in_a_row >= PATIENCE:  # stopped during the last of them
             self._go_back()
         elif self.step and (self._due(train.eval_every) or self._due(train.sample_every)):
-            known = judged(self.config.run.out, self.step)  # not where a signal came amid it
-            self._judge_where_due(*self.runtime.of_first(*known))
+            known = judged(self.config.run.out, self.step)  # a signal may have cut it short
+            self._evaluate_if_due(*self.runtime.of_first(*known))
         while self.step < train.steps:
             self._train_step()
             if self.step == self._interval[1]:
-                continue  # just gone back to here
+                continue  # just rolled back to this step
             if self._due(train.log_every) or self.step == train.steps:
                 self._log()
-            self._judge_where_due()
+            self._evaluate_if_due()
             if self._save_due():
                 with self._paused():
                     self._save()
-        left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # by --resume step:N
+        left = checkpoint.steps(self.config.run.out)[-1:] > [self.step]  # after --resume step:N
         if self.step not in self.good or left:
             self._save()
-        result = self._judged(self.judge.validate)
-        self._judged(self.judge.sample)
+        result = self._evaluate(self.judge.validate)
+        self._evaluate(self.judge.sample)
         if self.judge.best_step != self.step:
             self.log.say(self.judge.advice())
         return result
 
-    def _judge_where_due(self, validated: int = 0, sampled: int = 0) -> None:
-        """Validate and sample where due, unless done before; the last step is judged at the end."""
+    def _evaluate_if_due(self, validated: int = 0, sampled: int = 0) -> None:
+        """Validate and sample if due and not done yet; `_loop` does it for the last step."""
         train = self.config.train
         if self._due(train.eval_every) and self.step < train.steps and not validated:
             before = self.judge.best
-            self._judged(self.judge.validate)
-            if self.guard.bad_in_a_row:  # no checkpoint is due here, and the best one is kept
+            self._evaluate(self.judge.validate)
+            if self.guard.bad_in_a_row:  # nothing is saved here: keep the previous best
                 self.judge.best = before
         if self._due(train.sample_every) and self.step < train.steps and not sampled:
-            self._judged(self.judge.sample)
+            self._evaluate(self.judge.sample)
 
     def _train_step(self) -> None:
-        """One optimizer step, of micro-batches; a GPU is waited for once, before its update."""
+        """One optimizer step over its micro-batches; waits for the GPU once, before the update."""
         self.model.train()
         windows = self.loader.batch(self.step)
         batch = self.runtime.put(windows)  # (B, T+1)
@@ -133,7 +133,7 @@ class Trainer:
             try:
                 sums = self._gradients(batch, targets, ids, count)
                 break
-            except Exception as error:  # a compiler that is not ours may raise anything
+            except Exception as error:  # torch.compile may raise anything
                 self.model.zero_grad(set_to_none=True)
                 if out_of_memory(error):
                     self._halve_micro_batch(len(batch))
@@ -147,7 +147,7 @@ class Trainer:
     def _gradients(
         self, batch: Tensor, targets: Tensor, ids: Tensor | None, count: Tensor
     ) -> Tensor:
-        """Gradients of the step, over its micro-batches; (3,) sums of their losses."""
+        """Accumulate gradients over the micro-batches of the step; (3,) sums of their losses."""
         optim = self.config.optim
         rate = self.runtime.put(np.array(schedules.dropout(self.step, self.config), np.float32))
         keys = self.runtime.put(self.loader.dropout_keys(self.step))
@@ -165,37 +165,37 @@ class Trainer:
         return sums
 
     def _halve_micro_batch(self, rows: int) -> None:
-        """Go on with smaller micro-batches of these rows; the step is the same but for rounding."""
+        """Use smaller micro-batches for these rows; only rounding changes."""
         fewer = dividing(rows, self.micro_rows // 2)
         if not fewer:
             raise SotaError(
-                f"step {self.step}: not even one window of {self.config.model.seq_len} tokens fits "
-                "into the memory; try --train.gradient-checkpointing, or a smaller preset",
+                f"step {self.step}: one window of {self.config.model.seq_len} tokens does not fit "
+                "into memory; try --train.gradient-checkpointing or a smaller preset",
                 TEMPORARY,
             )
         self.micro_rows = fewer
-        text = f"step {self.step}: out of memory; on with a micro-batch of {fewer}"
+        text = f"step {self.step}: out of memory; continuing with a micro-batch of {fewer}"
         self.log.event({"step": self.step, "event": "micro-batch", "rows": fewer}, text)
 
     def _stop_compiling(self, error: Exception) -> None:
-        """Make this step again, and all that follow, as they are written."""
+        """Repeat this step in eager mode and stay there."""
         self.runtime = self.runtime.without_compiling(error)
         self.runtime.optimize(self.model, self.config.data.document_mask)
         why = self.runtime.reasons[-1]
-        text = f"step {self.step}: {why}; on without it"
+        text = f"step {self.step}: {why}; continuing in eager mode"
         self.log.event({"step": self.step, "event": "not compiled", "reason": why}, text)
 
     def _update(self, sums: Tensor) -> None:
-        """Clip and update, unless the loss or a gradient is not finite on any rank."""
+        """Clip and update, unless the step is bad: see `Guard` and `_overflowed`."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = gradient_norm(self.model)
         totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
-        totals[2] = max(1.0, totals[2])  # others' files may have windows of nothing but padding
+        totals[2] = max(1.0, totals[2])  # foreign data may have windows that are all padding
         self.totals, self.gradient_norm = totals[:3], totals[3] / self.runtime.world
         self.signals.critical(True)
         if self.scaler.is_enabled() and self._overflowed():
-            problem = "float16 gradients overflowed; their scale is halved"
+            problem = "float16 gradients overflowed; loss scale halved"
         else:
             problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0])
         if problem is None:
@@ -207,28 +207,28 @@ class Trainer:
         self.step += 1
         self.signals.critical(False)
         if problem is not None:
-            text = f"step {self.step}: {problem}; the update was not made"
+            text = f"step {self.step}: {problem}; update skipped"
             self.log.event({"step": self.step, "event": "skipped", "reason": problem}, text)
             if self.guard.bad_in_a_row >= PATIENCE:
                 self._go_back()
 
     def _overflowed(self) -> bool:
-        """Whether the scaled float16 gradients did, which is no fault of the data; adapts."""
+        """Adapt the loss scale; whether the gradients overflowed because it was too high."""
         self.scaler.update()
         overflow = math.isfinite(self.totals[0]) and not math.isfinite(self.gradient_norm)
-        return overflow and self.scaler.get_scale() >= 1  # below it is no matter of scale
+        return overflow and self.scaler.get_scale() >= 1  # below 1 the scale is not the cause
 
     def _go_back(self) -> None:
-        """To before the bad steps, on behind the data that did it, at half the rate; or give up."""
+        """Roll back to before the bad steps, skip their data and halve the rate; or give up."""
         if self.guard.returns >= RETURNS:
             raise SotaError(
-                f"step {self.step}: {PATIENCE} bad steps in a row again, after {RETURNS} returns; "
-                "go on from an earlier checkpoint (--resume step:N), or anew, at a lower rate "
-                "(--override optim.learning_rate=RATE, NorMuon's optim.matrix_rate=RATE)",
+                f"step {self.step}: {PATIENCE} bad steps in a row, after {RETURNS} rollbacks; "
+                "resume an earlier checkpoint (--resume step:N), or start over, at a lower rate "
+                "(--override optim.learning_rate=RATE, for NorMuon optim.matrix_rate=RATE)",
                 DIVERGED,
             )
         self.signals.critical(True)
-        target = self._last_good()  # a lost peer may end this; until here the guard is to be saved
+        target = self._last_good()  # if a peer is lost here, the guard is saved as it is
         found, guard, self.guard = self.step, self.guard, Guard()
         if target is None:
             self.judge.best = None
@@ -242,34 +242,34 @@ class Trainer:
         self.signals.critical(False)
         self.log.event(
             {"step": self.step, "event": "returned", "from": found, "shift": guard.shift},
-            f"step {found}: {PATIENCE} bad steps in a row; back to step {self.step}, on with other "
-            f"data, at {guard.rate:g} of the learning rate",
+            f"step {found}: {PATIENCE} bad steps in a row; rolled back to step {self.step}, "
+            f"continuing with later data at {guard.rate:g}x the learning rate",
         )
         self._begin_interval()
 
     def _last_good(self) -> int | None:
-        """The last checkpoint from before the bad steps, as the first rank finds it: their clocks
-        may have had the others save at another step.
+        """The last checkpoint before the bad steps. The first rank decides: saving by the clock,
+        the others may know different steps.
         """
         target: int | None = None
         if self.runtime.rank == 0:
             begun = self.step - self.guard.bad_in_a_row
             until = max((step for step in self.good if step <= begun), default=begun)
-            target = checkpoint.latest(self.config.run.out, self.log.say, until)  # not others'
+            target = checkpoint.latest(self.config.run.out, self.log.say, until)  # of this branch
         (step,) = self.runtime.of_first(-1 if target is None else target)
         return step if step >= 0 else None
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that a step learns from; with best-fit windows on the average, without padding."""
+        """Tokens that a step trains on, without padding: an average for best-fit windows."""
         return schedules.step_tokens(self.config, self.windows.padding)
 
     def learned(self, state: checkpoint.State) -> int:
-        """Tokens that the run of `state` has learned from; an old checkpoint may not say."""
+        """Tokens that the run of `state` was trained on; estimated for an old checkpoint."""
         return state.trainer.get("tokens", state.step * self.step_tokens)
 
     def _first_model(self) -> Transformer:
-        """The model before the first step, on the CPU, where every machine draws the same."""
+        """The initial model, on the CPU, where every machine draws the same numbers."""
         model = Transformer(self.config.model, self.runtime.dtype)
         source = torch.Generator().manual_seed(self.config.run.seed)
         model.init_weights(source, muon=self.config.optim.matrix_rate > 0)
@@ -279,7 +279,7 @@ class Trainer:
         return self.guard.rate * schedules.learning_rate(step, self.config)
 
     def _rows(self, step: int) -> range:
-        """Global rows of a step, behind those that a return left out."""
+        """Global rows of a step, shifted past those that rollbacks skipped."""
         rows = schedules.rows(step, self.config)
         return range(rows.start + self.guard.shift, rows.stop + self.guard.shift)
 
@@ -291,7 +291,7 @@ class Trainer:
         elapsed = (time.monotonic() - self._saved_at) / 60
         by_clock = bool(train.save_every_minutes) and elapsed >= train.save_every_minutes
         due = by_clock or self._due(train.save_every_steps) or self.judge.best_step == self.step
-        # Amid bad steps nothing was learned, and to go back there would be no way out.
+        # During bad steps nothing is learned, and a rollback to one of them would not help.
         return self.step < train.steps and due and not self.guard.bad_in_a_row
 
     def _begin_interval(self) -> None:
@@ -300,7 +300,7 @@ class Trainer:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """What is not training, outside the clock that measures tokens per second."""
+        """Stop the clock that measures tokens per second."""
         began = time.monotonic()
         yield
         spent = time.monotonic() - began
@@ -326,8 +326,8 @@ class Trainer:
         )
         self._begin_interval()
 
-    def _judged(self, by: Callable[[Transformer, int], Any]) -> Any:
-        """What is said of the model as it is now; it takes no time of training's."""
+    def _evaluate(self, by: Callable[[Transformer, int], Any]) -> Any:
+        """Evaluate the model as it is now, with the training clock stopped."""
         self.model.eval()
         with self._paused(), self.runtime.uncompiled():
             return by(self.model, self.step)
@@ -344,10 +344,10 @@ class Trainer:
         self.signals.critical(False)
 
     def _leave(self, why: str) -> None:
-        """Save what there is and say so; neither a signal nor a lost peer comes amid an update."""
-        self.signals.critical(True)  # torchrun sends a signal when it sees that a peer is gone
+        """Save the current state and say so; no signal or lost peer interrupts an update."""
+        self.signals.critical(True)  # torchrun sends a signal when it notices a lost peer
         self.log.end_live()
-        if self.step in self.good:  # not an event: it would say that later ones are gone
+        if self.step in self.good:  # an event would drop later checkpoints from the log
             self.log.say(f"saved step {self.step}; {why}")
             return
         if self.runtime.rank == 0:
@@ -355,7 +355,7 @@ class Trainer:
         self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}; {why}")
 
     def state(self) -> checkpoint.State:
-        """All that a checkpoint holds."""
+        """Everything that a checkpoint holds."""
         return checkpoint.State(
             step=self.step,
             model=self.model.state_dict(),
@@ -378,11 +378,11 @@ class Trainer:
         )
 
     def numerics(self) -> dict[str, Any]:
-        """All that can change a bit of the result and is not the run's configuration or data."""
+        """What can change a bit of the result besides the run's configuration and data."""
         return self.runtime.describe() | {"micro_rows": self.micro_rows, "sota": __version__}
 
     def restore(self, state: checkpoint.State) -> None:
-        """Go on from `state`. SotaError 65 if it is another model's or optimizer's."""
+        """Resume from `state`. SotaError 65 if it belongs to another model or optimizer."""
         checkpoint.restore_model(self.model, state)
         self.step = state.step
         self.good.add(state.step)
@@ -392,7 +392,7 @@ class Trainer:
             self.judge.recall(state)
             if state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])
-            if "rows" in state.trainer:  # not the step, so that the batch may change
+            if "rows" in state.trainer:  # not from the step: the batch may change
                 rows = int(state.trainer["rows"])
                 self.guard.shift = rows - self.step * self.config.train.batch_rows
             load_state_tensors(self.model, self.optimizers, state.optim, self.updates)
