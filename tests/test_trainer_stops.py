@@ -7,13 +7,14 @@ import subprocess
 import time
 import types
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from sota_transformer.config import RunConfig
-from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
+from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, SotaError
 from sota_transformer.training import checkpoint, judge, trainer
 from sota_transformer.training.runlog import read_config, read_metrics
 from sota_transformer.training.signals import Signals, Stopped
@@ -83,6 +84,17 @@ def test_resume_has_four_meanings(make_run: MakeRun) -> None:
     assert read_config(folder).run.resume == "auto"
     train(resumed("auto"))
     assert final_hash(resumed("auto")) == before
+
+
+def test_a_refused_start_creates_no_log(make_run: MakeRun, tmp_path: Path) -> None:
+    """An imported run has none yet; a start with unsuitable data left an empty one."""
+    config = make_run(steps=2)
+    train(config)
+    (config.run.out / "metrics.jsonl").unlink()
+    with pytest.raises(SotaError) as caught:
+        train(change(config, path=tmp_path, steps=3, override="train.steps"))
+    assert caught.value.code == BAD_DATA
+    assert not (config.run.out / "metrics.jsonl").exists()
 
 
 def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun) -> None:
