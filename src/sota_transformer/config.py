@@ -39,11 +39,11 @@ class Model:
     d_ff: int
     """Hidden width of the SwiGLU."""
     seq_len: int
-    """Tokens in a training window, and the longest context of the model."""
+    """Tokens per training window, and the model's maximum context."""
     vocab_size: int = VOCAB
     """Rows of the embedding: the GPT-2 vocabulary and one pad token."""
     rope_base: float = 10_000.0
-    """Base of the rotary position frequencies."""
+    """Base of the RoPE frequencies."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
@@ -84,41 +84,41 @@ class Data:
     path: Path = Path()
     """Folder made by `sota prepare`."""
     windows: Literal["stream", "best-fit"] = "stream"
-    """Training windows: the stream cut evenly, or documents kept whole, at the cost of padding."""
+    """Windows cut evenly from the token stream, or documents kept whole at the cost of padding."""
     document_mask: bool = False
-    """Tokens see their own document only, not what stands before it in the window."""
+    """Tokens attend only within their own document, not to earlier ones in the window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW or NorMuon, the schedule, and regularisation."""
+    """AdamW or NorMuon, the schedule, and regularization."""
 
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     matrix_rate: float = 0.0
-    """Peak learning rate of NorMuon on the matrices of the blocks; 0 leaves them to AdamW."""
+    """Peak learning rate of NorMuon on the blocks' matrices; 0 leaves them to AdamW."""
     cooldown: float = 0.0
-    """Share of the run in which the rate falls linearly from its peak; 0 takes a cosine."""
+    """Final fraction of the run with linear learning-rate decay; 0 uses a cosine schedule."""
     final_fraction: float = 0.1
-    """Share of the peak that the rate ends at."""
+    """Final learning rate as a fraction of the peak."""
     warmup_steps: int = 4000
-    """Linear warm-up; never more than 5% of the run."""
+    """Steps of linear warm-up; at most 5% of the run."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's decay rate for the mean gradient."""
     beta2: float = 0.98
-    """AdamW's decay of the mean square."""
+    """AdamW's decay rate for the mean squared gradient."""
     eps: float = 1e-8
-    """AdamW's term against division by zero."""
+    """AdamW's epsilon, which prevents division by zero."""
     weight_decay: float = 0.01
-    """Decoupled decay, of matrices only; with NorMuon of the blocks' matrices only."""
+    """Decoupled weight decay of matrices; with NorMuon, of the blocks' matrices only."""
     clip_norm: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Maximum gradient norm; 0 turns clipping off."""
     label_smoothing: float = 0.1
-    """Share of the target spread over the vocabulary; optimised, never reported."""
+    """Share of the target spread over the vocabulary; part of the objective, never reported."""
     dropout_start: float = 0.1
     """Dropout rate at the first step."""
     dropout_end: float = 0.0
-    """Dropout rate at the last step; linear between."""
+    """Dropout rate at the last step; linear in between."""
 
     @property
     def drops_out(self) -> bool:
@@ -138,30 +138,30 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, in what pieces, and what happens every so often."""
+    """Length, batch size, and how often to log, validate, sample and save."""
 
     steps: int
-    """Optimizer steps of the whole run."""
+    """Total optimizer steps."""
     batch_rows: int
-    """Windows in one optimizer step, over all ranks and micro-batches."""
+    """Windows per optimizer step, over all ranks and micro-batches."""
     micro_rows: int = 0
-    """Windows in one forward pass on one device, a divisor of its rows; 0 chooses by device."""
+    """Windows per forward pass on one device; must divide its rows. 0 picks one by device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a quarter slower."""
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between log lines."""
     eval_every: int = 250
-    """Steps between two validations; 0 leaves only the one at the end."""
+    """Steps between validations; 0 validates only at the end."""
     eval_tokens: int = 65_536
-    """Validation tokens read each time; the whole split where it is smaller."""
+    """Validation tokens to read each time; the whole split if it is smaller."""
     sample_every: int = 250
-    """Steps between two generated samples; 0 leaves only the one at the end."""
+    """Steps between generated samples; 0 samples only at the end."""
     save_every_minutes: float = 5.0
-    """Minutes between two checkpoints; 0 turns the clock off."""
+    """Minutes between checkpoints; 0 disables saving by time."""
     save_every_steps: int = 0
-    """Steps between two checkpoints, beside the clock; 0 turns it off."""
+    """Steps between checkpoints, in addition to saving by time; 0 disables it."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the one of the lowest validation loss stays, too."""
+    """Number of newest checkpoints to keep, besides the one with the lowest validation loss."""
 
     @property
     def most_checkpoints(self) -> int:
@@ -183,25 +183,25 @@ class Run:
     """Where the run lives and what it runs on."""
 
     out: Path = Path()
-    """Folder of the run."""
+    """Run folder."""
     seed: int = 1337
-    """Weights, order of the data and dropout follow from it."""
+    """Seed of the initial weights, the data order and dropout."""
     resume: str = "auto"
-    """auto (go on if there is something), latest (there must be), never, or step:N."""
+    """auto (resume if a checkpoint exists), latest (require one), never, or step:N."""
     exact: bool = False
-    """Refuse to go on where the result could differ in a bit from an undisturbed run's."""
+    """Refuse to resume if the result might not be bit-identical to an uninterrupted run."""
     override: str = ""
-    """Fields, with commas, that may differ from the run's; --override FIELD=VALUE sets both."""
+    """Comma-separated fields that may change on resume; --override FIELD=VALUE also sets one."""
     data_change: Literal["refuse", "continue", "restart-epoch"] = "refuse"
-    """When the data is not that of the run: refuse, or go on from the same place or an epoch."""
+    """If the data changed: refuse, continue at the same position, or start a new epoch."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to run on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the activations; weights and optimizer stay float32."""
+    """dtype of the activations; weights and optimizer state stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile."""
+    """Whether to use torch.compile."""
     threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    """CPU threads; 0 uses torch's default."""
 
     def problems(self) -> list[str]:
         """All that is wrong with this section."""
