@@ -146,7 +146,7 @@ class Evaluate:
     run: Path
     """Run folder, or Hugging Face folder of a Llama or Qwen3 model with the GPT-2 tokenizer."""
     text: tuple[Path, ...] = ()
-    """Files or folders to evaluate on, or - for stdin; by default the validation split.
+    """Files or folders to evaluate on, - is stdin; by default the validation split.
     A text file is one text; JSON lines and tables are read as in `sota prepare`."""
     against: Path | None = None
     """A second run or model to compare on the same text: the difference and its paired error."""
