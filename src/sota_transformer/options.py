@@ -28,7 +28,7 @@ class Prepare:
     memory_mb: int = 0
     """Memory limit in MB for all processes together, met with fewer workers; 0 sets no limit."""
     near_dedup: float = 0.0
-    """Drop documents whose 5-grams overlap an earlier one's by this share (0.8); 0 keeps them."""
+    """Drop documents this similar to an earlier one (Jaccard index of 5-grams; try 0.8); 0: off."""
     exclude: tuple[str, ...] = ()
     """Files whose text must not be trained on; drops documents with 13 tokens in a row of it."""
     append: bool = False

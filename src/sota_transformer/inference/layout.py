@@ -83,7 +83,7 @@ def own_config(values: Any) -> Model:
         raise SotaError("config.json: needs a JSON object", BAD_DATA)
     if (kind := values.get("model_type")) not in ("llama", "qwen3"):  # their keys differ
         needs = f"model_type {kind!r} (needs 'llama' or 'qwen3')"
-        raise SotaError(f"config.json is not of this family: {needs}"[:600], BAD_DATA)
+        raise SotaError(f"config.json: unsupported model: {needs}"[:600], BAD_DATA)
     known = {*_NEEDED, *_APART, *_ANY, *(theirs for theirs, _ in _SIZES.values())}
     if unknown := sorted(set(values) - known):
         raise SotaError(f"config.json: unknown keys {', '.join(map(repr, unknown[:9]))}", BAD_DATA)
@@ -93,24 +93,24 @@ def own_config(values: Any) -> Model:
         if key in values and values[key] not in allowed
     ]
     if values.get("tie_word_embeddings") is not True:
-        found.append("tie_word_embeddings is not true: this family ties them")
+        found.append("tie_word_embeddings is not true (needs tied embeddings)")
     if found:
-        raise SotaError(f"config.json is not of this family: {'; '.join(found)}"[:600], BAD_DATA)
+        raise SotaError(f"config.json: unsupported model: {'; '.join(found)}"[:600], BAD_DATA)
     values = {"num_key_value_heads": values.get("num_attention_heads")} | values
     sizes = {ours: _whole(values, theirs, most) for ours, (theirs, most) in _SIZES.items()}
     if sizes["vocab_size"] < GPT2_VOCAB:
         raise SotaError(
-            f"config.json: vocab_size {sizes['vocab_size']} is not GPT-2's {GPT2_VOCAB:,} or a "
-            "little more, so the tokenizer is another",
+            f"config.json: vocab_size {sizes['vocab_size']} is below GPT-2's {GPT2_VOCAB:,}; only "
+            "the GPT-2 tokenizer is supported",
             BAD_DATA,
         )
     return _model(values, sizes)
 
 
 def _model(values: dict[str, Any], sizes: dict[str, int]) -> Model:
-    """The configuration of checked sizes."""
+    """The configuration, from checked sizes."""
     rope = {} if values.get("rope_parameters") is None else values["rope_parameters"]
-    # The type has two names; whatever else stands there would be for another type.
+    # The type has two key names; any other key would be for another type.
     if not isinstance(rope, dict) or any(
         value != "default" for key, value in rope.items() if key != "rope_theta"
     ):
