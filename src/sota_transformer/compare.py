@@ -1,7 +1,7 @@
 """`sota report RUN RUN...`: compares runs side by side, as text and as one HTML file.
 
 Reading order: `write_comparison` reads the runs and assembles the parts; `_figures` is a column of
-the table, `_doubts` says why losses are not comparable, `_charts` draws, and `_settings` groups
+the table, `_mismatches` says why losses are not comparable, `_charts` draws, and `_settings` groups
 runs that differ only in their seed. Everything comes from the runs' folders.
 """
 
@@ -43,11 +43,11 @@ from sota_transformer.training.runlog import read_config
 from sota_transformer.words import perplexity
 
 # Okabe and Ito's color-blind-safe palette; with five dash patterns, thirty distinct styles.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2")
 _IRRELEVANT = HABITS | {"run.seed"}  # fields in which runs of one setting may differ
-_SETTING = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds", "+- text")
-_EXPLAINED = (
+_COLUMNS = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds", "+- text")
+_LEGEND = (
     "+- after a loss is its standard error over the validation windows. Comparable runs were "
     "evaluated on the same windows, so their errors are shared and say little about the difference "
     "between them. '+- text' is the sum of both errors, an upper bound on the error of the "
@@ -155,17 +155,17 @@ def write_comparison(folders: Sequence[Path], out: Path) -> str:
         for name, folder in zip(_names(real), folders, strict=True)
     ]
     rows: Rows = [("", *(run.name for run in runs)), *_transposed(map(_figures, runs))]
-    rows += [row for row in _transposed(map(_particulars, runs)) if len(set(row[1:])) > 1]
+    rows += [row for row in _transposed(map(_details, runs)) if len(set(row[1:])) > 1]
     settings = _settings(runs)
     compared: Rows = [setting.row(settings[0]) for setting in settings]
-    doubts, notes = list(_doubts(runs)), [*_notes(runs), *(_EXPLAINED if compared else ())]
-    body = [f"<h1>{len(runs)} runs</h1>", *(f"<p><b>{escape(line)}</b></p>" for line in doubts)]
+    mismatches, notes = list(_mismatches(runs)), [*_notes(runs), *(_LEGEND if compared else ())]
+    body = [f"<h1>{len(runs)} runs</h1>", *(f"<p><b>{escape(line)}</b></p>" for line in mismatches)]
     body += [table(rows[0], rows[1:]), *_charts(runs, settings)]
-    body.append(section("Last validation", _SETTING, compared))
+    body.append(section("Last validation", _COLUMNS, compared))
     body += [f"<p>{escape(line)}</p>" for line in notes]
     save(out, document(f"Runs: {', '.join(rows[0][1:])}", body))
-    tables = [_text(rows), _text([_SETTING, *compared])] if compared else [_text(rows)]
-    return "\n\n".join([*tables, *map(printable, (*doubts, *notes))])
+    tables = [_text(rows), _text([_COLUMNS, *compared])] if compared else [_text(rows)]
+    return "\n\n".join([*tables, *map(printable, (*mismatches, *notes))])
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -217,7 +217,7 @@ def _validation(kind: str, line: dict[str, Any]) -> dict[str, str]:
     return {f"{kind} {name}": cell for name, cell in zip(names, cells, strict=True)}
 
 
-def _particulars(run: _Run) -> dict[str, str]:
+def _details(run: _Run) -> dict[str, str]:
     """Every option by its command-line name, and the machine of the last start."""
     yes = {True: "yes", False: "no"}
     found = {
@@ -231,7 +231,7 @@ def _particulars(run: _Run) -> dict[str, str]:
     return found | {f"machine: {name}": words(value) for name, value in parts}
 
 
-def _doubts(runs: Sequence[_Run]) -> Iterator[str]:
+def _mismatches(runs: Sequence[_Run]) -> Iterator[str]:
     """Why their losses are not comparable."""
     for what in runs[0].measure:
         having = dict[str, list[str]]()
@@ -308,10 +308,10 @@ class _Setting:
         if self is first:
             return (*cells, "-", "-", "-")
         one, other = self.runs[0], first.runs[0]
-        there = one.tokens(self.step) == other.tokens(first.step)
+        same_tokens = one.tokens(self.step) == other.tokens(first.step)
         if one.measure != other.measure or "" in one.measure.values():
             return (*cells, "not comparable", "-", "-")
-        if not there and not (one.complete and other.complete):
+        if not same_tokens and not (one.complete and other.complete):
             return (*cells, "not complete", "-", "-")
         seeds = text = "-"
         if spread is not None and first.spread is not None:
@@ -352,7 +352,7 @@ def _charts(runs: Sequence[_Run], settings: Sequence[_Setting]) -> Iterator[str]
             bands.append([*low, *((x, max(of[x] for of in losses)) for x in reversed(common))])
 
     def curves(name: str, dots: bool) -> list[Curve]:
-        styles = zip(itertools.cycle(_COLOURS), itertools.cycle(_DASHES), runs)
+        styles = zip(itertools.cycle(_COLORS), itertools.cycle(_DASHES), runs)
         return [Curve(points(run, name), c, d, dots=dots, name=run.name) for c, d, run in styles]
 
     shaded = "; shaded: range over seeds" if bands else ""

@@ -31,7 +31,7 @@ class Curve(NamedTuple):
     """Points of a chart, drawn as a line, as dots, or both."""
 
     points: Points
-    colour: str = "#4a7fb5"
+    color: str = "#4a7fb5"
     dashes: str = "none"
     """Lengths of dashes and gaps, in pixels."""
     line: bool = True
@@ -42,7 +42,7 @@ class Curve(NamedTuple):
     @property
     def look(self) -> str:
         """The style attribute of its SVG elements."""
-        return f'style="color:{self.colour};stroke-dasharray:{self.dashes}"'
+        return f'style="color:{self.color};stroke-dasharray:{self.dashes}"'
 
 
 def write_report(folder: Path, out: Path) -> Path:
@@ -105,8 +105,8 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
     """The main figures."""
     step, steps = metrics[-1]["step"], config.train.steps
     rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
-    if judged := validations(metrics):
-        last = judged[-1]
+    if validated := validations(metrics):
+        last = validated[-1]
         rows.append((f"validation loss, step {last['step']:,}", judgement(last)))
     if losses := column(metrics, "loss"):
         rows.append(("training loss, last logged", f"{losses[-1][1]:.4f} nats"))
@@ -139,8 +139,8 @@ def validations(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _charts(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
     start = config.train.steps * START
     losses = [point for point in column(metrics, "loss") if point[0] >= start]
-    judged = [point for point in column(metrics, "val_loss") if point[0] >= start]
-    curves = [Curve(losses), Curve(judged, "#c8553d", line=False, dots=True)]
+    validated = [point for point in column(metrics, "val_loss") if point[0] >= start]
+    curves = [Curve(losses), Curve(validated, "#c8553d", line=False, dots=True)]
     yield chart("Loss in nats, without smoothing: training blue, validation red", curves)
     yield chart("Learning rate", [Curve(column(metrics, "lr"))])
     yield chart("Gradient norm before clipping", [Curve(column(metrics, "gradient_norm"))])

@@ -71,12 +71,12 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     most, files = options.tokens or sys.maxsize, list[Source]()
     if options.text:
         name = ", ".join(map(str, options.text))
-        files, passed = find(tuple(map(str, options.text)))
-        encoded = map(tokenizer.encode, _texts(files, passed))
+        files, skipped = find(tuple(map(str, options.text)))
+        encoded = map(tokenizer.encode, _texts(files, skipped))
         texts = _first((np.array([EOT, *ids], np.uint16) for ids in encoded), most)
-        if passed:
-            first = f"the first is {printable(passed[0].where)}: {passed[0].reason}"
-            warn(f"skipped {counted(len(passed), 'item')}; {first}")
+        if skipped:
+            first = f"the first is {printable(skipped[0].where)}: {skipped[0].reason}"
+            warn(f"skipped {counted(len(skipped), 'item')}; {first}")
     else:
         windows = _validation_split(opened, context)
         name = f"validation split of {opened.data}"
@@ -145,9 +145,9 @@ def _warn_of_other_data(opened: Opened, evaluated: Opened, fingerprint: str) -> 
         warn(f"{run} was not trained on {data}; its data may contain this validation text")
 
 
-def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
+def _texts(sources: list[Source], skipped: list[Skipped]) -> Iterator[str]:
     """The texts of files: a text file is split at lines of `<|endoftext|>`, a code file is one
-    text, others are read as documents as in `sota prepare`; skipped ones go to `passed`.
+    text, others are read as documents as in `sota prepare`; skipped ones go to `skipped`.
     """
     for source in sources:
         if source.kind in ARCHIVES or source.codec in CODECS:
@@ -161,7 +161,7 @@ def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
                 spool.seek(0)
                 kind = looks_like(spool.read(4096))
                 piped = replace(source, path=spool.name, kind=kind, codec="", size=size)
-                yield from _texts([piped], passed)
+                yield from _texts([piped], skipped)
             continue
         if source.kind in ("text", "code"):
             data = decoded(Path(source.path).read_bytes(), Path(source.name)).encode()
@@ -170,7 +170,7 @@ def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
             continue
         for document in documents(whole(source), "text", Tables()):
             if isinstance(document, Skipped):
-                passed.append(document)
+                skipped.append(document)
             else:
                 yield document.decode()
 

@@ -162,7 +162,7 @@ def _read(
             )
 
 
-def _share(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
+def _accuracy(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
     """Accuracy."""
     return Benchmark(name, *_mean(right), len(right), protocol)
 
@@ -193,7 +193,7 @@ def lambada(
         whole = score(model, _last_words(tokenizer, texts))
         protocol = "last token"
         found += [
-            _share("lambada_paper accuracy", [s.last_greedy for s in whole], protocol),
+            _accuracy("lambada_paper accuracy", [s.last_greedy for s in whole], protocol),
             _perplexity("lambada_paper perplexity", [s.last_nats for s in whole], protocol),
         ]
         found += _whole_word("lambada_openai", whole, "whole word, lm-eval")
@@ -214,7 +214,7 @@ def _last_words(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Pair]:
 
 def _whole_word(name: str, scores: Sequence[Scored], protocol: str) -> list[Benchmark]:
     return [
-        _share(f"{name} accuracy", [s.greedy for s in scores], protocol),
+        _accuracy(f"{name} accuracy", [s.greedy for s in scores], protocol),
         _perplexity(f"{name} perplexity", [s.nats for s in scores], protocol),
     ]
 
@@ -258,6 +258,6 @@ def hellaswag(
         plain.append(nats.index(min(nats)) == choice.label)
         by_length.append(normed.index(min(normed)) == choice.label)
     return [
-        _share("hellaswag acc", plain, "0-shot, lm-eval"),
-        _share("hellaswag acc_norm", by_length, "0-shot, by character, lm-eval"),
+        _accuracy("hellaswag acc", plain, "0-shot, lm-eval"),
+        _accuracy("hellaswag acc_norm", by_length, "0-shot, by character, lm-eval"),
     ]

@@ -45,7 +45,7 @@ def probabilities(
     `history` (Keskar et al. 2019), temperature divides, then top-k, top-p and min-p exclude tokens.
     The most likely token always stays.
     """
-    logits = _penalised(logits, history, repetition_penalty)
+    logits = _penalized(logits, history, repetition_penalty)
     # Relative to the maximum, so that no temperature, however small, overflows.
     logits = (logits - logits.max()) / max(temperature, 1e-6)
     if 0 < top_k < logits.shape[0]:
@@ -58,7 +58,7 @@ def probabilities(
     return chances / chances.sum()
 
 
-def _penalised(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+def _penalized(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     """Logits (V,) with tokens that already occurred made less likely."""
     if penalty == 1.0 or not history:
         return logits
@@ -93,9 +93,9 @@ def make_sampler(
     def sample(logits: Tensor, history: Sequence[int]) -> int:
         logits = logits[:GPT2_VOCAB]  # ids beyond GPT-2's vocabulary are never sampled
         if not temperature:
-            penalised = _penalised(logits, history, repetition_penalty).numpy()
-            best = int(penalised.argmax())  # numpy takes the first of ties, or the first NaN
-            check_finite(float(penalised[best]))
+            penalized = _penalized(logits, history, repetition_penalty).numpy()
+            best = int(penalized.argmax())  # numpy takes the first of ties, or the first NaN
+            check_finite(float(penalized[best]))
             return best
         chances = probabilities(
             logits,
