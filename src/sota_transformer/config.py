@@ -102,7 +102,7 @@ class Optim:
     final_fraction: float = 0.1
     """Final learning rate as a fraction of the peak."""
     warmup_steps: int = 4000
-    """Steps of linear warm-up, capped at 5% of the run."""
+    """Steps of linear warm-up; at most 5% of the run."""
     beta1: float = 0.9
     """AdamW's decay rate for the mean gradient."""
     beta2: float = 0.98
