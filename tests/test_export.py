@@ -239,7 +239,7 @@ def test_a_wrong_export_is_never_called_done(
         return found | {a: found[b], b: found[a]}
 
     monkeypatch.setattr(export, "huggingface_tensors", wrong)
-    with pytest.raises(SotaError, match="not the model") as caught:
+    with pytest.raises(SotaError, match="differs from the model") as caught:
         run_export(Export(run=run, out=tmp_path / "out"))
     assert caught.value.code == 70
     assert list(tmp_path.iterdir()) == []
