@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sota_transformer import runtime, schedules
 from sota_transformer.config import Run
@@ -220,13 +221,28 @@ def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> Non
         assert all(judged[1][step][name] == value for name, value in line.items() if "val" in name)
 
 
-def test_the_plain_loss_is_reported_and_the_smoothed_one_optimised(make_run: MakeRun) -> None:
-    config = make_run(steps=2)
+def test_the_plain_loss_is_reported_and_the_smoothed_one_optimised(
+    make_run: MakeRun, monkeypatch
+) -> None:
+    config = make_run(steps=2, micro_rows=2, label_smoothing=0.3)
+    expected: list[list[float]] = []  # of each micro-batch, by torch
+    original = trainer.token_loss
+
+    def noted(hidden, head, targets, *rest):
+        logits = (hidden @ head.T).detach().flatten(0, -2)
+        expected.append(
+            [F.cross_entropy(logits, targets.flatten(), label_smoothing=e).item() for e in (0, 0.3)]
+        )
+        return original(hidden, head, targets, *rest)
+
+    monkeypatch.setattr(trainer, "token_loss", noted)
     train(config)
     first = read_metrics(config.run.out)[0]
+    plain, smoothed = torch.tensor(expected[:2]).mean(0).tolist()  # two make the first step
     uniform = torch.log(torch.tensor(50_258.0)).item()
-    assert first["loss"] == pytest.approx(uniform, abs=0.1)
-    assert first["smoothed_loss"] != first["loss"]
+    assert plain == pytest.approx(uniform, abs=0.1)
+    assert first["loss"] == pytest.approx(plain, rel=1e-6) != smoothed
+    assert first["smoothed_loss"] == pytest.approx(smoothed, rel=1e-6) != plain
     assert first["lr"] == schedules.learning_rate(0, config)
     assert first["dropout"] == schedules.dropout(0, config)
     validation = logged(config, "val_loss")
