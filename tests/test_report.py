@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from sota_transformer.cli import main
 from sota_transformer.errors import BAD_DATA, LOCKED, NO_INPUT
 from sota_transformer.presets import PRESETS
 from sota_transformer.report import _ticks, write_report
-from sota_transformer.training.runlog import RunLog, read_metrics, samples_of
+from sota_transformer.training.runlog import RunLog, judged, read_metrics, samples_of
 
 LAST = {"val_loss": 3.25, "val_error": 0.01, "val_perplexity": 25.79, "val_bits_per_byte": 1.5}
 
@@ -166,14 +167,75 @@ def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
     assert losses == {10: 9.5, 20: 9.0, 30: 8.5, 40: 8.0, 50: 99.0}
 
 
+def panel(log: RunLog) -> str:
+    """What is shown on a terminal since it was last asked for."""
+    file = log.console.file
+    assert isinstance(file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+    file.seek(0)
+    file.truncate()
+    return shown
+
+
 def test_the_panel_of_a_run_that_goes_on_begins_where_it_is(tmp_path: Path) -> None:
+    """It shows what was last said of each kind, and lines go on where it ends."""
     with RunLog(tmp_path, 100) as log:
-        log.console = Console(file=io.StringIO(), force_terminal=True, width=80)
+        log.console = Console(file=(file := io.StringIO()), force_terminal=True, width=80)
         log.begin_live(73)
         log.end_live()
-        assert isinstance(log.console.file, io.StringIO)
-        shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", log.console.file.getvalue())
-    assert "73/100" in shown and " 0/100" not in shown
+        shown = panel(log)
+        assert "73/100" in shown and " 0/100" not in shown
+        log.begin_live(73)
+        values = {"step": 80, "loss": 2.71828, "lr": 3e-4, "tokens_per_second": 1234.5}
+        values |= {"memory": 2.5e9, "dropout": 0.125, "seconds_left": 3723.9}
+        log.validation({"step": 80, "val_tokens": 99, **LAST})
+        log.sample(80, "".join(f"line {n};\n" for n in range(20)))
+        log.step(values)
+        until = time.monotonic() + 10
+        while "80/100" not in shown and time.monotonic() < until:  # drawn four times a second
+            time.sleep(0.05)
+            shown = file.getvalue()
+        assert "80/100" in shown
+        log.end_live()
+        shown = panel(log)
+        told = ["80/100", "2.7183", "1,234", "2.50 GB", "3.00e-04", "0.125", "1:02:03"]
+        told += ["3.2500", "25.79", "1.5000", "line 0;", "line 11;"]
+        assert all(text in shown for text in told) and "line 12;" not in shown
+        assert "step     80/100" not in shown
+        log.step(values | {"step": 81, "seconds_left": 59.9})
+        assert "81/100  loss 2.7183" in (line := panel(log)) and "0:59" in line
+        log.sample(81, "at last")
+        assert "at last" in panel(log)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [80, 80, 80, 81, 81]
+
+
+@pytest.mark.parametrize("torn", [True, False])
+def test_a_line_behind_half_a_line_counts(tmp_path: Path, torn: bool) -> None:
+    """As a killed process leaves it; no empty line else."""
+    before = '{"step": 1, "loss": 3.0}\n' + '{"step": 2, "lo' * torn
+    for start in ("", before):
+        (tmp_path / "metrics.jsonl").write_text(start)
+        for _ in range(2):
+            with RunLog(tmp_path, 10, silent=False) as log:
+                log.console.quiet = True
+                log.event({"step": 3, "event": "x"}, "")
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert lines[:-2] == start.splitlines()
+        assert [json.loads(line)["step"] for line in lines[-2:]] == [3, 3]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]
+    with RunLog(tmp_path, 10, silent=True) as log:
+        log.event({"step": 4, "event": "x"}, "")
+        log.sample(4, "text")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines)
+    assert not (tmp_path / "samples.txt").exists()
+
+
+def test_what_was_judged_at_a_step_is_of_that_step(run: Path) -> None:
+    found = [judged(run, step) for step in (50, 60, 100)]
+    assert found == [(True, True), (False, False), (True, True)]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 110, "val_loss": 3.0}\n{"step": 120, "sample": "x"}\n')
+    assert [judged(run, step) for step in (110, 120)] == [(True, False), (False, True)]
 
 
 def test_a_sample_that_looks_like_a_heading_is_one_sample(tmp_path: Path) -> None:
