@@ -331,6 +331,25 @@ def test_a_leap_of_the_loss_is_not_applied() -> None:
     assert vars(copy) == vars(guard)
 
 
+def test_where_a_leap_begins_and_what_going_back_remembers() -> None:
+    """By hand: 4 and 6 by turns have the median 5 and deviate from it by 1, so 13 is no leap."""
+    few, known = Guard(), Guard()
+    for i in range(32):
+        assert known.problem(4.0 + 2 * (i % 2), 1.0) is None
+        assert i == 31 or few.problem(4.0 + 2 * (i % 2), 1.0) is None
+    assert few.problem(99.0, 1.0) is None  # the 32nd
+    assert known.problem(13.01, 1.0) and known.problem(-float("inf"), 1.0)
+    assert (known.bad_in_a_row, known.skipped) == (2, 2)
+    assert known.problem(13.0, 1.0) is None
+    for rows, shift, rate in ((8, 8, 0.5), (4, 12, 0.25)):
+        known.bad_in_a_row = 10
+        known.go_back(rows)
+        assert (known.shift, known.rate, known.bad_in_a_row, known.losses) == (shift, rate, 0, [])
+    assert known.returns == 2 and known.skipped == 2
+    assert all(known.problem(5.0, 1.0) is None for _ in range(300))
+    assert len(known.losses) == 128
+
+
 def test_tokens_are_those_that_were_learned_from(make_run: MakeRun) -> None:
     train(make_run(steps=4))
     config = make_run(steps=6, batch_rows=2)
