@@ -38,13 +38,16 @@ def test_of_an_excluded_record_its_text_counts_or_else_all_strings_in_it(
 def test_what_excludes_nothing_is_refused_and_what_is_too_short_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    said: list[str] = []
+
     def excluded(content: str | bytes, name: str = "x.jsonl") -> int:
         path = tmp_path / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         try:
             write_excluded((str(path),), "text", tmp_path / "grams.npy")
         except SotaError as error:
-            assert name in str(error) and "\n" not in str(error)
+            said.append(str(error))
+            assert said[-1].startswith("--exclude") and name in said[-1] and "\n" not in said[-1]
             return error.code
         return 0
 
@@ -55,6 +58,7 @@ def test_what_excludes_nothing_is_refused_and_what_is_too_short_counted(
     assert [excluded(text, "x.txt") for text in (short, "", just)] == [BAD_DATA, NO_INPUT, 0]
     for line in ("{", "[" * 100_000, "not JSON"):
         assert excluded(f"{json.dumps(long)}\n{line}\n") == BAD_DATA
+        assert "x.jsonl:2:" in said[-1]  # the line
     assert excluded(gzip.compress(json.dumps(long).encode()), "x.jsonl.gz") == USAGE
     with zipfile.ZipFile(archive := io.BytesIO(), "w") as file:
         file.writestr("a.txt", long)
@@ -62,4 +66,4 @@ def test_what_excludes_nothing_is_refused_and_what_is_too_short_counted(
     assert excluded(b'"caf\xe9 ' + long.encode() + b'"') == 0
     capsys.readouterr()
     assert excluded("\n".join(map(json.dumps, [short, long, short, just]))) == 0
-    assert re.findall(r"\d+", capsys.readouterr().out) == ["2"]
+    assert re.findall(r"\d+", capsys.readouterr().out) == ["2", "13"]
