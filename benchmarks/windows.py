@@ -33,8 +33,9 @@ from sota_transformer.inference.perplexity import sequence_sums, summarise
 from sota_transformer.options import Prepare
 from sota_transformer.plan import step_seconds
 from sota_transformer.presets import PRESETS
-from sota_transformer.runtime import Runtime, micro_rows
+from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
+from sota_transformer.training.micro_batch import micro_rows
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.options import Evaluate, Export, Import
 from sota_transformer.report import write_report
 from sota_transformer.runtime import Runtime
-from sota_transformer.training import checkpoint, trainer
+from sota_transformer.training import changes, checkpoint, trainer
 from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.signals import Stopped
 from sota_transformer.training.start import train
@@ -228,10 +228,12 @@ def test_a_loss_on_other_data_is_no_spike(begun: RunConfig, other_data: Path) ->
     """Compared with losses on the old data, each step would be skipped and the rate halved."""
     state = checkpoint.load(begun.run.out, 6)
     state.trainer["guard"]["losses"] = [1.0] * 64
+    state.trainer["best"] = {"step": 6, "nats": 0.1, "tokens": 256}  # nor is it the lowest there
     checkpoint.save(begun.run.out, state)
     other = change(begun, path=other_data)
     train(change(other, data_change="continue"))
-    assert checkpoint.load(begun.run.out, 12).trainer["updates"] == 12
+    state = checkpoint.load(begun.run.out, 12)
+    assert state.trainer["updates"] == 12 and state.trainer["best"] is None
 
 
 def test_evaluating_on_other_data_than_the_runs_is_reported(
@@ -264,6 +266,7 @@ def test_only_the_model_of_an_imported_run_has_to_match(
         config = change(make_run(steps=2, batch_rows=2, learning_rate=1e-4), out=out)
         train(config)
         assert "train.batch_rows was 16, is 2" in changed(config)
+        assert all("." in line.split()[0] for line in changed(config))  # fields: no rate leaps
         assert checkpoint.load(out, 2).manifest["data"] is not None
         other = change(make_run(steps=3, batch_rows=4, learning_rate=1e-4), out=out)
         refused(other, USAGE, "--override train.steps=VALUE --override train.batch_rows=VALUE")
@@ -305,6 +308,18 @@ def test_changes_that_may_cost_bit_equality_are_reported_and_exact_refuses_them(
     train_until(other, 7)  # bfloat16 is slow here
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("not bit-exact")]
     assert all(text in line for text in said) and changed(other) == []
+
+
+@pytest.mark.parametrize(("rows", "said"), [(1, 0), (2, 0), (4, 0), (5, 1), (6, 1), (8, 1)])
+def test_who_adds_two_micro_batches_costs_no_bit(make_run: MakeRun, rows: int, said: int) -> None:
+    now = {"world": 2, "micro_rows": 2, "torch": "1"}
+    config: Any = make_run(batch_rows=rows)
+    trainer: Any = SimpleNamespace(config=config, micro_rows=2, numerics=lambda: now | {"new": 1})
+    for before, others in (({}, 0), ({"torch": "0"}, 1), ({"micro_rows": 3}, 1)):
+        state: Any = SimpleNamespace(manifest={"numerics": now | {"world": 1} | before})
+        found = changes.of_numerics(state, trainer)
+        assert len(found) == others + (said or "micro_rows" in before)
+    assert changes.of_numerics(cast(Any, SimpleNamespace(manifest={})), trainer) == []
 
 
 def test_exact_refuses_an_override_too(begun: RunConfig, make_run: MakeRun) -> None:

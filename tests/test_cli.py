@@ -95,10 +95,10 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (
             ["train", "tiny", "--stepz", "5"],
             2,
-            ["understood: --stepz, 5 (did you mean '--steps'?)"],
+            ["unrecognized arguments: --stepz, 5 (did you mean '--steps'?)"],
         ),
         (["train", "tiny", "--optim.bta1=5"], 2, ["bta1=5 (did you mean '--optim.beta1'?); `sota"]),
-        (["train", "tiny", "more"], 2, ["not understood: more; `sota train tiny --help`"]),
+        (["train", "tiny", "more"], 2, ["arguments: more; `sota train tiny --help`"]),
         (["train", "tiny", "--steps", "x"], 2, ["steps must be a whole number, not 'x'; `sota"]),
         (
             ["train", "tiny", "--override", "optim.eps=x"],
@@ -112,7 +112,7 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--override", "steps=9", "seed=2"], 2, ["mean '--override seed=2'?)"]),
         (["train", "tiny", "--recip=fast"], 2, ["(did you mean '--recipe'?)"]),
         (["report"], 2, ["sota: report needs at least one RUN: a folder made by `sota train`"]),
-        (["prepare", "x", "--exclude", "a", "--exclude=b"], 2, ["all its values behind one --ex"]),
+        (["prepare", "x", "--exclude", "a", "--exclude=b"], 2, ["all its values after one --exc"]),
         (["generate", "x", "--prompt", "a", "--prompt", "b"], 2, ["--prompt is given twice"]),
         (["prepare", "x", "--workes", "2"], 2, ["--workes, 2 (did you mean '--workers'?)"]),
         (["train", "tiny", "--recipe", "slow"], 2, ["--recipe must be seed or fast, not 'slow'"]),
@@ -241,7 +241,7 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     assert "perplexity" in printed and "bits per byte" in printed
     hidden = data.rename(tmp_path / "hidden")
     code, _, err = run(capsys, "evaluate", out)
-    assert code == 66 and "the run's data, is not here; judge it on --text" in err
+    assert code == 66 and "the run's data, does not exist; give --text" in err
     hidden.rename(data)
     text = tmp_path / "other.txt"
     text.write_text("The captain saw the river while the storm carried 12 others. " * 30)
@@ -328,7 +328,7 @@ def test_an_unexpected_error_is_not_shown_as_a_user_mistake(capsys) -> None:
     err = capsys.readouterr().err
     assert err.startswith("Traceback") and "invalid literal" in err
     assert err.endswith(
-        "\nsota: ValueError, which sota did not foresee; please report it with the lines above\n"
+        "\nsota: unexpected ValueError; please report it with the traceback above\n"
     )
 
 

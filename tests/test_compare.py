@@ -77,14 +77,14 @@ def test_the_table_has_the_figures_and_only_the_options_that_differ(two: list[Pa
     rows = cells(write_comparison(two, out))
     assert rows["machine: device"] == ["cpu", "mps"] and "machine: threads" not in rows
     assert rows["parameters"] == ["3,317,184", "3,317,312"]  # two layers, two heads of 32 each
-    assert rows["steps"] == ["200 of 200"] * 2 and rows["tokens learned from"] == ["102,400"] * 2
+    assert rows["steps"] == ["200 of 200"] * 2 and rows["tokens trained on"] == ["102,400"] * 2
     assert rows["last validation, nats"] == ["4.0000 +- 0.0100", "3.5000 +- 0.0100"]
     assert rows["last perplexity"] == ["54.60", "33.12"]
     assert rows["last bits/byte"] == ["2.0000", "1.7500"]
     assert rows["best validation, nats"] == ["3.7500 +- 0.0100", "3.5000 +- 0.0100"]
     assert rows["best at step"] == ["150", "200"]
     assert rows["tokens/s, median"] == ["12,200", "12,200"]
-    assert rows["memory at the peak"] == ["2.00 GB"] * 2
+    assert rows["peak memory"] == ["2.00 GB"] * 2
     options = {name: row for name, row in rows.items() if name.startswith("--")}
     assert options == {
         "--model.qk-norm": ["no", "yes"],
@@ -127,9 +127,9 @@ def test_seeds_are_one_line_with_mean_spread_and_error(tmp_path: Path) -> None:
             "data (text, split or tokenizer): f00df00df00d (a); beefbeefbeef (b)",
         ),
         ({"data": None}, "data (text, split or tokenizer): f00df00df00d (a); unknown (b)"),
-        ({"val_tokens": 640}, "tokens of validation: 6400 (a); 640 (b)"),
-        ({"model__seq_len": 128}, "tokens in a window (--model.seq-len): 64 (a); 128 (b)"),
-        ({"data__document_mask": True}, "a token sees its document only: no (a); yes (b)"),
+        ({"val_tokens": 640}, "validation tokens: 6400 (a); 640 (b)"),
+        ({"model__seq_len": 128}, "tokens per window (--model.seq-len): 64 (a); 128 (b)"),
+        ({"data__document_mask": True}, "attention within documents only: no (a); yes (b)"),
     ],
 )
 def test_incomparable_runs_are_reported(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_an_unfinished_run_is_not_compared_with_a_finished_one(tmp_path: Path) -
 def test_a_copy_of_a_run_is_not_another_seed(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / n, 4.0, run__seed=s) for n, s in (("a", 1), ("b", 2), ("c", 1))]
     text = write_comparison(runs, tmp_path / "page.html")
-    assert cells(text)["a, b"][0] == "1, 2" and "c repeats a, seed and all" in text
+    assert cells(text)["a, b"][0] == "1, 2" and "c repeats a with the same seed" in text
 
 
 def test_a_change_of_data_starts_a_new_curve_and_is_reported(two: list[Path]) -> None:
@@ -175,7 +175,7 @@ def test_a_change_of_data_starts_a_new_curve_and_is_reported(two: list[Path]) ->
         file.write(json.dumps(judgement(150, 1.0)) + "\n")
     text = write_comparison(two, two[0] / "page.html")
     assert cells(text)["best validation, nats"][0] == "4.0000 +- 0.0100"
-    said = f"cold was changed on its way, at step 150: {', '.join(changed)}"
+    said = f"cold was changed during training, at step 150: {', '.join(changed)}"
     assert said in text and f"<p>{said}</p>" in (two[0] / "page.html").read_text()
     record["attempts"].append({"from_step": 200, "changed": changed})  # and no validation since
     (two[0] / "run.json").write_text(json.dumps(record))
@@ -306,9 +306,9 @@ def test_names_are_distinguishable_and_never_markup(tmp_path: Path, two: list[Pa
 def test_the_table_fits_the_terminal(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     runs = [write_run(tmp_path / f"r{i}", 4.0, optim__eps=1 / (i + 2)) for i in range(7)]
-    tables = write_comparison(runs, tmp_path / "page.html").split("\n\n+- beside")[0]
+    tables = write_comparison(runs, tmp_path / "page.html").split("\n\n+- after")[0]
     assert max(map(len, tables.splitlines())) <= 80
-    assert tables.count("tokens learned from") == 3
+    assert tables.count("tokens trained on") == 3
     assert set(re.findall(r"\br\d\b", tables)) == {f"r{i}" for i in range(7)}
 
 

@@ -159,10 +159,10 @@ def test_a_machine_without_a_working_compiler_passes(monkeypatch, capsys, tmp_pa
     ]
     monkeypatch.setattr(doctor, "check", lambda _: checks)
     assert doctor.run_doctor(Doctor(folder=tmp_path)) == 0
-    assert "fit to train on, without torch.compile" in capsys.readouterr().out
+    assert "fit for training, without torch.compile" in capsys.readouterr().out
     checks.append(doctor.Check(name="attention", passed=False, detail="wrong"))
     assert doctor.run_doctor(Doctor(folder=tmp_path)) == 70
-    assert "not fit: attention" in capsys.readouterr().out
+    assert "not fit for training; failed: attention" in capsys.readouterr().out
 
 
 def test_an_error_that_is_not_the_compilers_is_raised(make_run: MakeRun, monkeypatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sota_transformer.data import merge, near, units
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.exclude import write_excluded
-from sota_transformer.data.grams import GramSet, gram_hashes, gram_order
+from sota_transformer.data.grams import GramSet, gram_hashes, gram_order, mixed
 from sota_transformer.data.merge import SeenHashes
 from sota_transformer.data.sketch import BANDS, MARKS, sketch
 from sota_transformer.data.tokenizer import Tokenizer
@@ -155,6 +155,36 @@ def test_sketch_of_a_document_does_not_depend_on_its_neighbors() -> None:
         assert all(np.array_equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
 
 
+def number_of(run: list[int], bits: int) -> int:
+    """A polynomial in the base of `grams`, by Horner's rule; of 32 bits as `gram_order` has it."""
+    base, number = 0xD6E8FEB86659FD93, 0
+    for token in run:
+        number = (number * base + token) % (1 << bits)
+    return number * base % (1 << 32) if bits == 32 else number
+
+
+def splitmix(number: int, steps: tuple[int, ...], factors: tuple[int, ...], bits: int) -> int:
+    for step, factor in zip(steps, (*factors, 1), strict=True):
+        number = (number ^ number >> step) * factor % (1 << bits)
+    return number
+
+
+def test_numbers_of_runs_are_their_polynomials() -> None:
+    """By Python's integers, at the ends and where what is computed at a time begins anew."""
+    ids = np.random.default_rng(4).integers(0, 50_257, 140_000).astype(np.uint16)
+    for size in (1, 2, 3, 5, 6, 7, 13):
+        hashes, order = gram_hashes(ids, size), gram_order(ids, size)
+        hashed = mixed(order)
+        for at in (0, 1, 32_767, 32_768, 65_535, 65_536, 131_072, len(ids) - size):
+            run = ids[at : at + size].tolist()
+            number = number_of([token + 1 for token in run], 64)
+            factors = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+            assert hashes[at] == splitmix(number, (30, 27, 31), factors, 64), (size, at)
+            assert order[at] == number_of(run, 32), (size, at)
+            factors = (0x7FEB352D, 0x846CA68B)
+            assert hashed[at] == splitmix(int(order[at]), (16, 15, 16), factors, 32)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 13])
 @pytest.mark.parametrize("numbers", [gram_order, gram_hashes])
 def test_gram_hashes_tell_grams_apart(size: int, numbers: Callable[..., Any]) -> None:
@@ -175,6 +205,13 @@ def test_gram_set_is_a_set() -> None:
     inside = random.integers(0, 2**64, 5000, dtype=np.uint64)
     asked = np.concatenate([inside, random.integers(0, 2**64, 50_000, dtype=np.uint64)])
     assert np.array_equal(GramSet(inside).find(asked), np.flatnonzero(np.isin(asked, inside)))
+    ids = random.integers(0, 50_257, 80_000).astype(np.uint16)  # more than is looked at at a time
+    hashes, at = gram_hashes(ids, 13), np.array([0, 32_755, 32_760, 32_767, 32_768, 65_530, 79_987])
+    for known in (hashes, hashes[at]):
+        assert np.array_equal(
+            GramSet(known).find_runs(ids, 13), np.flatnonzero(np.isin(hashes, known))
+        )
+    assert len(GramSet(hashes).find_runs(ids[:12], 13)) == 0
 
 
 def test_seen_hashes_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,9 +350,10 @@ def test_existing_near_duplicates_are_all_remembered(tmp_path: Path) -> None:
 def test_a_duplicate_from_another_unit_has_an_example(tmp_path: Path) -> None:
     """Only its hash is known there; its first words show which one it is."""
     items = ["the first of two", "it is that", "a third"]
-    (tmp_path / "a.jsonl").write_bytes(jsonl(items))
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*items, *items]))
     run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
-    (tmp_path / "b.jsonl").write_bytes(jsonl([*items[:2], "something new"]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([*items, "something new"]))
     manifest = run(tmp_path / "data", tmp_path / "b.jsonl", append=True, val_fraction=0.0)
-    entry = manifest["rejects"]["exact duplicate"]
-    assert entry == {"count": 2, "examples": [f"begins {text!r}" for text in items[:2]]}
+    entry = manifest["rejects"]["exact duplicate"]  # five examples at most, the older first
+    told = ["a.jsonl"] * 3 + [f"begins {text!r}" for text in items[:2]]
+    assert entry == {"count": 6, "examples": told}

@@ -118,7 +118,7 @@ def test_training_refuses_a_device_that_failed(
     config = make_run(dtype="bfloat16", steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(F, "silu", broken_silu)
-        with pytest.raises(SotaError, match="computes wrongly") as caught:
+        with pytest.raises(SotaError, match="gives wrong results") as caught:
             train(config, doctor.admit)
     assert caught.value.code == DIVERGED
     verdict = config.run.out / "doctor.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sota_transformer import durable
 from sota_transformer.cli import resolve
@@ -40,6 +40,15 @@ HOSTILE_TEXT = [
 ]  # fmt: skip
 
 
+GGUF_SIZES = {
+    "context_length": "seq_len", "embedding_length": "d_model", "block_count": "layers",
+    "feed_forward_length": "d_ff", "attention.head_count": "heads",
+    "attention.head_count_kv": "kv_heads", "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim", "rope.dimension_count": "head_dim",
+    "rope.freq_base": "rope_base", "vocab_size": "vocab_size",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def model(request: pytest.FixtureRequest) -> Transformer:
     return small_model(KINDS[request.param])
@@ -63,6 +72,7 @@ def greedy(model: Transformer, prompt: str, count: int = 16) -> list[int]:
 
 def test_transformers_computes_the_same_logits_and_text(model: Transformer, exported: Path) -> None:
     other = AutoModelForCausalLM.from_pretrained(exported).eval()
+    assert other.config.architectures == [type(other).__name__]  # by which vLLM takes it
     tokenizer = AutoTokenizer.from_pretrained(exported)
     for prompt in PROMPTS:
         ids = torch.tensor([TOKENIZER.encode(prompt)])
@@ -73,6 +83,15 @@ def test_transformers_computes_the_same_logits_and_text(model: Transformer, expo
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
             text = other.generate(ids, max_new_tokens=16, do_sample=False)
         assert text[0, ids.shape[1] :].tolist()[:16] == greedy(model, prompt)
+
+
+def test_what_a_config_leaves_out_is_as_in_transformers(model: Transformer) -> None:
+    values = layout.huggingface_config(model.config, "float32")
+    for name in ("rope_theta", "rope_parameters", "rms_norm_eps"):
+        del values[name]
+    ours, theirs = layout.own_config(values), AutoConfig.for_model(**values)
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.rope_base == theirs.rope_parameters["rope_theta"]
 
 
 def test_transformers_reads_the_tokenizer(exported: Path) -> None:
@@ -134,9 +153,21 @@ def test_gguf_holds_the_model(
     reader = gguf.GGUFReader(path)
     field = {name: value.contents() for name, value in reader.fields.items()}
     kind = "qwen3" if model.config.qk_norm else "llama"
+    config = model.config
     assert field["general.architecture"] == kind
-    assert field[f"{kind}.context_length"] == model.config.seq_len
-    assert field[f"{kind}.attention.head_count_kv"] == model.config.kv_heads
+    assert {name: field[f"{kind}.{name}"] for name in GGUF_SIZES} == {
+        name: getattr(config, ours) for name, ours in GGUF_SIZES.items()
+    }
+    epsilon = field[f"{kind}.attention.layer_norm_rms_epsilon"]
+    assert epsilon == pytest.approx(config.norm_eps, rel=1e-6)
+    if dtype == "float32":  # llama.cpp turns neighbouring rows of a head, and Qwen's as ours
+        theirs = layout.huggingface_tensors(model)
+        for letter, heads in (("q", config.heads), ("k", config.kv_heads)):
+            rows = torch.arange(heads * config.head_dim).view(heads, 2, -1)
+            order = (rows if config.qk_norm else rows.mT).flatten()
+            stored = next(t for t in reader.tensors if t.name == f"blk.1.attn_{letter}.weight")
+            weight = theirs[f"model.layers.1.self_attn.{letter}_proj.weight"]
+            assert torch.equal(torch.tensor(stored.data), weight[order])
     types = {tensor.tensor_type.name.lower() for tensor in reader.tensors}
     assert types == {
         {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(dtype, dtype),
@@ -239,7 +270,7 @@ def test_a_wrong_export_is_never_reported_as_done(
         return found | {a: found[b], b: found[a]}
 
     monkeypatch.setattr(export, "huggingface_tensors", wrong)
-    with pytest.raises(SotaError, match="not the model") as caught:
+    with pytest.raises(SotaError, match="differs from the model") as caught:
         run_export(Export(run=run, out=tmp_path / "out"))
     assert caught.value.code == 70
     assert list(tmp_path.iterdir()) == []

@@ -255,7 +255,7 @@ def test_without_the_hub_one_line_says_what_to_do(
             run_evaluate(Evaluate(run=run, device="cpu", **options))  # type: ignore[arg-type]
         assert caught.value.code == code
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SotaError, match="offline, give --lambada a local FILE"):
+    with pytest.raises(SotaError, match="offline, use --lambada FILE"):
         run_evaluate(Evaluate(run=run, device="cpu", lambada=Path("hub")))
 
 

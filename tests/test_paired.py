@@ -64,7 +64,7 @@ def test_the_table_names_a_better_model_only_if_the_text_shows_it(runs, capsys) 
     one, other = runs
     assert table(capsys, other, against=one).endswith("better")
     assert table(capsys, one, against=other).endswith("worse")
-    assert table(capsys, one, against=one).endswith("no difference that this text can show")
+    assert table(capsys, one, against=one).endswith("no significant difference on this text")
     assert table(capsys, one, against=other, tokens=FULL.seq_len).split() == [
         "difference",
         f"{judged(capsys, one, against=other, tokens=FULL.seq_len)['against']['difference']:+.4f}",
@@ -83,6 +83,6 @@ def test_an_export_can_be_compared_with_a_run_and_lists_what_it_does_not_know(
     printed = capsys.readouterr()
     by_export = json.loads(printed.out)["against"]
     assert by_export["difference"] == pytest.approx(by_run["difference"], abs=1e-6)
-    assert "does not say what it was trained on" in printed.err
+    assert "the training data of" in printed.err
     with pytest.raises(SotaError, match="no-such"):
         run_evaluate(Evaluate(run=one, against=tmp_path / "no-such"))

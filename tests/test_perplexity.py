@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.inference import perplexity
+from sota_transformer.inference import benchmarks, perplexity
 from sota_transformer.inference.perplexity import (
     Perplexity,
     sequence_sums,
@@ -160,3 +160,11 @@ def test_padding_is_not_scored_and_a_mask_isolates_documents() -> None:
     last = sequence_sums(model, [np.append(first, second[0])], BYTES) - apart[0]
     np.testing.assert_allclose(masked, apart[0] + apart[1] + last, rtol=1e-5)
     assert sequence_sums(model, [window], BYTES)[0, 0] != pytest.approx(masked[0, 0], rel=1e-4)
+
+
+def test_the_error_of_a_perplexity_is_its_own_and_not_of_its_nats() -> None:
+    """By hand: nats of 1, 2 and 3 have the mean 2 and the standard error 1 / sqrt(3)."""
+    found = benchmarks._perplexity("perplexity", [1.0, 2.0, 3.0], "")
+    assert found.value == pytest.approx(math.exp(2))
+    assert found.error == pytest.approx(math.exp(2) / math.sqrt(3))
+    assert benchmarks._perplexity("perplexity", [1.0], "").error is None

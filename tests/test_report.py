@@ -6,16 +6,19 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from sota_transformer.cli import main
-from sota_transformer.errors import BAD_DATA, LOCKED, NO_INPUT
+from sota_transformer.errors import BAD_DATA, LOCKED, NO_INPUT, SotaError
 from sota_transformer.presets import PRESETS
 from sota_transformer.report import _ticks, write_report
-from sota_transformer.training.runlog import RunLog, read_metrics, samples_of
+from sota_transformer.training.runlog import RunLog, judged, read_config, read_metrics, samples_of
 
 LAST = {"val_loss": 3.25, "val_error": 0.01, "val_perplexity": 25.79, "val_bits_per_byte": 1.5}
 
@@ -100,6 +103,8 @@ def test_a_folder_that_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) 
         f'{{"step": 110, "val_loss": 1{"0" * 400}, "val_perplexity": 1, "val_bits_per_byte": 1}}',
         "[" * 100_000,
         '{"step": 110, "event": "\\ud800"}',
+        '{"step": 110, "sample": 3}',
+        "[110]",
     ],
 )
 def test_a_damaged_line_costs_no_report(run: Path, line: str) -> None:
@@ -166,14 +171,143 @@ def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
     assert losses == {10: 9.5, 20: 9.0, 30: 8.5, 40: 8.0, 50: 99.0}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_only_lines_that_led_to_the_model_count(tmp_path: Path, seed: int) -> None:
+    """Random runs that save, are killed and resume from any checkpoint, tracked start by start.
+
+    A save deletes later checkpoints, and a start without any starts from scratch.
+    """
+    random, acts = Random(seed), ["val_loss", "sample", "event", "save", "start", "lost"]
+    for length in range(2, 80):
+        lines: list[dict[str, Any]] = []
+        starts: list[tuple[int | None, int, dict[tuple[int, str], int]]] = []
+        disk: dict[int, int] = {}  # step of a checkpoint -> the start that wrote it
+        step = 0
+        for n in range(length):
+            act = random.choice(["loss"] * 5 + acts)
+            if not starts or act == "start":
+                step = random.choice(list(disk)) if disk else 0
+                starts.append((disk.get(step), step, {}))
+                lines.append({"step": step, "event": "start"})
+            elif act == "lost" and step > max(disk, default=0):  # killed before reporting its save
+                starts.append((len(starts) - 1, step, {}))
+                lines.append({"step": step, "event": "start"})
+            elif act == "save" and step:
+                disk = {at: who for at, who in disk.items() if at < step}
+                disk[step] = len(starts) - 1
+                lines.append({"step": step, "event": "saved"})
+            else:
+                kind = act if step and act not in ("save", "lost") else "loss"
+                step += kind == "loss"
+                value = random.choice("ab") if kind == "event" else 1
+                starts[-1][2][step, f"{kind} {value}"] = n
+                lines.append({"step": step, kind: value, "n": n})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "metrics.jsonl").write_text(text)
+        expected: dict[tuple[int, str], int] = {}
+        at, until = len(starts) - 1, length
+        while at is not None:
+            before, begun, made = starts[at]
+            expected = {key: n for key, n in made.items() if key[0] <= until} | expected
+            at, until = before, min(until, begun)
+        found = read_metrics(tmp_path)
+        assert sorted(line["n"] for line in found) == sorted(expected.values()), text
+        assert [line["step"] for line in found] == sorted(key[0] for key in expected)
+
+
+def test_lines_abandoned_by_going_back_within_a_start_do_not_count(tmp_path: Path) -> None:
+    """From step 8 back to 4, saved at 6, and killed: no model includes steps 7 and 8."""
+    lines: list[dict[str, Any]] = [{"step": 0, "event": "start"}]
+    lines += [{"step": step, "loss": 1.0} for step in range(1, 9)]
+    lines += [{"step": 8, "event": what} for what in ("saved", "start")]
+    lines += [{"step": 9, "loss": 2.0}, {"step": 4, "event": "returned"}]
+    lines += [{"step": step, "loss": 3.0} for step in (5, 6)]
+    lines += [{"step": 6, "event": what} for what in ("saved", "start")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert steps == sorted(steps) and len(steps) == 7
+    found = [(line["step"], line["loss"]) for line in read_metrics(tmp_path) if "loss" in line]
+    assert found == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 3.0), (6, 3.0)]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"3", b'{"model": 3}', b"\xff", None])
+def test_a_damaged_configuration_is_bad_data(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "config.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(SotaError) as caught:
+        read_config(tmp_path)
+    assert caught.value.code == BAD_DATA and str(path) in str(caught.value)
+
+
+def panel(log: RunLog) -> str:
+    """What the terminal has shown since the last call."""
+    file = log.console.file
+    assert isinstance(file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+    file.seek(0)
+    file.truncate()
+    return shown
+
+
 def test_the_panel_of_a_resumed_run_starts_where_it_is(tmp_path: Path) -> None:
+    """It shows the latest of each kind, and plain lines continue where it ends."""
     with RunLog(tmp_path, 100) as log:
-        log.console = Console(file=io.StringIO(), force_terminal=True, width=80)
+        log.console = Console(file=(file := io.StringIO()), force_terminal=True, width=80)
         log.begin_live(73)
         log.end_live()
-        assert isinstance(log.console.file, io.StringIO)
-        shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", log.console.file.getvalue())
-    assert "73/100" in shown and " 0/100" not in shown
+        shown = panel(log)
+        assert "73/100" in shown and " 0/100" not in shown
+        log.begin_live(73)
+        values = {"step": 80, "loss": 2.71828, "lr": 3e-4, "tokens_per_second": 1234.5}
+        values |= {"memory": 2.5e9, "dropout": 0.125, "seconds_left": 3723.9}
+        log.validation({"step": 80, "val_tokens": 99, **LAST})
+        log.step(values)
+        until = time.monotonic() + 10
+        while "80/100" not in shown and time.monotonic() < until:  # drawn four times a second
+            time.sleep(0.05)
+            shown = file.getvalue()
+        assert "80/100" in shown
+        log.sample(80, "".join(f"line {n};\n" for n in range(20)))
+        log.end_live()
+        shown = panel(log)
+        told = ["80/100", "2.7183", "1,234", "2.50 GB", "3.00e-04", "0.125", "1:02:03"]
+        told += ["3.2500", "25.79", "1.5000", "line 0;", "line 11;"]
+        assert all(text in shown for text in told) and "line 12;" not in shown
+        assert "step     80/100" not in shown and not re.search(r"[\r\n]line 0;", shown)
+        log.step(values | {"step": 81, "seconds_left": 59.9})
+        assert "81/100  loss 2.7183" in (line := panel(log)) and "0:59" in line
+        log.sample(81, "at last")
+        assert "at last" in panel(log)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [80, 80, 80, 81, 81]
+
+
+@pytest.mark.parametrize("torn", [True, False])
+def test_a_line_after_half_a_line_counts(tmp_path: Path, torn: bool) -> None:
+    """As left by a killed process; otherwise there is no empty line."""
+    before = b'{"step": 1, "loss": 3.0}\n' + b'{"step": 2, "sample": "caf\xc3' * torn
+    for start in (b"", before):
+        (tmp_path / "metrics.jsonl").write_bytes(start)
+        for _ in range(2):
+            with RunLog(tmp_path, 10, silent=False) as log:
+                log.console.quiet = True
+                log.event({"step": 3, "event": "x"}, "")
+        lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+        assert lines[:-2] == start.splitlines()
+        assert [json.loads(line)["step"] for line in lines[-2:]] == [3, 3]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]
+    with RunLog(tmp_path, 10, silent=True) as log:
+        log.event({"step": 4, "event": "x"}, "")
+        log.sample(4, "text")
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == lines
+    assert not (tmp_path / "samples.txt").exists()
+
+
+def test_validations_and_samples_belong_to_their_step(run: Path) -> None:
+    found = [judged(run, step) for step in (50, 60, 100)]
+    assert found == [(True, True), (False, False), (True, True)]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 110, "val_loss": 3.0}\n{"step": 120, "sample": "x"}\n')
+    assert [judged(run, step) for step in (110, 120)] == [(True, False), (False, True)]
 
 
 def test_a_sample_that_looks_like_a_heading_is_one_sample(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sota_transformer.errors import SotaError
 from sota_transformer.inference.batch import Drawn
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.options import Serve
-from sota_transformer.serve.completions import Completions, _Going
+from sota_transformer.serve.completions import Completions, _Active
 from sota_transformer.serve.schema import Completion
 from tests.inference_models import FULL, small_model, write_run
 from tests.serving import Server
@@ -153,7 +153,7 @@ def test_errors_name_no_internal_types(server: Server) -> None:
     assert "[" not in (text := server.ask(prompt=3, stop="").text) and "constrained" not in text
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt":', headers=headers)
-    assert answer.json()["error"]["message"] == "body: not JSON, at character 10"
+    assert answer.json()["error"]["message"] == "body: invalid JSON at character 10"
 
 
 def test_large_bodies_without_a_length_are_refused(server: Server) -> None:
@@ -250,8 +250,8 @@ def test_the_key_is_needed_and_a_signal_lets_open_requests_finish(
         while server.busy() < 2:
             time.sleep(0.05)
         assert server.stop() in (143, -15)
-    assert (whole.result().status_code, "is stopping" in whole.result().text) == (503, True)
-    assert "is stopping" in stream.result().text
+    assert (whole.result().status_code, "is shutting down" in whole.result().text) == (503, True)
+    assert "is shutting down" in stream.result().text
     assert stream.result().text.endswith("data: [DONE]\n\n")
 
 
@@ -314,7 +314,7 @@ def test_a_disconnect_is_noticed_behind_queued_events() -> None:
     wanted = Completion(prompt="a", stream=True)
 
     async def stream() -> list[str]:
-        going = _Going(wanted, 1, [0], asyncio.Queue())
+        going = _Active(wanted, 1, [0], asyncio.Queue())
         for number in range(20):
             reason = "length" if number == 19 else None
             drawn = Drawn(5, -1.0, [], "a", reason, number, False)

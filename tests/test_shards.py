@@ -1,13 +1,14 @@
 """Windows over shards against plain slices; anything damaged is refused by name."""
 
 import itertools
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sota_transformer.data import merge, shards
+from sota_transformer.data import commit, merge, shards
 from sota_transformer.data.shards import TokenWindows, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.durable import canonical_json, read_manifest, seal, verify
@@ -187,3 +188,30 @@ def test_read_only_folder_is_fine(copy: Path) -> None:
         assert len(TokenWindows(copy, "train", 16)) > 0
     finally:
         copy.chmod(0o755)
+
+
+def test_what_a_manifest_lists_is_on_the_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder before its name, the name itself, and what is appended before the new manifest."""
+    kept: list[tuple[Path, list[str], int]] = []
+
+    def fsync_folder(folder: Path) -> None:
+        manifest = folder / "manifest.json"
+        number = json.loads(manifest.read_bytes())["number"] if manifest.exists() else -1
+        kept.append((folder, sorted(path.name for path in folder.iterdir()), number))
+
+    monkeypatch.setattr(commit, "fsync_folder", fsync_folder)
+    out, work = tmp_path / "out", tmp_path / "work"
+    work.mkdir()
+    (work / "a.npy").touch()
+    commit.commit_new(work, out, {"number": 1})
+    work.mkdir()
+    (work / "b.npy").touch()
+    commit.commit_append(work, out, {"number": 2})
+    assert kept == [
+        (work, ["a.npy", "manifest.json"], 1),
+        (tmp_path, ["out"], -1),
+        (out, ["a.npy", "b.npy", "manifest.json"], 1),
+    ]
+    assert json.loads((out / "manifest.json").read_bytes())["number"] == 2

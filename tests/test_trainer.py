@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sota_transformer import runtime, schedules
 from sota_transformer.config import Run
@@ -220,13 +221,28 @@ def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> Non
         assert all(judged[1][step][name] == value for name, value in line.items() if "val" in name)
 
 
-def test_the_plain_loss_is_reported_and_the_smoothed_one_optimised(make_run: MakeRun) -> None:
-    config = make_run(steps=2)
+def test_the_plain_loss_is_reported_and_the_smoothed_one_optimised(
+    make_run: MakeRun, monkeypatch
+) -> None:
+    config = make_run(steps=2, micro_rows=2, label_smoothing=0.3)
+    expected: list[list[float]] = []  # of each micro-batch, by torch
+    original = trainer.token_loss
+
+    def noted(hidden, head, targets, *rest):
+        logits = (hidden @ head.T).detach().flatten(0, -2)
+        expected.append(
+            [F.cross_entropy(logits, targets.flatten(), label_smoothing=e).item() for e in (0, 0.3)]
+        )
+        return original(hidden, head, targets, *rest)
+
+    monkeypatch.setattr(trainer, "token_loss", noted)
     train(config)
     first = read_metrics(config.run.out)[0]
+    plain, smoothed = torch.tensor(expected[:2]).mean(0).tolist()  # two make the first step
     uniform = torch.log(torch.tensor(50_258.0)).item()
-    assert first["loss"] == pytest.approx(uniform, abs=0.1)
-    assert first["smoothed_loss"] != first["loss"]
+    assert plain == pytest.approx(uniform, abs=0.1)
+    assert first["loss"] == pytest.approx(plain, rel=1e-6) != smoothed
+    assert first["smoothed_loss"] == pytest.approx(smoothed, rel=1e-6) != plain
     assert first["lr"] == schedules.learning_rate(0, config)
     assert first["dropout"] == schedules.dropout(0, config)
     validation = logged(config, "val_loss")
@@ -313,6 +329,25 @@ def test_a_loss_spike_is_not_applied() -> None:
     copy = Guard()
     copy.restore(guard.state())
     assert vars(copy) == vars(guard)
+
+
+def test_where_a_spike_begins_and_what_going_back_remembers() -> None:
+    """By hand: 4 and 6 in turn have the median 5 and deviate from it by 1, so 13 is no spike."""
+    few, known = Guard(), Guard()
+    for i in range(32):
+        assert known.problem(4.0 + 2 * (i % 2), 1.0) is None
+        assert i == 31 or few.problem(4.0 + 2 * (i % 2), 1.0) is None
+    assert few.problem(99.0, 1.0) is None  # the 32nd
+    assert known.problem(13.01, 1.0) and known.problem(-float("inf"), 1.0)
+    assert (known.bad_in_a_row, known.skipped) == (2, 2)
+    assert known.problem(13.0, 1.0) is None
+    for rows, shift, rate in ((8, 8, 0.5), (4, 12, 0.25)):
+        known.bad_in_a_row = 10
+        known.go_back(rows)
+        assert (known.shift, known.rate, known.bad_in_a_row, known.losses) == (shift, rate, 0, [])
+    assert known.returns == 2 and known.skipped == 2
+    assert all(known.problem(5.0, 1.0) is None for _ in range(300))
+    assert len(known.losses) == 128
 
 
 def test_tokens_count_each_step_at_its_batch_size(make_run: MakeRun) -> None:

@@ -1,5 +1,7 @@
 """How a run ends and resumes: complete, stopped, killed, refused, from a chosen step."""
 
+import dataclasses
+import errno
 import json
 import shutil
 import signal
@@ -13,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from sota_transformer.config import RunConfig
+from sota_transformer import durable
+from sota_transformer.config import Run, RunConfig
+from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, SotaError
-from sota_transformer.training import checkpoint, judge, trainer
+from sota_transformer.runtime import Runtime
+from sota_transformer.training import checkpoint, judge, start, trainer
 from sota_transformer.training.runlog import read_config, read_metrics
 from sota_transformer.training.signals import Signals, Stopped
 from sota_transformer.training.start import train
@@ -197,6 +202,36 @@ def test_run_json_records_each_start(make_run: MakeRun) -> None:
     record = json.loads((config.run.out / "run.json").read_text())
     assert [attempt["from_step"] for attempt in record["attempts"]] == [0, 2]
     assert record["attempts"][0]["machine"]["torch"] == torch.__version__
+    assert record["parameters"] == config.model.parameter_count
+    windows = TokenWindows(config.data.path, "train", config.model.seq_len)
+    assert (record["data"], record["padding"]) == (windows.fingerprint, windows.padding)
+
+
+def test_what_was_asked_of_one_start_is_not_asked_of_the_next(make_run: MakeRun) -> None:
+    asked = make_run(steps=1, exact=True, override="optim.eps", data_change="continue")
+    train(asked)
+    assert read_config(asked.run.out) == make_run(steps=1)
+
+
+def test_all_ranks_begin_where_and_as_the_first_has_chosen(monkeypatch) -> None:
+    """One that cannot compile does not do so because the first one can."""
+    plain = dataclasses.replace(Runtime.detect(Run(device="cpu"), 1), compile=False)
+    for compiles, said in ((True, (7, 0)), (True, (7, 1)), (False, (-1, 1)), (False, (0, 0))):
+        monkeypatch.setattr(Runtime, "of_first", lambda *_, said=said: list(said))
+        mine = dataclasses.replace(plain, compile=compiles)
+        found, step = start._as_the_first(mine, 5)
+        assert step == said[0] and found.compile == (compiles and said[1] == 1)
+        assert found.compile != compiles or found == mine
+
+
+def test_a_run_that_may_not_be_written_is_locked(make_run: MakeRun, monkeypatch) -> None:
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(durable, "write_file", refuse)
+    with pytest.raises(SotaError) as caught:
+        train(make_run(steps=1))
+    assert caught.value.code == LOCKED
 
 
 @pytest.mark.parametrize("amid", ["_windows", "sample"])

@@ -1,7 +1,7 @@
-"""The words of a command line become options, or one line that says what is wrong with them.
+"""Turns command-line arguments into options, or into one line that says what is wrong with them.
 
-`resolve` makes a run of a preset and what is to differ from it, `parse` reads the options of the
-other verbs. tyro does the reading; what it says is put in our words, with what was perhaps meant.
+`resolve` builds a run's configuration from a preset and overrides; `parse` reads the options of the
+other verbs. tyro does the parsing; its error messages are reworded, with a suggestion if any fits.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from sota_transformer.presets import PRESETS, RECIPES
 
 _Options = TypeVar("_Options")
 
-SHORT = {  # what everybody sets -> the field it stands for
+SHORT = {  # short form of a common option -> the full option
     "--data": "--data.path",
     "--out": "--run.out",
     "--steps": "--train.steps",
@@ -32,19 +32,19 @@ SHORT = {  # what everybody sets -> the field it stands for
 
 
 def resolve(arguments: list[str], verb: str) -> RunConfig:
-    """PRESET and overrides -> the run; --out defaults to runs/PRESET-DATA."""
+    """The run configuration of PRESET and overrides; --out defaults to runs/PRESET-DATA."""
     names = ", ".join(PRESETS)
-    own = ["--hours H (what fits into them)"] if verb == "plan" else []
+    own = ["--hours H (show what fits into H hours)"] if verb == "plan" else []
     if arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: sota {verb} PRESET [OPTIONS]\n\nPRESET is one of {names};")
-        print(f"`sota {verb} PRESET --help` shows every option with that preset's values;")
-        print("; ".join([*own, f"--recipe {'|'.join(RECIPES)} is read first and sets them."]))
+        print(f"usage: sota {verb} PRESET [OPTIONS]\n\nPRESET is one of {names}.")
+        print("\n".join([f"--recipe {'|'.join(RECIPES)} sets the preset's default values.", *own]))
+        print(f"`sota {verb} PRESET --help` shows every option with that preset's values.")
         raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
         raise SotaError(f"name a preset first: sota {verb} PRESET [OPTIONS], one of {names}")
     name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
-        raise SotaError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {names}")
+        raise SotaError(f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {names}")
     given, rest = taken("--recipe", " or ".join(RECIPES), rest)
     recipe = given or RECIPES[0]
     if recipe not in RECIPES:
@@ -57,10 +57,10 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         f"{verb} {name}",
         words,
         default=PRESETS[name](recipe),
-        description=f"Short forms: {short}.",
+        description=f"Short forms and more options: {short}.",
     )
     data, out = config.data.path, config.run.out
-    if data == Path() and "--data.path" in flags:  # `.`, and not none at all
+    if data == Path() and "--data.path" in flags:  # an explicit `.`, not the default
         data = Path.cwd()
     if out == Path() and "--run.out" in flags:
         out = Path.cwd()
@@ -75,7 +75,7 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
 
 
 def taken(flag: str, what: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of an option that is read before all others, and the arguments without it."""
+    """The value of an option that is parsed before all others, and the remaining arguments."""
     found, rest, words = None, list[str](), iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
@@ -89,7 +89,7 @@ def taken(flag: str, what: str, arguments: list[str]) -> tuple[str | None, list[
 
 
 def _lengthen(arguments: list[str]) -> list[str]:
-    """--steps=5 -> --train.steps=5; --override does that, and says that the field may change."""
+    """Expand --steps=5 to --train.steps=5; --override also allows the field to change on resume."""
     long, fields, words = list[str](), list[str](), iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
@@ -99,7 +99,7 @@ def _lengthen(arguments: list[str]) -> list[str]:
                 raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
             flag = SHORT.get(f"--{name}", f"--{name.replace('_', '-')}")
             fields.append(flag.removeprefix("--").replace("-", "_"))
-            if value.lower() in ("true", "false"):  # a switch, which takes no value
+            if value.lower() in ("true", "false"):  # a flag, which takes no value
                 section, _, name = flag.rpartition(".")
                 flag = flag if value.lower() == "true" else f"{section}.no-{name}"
                 equals = value = ""
@@ -108,7 +108,7 @@ def _lengthen(arguments: list[str]) -> list[str]:
 
 
 def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) -> _Options:
-    """Options of `kind` from the command line; what tyro draws in a box becomes one line."""
+    """Options of `kind` from the command line; tyro's boxed error message becomes one line."""
     import tyro
 
     marks = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
@@ -117,8 +117,8 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
     given = [word.partition("=")[0].replace("_", "-") for word in arguments]
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         flag = f"--{field.name.replace('_', '-')}"
-        if get_origin(field.type) is tuple and given.count(flag) > 1:  # tyro takes the last alone
-            raise SotaError(f"{verb}: {flag} is given twice; give all its values behind one {flag}")
+        if get_origin(field.type) is tuple and given.count(flag) > 1:  # tyro uses only the last
+            raise SotaError(f"{verb}: {flag} is given twice; list all its values after one {flag}")
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed), _lists():
@@ -126,18 +126,16 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
     except SystemExit as stop:
         if not stop.code:
             raise
-        kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # a box, or its ASCII form
+        kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # box or ASCII borders
         own = ["--hours"] if verb.startswith("plan ") else []
         text = _plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *own])
-        if not re.match(r"\w+\.\w+ ", text):  # a field that names itself and what is allowed
+        if not re.match(r"\w+\.\w+ ", text):  # unless it already names the field and its limits
             text = f"{verb}: {text}; `{program} --help` shows all options"
         raise SotaError(text) from None
 
 
 def _lists() -> Any:
-    """How tyro shall read, and show, options of several values; by itself it shows three brackets
-    around each.
-    """
+    """How tyro parses and shows options with several values; its default wraps each in brackets."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -159,7 +157,7 @@ def _lists() -> Any:
 
 
 def _flags(kind: type, default: Any) -> list[str]:
-    """Every option of `kind`; if it has a default, of its sections, and what is read before."""
+    """Every option of `kind`; if it has a default, those of its sections, and the short forms."""
     names = [field.name for field in dataclasses.fields(kind)]
     if default is not None:
         names = [f"{name}.{field}" for name in names for field in vars(getattr(default, name))]
@@ -167,7 +165,7 @@ def _flags(kind: type, default: Any) -> list[str]:
     return [*(f"--{name.replace('_', '-')}" for name in names), *before]
 
 
-_OURS = (  # what tyro 1.0 says, what we say
+_REWORDED = (  # tyro 1.0's message, our message
     (r"Error parsing (\S+): invalid literal for int\(\) .*?: (.*) Argument helptext.*",
      r"\1 must be a whole number, not \2"),
     (r"Error parsing (\S+): could not convert .* float: (.*) Argument helptext.*",
@@ -183,29 +181,30 @@ _OURS = (  # what tyro 1.0 says, what we say
     (r"Missing value for argument .*?'([-.\w]+)'.*", r"\1 needs a value"),
     (r"Missing from .*?: (.*?)\.? \(required\).*", r"missing: \1"),
     (r"Unrecognized options: (.*?)(?: (?:Perhaps you meant|Arguments similar to).*)?",
-     r"not understood: \1"),
+     r"unrecognized arguments: \1"),
 )  # fmt: skip
 _TITLES = r"(Value error|Invalid choice|Missing argument|Required options|Unrecognized options) "
 
 
 def _plain(text: str, known: list[str]) -> str:
-    """What tyro says in a box, in our words; all else as it is, without title and footer."""
+    """tyro's message reworded, or as it is if unknown, without its title and footer."""
     text = re.sub(r" For full helptext.*", "", re.sub(_TITLES, "", text, count=1))
-    text = text.replace("'None', ", "")  # a choice of ours only where nothing is chosen
+    text = text.replace("'None', ", "")  # the default, not something to pass
     text = next(
-        (found.expand(ours) for says, ours in _OURS if (found := re.fullmatch(says, text))), text
+        (found.expand(new) for old, new in _REWORDED if (found := re.fullmatch(old, text))), text
     )
-    if unknown := re.match(r"not understood: (--[^\s,=]+)", text):
-        text += _in_short(unknown[1], known) or nearest(unknown[1], known, 0.7)
-    elif "--override" in known and (change := re.match(r"not understood: ([\w.-]+=\S+)", text)):
-        text += f" (did you mean '--override {change[1]}'?)"  # the second of two behind one
+    unrecognized = "unrecognized arguments: "
+    if unknown := re.match(rf"{unrecognized}(--[^\s,=]+)", text):
+        text += _abbreviated(unknown[1], known) or nearest(unknown[1], known, 0.7)
+    elif "--override" in known and (change := re.match(rf"{unrecognized}([\w.-]+=\S+)", text)):
+        text += f" (did you mean '--override {change[1]}'?)"  # a second value after one --override
     return text
 
 
-def _in_short(flag: str, known: list[str]) -> str:
-    """The option that is called so in short, as --optim.lr, --temp, --batch-size or --bs.
+def _abbreviated(flag: str, known: list[str]) -> str:
+    """Suggest the option that `flag` abbreviates, as --optim.lr, --temp, --batch-size or --bs do.
 
-    By its initials, its beginning, its first word or a few of its letters, in this order.
+    Matches by exact name, initials, prefix, first word or scattered letters, in this order.
     """
     section, _, short = flag.removeprefix("--").replace("_", "-").rpartition(".")
     if len(short) < 2:
@@ -223,6 +222,6 @@ def _in_short(flag: str, known: list[str]) -> str:
 
 
 def nearest(word: str, known: Any, alike: float = 0.6) -> str:
-    """A question that names the word spelt most alike; empty where none is near."""
+    """A suggestion of the most similar known word; empty if none is close."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=alike)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,6 +1,6 @@
 """The command `sota`: parse, call, translate errors into one line and an exit code. No logic.
 
-A verb's module is imported when the verb is called, so help answers at once.
+A verb's module is imported only when the verb is called, so that help prints at once.
 """
 
 import io
@@ -40,25 +40,25 @@ from sota_transformer.words import in_shell, one_line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line; the exit code of `errors.py`."""
+    """Run one command line and return an exit code of `errors.py`."""
     return guarded(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Do `work`; what goes wrong becomes one line and a code, behind a traceback if unforeseen."""
+    """Do `work`; errors become one line and an exit code, after a traceback if unexpected."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if not re.fullmatch(r"[1-9]\d{1,4}", os.environ.get("COLUMNS", "80"), re.ASCII):
-        del os.environ["COLUMNS"]  # rich prints nothing into none, tyro comes to no end in five
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that it does not have ends no run
+        del os.environ["COLUMNS"]  # at 0 rich prints nothing, at 5 tyro never returns
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an unencodable character must not end a run
         sys.stdout.reconfigure(errors="replace")
     try:
         with interruptible(signal.SIGINT):
             return work()
     except SotaError as error:
         return _complain(str(error), error.code)
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         sys.stdout = None
         return 0
     except OSError as error:
@@ -71,12 +71,12 @@ def guarded(work: Callable[[], int]) -> int:
             from sota_transformer.runtime import out_of_memory
 
             if out_of_memory(error):
-                hint = "end other programs, or try --device cpu"
+                hint = "close other programs, or try --device cpu"
                 return _complain(f"out of memory; {hint}", TEMPORARY)
         traceback.print_exc()
         kind = type(error).__name__
         return _complain(
-            f"{kind}, which sota did not foresee; please report it with the lines above", UNFORESEEN
+            f"unexpected {kind}; please report it with the traceback above", UNFORESEEN
         )
     except BaseException as error:
         if isinstance(code := getattr(error, "code", None), int):  # a signal or --help
@@ -94,12 +94,12 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        raise SotaError(f"no command {verb!r}{nearest(verb, VERBS)}; `sota --help` lists them")
-    if verb == "plan":  # the one with an option that is not of the run
+        raise SotaError(f"unknown command {verb!r}{nearest(verb, VERBS)}; `sota --help` lists all")
+    if verb == "plan":  # has --hours, which is not part of a run's configuration
         return _plan(rest)
     _, kind, work = VERBS[verb]
     options = resolve(rest, verb) if kind is RunConfig else parse(kind, verb, rest)
-    # What ends as on Ctrl-C takes its temporary files along; training and serving know better.
+    # Ending as on Ctrl-C removes temporary files; training and serving handle signals themselves.
     own = kind is RunConfig or verb == "serve"
     with interruptible(*() if own else (signal.SIGTERM, signal.SIGHUP)):
         code = pkgutil.resolve_name(f"sota_transformer.{work}")(options)
@@ -120,20 +120,20 @@ def _complain(text: str, code: int) -> int:
 
 
 def train_and_show(config: RunConfig) -> int:
-    """Train, or go on, and say where everything lies and what to do with it."""
+    """Train or resume, then print where the run is and what to do with it."""
     from sota_transformer.doctor import admit
     from sota_transformer.runtime import is_first_rank
     from sota_transformer.training.start import train
 
     train(config, admit)
-    if not is_first_rank():  # the first one is still judging what it trained
+    if not is_first_rank():  # the first rank may still be evaluating
         return 0
     folder = in_shell(config.run.out)
     print(f"the run is in {folder}: checkpoints, metrics.jsonl, samples.txt, config.json, run.json")
     words = "def main(" if config.data.path.name == "python" else "Once upon a time"
     print(f'try it:  sota generate {folder} --prompt "{words}"')
-    # All validation text may be a quarter of an hour on a CPU.
-    print(f"judge it:  sota evaluate {folder} --tokens 250000   (without: all validation text)")
+    # The whole validation split may take a quarter of an hour on a CPU.
+    print(f"evaluate it:  sota evaluate {folder} --tokens 250000   (default: all validation text)")
     return 0
 
 
@@ -151,31 +151,31 @@ def _plan(arguments: list[str]) -> int:
     return run_plan(config, rest[0], hours)
 
 
-# What `sota --help` says of a verb, its options, and the function that does it.
+# For each verb: its text in `sota --help`, its options, and the function that does it.
 VERBS: dict[str, tuple[str, type, str]] = {
     "prepare": ("turn text into token shards", Prepare, "data.prepare:prepare"),
-    "merge": ("put the parts of a preparation together", Merge, "data.prepare:merge"),
-    "data": ("look at prepared data", DataView, "data.view:describe"),
-    "plan": ("what a run takes here; with --hours H, what fits into them", RunConfig, ""),
-    "train": ("train a model, or go on training it", RunConfig, "cli:train_and_show"),
+    "merge": ("combine the parts of `sota prepare --part`", Merge, "data.prepare:merge"),
+    "data": ("inspect prepared data", DataView, "data.view:describe"),
+    "plan": ("estimate time, memory and disk; --hours H: what fits", RunConfig, ""),
+    "train": ("train a model, or resume training", RunConfig, "cli:train_and_show"),
     "evaluate": (
-        "judge a model: perplexity, bits per byte, LAMBADA, HellaSwag",
+        "measure perplexity, bits per byte, LAMBADA, HellaSwag",
         Evaluate,
         "commands.evaluate:run_evaluate",
     ),
-    "report": ("one page about a run, or a comparison of several", Report, "compare:run_report"),
-    "generate": ("continue prompts", Generate, "commands.generate:run_generate"),
+    "report": ("an HTML report on a run, or on several compared", Report, "compare:run_report"),
+    "generate": ("generate text from prompts", Generate, "commands.generate:run_generate"),
     "export": (
         "write the model for transformers, MLX, vLLM, llama.cpp or Ollama",
         Export,
         "commands.transfer:run_export",
     ),
     "serve": (
-        "an OpenAI-compatible server with a page to try the model",
+        "run an OpenAI-compatible server with a web page",
         Serve,
         "commands.serve:run_serve",
     ),
-    "import": ("make a run of a Hugging Face folder", Import, "commands.transfer:run_import"),
-    "doctor": ("check this machine before it is trusted", Doctor, "doctor:run_doctor"),
-    "config": ("print a resolved run and its derived numbers", RunConfig, "plan:run_config"),
+    "import": ("start a run from a Hugging Face model", Import, "commands.transfer:run_import"),
+    "doctor": ("check that this machine is fit for training", Doctor, "doctor:run_doctor"),
+    "config": ("print a run's configuration and derived numbers", RunConfig, "plan:run_config"),
 }

@@ -1,8 +1,8 @@
-"""`sota report RUN RUN...`: runs beside each other, as text and as one HTML file.
+"""`sota report RUN RUN...`: compares runs side by side, as text and as one HTML file.
 
-Reading order: `write_comparison` reads the runs and puts the parts together; `_figures` is a column
-of the table, `_doubts` says what keeps losses from being compared, `_charts` draws, and `_settings`
-makes one line of runs that differ in their seed alone. All of it is from the runs' folders.
+Reading order: `write_comparison` reads the runs and assembles the parts; `_figures` is a column of
+the table, `_mismatches` says why losses are not comparable, `_charts` draws, and `_settings` groups
+runs that differ only in their seed. Everything comes from the runs' folders.
 """
 
 import bisect
@@ -42,19 +42,19 @@ from sota_transformer.schedules import step_tokens
 from sota_transformer.training.runlog import read_config
 from sota_transformer.words import perplexity
 
-# Okabe and Ito's colours, which the colour-blind tell apart; with five dashes, thirty looks.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Okabe and Ito's color-blind-safe palette; with five dash patterns, thirty distinct styles.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2")
-_QUIET = HABITS | {"run.seed"}
-_SETTING = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds", "+- text")
-_EXPLAINED = (
-    "+- beside a loss is its standard error over the windows of validation. Runs that compare were "
-    "judged on the same windows: their errors are common to them and say little of how far apart "
-    "they are. '+- text' is the sum of both errors, which that of the difference cannot exceed; "
-    "`sota evaluate RUN --against RUN` measures it, window by window.",
-    "Runs that differ in nothing but the seed are one line, their mean. The spread is the standard "
-    "deviation over seeds, a rough guess from two or three; the difference is that to the first "
-    "line, and '+- seeds' its standard error, which needs two seeds of both.",
+_IRRELEVANT = HABITS | {"run.seed"}  # fields in which runs of one setting may differ
+_COLUMNS = ("runs", "seeds", "step", "nats", "spread", "difference", "+- seeds", "+- text")
+_LEGEND = (
+    "+- after a loss is its standard error over the validation windows. Comparable runs were "
+    "evaluated on the same windows, so their errors are shared and say little about the difference "
+    "between them. '+- text' is the sum of both errors, an upper bound on the error of the "
+    "difference; `sota evaluate RUN --against RUN` measures that error window by window.",
+    "Runs that differ only in their seed share a line with their mean. 'spread' is the standard "
+    "deviation over seeds, a rough estimate from two or three; 'difference' is relative to the "
+    "first line, and '+- seeds' is its standard error, which needs two seeds of both.",
 )
 
 Rows = list[tuple[str, ...]]
@@ -69,57 +69,57 @@ class _Run:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Completed steps."""
         return self.metrics[-1]["step"]
 
     @property
     def complete(self) -> bool:
-        """Whether its schedule has come to its end."""
+        """Whether its schedule has finished."""
         return self.step >= self.config.train.steps
 
     @cached_property
-    def judged(self) -> list[dict[str, Any]]:
+    def validated(self) -> list[dict[str, Any]]:
         """Every validation since the data last changed."""
         since = [-math.inf]
         for start in starts_of(self.record):
             at, changed = start.get("from_step"), words(start.get("changed"))
             if isinstance(at, int):
-                since = [step for step in since if step < at]  # of later ones the branch was left
+                since = [step for step in since if step < at]  # later ones are on a dropped branch
                 since += [at] * ("data fingerprint" in changed)
         return [line for line in validations(self.metrics) if line["step"] > since[-1]]
 
     @cached_property
     def alike(self) -> dict[int, dict[str, Any]]:
-        """By step, the validations that read as much as the last one."""
-        tokens = self.judged[-1].get("val_tokens") if self.judged else None
-        return {line["step"]: line for line in self.judged if line.get("val_tokens") == tokens}
+        """By step, the validations that read as many tokens as the last one."""
+        tokens = self.validated[-1].get("val_tokens") if self.validated else None
+        return {line["step"]: line for line in self.validated if line.get("val_tokens") == tokens}
 
     @cached_property
     def measure(self) -> dict[str, str]:
-        """What runs must have in common for their losses to compare; empty where unknown."""
+        """What runs must have in common for their losses to be comparable; empty if unknown."""
         data = self.record.get("data")
-        last = self.judged[-1] if self.judged else {}
+        last = self.validated[-1] if self.validated else {}
         return {
-            # Behind 64 digits there once stood how it was cut.
+            # Older records append the kind of windows to the 64 digits.
             "data (text, split or tokenizer)": data[:64] if isinstance(data, str) else "",
-            "tokens in a window (--model.seq-len)": str(self.config.model.seq_len),
-            "tokens of validation": words(last.get("val_tokens", "")),
-            "a token sees its document only": "yes" if self.config.data.document_mask else "no",
+            "tokens per window (--model.seq-len)": str(self.config.model.seq_len),
+            "validation tokens": words(last.get("val_tokens", "")),
+            "attention within documents only": "yes" if self.config.data.document_mask else "no",
         }
 
     @cached_property
     def setting(self) -> Hashable:
-        """All that decides a loss, save the seed; and whether it is the loss at the end."""
-        loud = [v for field, v in self.config.fields().items() if field not in _QUIET]
-        return (*loud, *self.measure.values(), *_changes(self), self.complete)
+        """Everything that determines a loss except the seed, and whether the run is complete."""
+        relevant = [v for field, v in self.config.fields().items() if field not in _IRRELEVANT]
+        return (*relevant, *self.measure.values(), *_changes(self), self.complete)
 
     @cached_property
     def _known(self) -> Points:
         return [(0, 0.0), *column(self.metrics, "tokens")]
 
     def tokens(self, step: float) -> float:
-        """Tokens learned from until `step`; between two logged steps on a straight line."""
-        step = max(0, step)  # a damaged log may hold any
+        """Tokens trained on up to `step`, interpolated linearly between logged steps."""
+        step = max(0, step)  # a damaged log may hold any value
         after = bisect.bisect_right(self._known, step, key=lambda point: point[0])
         at, tokens = self._known[after - 1]
         if after < len(self._known):
@@ -129,7 +129,7 @@ class _Run:
 
 
 def run_report(options: Report) -> int:
-    """The page of one run, or of several beside each other."""
+    """Write the page of one run, or a comparison of several."""
     if not options.runs:
         raise SotaError("report needs at least one RUN: a folder made by `sota train`")
     if len(options.runs) == 1:
@@ -142,34 +142,34 @@ def run_report(options: Report) -> int:
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> str:
-    """Write the page of two or more runs; what it says, without the curves, as text.
+    """Write the page of two or more runs; returns its contents, without the charts, as text.
 
-    SotaError 2 for a run given twice, 65 or 66 for what is none, 73 if `out` cannot be.
+    SotaError 2 for a run given twice, 65 or 66 if one is no run, 73 if `out` cannot be written.
     """
     real = [Path(os.path.realpath(folder)) for folder in folders]
     for folder, path in zip(folders, real, strict=True):
         if real.count(path) > 1:
-            raise SotaError(f"{folder} is given twice; a run compares with others only")
+            raise SotaError(f"{folder} is given twice; give different runs to compare")
     runs = [
         _Run(name, read_config(folder), read_record(folder), logged(folder))
         for name, folder in zip(_names(real), folders, strict=True)
     ]
     rows: Rows = [("", *(run.name for run in runs)), *_transposed(map(_figures, runs))]
-    rows += [row for row in _transposed(map(_particulars, runs)) if len(set(row[1:])) > 1]
+    rows += [row for row in _transposed(map(_details, runs)) if len(set(row[1:])) > 1]
     settings = _settings(runs)
-    judged: Rows = [setting.row(settings[0]) for setting in settings]
-    doubts, notes = list(_doubts(runs)), [*_notes(runs), *(_EXPLAINED if judged else ())]
-    body = [f"<h1>{len(runs)} runs</h1>", *(f"<p><b>{escape(line)}</b></p>" for line in doubts)]
+    compared: Rows = [setting.row(settings[0]) for setting in settings]
+    mismatches, notes = list(_mismatches(runs)), [*_notes(runs), *(_LEGEND if compared else ())]
+    body = [f"<h1>{len(runs)} runs</h1>", *(f"<p><b>{escape(line)}</b></p>" for line in mismatches)]
     body += [table(rows[0], rows[1:]), *_charts(runs, settings)]
-    body.append(section("Last validation", _SETTING, judged))
+    body.append(section("Last validation", _COLUMNS, compared))
     body += [f"<p>{escape(line)}</p>" for line in notes]
     save(out, document(f"Runs: {', '.join(rows[0][1:])}", body))
-    tables = [_text(rows), _text([_SETTING, *judged])] if judged else [_text(rows)]
-    return "\n\n".join([*tables, *map(printable, (*doubts, *notes))])
+    tables = [_text(rows), _text([_COLUMNS, *compared])] if compared else [_text(rows)]
+    return "\n\n".join([*tables, *map(printable, (*mismatches, *notes))])
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Each folder's name, with as many of those above it as tell it from the others."""
+    """Each folder's name, with as many parent folders as make it unique."""
     names = list[str]()
     for folder in folders:
         ends = (folder.parts[-count:] for count in range(1, len(folder.parts)))
@@ -186,7 +186,7 @@ def _transposed(columns: Iterable[dict[str, str]]) -> Rows:
 
 
 def _figures(run: _Run) -> dict[str, str]:
-    """What people ask for first."""
+    """The main figures."""
     numbers = [line for line in run.alike.values() if math.isfinite(line["val_loss"])]
     best = min(numbers, key=lambda line: line["val_loss"], default={})
     rates = [value for _, value in column(run.metrics, "tokens_per_second")]
@@ -194,16 +194,16 @@ def _figures(run: _Run) -> dict[str, str]:
     return {
         "parameters": f"{run.config.model.parameter_count:,}",
         "steps": f"{run.step:,} of {run.config.train.steps:,}",
-        "tokens learned from": f"{run.tokens(run.step):,.0f}",
-        **_judgement("last", run.judged[-1] if run.judged else {}),
-        **_judgement("best", best),
+        "tokens trained on": f"{run.tokens(run.step):,.0f}",
+        **_validation("last", run.validated[-1] if run.validated else {}),
+        **_validation("best", best),
         "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "-",
-        "memory at the peak": f"{max(memory) / 1e9:.2f} GB" if memory else "-",
+        "peak memory": f"{max(memory) / 1e9:.2f} GB" if memory else "-",
     }
 
 
-def _judgement(kind: str, line: dict[str, Any]) -> dict[str, str]:
-    """A validation, or dashes for none."""
+def _validation(kind: str, line: dict[str, Any]) -> dict[str, str]:
+    """The figures of a validation, or dashes if there is none."""
     names = ("validation, nats", "perplexity", "bits/byte", "at step")
     if not line:
         return {f"{kind} {name}": "-" for name in names}
@@ -217,8 +217,8 @@ def _judgement(kind: str, line: dict[str, Any]) -> dict[str, str]:
     return {f"{kind} {name}": cell for name, cell in zip(names, cells, strict=True)}
 
 
-def _particulars(run: _Run) -> dict[str, str]:
-    """Every option by its name on the command line, and what the last start ran on."""
+def _details(run: _Run) -> dict[str, str]:
+    """Every option by its command-line name, and the machine of the last start."""
     yes = {True: "yes", False: "no"}
     found = {
         f"--{field.replace('_', '-')}": yes[value] if isinstance(value, bool) else str(value)
@@ -231,12 +231,12 @@ def _particulars(run: _Run) -> dict[str, str]:
     return found | {f"machine: {name}": words(value) for name, value in parts}
 
 
-def _doubts(runs: Sequence[_Run]) -> Iterator[str]:
-    """Why their losses do not compare."""
+def _mismatches(runs: Sequence[_Run]) -> Iterator[str]:
+    """Why their losses are not comparable."""
     for what in runs[0].measure:
         having = dict[str, list[str]]()
         for run in runs:
-            if run.judged:
+            if run.validated:
                 having.setdefault(run.measure[what], []).append(run.name)
         if len(having) > 1 or "" in having:
             each = (f"{value[:12] or 'unknown'} ({', '.join(of)})" for value, of in having.items())
@@ -244,35 +244,35 @@ def _doubts(runs: Sequence[_Run]) -> Iterator[str]:
 
 
 def _changes(run: _Run) -> list[str]:
-    """What was changed on the way, by start."""
-    told = ((start.get("from_step"), start.get("changed")) for start in starts_of(run.record))
-    # Before the first step there was no way to change anything on.
+    """What was changed during training, by start."""
+    starts = ((start.get("from_step"), start.get("changed")) for start in starts_of(run.record))
+    # A change before the first step does not affect training.
     return [
-        f"at step {words(step)}: {words(changed)}" for step, changed in told if changed and step
+        f"at step {words(step)}: {words(changed)}" for step, changed in starts if changed and step
     ]
 
 
 def _notes(runs: Sequence[_Run]) -> Iterator[str]:
-    """What each run's figures hide."""
+    """What each run's figures do not show."""
     for run in runs:
         if not run.complete:
-            yield f"{run.name} is not complete: its schedule has not come to its end."
-        if not run.judged:
+            yield f"{run.name} is not complete: its schedule has not finished."
+        if not run.validated:
             yield f"{run.name} has no validation yet."
         if changes := _changes(run):
-            yield f"{run.name} was changed on its way, {'; '.join(changes)}"
+            yield f"{run.name} was changed during training, {'; '.join(changes)}"
     for members in _grouped(runs):
         for repeat in members[1:]:
             first = next(run for run in members if run.config.run.seed == repeat.config.run.seed)
             if first is not repeat:
-                yield f"{repeat.name} repeats {first.name}, seed and all: one of them counts."
+                yield f"{repeat.name} repeats {first.name} with the same seed: only one counts."
 
 
 def _grouped(runs: Sequence[_Run]) -> list[list[_Run]]:
-    """Runs that have been judged, those together that differ in nothing but the seed."""
+    """Runs that have a validation, grouped with those that differ only in the seed."""
     groups = dict[Hashable, list[_Run]]()
     for run in runs:
-        if run.judged:
+        if run.validated:
             unknown = run.name if "" in run.measure.values() else None
             groups.setdefault((run.setting, unknown), []).append(run)
     return list(groups.values())
@@ -280,13 +280,13 @@ def _grouped(runs: Sequence[_Run]) -> list[list[_Run]]:
 
 @dataclass(frozen=True)
 class _Setting:
-    """Runs of distinct seeds and otherwise alike, at the last step where all were judged."""
+    """Runs that differ only in their seed, at the last step where all were validated."""
 
     runs: list[_Run]
     step: int
 
     def of(self, name: str) -> list[Any]:
-        """A figure of that validation, of each run."""
+        """A figure of that validation for each run."""
         return [run.alike[self.step].get(name) for run in self.runs]
 
     @property
@@ -296,7 +296,7 @@ class _Setting:
         return statistics.stdev(losses) if len(losses) > 1 and all(map(is_number, losses)) else None
 
     def row(self, first: "_Setting") -> tuple[str, ...]:
-        """Its line of the table, which compares it with the first."""
+        """Its row of the table, compared with the first setting."""
         mean, spread = statistics.fmean(self.of("val_loss")), self.spread
         cells = (
             ", ".join(run.name for run in self.runs),
@@ -308,10 +308,10 @@ class _Setting:
         if self is first:
             return (*cells, "-", "-", "-")
         one, other = self.runs[0], first.runs[0]
-        there = one.tokens(self.step) == other.tokens(first.step)
+        same_tokens = one.tokens(self.step) == other.tokens(first.step)
         if one.measure != other.measure or "" in one.measure.values():
             return (*cells, "not comparable", "-", "-")
-        if not there and not (one.complete and other.complete):
+        if not same_tokens and not (one.complete and other.complete):
             return (*cells, "not complete", "-", "-")
         seeds = text = "-"
         if spread is not None and first.spread is not None:
@@ -326,7 +326,7 @@ class _Setting:
 def _settings(runs: Sequence[_Run]) -> list[_Setting]:
     found = list[_Setting]()
     for members in _grouped(runs):
-        seeds = {run.config.run.seed: run for run in reversed(members)}  # the first of each
+        seeds = {run.config.run.seed: run for run in reversed(members)}  # first run of each seed
         distinct = [run for run in members if seeds[run.config.run.seed] is run]
         steps = set[int].intersection(*(set(run.alike) for run in distinct))
         if steps:
@@ -337,7 +337,7 @@ def _settings(runs: Sequence[_Run]) -> list[_Setting]:
 
 
 def _charts(runs: Sequence[_Run], settings: Sequence[_Setting]) -> Iterator[str]:
-    """The losses of all runs over tokens, so that runs of different batches compare."""
+    """The losses of all runs over tokens, so that runs with different batch sizes compare."""
 
     def points(run: _Run, name: str) -> Points:
         start = run.config.train.steps * START
@@ -345,25 +345,25 @@ def _charts(runs: Sequence[_Run], settings: Sequence[_Setting]) -> Iterator[str]
 
     bands = list[Points]()
     for group in (setting.runs for setting in settings if len(setting.runs) > 1):
-        judged = [dict(points(run, "val_loss")) for run in group]
-        common = sorted(set[float].intersection(*map(set, judged)))
+        losses = [dict(points(run, "val_loss")) for run in group]
+        common = sorted(set[float].intersection(*map(set, losses)))
         if len(common) > 1:
-            low = [(x, min(of[x] for of in judged)) for x in common]
-            bands.append([*low, *((x, max(of[x] for of in judged)) for x in reversed(common))])
+            low = [(x, min(of[x] for of in losses)) for x in common]
+            bands.append([*low, *((x, max(of[x] for of in losses)) for x in reversed(common))])
 
     def curves(name: str, dots: bool) -> list[Curve]:
-        looks = zip(itertools.cycle(_COLOURS), itertools.cycle(_DASHES), runs)
-        return [Curve(points(run, name), c, d, dots=dots, name=run.name) for c, d, run in looks]
+        styles = zip(itertools.cycle(_COLORS), itertools.cycle(_DASHES), runs)
+        return [Curve(points(run, name), c, d, dots=dots, name=run.name) for c, d, run in styles]
 
-    shaded = "; shaded: between seeds" if bands else ""
-    title = f"Validation loss, plain nats, over tokens learned from{shaded}"
+    shaded = "; shaded: range over seeds" if bands else ""
+    title = f"Validation loss in nats, without smoothing, by tokens trained on{shaded}"
     yield chart(title, curves("val_loss", dots=True), "tokens", bands)
-    title = "Training loss, plain nats, over tokens learned from"
+    title = "Training loss in nats, without smoothing, by tokens trained on"
     yield chart(title, curves("loss", dots=False), "tokens")
 
 
 def _text(rows: Rows) -> str:
-    """Aligned columns, as many beside each other as the terminal has place for."""
+    """Aligned columns, as many side by side as fit the terminal."""
     width = shutil.get_terminal_size().columns
     rows = [tuple(map(printable, row)) for row in rows]
     sizes = [max(map(len, cells)) for cells in zip(*rows, strict=True)]

@@ -1,8 +1,8 @@
-"""Is this machine fit to train on? Every check computes something and compares it.
+"""Is this machine fit for training? Every check computes something and compares the result.
 
-The device's own arithmetic is held against the CPU's: the probes of `probes.py`, and this very
-model forward and backward. `run_doctor` shows the table; `admit` is what training asks before it
-trusts a device. torch is imported when it is needed, so that a missing one can be said.
+The device's arithmetic is compared with the CPU's: the probes of `probes.py`, and a forward and
+backward pass of the model itself. `run_doctor` prints the table; training calls `admit` before it
+trusts a device. torch is imported late, so that a missing torch can be reported.
 """
 
 import contextlib
@@ -41,32 +41,32 @@ class Check(NamedTuple):
 
 
 def run_doctor(options: Doctor) -> int:
-    """Print the table; 0 when the machine is fit, else 70."""
+    """Print the table; return 0 if the machine is fit, else 70."""
     from rich.console import Console
     from rich.table import Table
 
     checks = check(options)
-    table = Table("", "check", "found", "what to do")
+    table = Table("", "check", "result", "what to do")
     for line in checks:
         mark = "[green]pass[/]" if line.passed else "[red]FAIL[/]"
         table.add_row(mark, line.name, line.detail, line.advice if not line.passed else "")
     Console().print(table)
     if failed := failures(checks):
-        print(f"not fit: {', '.join(line.name for line in failed)}")
+        print(f"not fit for training; failed: {', '.join(line.name for line in failed)}")
         return DIVERGED
     without = "" if all(line.passed for line in checks) else ", without torch.compile"
-    print(f"this machine is fit to train on{without}")
+    print(f"this machine is fit for training{without}")
     return 0
 
 
 def check(options: Doctor) -> list[Check]:
-    """All checks of the device that training would use, in the order of the table."""
+    """All checks of the device that training would use, in table order."""
     try:
         import torch
 
         from sota_transformer.runtime import Runtime
     except ImportError as error:
-        advice = "install the package again: pip install sota-transformer"
+        advice = "reinstall the package: pip install sota-transformer"
         return [Check("torch", False, str(error), advice)]
     runtime = Runtime.detect(Run(device=options.device), parameters=16_000_000)
     choices = (Check("choice", True, reason) for reason in runtime.reasons)
@@ -75,7 +75,7 @@ def check(options: Doctor) -> list[Check]:
 
 
 def arithmetic(runtime: "Runtime") -> list[Check]:
-    """The probes and the whole model, on the runtime's device in its precision."""
+    """The probes and the whole model, on the runtime's device and in its precision."""
     import torch
 
     from sota_transformer import probes
@@ -89,7 +89,7 @@ def arithmetic(runtime: "Runtime") -> list[Check]:
 
 
 def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
-    """One probe; its error must be what the precision explains."""
+    """Run one probe; its error must be within what the precision explains."""
     import torch
 
     from sota_transformer.runtime import in_short
@@ -106,16 +106,16 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
 
 
 def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tensor]") -> Check:
-    """Loss and every gradient of a small model, against those of the CPU in float32."""
+    """Compare the loss and all gradients of a small model with the CPU's in float32."""
     import torch
 
     from sota_transformer import probes
     from sota_transformer.runtime import in_short
 
     name = _COMPILED if runtime.compile else _MODEL
-    advice = "use --device cpu or another torch"
+    advice = "use --device cpu, or another version of torch"
     if runtime.compile:
-        advice = "nothing: training does without torch.compile, which is slower and as right"
+        advice = "nothing: training skips torch.compile, which is slower but equally correct"
     loss_limit, limit = (1e-4, 2e-3) if runtime.dtype == torch.float32 else (1e-2, 6e-2)
     try:
         loss, gradients = probes.one_step(runtime, runtime.device.type)
@@ -130,14 +130,14 @@ def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tenso
 
 
 def _memory(runtime: "Runtime") -> Check:
-    """Room for the 125M preset: 16 bytes a parameter and some activations."""
+    """Available memory; the 125M preset needs 16 bytes per parameter and some activations."""
     available = runtime.available_memory()
     detail = f"{available / 1e9:.1f} GB available (125m needs about 4 GB, 16m about 1.5)"
     return Check("memory", available > 1e9, detail, "close other programs")
 
 
 def _disk(folder: Path) -> list[Check]:
-    """Free space and the speed of a durable write, where runs would live."""
+    """Free space and the speed of durable writes where runs would live."""
     data = os.urandom(1 << 20)
     probe = folder / f".sota-doctor-{os.getpid()}"
     started = time.perf_counter()
@@ -154,19 +154,19 @@ def _disk(folder: Path) -> list[Check]:
         with contextlib.suppress(OSError):
             probe.unlink()
     space, rate = f"{free / 1e9:.0f} GB free in {folder.resolve()}", f"{speed / 1e6:.0f} MB/s"
-    room = "make room: four checkpoints of 125m take 5.9 GB"
+    room = "free disk space: four checkpoints of 125m take 5.9 GB"
     faster = "use another disk, or save less often"
     return [
         Check("disk space", free > 6e9, space, room),
-        Check("disk speed", speed > _SLOW_DISK, f"{rate}, durably written", faster),
+        Check("disk speed", speed > _SLOW_DISK, f"{rate}, durable writes", faster),
     ]
 
 
 def admit(folder: Path, runtime: "Runtime") -> "Runtime":
-    """The runtime to train with, on a device whose arithmetic is right; else SotaError 70.
+    """The runtime to train with if the device's arithmetic is correct; else SotaError 70.
 
-    It does not compile where only what is compiled is wrong. The verdict is kept in the run's
-    folder and asked again unless all was good on the same device, precision and torch.
+    Compilation is turned off if only compiled code is wrong. The verdict is cached in the run's
+    folder and reused only if every check passed on the same device, precision and torch.
     """
     machine = {k: v for k, v in runtime.describe().items() if k not in ("threads", "world")}
     path = folder / _VERDICT
@@ -181,8 +181,8 @@ def admit(folder: Path, runtime: "Runtime") -> "Runtime":
     if failed:
         names = "; ".join(f"{line.name}: {line.detail}" for line in failed)
         raise SotaError(
-            f"{runtime.device} computes wrongly ({names}); {failed[0].advice}. `sota doctor` shows "
-            "the whole table",
+            f"{runtime.device} gives wrong results ({names}); {failed[0].advice}. `sota doctor` "
+            "shows all checks",
             DIVERGED,
         )
     wrong = next((line for line in checks if not line.passed), None)
@@ -190,5 +190,5 @@ def admit(folder: Path, runtime: "Runtime") -> "Runtime":
 
 
 def failures(checks: list[Check]) -> list[Check]:
-    """What makes a machine unfit; it can do without torch.compile."""
+    """Failed checks that make a machine unfit; a wrong torch.compile does not."""
     return [line for line in checks if not line.passed and line.name != _COMPILED]

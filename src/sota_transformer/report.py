@@ -1,4 +1,4 @@
-"""`sota report`: a run folder becomes one HTML file, with nothing that is not in the folder."""
+"""`sota report`: writes one HTML file about a run, using only what is in its folder."""
 
 import json
 import math
@@ -20,20 +20,20 @@ from sota_transformer.training.runlog import (
     samples_of,
 )
 
-_WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart, and of its margins, in pixels
+_WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart and its margins, in pixels
 _MOST_POINTS = 600
-START = 0.03  # of a run's steps; losses from before would press the rest of the curve flat
+START = 0.03  # share of the steps to leave out of loss charts; they would flatten the rest
 
 Points = list[tuple[float, float]]
 
 
 class Curve(NamedTuple):
-    """Points of a chart: joined by a line, marked by dots, or both."""
+    """Points of a chart, drawn as a line, as dots, or both."""
 
     points: Points
-    colour: str = "#4a7fb5"
+    color: str = "#4a7fb5"
     dashes: str = "none"
-    """Lengths of dash and gap, in pixels."""
+    """Lengths of dashes and gaps, in pixels."""
     line: bool = True
     dots: bool = False
     name: str = ""
@@ -41,12 +41,12 @@ class Curve(NamedTuple):
 
     @property
     def look(self) -> str:
-        """The style of what is drawn for it."""
-        return f'style="color:{self.colour};stroke-dasharray:{self.dashes}"'
+        """The style attribute of its SVG elements."""
+        return f'style="color:{self.color};stroke-dasharray:{self.dashes}"'
 
 
 def write_report(folder: Path, out: Path) -> Path:
-    """Write the page of a run. SotaError 65 or 66 if the folder is none, 73 if `out` cannot be."""
+    """Write a run's page. SotaError 65 or 66 if it is no run, 73 if `out` cannot be written."""
     config, record, metrics = read_config(folder), read_record(folder), logged(folder)
     done, learned = next(reversed(column(metrics, "tokens")), (0, 0))
     described = describe(config, padding_of(record), int(done), int(learned))
@@ -67,7 +67,7 @@ def write_report(folder: Path, out: Path) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """run.json, where the run came from; empty where it is missing. SotaError 65."""
+    """run.json, the run's provenance; empty if it is missing. SotaError 65."""
     path = folder / "run.json"
     try:
         value = json.loads(path.read_text())
@@ -79,14 +79,14 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log. SotaError 66 where there is none."""
+    """The lines of a run's log. SotaError 66 if there are none."""
     if metrics := read_metrics(folder):
         return metrics
     raise SotaError(f"{folder} has logged nothing yet; there is nothing to report", NO_INPUT)
 
 
 def padding_of(record: dict[str, Any]) -> float:
-    """Share of the targets that is padding, as far as run.json knows."""
+    """Share of the targets that is padding, according to run.json."""
     padding = record.get("padding")
     return padding if isinstance(padding, float) and 0 <= padding < 1 else 0.0
 
@@ -97,16 +97,16 @@ def column(metrics: list[dict[str, Any]], name: str) -> Points:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a log is a number, and finite."""
+    """Whether a logged value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
-    """The figures that people ask for first."""
+    """The main figures."""
     step, steps = metrics[-1]["step"], config.train.steps
     rows = [("steps", f"{step:,} of {steps:,}" + ("" if step >= steps else ": not complete"))]
-    if judged := validations(metrics):
-        last = judged[-1]
+    if validated := validations(metrics):
+        last = validated[-1]
         rows.append((f"validation loss, step {last['step']:,}", judgement(last)))
     if losses := column(metrics, "loss"):
         rows.append(("training loss, last logged", f"{losses[-1][1]:.4f} nats"))
@@ -115,12 +115,12 @@ def _summary(config: RunConfig, metrics: list[dict[str, Any]]) -> str:
         seconds = sum(tokens / rate for tokens, rate in _intervals(metrics))
         rows.append(("time in training steps", clock(seconds)))
     if memory := column(metrics, "memory"):
-        rows.append(("memory at the peak", f"{max(value for _, value in memory) / 1e9:.2f} GB"))
-    return table(("what", "figure"), rows)
+        rows.append(("peak memory", f"{max(value for _, value in memory) / 1e9:.2f} GB"))
+    return table(("metric", "value"), rows)
 
 
 def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
-    """(tokens since the line before, tokens/s) of each logged step."""
+    """(tokens since the previous line, tokens/s) of each logged step."""
     before = 0.0
     rates = dict(column(metrics, "tokens_per_second"))
     for step, tokens in column(metrics, "tokens"):
@@ -130,7 +130,7 @@ def _intervals(metrics: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
 
 
 def validations(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of validations."""
+    """The log lines of validations."""
     names = ("val_loss", "val_bits_per_byte")
     numbers = (m for m in metrics if all(isinstance(m.get(name), int | float) for name in names))
     return [m for m in numbers if isinstance(m.get("val_perplexity", ""), int | float | None)]
@@ -139,20 +139,20 @@ def validations(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _charts(config: RunConfig, metrics: list[dict[str, Any]]) -> Iterator[str]:
     start = config.train.steps * START
     losses = [point for point in column(metrics, "loss") if point[0] >= start]
-    judged = [point for point in column(metrics, "val_loss") if point[0] >= start]
-    curves = [Curve(losses), Curve(judged, "#c8553d", line=False, dots=True)]
-    yield chart("Loss, plain nats: training in blue, validation in red", curves)
+    validated = [point for point in column(metrics, "val_loss") if point[0] >= start]
+    curves = [Curve(losses), Curve(validated, "#c8553d", line=False, dots=True)]
+    yield chart("Loss in nats, without smoothing: training blue, validation red", curves)
     yield chart("Learning rate", [Curve(column(metrics, "lr"))])
-    yield chart("Norm of the gradient, before clipping", [Curve(column(metrics, "gradient_norm"))])
+    yield chart("Gradient norm before clipping", [Curve(column(metrics, "gradient_norm"))])
     yield chart("Tokens per second", [Curve(column(metrics, "tokens_per_second"))])
 
 
 def chart(
     title: str, curves: Sequence[Curve], unit: str = "step", bands: Sequence[Points] = ()
 ) -> str:
-    """A heading, a legend of what has a name, and an SVG; nothing where it would be one point.
+    """A heading, a legend of the named curves, and an SVG; empty for fewer than two points.
 
-    `unit` is of the x axis. A band is the outline of an area, shaded behind the curves.
+    `unit` is the unit of the x axis. A band is the outline of an area shaded behind the curves.
     """
     curves = [c._replace(points=thinned(c.points)) if c.line else c for c in curves]
     everything = [point for part in (*(c.points for c in curves), *bands) for point in part]
@@ -190,7 +190,7 @@ def chart(
 
 
 def _legend(curves: Sequence[Curve]) -> str:
-    """A piece of each line before its name."""
+    """A sample of each line followed by its name."""
     entries = [
         f'<span><svg width="40" height="10"><g {curve.look}><polyline points="0,5 40,5"/></g>'
         f"</svg> {escape(curve.name)}</span> "
@@ -201,7 +201,7 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def thinned(line: Points) -> Points:
-    """At most so many points as a screen shows, each the mean of its neighbours."""
+    """At most `_MOST_POINTS` points, each the mean of a few neighbors."""
     size = math.ceil(len(line) / _MOST_POINTS) or 1
     groups = (line[begin : begin + size] for begin in range(0, len(line), size))
     return [(group[-1][0], statistics.fmean(y for _, y in group)) for group in groups]
@@ -217,7 +217,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _validations(metrics: list[dict[str, Any]]) -> str:
     rows = [(f"{line['step']:,}", judgement(line)) for line in validations(metrics)]
-    return section("Validation", ("step", "plain loss"), rows)
+    return section("Validation", ("step", "loss without smoothing"), rows)
 
 
 def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -228,7 +228,7 @@ def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _starts(run: dict[str, Any]) -> Iterator[str]:
     names = ("from_step", "started", "machine", "changed", "command")
-    head = ("from step", "at", "machine", "changed since the one before", "command")
+    head = ("from step", "started", "machine", "changed since the previous start", "command")
     if starts := starts_of(run):
         rows = [tuple(words(start.get(name)) for name in names) for start in starts]
         yield section("Starts", head, rows)
@@ -236,7 +236,7 @@ def _starts(run: dict[str, Any]) -> Iterator[str]:
 
 
 def words(value: Any) -> str:
-    """A value of run.json for people."""
+    """A value of run.json as readable text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {words(part)}" for name, part in value.items())
     return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
@@ -248,11 +248,11 @@ def _events(metrics: list[dict[str, Any]]) -> str:
         for line in metrics
         if "event" in line
     ]
-    return section("What happened", ("step", "event", "reason"), rows)
+    return section("Events", ("step", "event", "reason"), rows)
 
 
 def _samples(metrics: list[dict[str, Any]]) -> Iterator[str]:
-    """The last sample, and the ones before it folded away."""
+    """The last sample, with earlier ones collapsed."""
     samples = list(samples_of(metrics).items())
     if samples:
         yield f"<h2>Sample at step {samples[-1][0]:,}</h2><pre>{escape(samples[-1][1])}</pre>"

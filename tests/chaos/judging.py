@@ -187,8 +187,8 @@ class Judge(Writing):
             sure = abs(figures["difference"]) / figures["paired_error"]
             told = "worse" if figures["difference"] > 0 else "better"
             if abs(sure - 2) > 0.01:
-                ends = (told if sure > 2 else "no difference that this text can show") + "\n"
-                same(case, "words", output.endswith(f"(error over the same windows): {ends}"), True)
+                ends = (told if sure > 2 else "no significant difference on this text") + "\n"
+                same(case, "words", output.endswith(f"(paired standard error): {ends}"), True)
 
     def _against(
         self, name: str, one: Subject, other: Subject, place: Path, source: random.Random

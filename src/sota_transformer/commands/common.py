@@ -1,4 +1,4 @@
-"""What the verbs that use a model share: a run, or a Hugging Face folder, becomes a model."""
+"""Shared by the verbs that use a model: load one from a run or a Hugging Face folder."""
 
 import sys
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from sota_transformer.words import one_line
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A model to use, and what is known of where it came from."""
+    """A model to use, and what is known about its origin."""
 
     folder: Path
     model: Transformer
@@ -30,7 +30,7 @@ class Opened:
 
     @property
     def name(self) -> str:
-        """What to call it."""
+        """The name to show."""
         return self.folder.resolve().name or "model"
 
     @property
@@ -40,14 +40,14 @@ class Opened:
 
 
 def warn(text: str) -> None:
-    """One line beside the result."""
+    """Print one line to stderr."""
     print(f"sota: {one_line(text)}", file=sys.stderr)
 
 
 def open_to_generate(folder: Path, device: str, step: int | None, dtype: str) -> Opened:
-    """As `open_model`, laid out for one token after the other.
+    """As `open_model`, with weights laid out for token-by-token decoding.
 
-    In bfloat16 the matrices are stored so and computed with; norms and logits stay float32.
+    In bfloat16 the matrices are stored and multiplied as such; norms and logits stay float32.
     """
     opened = open_model(folder, device, step)
     if dtype == "bfloat16":
@@ -75,8 +75,9 @@ def open_model(folder: Path, device: str, step: int | None) -> Opened:
 
 
 def decoded(data: bytes, path: Path) -> str:
-    """A file's bytes as the text that `sota prepare` takes them for: UTF-8, or UTF-16 with its
-    mark. SotaError 65 for any other encoding.
+    """A file's bytes decoded as in `sota prepare`: UTF-8, or UTF-16 with a byte order mark.
+
+    SotaError 65 for any other encoding.
     """
     try:
         return without_mark(data).decode()
@@ -86,6 +87,6 @@ def decoded(data: bytes, path: Path) -> str:
 
 
 def check(rules: dict[str, bool]) -> None:
-    """All broken rules in one error."""
+    """Report all broken rules in one error."""
     if broken := [text for text, holds in rules.items() if not holds]:
         raise SotaError("; ".join(broken))

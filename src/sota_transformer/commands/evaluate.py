@@ -1,4 +1,4 @@
-"""`sota evaluate`: every figure that was asked for, as one table or one JSON object."""
+"""`sota evaluate`: all requested figures, as one table or one JSON object."""
 
 import shutil
 import sys
@@ -30,7 +30,7 @@ from sota_transformer.words import counted, json_line, perplexity
 
 
 def run_evaluate(options: Evaluate) -> int:
-    """One table, or one JSON object, of every figure that was asked for."""
+    """Print all requested figures as one table or one JSON object."""
     least = min(options.tokens, options.limit, options.context, options.stride)
     check({"--tokens, --limit, --context and --stride must be 0 or more": least >= 0})
     opened = open_model(options.run, options.device, options.step)
@@ -61,7 +61,7 @@ def run_evaluate(options: Evaluate) -> int:
 
 
 def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Perplexity on the texts given, or the run's validation split; beside another's if asked."""
+    """Perplexity on the given texts or the run's validation split, and the --against model's."""
     models = [opened]
     if options.against is not None:
         models.append(open_model(options.against, options.device, None))
@@ -71,12 +71,12 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
     most, files = options.tokens or sys.maxsize, list[Source]()
     if options.text:
         name = ", ".join(map(str, options.text))
-        files, passed = find(tuple(map(str, options.text)))
-        encoded = map(tokenizer.encode, _texts(files, passed))
+        files, skipped = find(tuple(map(str, options.text)))
+        encoded = map(tokenizer.encode, _texts(files, skipped))
         texts = _first((np.array([EOT, *ids], np.uint16) for ids in encoded), most)
-        if passed:
-            first = f"the first is {printable(passed[0].where)}: {passed[0].reason}"
-            warn(f"not judged: {counted(len(passed), 'item')}; {first}")
+        if skipped:
+            first = f"the first is {printable(skipped[0].where)}: {skipped[0].reason}"
+            warn(f"skipped {counted(len(skipped), 'item')}; {first}")
     else:
         windows = _validation_split(opened, context)
         name = f"validation split of {opened.data}"
@@ -98,7 +98,7 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
 
 
 def _first(texts: Iterable[Array], most: int) -> list[Array]:
-    """As many of the texts as have `most` tokens to predict, the last cut; no more are read."""
+    """The first texts, up to `most` predicted tokens, the last one cut; reads no further."""
     kept = []
     for tokens in texts:
         kept.append(tokens[: most + 1])
@@ -109,15 +109,14 @@ def _first(texts: Iterable[Array], most: int) -> list[Array]:
 
 
 def _validation_split(opened: Opened, context: int) -> TokenWindows:
-    """The windows for validation of the data that the run was trained on."""
+    """The validation windows of the run's data."""
     if opened.data is None:
         kind = "exported" if opened.config is None else "imported"
         raise SotaError(f"an {kind} model has no validation split; give --text FILE")
     if not opened.data.is_dir():
-        here = "" if opened.data.is_absolute() else "go to the folder it was started from, or "
+        here = "" if opened.data.is_absolute() else "change to the folder it was started from, or "
         raise SotaError(
-            f"{opened.data}, the run's data, is not here; {here}judge it on --text FILE",
-            NO_INPUT,
+            f"{opened.data}, the run's data, does not exist; {here}give --text FILE", NO_INPUT
         )
     return TokenWindows(opened.data, "val", context)
 
@@ -125,34 +124,35 @@ def _validation_split(opened: Opened, context: int) -> TokenWindows:
 def _sums(
     opened: Opened, texts: list[Array], token_bytes: Array, context: int, stride: int
 ) -> Array:
-    """(N, 3) of all texts. ValueError when there is none."""
+    """Nats, tokens and bytes (N, 3) of the windows of all texts."""
     model, masked = opened.model, bool(opened.config and opened.config.data.document_mask)
     with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
         sums = (sliding_sums(model, t, token_bytes, context, stride, masked, meter) for t in texts)
         return np.concatenate([np.zeros((0, 3)), *sums])
 
 
-def _warn_of_other_data(opened: Opened, judged: Opened, fingerprint: str) -> None:
-    """Say so where the data of the run that is judged is not what this model was trained on."""
+def _warn_of_other_data(opened: Opened, evaluated: Opened, fingerprint: str) -> None:
+    """Warn if `opened` was not trained on the data whose validation split is evaluated."""
     run = opened.folder
     if opened.data is None:
-        warn(f"{run} does not say what it was trained on: what is judged here may have been")
+        warn(f"the training data of {run} is unknown; it may contain this validation text")
         return
     assert opened.step is not None
     manifest = read_manifest(checkpoint.path_of(run, opened.step) / MANIFEST)
     trained = str(manifest.get("data") or fingerprint)
-    if not trained.startswith(fingerprint):  # behind it stood once how it was cut
-        warn(f"{judged.data} is not what {run} was trained on: what is judged here may have been")
+    if not trained.startswith(fingerprint):  # older manifests append the kind of windows
+        data = evaluated.data
+        warn(f"{run} was not trained on {data}; its data may contain this validation text")
 
 
-def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
-    """The texts of files: of a text the whole, or what lines of `<|endoftext|>` divide, of code the
-    whole, else what `sota prepare` takes as documents; what is none goes to `passed`.
+def _texts(sources: list[Source], skipped: list[Skipped]) -> Iterator[str]:
+    """The texts of files: a text file is split at lines of `<|endoftext|>`, a code file is one
+    text, others are read as documents as in `sota prepare`; skipped ones go to `skipped`.
     """
     for source in sources:
         if source.kind in ARCHIVES or source.codec in CODECS:
             raise SotaError(
-                f"{source.path}: unpack it first; --text - reads what is piped in", BAD_DATA
+                f"{source.path}: unpack it first, or pipe its contents to --text -", BAD_DATA
             )
         if source.codec:  # standard input
             with NamedTemporaryFile() as spool:
@@ -161,7 +161,7 @@ def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
                 spool.seek(0)
                 kind = looks_like(spool.read(4096))
                 piped = replace(source, path=spool.name, kind=kind, codec="", size=size)
-                yield from _texts([piped], passed)
+                yield from _texts([piped], skipped)
             continue
         if source.kind in ("text", "code"):
             data = decoded(Path(source.path).read_bytes(), Path(source.name)).encode()
@@ -170,13 +170,13 @@ def _texts(sources: list[Source], passed: list[Skipped]) -> Iterator[str]:
             continue
         for document in documents(whole(source), "text", Tables()):
             if isinstance(document, Skipped):
-                passed.append(document)
+                skipped.append(document)
             else:
                 yield document.decode()
 
 
 def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Figures of EleutherAI's lm-eval."""
+    """Results of EleutherAI's lm-eval."""
     try:
         from yaml import YAMLError
 
@@ -198,12 +198,12 @@ def _harness(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> dict[st
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    """The figures, and published ones measured by the same protocols."""
-    print(f"{_titled(result)}, {result['parameters']:,} parameters")
+    """Print the figures, and published ones measured by the same protocols."""
+    print(f"{_title(result)}, {result['parameters']:,} parameters")
     if "nats" in result:
-        error, unit = "", "nats a token"
+        error, unit = "", "nats per token"
         if result["error"] is not None:
-            error, unit = f" +- {result['error']:.4f}", f"{unit} (error over windows)"
+            error, unit = f" +- {result['error']:.4f}", f"{unit} (standard error over windows)"
         print(
             f"{result['text']}: {counted(result['tokens'], 'token')} in "
             f"{counted(result['sequences'], 'window')}, "
@@ -233,20 +233,20 @@ def _print_table(result: dict[str, Any]) -> None:
 
 
 def _print_difference(other: dict[str, Any]) -> None:
-    """The other model's loss, and who is better as far as this text can tell."""
-    line = f"against {_titled(other)}: {other['nats']:.4f}"
+    """Print the other model's loss, and which model is better if the difference is significant."""
+    line = f"against {_title(other)}: {other['nats']:.4f}"
     if other["error"] is None:
         print(f"{line}\n  difference      {other['difference']:+.4f}")
         return
-    told = "no difference that this text can show"
+    verdict = "no significant difference on this text"
     if abs(other["difference"]) > 2 * other["paired_error"]:
-        told = "worse" if other["difference"] > 0 else "better"
+        verdict = "worse" if other["difference"] > 0 else "better"
     print(
         f"{line} +- {other['error']:.4f}\n  difference      {other['difference']:+.4f} +- "
-        f"{other['paired_error']:.4f} (error over the same windows): {told}"
+        f"{other['paired_error']:.4f} (paired standard error): {verdict}"
     )
 
 
-def _titled(result: dict[str, Any]) -> str:
-    """The name of a model and its step, if it has one."""
+def _title(result: dict[str, Any]) -> str:
+    """The model's name, and its step if it has one."""
     return result["model"] + ("" if result["step"] is None else f", step {result['step']:,}")

@@ -1,8 +1,8 @@
 """The examples of LAMBADA and HellaSwag: JSON lines in a local file, or from the Hugging Face hub.
 
-From the hub they are fetched once; from then on they are local files. The hub keeps every public
-data set as Parquet on the branch `refs/convert/parquet`. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and
-`XDG_CACHE_HOME` mean what they mean to other programs.
+They are downloaded from the hub once and cached as local files. The hub keeps every public data
+set as Parquet on the branch `refs/convert/parquet`. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and
+`XDG_CACHE_HOME` have their usual meaning.
 """
 
 import io
@@ -25,7 +25,7 @@ _LARGEST = 64 << 20
 _SECONDS = 20
 
 
-# The hub's tables of each benchmark, and what their columns are called here.
+# The hub's tables for each benchmark, and our names for their columns.
 _TABLES = {
     "lambada": {
         "EleutherAI/lambada_openai default/test": {"text": "text"},
@@ -40,7 +40,7 @@ _TABLES = {
 
 
 def lambada(place: Path, limit: int) -> tuple[list[str], list[str]]:
-    """Texts in OpenAI's form, and in the original one, of a file or `hub`. SotaError 65 or 66."""
+    """Texts in OpenAI's and in the original form, from a file or `hub`. SotaError 65 or 66."""
     path, examples = _objects("lambada", place, limit)
     texts, standard = ([e[field] for e in examples if field in e] for field in ("text", "standard"))
     both = [*texts, *standard]
@@ -54,31 +54,31 @@ def lambada(place: Path, limit: int) -> tuple[list[str], list[str]]:
 
 
 def hellaswag(place: Path, limit: int) -> list[Choice]:
-    """Questions of a file or `hub`. SotaError 65 or 66."""
+    """Questions from a file or `hub`. SotaError 65 or 66."""
     path, examples = _objects("hellaswag", place, limit)
     return [_choice(path, example) for example in examples]
 
 
 def _choice(path: Path, example: dict[str, Any]) -> Choice:
-    """One example of HellaSwag, with the hub's fields or with ctx alone. SotaError 65."""
+    """One HellaSwag example, with the hub's fields or with only ctx. SotaError 65."""
     texts = ("activity_label", "ctx_a", "ctx_b") if "ctx_a" in example else ("ctx",)
     shape = dict.fromkeys(texts, str) | {"endings": [str], "label": (int, str)}
     if wrong := misfit(example, shape):
-        raise SotaError(f"{path}: not an example of HellaSwag ({wrong})", BAD_DATA)
+        raise SotaError(f"{path}: not a HellaSwag example ({wrong})", BAD_DATA)
     endings, label = example["endings"], str(example["label"])
     if "ctx_a" in example:
         activity, first, second = (example[name] for name in ("activity_label", "ctx_a", "ctx_b"))
         choice = hellaswag_choice(activity, first, second, endings, 0)
     else:
         choice = Choice(example["ctx"], endings, 0)
-    # As they are scored: of an ending that was nothing but a mark of WikiHow nothing is left.
+    # Checked as scored: an ending of nothing but WikiHow marks is empty by now.
     if label not in map(str, range(len(endings))) or not all(e.strip() for e in choice.endings):
-        raise SotaError(f"{path}: endings must be texts and label one of their numbers", BAD_DATA)
+        raise SotaError(f"{path}: endings must not be empty and label must be an index", BAD_DATA)
     return choice._replace(label=int(label))
 
 
 def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, Any]]]:
-    """The file of `name` that `place` means, and the objects in its lines of JSON."""
+    """The file that `place` refers to, and the objects in its JSON lines."""
     path = _fetch(name) if str(place) == "hub" else place
     if not path.is_file():
         raise SotaError(f"{path}: no such file", NO_INPUT)
@@ -103,7 +103,7 @@ def _fetch(name: str) -> Path:
     """JSON lines of `lambada` or `hellaswag`, from the cache or the hub. SotaError 65 or 66."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    except RuntimeError as error:  # a user without a home, as in some containers
+    except RuntimeError as error:  # a user without a home folder, as in some containers
         raise SotaError(f"{error}; set XDG_CACHE_HOME to a folder", NO_INPUT) from error
     cache = home / "sota_transformer"
     path = cache / f"{name}.jsonl"
@@ -117,7 +117,7 @@ def _fetch(name: str) -> Path:
 
 
 def _rows(name: str, place: str, columns: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows of one table, under our names of its columns."""
+    """The rows of one table, with columns renamed to ours."""
     try:
         from pyarrow.parquet import read_table
     except ImportError as error:
@@ -131,7 +131,7 @@ def _rows(name: str, place: str, columns: dict[str, str]) -> list[dict[str, Any]
         return table.rename_columns(list(columns.values())).to_pylist()
     except (ValueError, OSError, KeyError) as error:
         line = str(error).strip().partition("\n")[0]
-        raise SotaError(f"the hub's {place} is not what it was: {line}", BAD_DATA) from error
+        raise SotaError(f"the hub's {place} has an unexpected format: {line}", BAD_DATA) from error
 
 
 def _download(name: str, place: str) -> bytes:
@@ -146,7 +146,7 @@ def _download(name: str, place: str) -> bytes:
     except (OSError, ValueError, HTTPException) as error:
         why = getattr(error, "reason", None) or error
         raise SotaError(
-            f"cannot fetch {repository} from {host} ({why}); offline, give --{name} a local FILE",
+            f"cannot download {repository} from {host} ({why}); offline, use --{name} FILE",
             NO_INPUT,
         ) from error
     if len(data) > _LARGEST:

@@ -18,7 +18,7 @@ _PROMPT_BYTES = 64 << 20
 
 
 def run_generate(options: Generate) -> int:
-    """Continue prompts: streamed text, or one JSON object a prompt."""
+    """Continue prompts: streamed text, or one JSON object per prompt."""
     check(
         {
             "--max-tokens must be at least 1": options.max_tokens >= 1,
@@ -69,13 +69,13 @@ def run_generate(options: Generate) -> int:
         drawn[number].append(piece)
         while shown < len(jobs) and drawn[shown] and drawn[shown][-1].reason:
             _show(options, tokenizer, shown, prompts[shown], drawn[shown])
-            drawn[shown] = [drawn[shown][-1]]  # one prompt's worth of memory is enough
+            drawn[shown] = [drawn[shown][-1]]  # free the memory of what has been shown
             shown += 1
     return 0
 
 
 def _typed(text: str) -> str:
-    """Text of the command line, whose bytes are surrogates where the locale knows ASCII alone."""
+    """Command-line text; under an ASCII-only locale its bytes arrive as surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -86,7 +86,7 @@ def _typed(text: str) -> str:
 def _show(
     options: Generate, tokenizer: Tokenizer, number: int, prompt: str, drawn: list[Drawn]
 ) -> None:
-    """One finished continuation."""
+    """Print one finished continuation."""
     text = "".join(piece.text for piece in drawn)
     if not options.json:
         print(f"--- {number + 1}\n{prompt}{text}\n", flush=True)
@@ -116,7 +116,7 @@ def _show(
 
 
 def _prompts(path: Path) -> list[str]:
-    """Prompts of a file: one a line, or the field `prompt` of each line of .jsonl; - is stdin."""
+    """Prompts of a file: one per line, or the field `prompt` of each .jsonl line; - is stdin."""
     if stdin := str(path) == "-":
         data = sys.stdin.buffer.read(_PROMPT_BYTES + 1)
     elif path.is_file():
@@ -126,7 +126,7 @@ def _prompts(path: Path) -> list[str]:
         raise SotaError(f"{path}: no such file", NO_INPUT)
     if len(data) > _PROMPT_BYTES:
         raise SotaError(f"{path} is larger than {_PROMPT_BYTES >> 20} MiB", BAD_DATA)
-    text = io.StringIO(decoded(data, path), None).read()  # every line ends with "\n" alone
+    text = io.StringIO(decoded(data, path), None).read()  # normalizes line ends to "\n"
     if stdin:
         return [text.removesuffix("\n")]  # `echo` adds one
     lines = {n: line for n, line in enumerate(text.split("\n"), 1) if line.strip()}
@@ -138,7 +138,7 @@ def _prompts(path: Path) -> list[str]:
 
 
 def _prompt(path: Path, number: int, line: str) -> str:
-    """The prompt in one line of .jsonl. SotaError 65 that names the line."""
+    """The prompt of one .jsonl line. SotaError 65 naming the line."""
     try:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""`sota serve`: a model behind an OpenAI-compatible server, with its run's loss curve."""
+"""`sota serve`: an OpenAI-compatible server for a model, with its run's loss curve."""
 
 import os
 
@@ -11,7 +11,7 @@ from sota_transformer.training.runlog import read_metrics
 
 
 def run_serve(options: Serve) -> int:
-    """Serve until a signal."""
+    """Serve until a signal arrives."""
     check(
         {
             "--port must be from 0 to 65535": 0 <= options.port <= 65_535,

@@ -11,7 +11,7 @@ from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import distinct, gram_hashes
 from sota_transformer.data.progress import printable
-from sota_transformer.data.sources import ARCHIVES, Skipped, find
+from sota_transformer.data.sources import ARCHIVES, Skipped, find_excluded
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     Unreadable input is an error: if it were silently skipped here, it would be trained on. Files
     of a folder that are not text are skipped with a note.
     """
-    sources, skipped = find(inputs)
+    sources, skipped = find_excluded(inputs)
     ignored: list[Skipped] = []
     for item in skipped:
         if item.reason.endswith("is not a text format"):
@@ -62,9 +62,9 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             raise SotaError(f"--exclude {source.name}: packed file; unpack it first", USAGE)
         if source.kind == "jsonl":
             data = without_mark(Path(source.path).read_bytes())
-            for line in data.decode(errors="replace").split("\n"):
+            for number, line in enumerate(data.decode(errors="replace").split("\n"), 1):
                 if line.strip():
-                    yield from _strings(_parsed(line, source.name), text_field)
+                    yield from _strings(_parsed(line, f"{source.name}:{number}"), text_field)
             continue
         for document in documents(whole(source), text_field, Tables()):
             if isinstance(document, bytes):
@@ -86,11 +86,11 @@ def _refuse(item: Skipped) -> None:
         raise SotaError(f"--exclude {item.where}: {item.reason}", BAD_DATA)
 
 
-def _parsed(line: str, name: str) -> Any:
+def _parsed(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SotaError(f"--exclude {name}: not JSON lines ({error})", BAD_DATA) from error
+        raise SotaError(f"--exclude {where}: not a line of JSON", BAD_DATA) from error
 
 
 def _strings(value: Any, text_field: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from sota_transformer.data.forks import warm_up
 from sota_transformer.data.guards import check_splits, one_line_errors, stoppable, workers
 from sota_transformer.data.pool import Pool, result_path
 from sota_transformer.data.progress import Progress, summary
-from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find
+from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find, find_excluded
 from sota_transformer.data.units import Job, Unit, cut
 from sota_transformer.durable import (
     MANIFEST,
@@ -152,7 +152,7 @@ def _request(options: Prepare, sources: list[Source]) -> str:
     settings = (options.val_fraction, options.text_field, options.near_dedup, options.exclude)
     settings += ("replace",) * (options.bad_text == "replace")
     digest = hashlib.sha256(repr(settings).encode())
-    for source in (*sources, *(find(options.exclude)[0] if options.exclude else ())):
+    for source in (*sources, *(find_excluded(options.exclude)[0] if options.exclude else ())):
         mark = f"\n{source.input}\0{source.name}\0{source.size}\0{source.modified}"
         digest.update(os.fsencode(mark))
     return digest.hexdigest()

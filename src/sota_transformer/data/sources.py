@@ -118,6 +118,14 @@ def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
     return sources, skipped
 
 
+def find_excluded(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
+    """The same for the files of --exclude, which an error names."""
+    try:
+        return find(inputs)
+    except SotaError as error:
+        raise SotaError(f"--exclude: {error}", error.code) from error
+
+
 def _roots(text: str) -> Iterator[tuple[str, str, str]]:
     """(path, name, reason to skip it or "") of the files and folders that an input stands for."""
     if text == PYTHON:

@@ -1,10 +1,9 @@
-"""Continuations that come and go in one batch: the command line and the server share this.
+"""Continuous batching of text generation, shared by the command line and the server.
 
-`Batch.add` reads a prompt into a free row; each `Batch.step` draws one token for every job and
-moves all of them on with one forward pass. A job that echoes its prompt first tells the prompt's
-tokens, some in each step, so that it does not hold up the others. A finished or dropped job frees
-its row at once.
-`Text` turns the tokens of a job into text that ends before a stop string.
+`Batch.add` reads a prompt into a free row; each `Batch.step` samples one token for every job and
+advances them all with one forward pass. A job that echoes its prompt first returns the prompt's
+tokens, a few per step, so that it does not hold up the others. A finished or dropped job frees its
+row at once. `Text` turns the tokens of a job into text that ends before a stop string.
 """
 
 import codecs
@@ -22,9 +21,9 @@ from sota_transformer.model.transformer import Transformer
 
 Reason = Literal["stop", "length"]
 Likely = list[tuple[int, float]]
-"""The likeliest tokens at one place and their nats, best first."""
-_ROWS = 16  # jobs of `run_jobs` that advance together
-_ECHOED = 64  # tokens of a prompt whose logits exist at once; more are no faster
+"""The most likely tokens at one position and their log-probabilities in nats, best first."""
+_ROWS = 16  # batch size of `run_jobs`
+_ECHOED = 64  # prompt tokens whose logits are computed at once; more is no faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,41 +34,42 @@ class Job:
     """The prompt, at least one token."""
     sampler: Sampler
     max_tokens: int
-    """At least one; 0 only echoes."""
+    """At least one; 0 only with `echo`."""
     alternatives: int | None = None
-    """How many of the likeliest tokens to report at each place; None reports no probabilities."""
+    """How many of the most likely tokens to report at each position; None: no probabilities."""
     stops: Sequence[str] = ()
     """Strings that end the text; they are not part of it."""
     stop_ids: Sequence[int] = (EOT,)
     echo: bool = False
-    """Tell the tokens of the prompt first; all of them must fit the model's context."""
+    """Return the prompt's tokens first; all of them must fit the model's context."""
 
 
 class Drawn(NamedTuple):
-    """One token of a job: drawn, or of a prompt that is echoed."""
+    """One token of a job: sampled, or echoed from the prompt."""
 
     token: int
     logprob: float | None
-    """Nats, under the model itself: before temperature, penalties and cuts. None of the first."""
+    """Nats under the model itself, before temperature, penalties and truncation. None for a
+    prompt's first token."""
     alternatives: Likely
     text: str
-    """What may be shown now that this token is known: whole characters, before any stop string."""
+    """Text that this token completes: whole characters, before any stop string."""
     reason: Reason | None
     """Why the job ends here; a token of `stop_ids` is not part of the text."""
     offset: int
-    """Whole characters before this token, those of an echoed prompt included."""
+    """Whole characters before this token, including those of an echoed prompt."""
     echoed: bool
-    """Whether it is of the prompt."""
+    """Whether the token belongs to the prompt."""
 
 
 class Batch:
-    """At most `rows` jobs, known by keys of the caller's, that advance together."""
+    """At most `rows` jobs that advance together, identified by the caller's keys."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, rows: int, size: int | None = None
     ) -> None:
         self._rows, self._tokenizer = Rows(model, rows, size), tokenizer
-        self._going: dict[int, _Going] = {}
+        self._running: dict[int, _Running] = {}
         self._free = list(range(rows))
 
     @property
@@ -79,45 +79,45 @@ class Batch:
 
     def add(self, key: int, job: Job) -> None:
         """Read a job's prompt into a free row."""
-        row = min(self._free)  # neighbours are the fastest to compute together
+        row = min(self._free)  # adjacent rows are the fastest to compute together
         self._free.remove(row)
         text = Text(self._tokenizer, job.stops)
         hidden = self._rows.read(row, job.tokens)
-        going = _Going(job, row, text, self._rows.logits(hidden[-1:])[0])
+        running = _Running(job, row, text, self._rows.logits(hidden[-1:])[0])
         if job.echo:
             assert len(hidden) == len(job.tokens)
-            going.echoing = going.echo(self._rows, hidden)
-        self._going[key] = going
+            running.echoing = running.echo(self._rows, hidden)
+        self._running[key] = running
 
     def drop(self, key: int) -> None:
-        """Forget a job and free its row; nothing happens for an unknown key."""
-        if going := self._going.pop(key, None):
-            self._free.append(going.row)
+        """Remove a job and free its row; ignores an unknown key."""
+        if running := self._running.pop(key, None):
+            self._free.append(running.row)
 
     def step(self) -> list[tuple[int, Drawn]]:
         """One more token of every job, by key; a job whose token has a reason is done.
 
-        A job that echoes gives some tokens of its prompt instead, until all are told.
+        A job that echoes returns a few tokens of its prompt instead, until none are left.
         """
-        told: list[tuple[int, Drawn]] = []
-        moving: list[tuple[_Going, Drawn]] = []
-        for key, going in list(self._going.items()):
-            results = next(going.echoing, None) or [going.draw(self._rows.tokens[going.row])]
-            told += [(key, result) for result in results]
+        drawn: list[tuple[int, Drawn]] = []
+        advancing: list[tuple[_Running, Drawn]] = []
+        for key, running in list(self._running.items()):
+            results = next(running.echoing, None) or [running.draw(self._rows.tokens[running.row])]
+            drawn += [(key, result) for result in results]
             if results[-1].reason:
                 self.drop(key)
             elif not results[-1].echoed:
-                moving.append((going, results[-1]))
-        if moving:
-            rows, tokens = [g.row for g, _ in moving], [result.token for _, result in moving]
-            for (going, _), line in zip(moving, self._rows.step(rows, tokens), strict=True):
-                going.logits = line
-        return told
+                advancing.append((running, results[-1]))
+        if advancing:
+            rows, tokens = [r.row for r, _ in advancing], [result.token for _, result in advancing]
+            for (running, _), line in zip(advancing, self._rows.step(rows, tokens), strict=True):
+                running.logits = line
+        return drawn
 
 
 @dataclass
-class _Going:
-    """A job on its way: `logits` (V,) are those of its next token."""
+class _Running:
+    """A running job: `logits` (V,) are those of its next token."""
 
     job: Job
     row: int
@@ -127,13 +127,13 @@ class _Going:
     echoing: Iterator[list[Drawn]] = field(default_factory=lambda: iter(()))
 
     def echo(self, rows: Rows, hidden: Tensor) -> Iterator[list[Drawn]]:
-        """The tokens of the prompt, some at a time; `hidden` (T, D) predicts what follows each."""
+        """The prompt's tokens, a few at a time; `hidden` (T, D) predicts the one after each."""
         tokens, count = self.job.tokens, self.job.alternatives
         for begin in range(0, len(tokens), _ECHOED):
             part = tokens[begin : begin + _ECHOED]
             known: list[tuple[float | None, Likely]] = [(None, [])] * len(part)
             if count is not None:
-                first, end = max(begin, 1), begin + len(part)  # nothing predicts the very first
+                first, end = max(begin, 1), begin + len(part)  # nothing predicts the first token
                 logits = rows.logits(hidden[first - 1 : end - 1])
                 known[first - begin :] = _nats(logits, tokens[first:end], count)
             drawn = []
@@ -147,7 +147,7 @@ class _Going:
             yield drawn
 
     def draw(self, history: Sequence[int]) -> Drawn:
-        """The next token and what it means."""
+        """Sample the next token."""
         offset = self.text.length
         token = self.job.sampler(self.logits, history)
         self.count += 1
@@ -155,7 +155,7 @@ class _Going:
         ended = token in self.job.stop_ids
         shown = "" if ended else self.text.push(token)
         if reason or ended or self.text.stopped:
-            shown += self.text.finish()  # a cut character may be the end of a stop string
+            shown += self.text.finish()  # an incomplete character may complete a stop string
         if ended or self.text.stopped:
             reason = "stop"
         logprob, pairs = None, []
@@ -165,7 +165,7 @@ class _Going:
 
 
 def _nats(logits: Tensor, tokens: Sequence[int], count: int) -> list[tuple[float, Likely]]:
-    """Nats of each token under its logits (n, V), and the `count` likeliest in its place."""
+    """Log-probability in nats of each token under its logits (n, V), and the `count` best."""
     nats = logits.log_softmax(-1)
     places = torch.tensor(tokens, dtype=torch.int64)
     chosen = nats.gather(1, places[:, None])[:, 0]
@@ -179,59 +179,59 @@ def _nats(logits: Tensor, tokens: Sequence[int], count: int) -> list[tuple[float
 def run_jobs(
     model: Transformer, tokenizer: Tokenizer, jobs: Sequence[Job], rows: int = _ROWS
 ) -> Iterator[tuple[int, Drawn]]:
-    """All tokens of all jobs as they come, with the number of their job; `rows` jobs at a time."""
+    """The tokens of all jobs as they are sampled, each with its job's index; `rows` at a time."""
     need = max((len(job.tokens) + job.max_tokens for job in jobs), default=1)
     batch = Batch(model, tokenizer, min(rows, max(1, len(jobs))), need)
-    waiting, going = iter(enumerate(jobs)), 0
+    waiting, running = iter(enumerate(jobs)), 0
     while True:
         while batch.free and (following := next(waiting, None)):
             batch.add(*following)
-            going += 1
-        if not going:
+            running += 1
+        if not running:
             return
         for key, drawn in batch.step():
-            going -= drawn.reason is not None
+            running -= drawn.reason is not None
             yield key, drawn
 
 
 class Text:
-    """Text of one job, piece by piece: whole characters only, and nothing from a stop string on."""
+    """Text of one job, piece by piece: whole characters only, up to the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.length = 0  # characters that are whole, shown or not
+        self.length = 0  # whole characters so far, released or not
         self.stopped = False
 
     def pass_on(self, token: int) -> str:
-        """What a token of the prompt adds; no stop string is looked for in it."""
+        """The text that a prompt token adds; stop strings are not searched for in it."""
         text = self._decoder.decode(self._tokenizer.decode_bytes([token]))
         self.length += len(text)
         return text
 
     def push(self, token: int) -> str:
-        """What may be shown now that `token` is known; `stopped` tells whether that was all."""
+        """The text that `token` releases; `stopped` is set once a stop string is found."""
         self._held += self.pass_on(token)
         return self._release(final=False)
 
     def finish(self) -> str:
-        """The rest, at the end of the job."""
+        """The remaining text, at the end of the job."""
         self._held += self._decoder.decode(b"", final=True)
         return self._release(final=True)
 
     def _release(self, final: bool) -> str:
-        """Give out all that cannot be the beginning of a stop string."""
+        """Release all text that cannot be the beginning of a stop string."""
         if self.stopped:
             return ""
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         self.stopped = bool(found)
-        keep = min(found, default=len(self._held) - (0 if final else self._hidden()))
+        keep = min(found, default=len(self._held) - (0 if final else self._partial_stop()))
         text, self._held = self._held[:keep], self._held[keep:]
         return text
 
-    def _hidden(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+    def _partial_stop(self) -> int:
+        """Length of the longest suffix of the text that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         sizes = range(min(longest, len(self._held)), 0, -1)
         begins = (n for n in sizes if any(s.startswith(self._held[-n:]) for s in self._stops))

@@ -1,9 +1,8 @@
-"""LAMBADA and HellaSwag by the protocols that published figures use, and the scoring under them.
+"""LAMBADA and HellaSwag by the protocols of published figures, and the scoring beneath them.
 
-`score` gives log-probabilities of continuations: sorted by length, in batches, with what several
-continuations share computed once. `lambada` and `hellaswag` turn examples into such questions and
-the answers into figures. Each figure names its protocol, for the same model differs by 15 points
-between two of them.
+`score` computes log-probabilities of continuations, batched by length, computing shared prefixes
+only once. `lambada` and `hellaswag` turn examples into such pairs and the scores into figures. Each
+figure names its protocol, because two protocols can differ by 15 points for the same model.
 """
 
 import math
@@ -20,24 +19,24 @@ from sota_transformer.data.progress import Meter
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.model.transformer import Cache, Transformer
 
-_PREFIX_TOKENS = 4096  # of one batch of shared beginnings
-_LOGIT_ROWS = 1024  # predictions whose logits exist at once
+_PREFIX_TOKENS = 4096  # in one batch of shared prefixes
+_LOGIT_ROWS = 1024  # predictions whose logits are in memory at once
 
 Pair = tuple[list[int], list[int]]
 """A context of at least one token and a continuation of at least one."""
 
 
 class Scored(NamedTuple):
-    """What a model makes of one continuation."""
+    """A model's score of one continuation."""
 
     nats: float
     """Negative log-likelihood of all its tokens."""
     greedy: bool
-    """Whether each of its tokens is the likeliest there."""
+    """Whether each of its tokens is the most likely one at its position."""
     last_nats: float
-    """Of its last token alone, given all before."""
+    """Negative log-likelihood of its last token, given all before."""
     last_greedy: bool
-    """Whether the last token is the likeliest."""
+    """Whether its last token is the most likely one."""
 
 
 class Benchmark(NamedTuple):
@@ -52,9 +51,9 @@ class Benchmark(NamedTuple):
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """Ids of both, cut so that together they are the ids of the whole text, as in lm-eval.
+    """Ids of both, split so that together they are the ids of the whole text, as in lm-eval.
 
-    Spaces at the end of the context move to the continuation; an empty context is end-of-text.
+    Trailing spaces of the context move to the continuation; an empty context becomes end-of-text.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
@@ -67,9 +66,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
 @torch.no_grad()
 def score(model: Transformer, pairs: Sequence[Pair]) -> list[Scored]:
-    """Score each pair, in the order given. Pairs with the same context should be neighbours.
+    """Score each pair, in the order given. Pairs with the same context should be adjacent.
 
-    Where both together exceed the model's context, the oldest tokens are not seen.
+    If a pair exceeds the model's context, its oldest tokens are dropped.
     """
     results: dict[int, Scored] = {}
     groups = _shared(model.config.seq_len, pairs)
@@ -84,16 +83,16 @@ def score(model: Transformer, pairs: Sequence[Pair]) -> list[Scored]:
 
 
 _Group = tuple[list[int], list[tuple[int, list[int]]]]
-"""A beginning, and for each pair its place and [last token of the context, *continuation]."""
+"""A shared prefix, and for each pair its index and [last token of the context, *continuation]."""
 
 
 def _tokens(group: _Group) -> int:
-    """What a model reads of it."""
+    """Number of tokens that the model reads."""
     return len(group[0]) + sum(len(line) for _, line in group[1])
 
 
 def _shared(seq_len: int, pairs: Sequence[Pair]) -> list[_Group]:
-    """Pairs that follow each other and begin alike, as groups; longest beginnings first."""
+    """Adjacent pairs with the same prefix, as groups; longest prefixes first."""
     seen: list[tuple[list[int], int, list[int]]] = []
     for place, (context, continuation) in enumerate(pairs):
         whole = [*context, *continuation][-seq_len - 1 :]
@@ -107,7 +106,7 @@ def _shared(seq_len: int, pairs: Sequence[Pair]) -> list[_Group]:
 
 
 def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
-    """Groups whose beginnings have the same length, as many as a batch can hold."""
+    """Groups whose prefixes have the same length, as many as a batch can hold."""
     for length, same in groupby(groups, key=lambda group: len(group[0])):
         batch: list[_Group] = []
         for group in same:
@@ -124,7 +123,7 @@ def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
 def _continue(
     model: Transformer, groups: list[_Group], lines: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, D) that predict the continuations, and those as targets (B, T)."""
+    """Hidden states (B, T, D) that predict the continuations, and the targets (B, T)."""
     device = model.rope.device
     longest = max(len(line) for line in lines)
     padded = [line + [0] * (longest - len(line)) for line in lines]
@@ -145,7 +144,7 @@ def _continue(
 def _read(
     model: Transformer, hidden: Tensor, targets: Tensor, lines: list[list[int]]
 ) -> Iterator[Scored]:
-    """The scores of a batch, from logits of a few rows at a time."""
+    """The scores of a batch, with the logits of a few rows at a time."""
     step = max(1, _LOGIT_ROWS // hidden.shape[1])
     for start in range(0, len(lines), step):
         logits = model.logits(hidden[start : start + step])  # (b, T, V)
@@ -163,13 +162,13 @@ def _read(
             )
 
 
-def _share(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
-    """A share of right answers."""
+def _accuracy(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
+    """Accuracy."""
     return Benchmark(name, *_mean(right), len(right), protocol)
 
 
 def _perplexity(name: str, nats: Sequence[float], protocol: str) -> Benchmark:
-    """exp of the mean, with the delta method's error."""
+    """exp of the mean, with its error by the delta method."""
     mean, error = _mean(nats)
     value = math.exp(min(mean, 700.0))
     return Benchmark(name, value, error and value * error, len(nats), protocol)
@@ -186,7 +185,7 @@ def lambada(
 ) -> list[Benchmark]:
     """Accuracy and perplexity on the last word of each text, by each protocol the texts allow.
 
-    `texts` are in OpenAI's form; `standard` are the original ones, with spaces around each mark.
+    `texts` are in OpenAI's form; `standard` are the originals, with spaces around punctuation.
     The perplexity of a whole-word protocol is per word, as in lm-eval.
     """
     found: list[Benchmark] = []
@@ -194,7 +193,7 @@ def lambada(
         whole = score(model, _last_words(tokenizer, texts))
         protocol = "last token"
         found += [
-            _share("lambada_paper accuracy", [s.last_greedy for s in whole], protocol),
+            _accuracy("lambada_paper accuracy", [s.last_greedy for s in whole], protocol),
             _perplexity("lambada_paper perplexity", [s.last_nats for s in whole], protocol),
         ]
         found += _whole_word("lambada_openai", whole, "whole word, lm-eval")
@@ -205,7 +204,7 @@ def lambada(
 
 
 def _last_words(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Pair]:
-    """Each text as all but its last word, and that word."""
+    """Each text, split before its last word."""
     pairs = []
     for text in texts:
         context, _, word = text.rpartition(" ")
@@ -215,13 +214,13 @@ def _last_words(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Pair]:
 
 def _whole_word(name: str, scores: Sequence[Scored], protocol: str) -> list[Benchmark]:
     return [
-        _share(f"{name} accuracy", [s.greedy for s in scores], protocol),
+        _accuracy(f"{name} accuracy", [s.greedy for s in scores], protocol),
         _perplexity(f"{name} perplexity", [s.nats for s in scores], protocol),
     ]
 
 
 class Choice(NamedTuple):
-    """A question with several endings, one of them right."""
+    """A context with several endings, one of them correct."""
 
     context: str
     endings: list[str]
@@ -231,13 +230,13 @@ class Choice(NamedTuple):
 def hellaswag_choice(
     activity: str, first: str, second: str, endings: list[str], label: int
 ) -> Choice:
-    """An example of the published data set as lm-eval words it."""
+    """An example of the published data set, formatted as in lm-eval."""
     context = f"{activity}: {first} {second.capitalize()}"
     return Choice(_clean(context), [_clean(ending) for ending in endings], label)
 
 
 def _clean(text: str) -> str:
-    """Without the marks that WikiHow left in the data set."""
+    """Remove WikiHow's markup."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -245,7 +244,7 @@ def _clean(text: str) -> str:
 def hellaswag(
     model: Transformer, tokenizer: Tokenizer, choices: Sequence[Choice]
 ) -> list[Benchmark]:
-    """acc takes the likeliest ending, acc_norm the likeliest by character, as in lm-eval."""
+    """acc picks the most likely ending, acc_norm the most likely per character, as in lm-eval."""
     pairs = [
         encode_pair(tokenizer, choice.context, " " + ending)
         for choice in choices
@@ -259,6 +258,6 @@ def hellaswag(
         plain.append(nats.index(min(nats)) == choice.label)
         by_length.append(normed.index(min(normed)) == choice.label)
     return [
-        _share("hellaswag acc", plain, "0-shot, lm-eval"),
-        _share("hellaswag acc_norm", by_length, "0-shot, by character, lm-eval"),
+        _accuracy("hellaswag acc", plain, "0-shot, lm-eval"),
+        _accuracy("hellaswag acc_norm", by_length, "0-shot, by character, lm-eval"),
     ]

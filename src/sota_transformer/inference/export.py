@@ -1,8 +1,8 @@
-"""Writes a model for other programs: a Hugging Face folder, which MLX opens as it is.
+"""Exports a model as a Hugging Face folder, which MLX also opens as is.
 
-The bytes depend on the weights and the card alone, so the same run exports to the same hashes.
-What is written is read back from the disk and its logits are compared before it is called done:
-by this package's own reader, and by `transformers` where it is installed.
+The bytes depend only on the weights and the model card, so the same run exports to the same hashes.
+Before an export counts as done it is read back from disk and its logits are compared, by this
+package's own reader and, where it is installed, by `transformers`.
 """
 
 from pathlib import Path
@@ -21,15 +21,15 @@ from sota_transformer.inference.tokenizer_files import huggingface_files
 from sota_transformer.model.loss import PAD
 from sota_transformer.model.transformer import Transformer
 
-# Root mean square difference allowed, as a share of the logits' spread: rounding to 24, 11 and 8
-# bits, and to 8 bits with a common scale, with room for how layers add it up. Logits of another
-# model differ by about 1.4.
+# Allowed root mean square difference as a fraction of the logits' standard deviation: rounding to
+# 24, 11 and 8 bits, and to 8 bits with a shared scale, with room for its accumulation over layers.
+# Logits of a different model differ by about 1.4.
 _ALLOWED = {"float32": 1e-5, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.25}
 _PROBE_TOKENS = 64
 
 
 def write_huggingface(writer: FolderWriter, model: Transformer, dtype: str, card: str) -> None:
-    """config.json, weights, tokenizer and card; `card` is the README's text."""
+    """Write config.json, weights, tokenizer and the model card; `card` is README.md's text."""
     config = model.config
     writer.write("config.json", canonical_json(huggingface_config(config, dtype)))
     generation: dict[str, Any] = {"bos_token_id": EOT, "eos_token_id": EOT, "do_sample": True}
@@ -46,7 +46,7 @@ def write_huggingface(writer: FolderWriter, model: Transformer, dtype: str, card
 
 
 def prove_huggingface(folder: Path, model: Transformer, dtype: str) -> list[str]:
-    """Read a written folder back: what each reader found. SotaError 70 for another model."""
+    """Read a written folder back; one line per reader. SotaError 70 if the model differs."""
     ours = probe_logits(model)
     proofs = [proof("this package", ours, probe_logits(read_model(folder)), dtype)]
     try:
@@ -64,7 +64,7 @@ def prove_huggingface(folder: Path, model: Transformer, dtype: str) -> list[str]
 
 
 def probe(model: Transformer) -> Tensor:
-    """(1, T) ids that visit the whole vocabulary with long strides."""
+    """(1, T) ids spread over the whole vocabulary."""
     size = min(_PROBE_TOKENS, model.config.seq_len)
     return (torch.arange(size) * 7919 % model.config.vocab_size)[None]
 
@@ -76,14 +76,14 @@ def probe_logits(model: Transformer) -> Tensor:
 
 
 def proof(reader: str, ours: Tensor, theirs: Tensor, dtype: str) -> str:
-    """Logits (T, V) compared, in words. SotaError 70 if they differ by more than the type explains.
+    """One line comparing logits (T, V), with their standard deviation for scale.
 
-    What differs is said beside the logits' standard deviation, to judge it by.
+    SotaError 70 if they differ by more than the dtype explains.
     """
     difference, spread = float((ours - theirs).abs().max()), float(ours.std())
     typical = float((ours - theirs).square().mean().sqrt())
     found = f"logits differ by at most {difference:.3g} (their spread is {spread:.3g})"
     if not typical <= _ALLOWED[dtype] * max(spread, 1e-3):
-        text = f"the export is not the model: read back by {reader}, {found}; nothing was written"
+        text = f"the export differs from the model: read by {reader}, {found}; nothing was written"
         raise SotaError(text, DIVERGED)
     return f"read back by {reader}: {found}"

@@ -1,9 +1,9 @@
-"""Reads a Hugging Face folder of this family without trusting one byte of it.
+"""Reads a Hugging Face folder of this model family without trusting any of its contents.
 
 The configuration has a closed list of keys, file names come from an allow-list, links are not
 followed, and every name and shape in a safetensors header is checked against the configuration
-before anything is allocated (its offsets by `safetensors`, against the size of the file). Nothing
-is run, nothing outside is opened.
+before anything is allocated (its offsets by `safetensors`, against the size of the file). No code
+is run and no file outside the folder is opened.
 """
 
 import json
@@ -32,7 +32,7 @@ _JSON_BYTES = 4 << 20
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether this is a folder of Hugging Face's kind rather than one of our runs."""
+    """Whether this is a Hugging Face model folder rather than one of our runs."""
     if (folder / "checkpoints").exists() or not (folder / "config.json").is_file():
         return False
     try:
@@ -52,7 +52,7 @@ def read_model(folder: Path) -> Transformer:
         tensors = _all_tensors(folder, config)
     except SotaError as error:
         raise SotaError(f"{folder}: {error}", error.code) from error
-    with torch.device("meta"):  # no memory for weights that are about to be replaced
+    with torch.device("meta"):  # allocates no memory for weights that are replaced below
         model = Transformer(config)
     model.load_state_dict(own_tensors(config, tensors), assign=True)
     model.rope = rotary(config.seq_len, config.head_dim, config.rope_base)
@@ -60,7 +60,7 @@ def read_model(folder: Path) -> Transformer:
 
 
 def _open(folder: Path, name: str) -> BinaryIO:
-    """A plain file inside the folder. SotaError 65 or 66."""
+    """Open a regular file inside the folder. SotaError 65 or 66."""
     try:
         return open_regular(folder / name)
     except FileNotFoundError as error:
@@ -81,8 +81,8 @@ def _json(folder: Path, name: str) -> Any:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """SotaError 65 if the folder's tokenizer is not GPT-2's: the model knows each id as another
-    word, and nothing else would say so.
+    """SotaError 65 if the folder's tokenizer is not GPT-2's: ids would mean other tokens, and
+    nothing else would reveal it.
     """
     if not os.path.lexists(folder / _TOKENIZER):
         return
@@ -92,17 +92,17 @@ def _check_tokenizer(folder: Path) -> None:
     if not isinstance(found, dict) or any(
         found.get(text) != token for token, text in enumerate(vocabulary()[:EOT])
     ):
-        raise SotaError(f"{_TOKENIZER} is not GPT-2's, which is the only one here", BAD_DATA)
+        raise SotaError(f"{_TOKENIZER} is not GPT-2's, the only supported one", BAD_DATA)
 
 
 def _all_tensors(folder: Path, config: Model) -> dict[str, Tensor]:
-    """Every tensor of the configuration, once, from one file or from parts."""
+    """Every tensor of the configuration, exactly once, from one file or from parts."""
     expected = expected_shapes(config)
     found: dict[str, Tensor] = {}
     for name in _files(folder):
         for key, tensor in _file_tensors(folder, name, expected).items():
             if key in found:
-                raise SotaError(f"{name}: {key} is there twice", BAD_DATA)
+                raise SotaError(f"{name}: duplicate tensor {key}", BAD_DATA)
             found[key] = tensor
     if missing := sorted(set(expected) - set(found)):
         raise SotaError(f"tensors are missing: {', '.join(missing[:5])}", BAD_DATA)
@@ -110,7 +110,7 @@ def _all_tensors(folder: Path, config: Model) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of the files with tensors."""
+    """Names of the files that hold tensors."""
     if os.path.lexists(folder / WEIGHTS) or not os.path.lexists(folder / _INDEX):
         return [WEIGHTS]
     index = _json(folder, _INDEX)
@@ -126,9 +126,9 @@ def _files(folder: Path) -> list[str]:
 def _file_tensors(
     folder: Path, name: str, expected: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The tensors of one file, each with a name and a shape that are expected."""
+    """The tensors of one file, each with an expected name and shape."""
     with _open(folder, name) as file:
-        try:  # by its descriptor, so that what is read is the plain file that was opened
+        try:  # by descriptor, so that the file read is the regular file that was opened
             with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (it is no dict)
                     _check(name, key, opened.get_slice(key), expected)
@@ -136,12 +136,12 @@ def _file_tensors(
         except (SafetensorError, OSError) as error:
             raise SotaError(f"{name}: not safetensors ({error})", BAD_DATA) from error
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise SotaError(f"{name}: holds numbers that are not finite", BAD_DATA)
+        raise SotaError(f"{name}: contains non-finite numbers", BAD_DATA)
     return tensors
 
 
 def _check(name: str, key: str, entry: Any, expected: dict[str, tuple[int, ...]]) -> None:
-    """SotaError 65 for a tensor that the configuration does not have."""
+    """SotaError 65 for a tensor that does not match the configuration."""
     if key not in expected:
         raise SotaError(f"{name}: unknown tensor {key[:80]!r}", BAD_DATA)
     if entry.get_dtype() not in ("F32", "F16", "BF16"):

@@ -1,13 +1,13 @@
-"""Continue token sequences: a distribution, a sampler, and one streaming loop with a KV cache.
+"""Continue token sequences: a distribution, a sampler, and a streaming loop with a KV cache.
 
-Letters of shapes: B rows, T tokens, S cached tokens, V vocabulary. Reading order: `probabilities`
-turns logits into what may be drawn, `make_sampler` closes over a seed, `Rows` holds sequences of
-different lengths that advance together, `generate` continues one of them. Sampling happens on the
-CPU in float32 with one random number a token, so a seed gives the same text on every device, as far
-as the logits agree.
+Shapes: B rows, T tokens, S cached tokens, V vocabulary. Reading order: `probabilities` turns logits
+into a distribution, `make_sampler` closes over a seed, `Rows` holds sequences of different lengths
+that advance together, `generate` continues one sequence. Sampling happens on the CPU in float32
+with one random number per token, so a seed gives the same text on every device as far as the
+logits agree.
 
-A sequence that reaches the model's longest context goes on with its newer half, computed afresh:
-the cost stays linear and nothing depends on how the sequence was fed.
+A sequence that fills the model's context continues with its newer half, recomputed: the cost stays
+linear and the result does not depend on how the sequence was fed.
 """
 
 import math
@@ -23,7 +23,7 @@ from sota_transformer.errors import DIVERGED, SotaError
 from sota_transformer.model.decode import OneRow
 from sota_transformer.model.transformer import Cache, Transformer
 
-_NUCLEUS_GUESS = 512  # likeliest tokens sorted first; nearly always they hold all of top-p
+_NUCLEUS_GUESS = 512  # most likely tokens, sorted first; they nearly always cover top-p
 
 Sampler = Callable[[Tensor, Sequence[int]], int]
 """(logits (V,) float32 on the CPU, the tokens so far) -> the next token."""
@@ -39,14 +39,14 @@ def probabilities(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Tensor:
-    """What may be drawn from logits (V,) float32: probabilities (V,), zero for what may not.
+    """Sampling probabilities (V,) from logits (V,) float32; zero for excluded tokens.
 
     In this order: the penalty divides positive and multiplies negative logits of tokens in
-    `history` (Keskar et al. 2019), temperature divides, then top-k, top-p and min-p cut. At least
-    the likeliest token is left.
+    `history` (Keskar et al. 2019), temperature divides, then top-k, top-p and min-p exclude tokens.
+    The most likely token always stays.
     """
-    logits = _penalised(logits, history, repetition_penalty)
-    # Differences to the best, so that no temperature, however small, overflows.
+    logits = _penalized(logits, history, repetition_penalty)
+    # Relative to the maximum, so that no temperature, however small, overflows.
     logits = (logits - logits.max()) / max(temperature, 1e-6)
     if 0 < top_k < logits.shape[0]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
@@ -58,8 +58,8 @@ def probabilities(
     return chances / chances.sum()
 
 
-def _penalised(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
-    """Logits (V,) in which what occurred already is less likely."""
+def _penalized(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+    """Logits (V,) with tokens that already occurred made less likely."""
     if penalty == 1.0 or not history:
         return logits
     seen = torch.tensor(sorted(set(history)))
@@ -70,7 +70,7 @@ def _penalised(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor
 
 
 def _nucleus_edge(chances: Tensor, top_p: float) -> float:
-    """Least probability in the smallest set that holds `top_p` (Holtzman et al. 2020)."""
+    """Lowest probability in the smallest set that covers `top_p` (Holtzman et al. 2020)."""
     ranked = chances.topk(min(_NUCLEUS_GUESS, len(chances))).values
     if ranked.double().sum() < top_p:
         ranked = chances.sort(descending=True).values
@@ -87,15 +87,15 @@ def make_sampler(
     repetition_penalty: float = 1.0,
     seed: int = 0,
 ) -> Sampler:
-    """A sampler that draws one random number a token from `seed`; temperature 0 draws none."""
-    source = random.Random(seed)  # its sequence is the same on every platform and version
+    """A sampler that draws one random number per token from `seed`; temperature 0 draws none."""
+    source = random.Random(seed)  # same sequence on every platform and version
 
     def sample(logits: Tensor, history: Sequence[int]) -> int:
-        logits = logits[:GPT2_VOCAB]  # what is behind GPT-2's vocabulary is never drawn
+        logits = logits[:GPT2_VOCAB]  # ids beyond GPT-2's vocabulary are never sampled
         if not temperature:
-            penalised = _penalised(logits, history, repetition_penalty).numpy()
-            best = int(penalised.argmax())  # numpy: the first of equals, or of what is no number
-            check_finite(float(penalised[best]))
+            penalized = _penalized(logits, history, repetition_penalty).numpy()
+            best = int(penalized.argmax())  # numpy takes the first of ties, or the first NaN
+            check_finite(float(penalized[best]))
             return best
         chances = probabilities(
             logits,
@@ -106,8 +106,8 @@ def make_sampler(
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        # Inverse of the cumulative distribution in the order of ids: rounding of the logits on
-        # another device moves the edges a little but never reorders the tokens.
+        # Inverse CDF in id order: rounding of the logits on another device moves the edges
+        # slightly but never reorders the tokens.
         ids = chances.nonzero()[:, 0]
         edges = chances[ids].double().cumsum(0)
         check_finite(total := float(edges[-1]))
@@ -118,16 +118,16 @@ def make_sampler(
 
 
 def check_finite(figure: float) -> None:
-    """SotaError 70 for a figure made of logits that are no numbers."""
+    """SotaError 70 for a figure computed from non-finite logits."""
     if not math.isfinite(figure):
         raise SotaError("the model's logits are not finite: its training diverged", DIVERGED)
 
 
 class Rows:
-    """Sequences of different lengths in one cache; each step is one forward pass for all given."""
+    """Sequences of different lengths in one cache; each step is one forward pass for all."""
 
     def __init__(self, model: Transformer, rows: int, size: int | None = None) -> None:
-        """Room for `rows` sequences of `size` tokens; by default, and at most, the context."""
+        """Room for `rows` sequences of `size` tokens; the context by default and at most."""
         self.model = model
         self.size = min(size or model.config.seq_len, model.config.seq_len)
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -138,24 +138,24 @@ class Rows:
         self._read: tuple[int, list[int], Tensor] | None = None  # the last: row, tokens, states
 
     def start(self, row: int, tokens: Sequence[int]) -> Tensor:
-        """Begin a row anew with at least one token; logits (V,) of the next, on the CPU.
+        """Reset a row to a prompt of at least one token; logits (V,) of the next, on the CPU.
 
-        Only the last `size` tokens of a longer prompt are seen.
+        The model sees only the last `size` tokens of a longer prompt.
         """
         return self.logits(self.read(row, tokens)[-1:])[0]
 
     @torch.inference_mode()
     def read(self, row: int, tokens: Sequence[int]) -> Tensor:
-        """As `start`, but the hidden states (T, D) of the tokens that are seen.
+        """As `start`, but returns the hidden states (T, D) of the tokens that the model sees.
 
-        Several continuations of one prompt begin one after another: the first alone computes them.
+        For several continuations of one prompt, only the first computes them.
         """
         self.tokens[row] = list(tokens)
         seen = self.tokens[row][-self.size :]
         self.lengths[row] = len(seen)
         if self._read is not None and self._read[1] == seen:
             known, _, hidden = self._read
-            # Its row has only been added to: a row that is begun anew is the last one read.
+            # The known row has at most grown since: a row that is reset becomes the last one read.
             store = self._cache.store[:, :, :, :, : len(seen)]
             store[:, :, row] = store[:, :, known]
             return hidden
@@ -188,7 +188,7 @@ class Rows:
 
     def _advance(self, rows: list[int], tokens: list[int]) -> Tensor:
         """One forward pass of a token at the end of each row, in their order; logits (B, V)."""
-        if len(rows) == 1:  # the same with fewer calls
+        if len(rows) == 1:  # same result with fewer kernel calls
             (row,), (token,) = rows, tokens
             if row not in self._alone:
                 self._alone[row] = OneRow(self.model, self._cache.store[:, :, row])
@@ -218,16 +218,16 @@ class Rows:
 
 
 class _RowsCache(Cache):
-    """Some rows of a larger store, each written at its own end, for one forward pass of T = 1."""
+    """Rows of a larger store, each written at its own end, for one forward pass with T = 1."""
 
     def __init__(self, store: Tensor, rows: list[int], lengths: list[int], ends: Tensor) -> None:
         self.store, self.length = store, 0
         self._longest = max(lengths) + 1
         known = torch.tensor(rows, device=store.device)
-        neighbours = rows[-1] - rows[0] + 1 == len(rows)
-        # Neighbours can be read where they lie; others have to be copied together first.
-        self._read = slice(rows[0], rows[-1] + 1) if neighbours else known
-        even = neighbours and len(set(lengths)) == 1  # all written at one place, without an index
+        adjacent = rows[-1] - rows[0] + 1 == len(rows)
+        # Adjacent rows can be read in place; others must be gathered first.
+        self._read = slice(rows[0], rows[-1] + 1) if adjacent else known
+        even = adjacent and len(set(lengths)) == 1  # all written at one position, without an index
         self._write = (self._read, slice(None), lengths[0]) if even else (known, slice(None), ends)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,9 +246,9 @@ def generate(
     max_tokens: int,
     stop_ids: Sequence[int] = (EOT,),
 ) -> Iterator[int]:
-    """Up to `max_tokens` ids that continue `tokens` (at least one), each as soon as it is drawn.
+    """Up to `max_tokens` ids that continue `tokens` (at least one), each as soon as it is sampled.
 
-    Ends before an id of `stop_ids`, which is not part of the text.
+    Ends before an id in `stop_ids`, which is not part of the text.
     """
     size = min(model.config.seq_len, len(tokens) + max_tokens)
     rows = Rows(model, 1, size)

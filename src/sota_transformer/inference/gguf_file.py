@@ -1,7 +1,7 @@
-"""Writes one GGUF file for llama.cpp and Ollama, with the tokenizer inside, and reads it back.
+"""Writes a GGUF file for llama.cpp and Ollama, including the tokenizer, and reads it back.
 
-Needs the package `gguf` (extra [gguf]). Names are llama.cpp's. Its `llama` rotates neighbouring
-pairs where ours rotates halves, so rows of q and k are interleaved; its `qwen3` rotates halves.
+Needs the package `gguf` (extra [gguf]). Names are llama.cpp's. Its `llama` applies RoPE to adjacent
+pairs where ours uses halves, so rows of q and k are interleaved; its `qwen3` uses halves.
 """
 
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ def _architecture(config: Model) -> gguf.MODEL_ARCH:
 
 
 def _interleaved(config: Model, name: str, array: Array, back: bool = False) -> Array:
-    """Rows of q and k in llama.cpp's order, or back in ours."""
+    """Reorder rows of q and k to llama.cpp's order, or back to ours."""
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
     if heads is None or config.qk_norm:
         return array
@@ -57,7 +57,7 @@ def _interleaved(config: Model, name: str, array: Array, back: bool = False) -> 
 
 
 def write_gguf(path: Path, model: Transformer, dtype: str, name: str) -> None:
-    """The whole file; matrices in `dtype`, norms in float32."""
+    """Write the whole file; matrices in `dtype`, norms in float32."""
     config = model.config
     kind, file_type = _TYPES[dtype]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_architecture(config)])
@@ -82,7 +82,7 @@ def write_gguf(path: Path, model: Transformer, dtype: str, name: str) -> None:
         array = _interleaved(config, theirs, tensor.numpy())
         used = kind if array.ndim == 2 else _KINDS.F32
         if used == _KINDS.Q8_0 and array.shape[-1] % _BLOCK:
-            used = _KINDS.F16  # its rows do not divide into blocks
+            used = _KINDS.F16  # rows do not divide into blocks
         data = gguf.quants.quantize(np.ascontiguousarray(array), used)
         writer.add_tensor(names[theirs], data, raw_dtype=used)
     writer.write_header_to_file()
@@ -111,7 +111,7 @@ def read_gguf(path: Path, config: Model) -> Transformer:
     """The model of a file that `write_gguf` wrote for `config`, float32 on the CPU."""
     stored = {
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        for tensor in gguf.GGUFReader(path, "c").tensors  # a map that FUSE has, too
+        for tensor in gguf.GGUFReader(path, "c").tensors  # copy-on-write map: FUSE has it too
     }
     shapes = expected_shapes(config)
     names, tensors = _names(config, shapes), {}
@@ -124,10 +124,10 @@ def read_gguf(path: Path, config: Model) -> Transformer:
 
 
 def modelfile(config: Model) -> str:
-    """Ollama's recipe for the file beside it: plain continuation, no chat.
+    """Ollama's Modelfile for the GGUF file beside it: plain continuation, no chat.
 
-    0.12 to 0.29 cut the text of every `qwen3` as Qwen does, whatever its file says; older ones than
-    0.14 refuse the line that says so, the others show it.
+    Ollama 0.12 to 0.29 tokenizes every `qwen3` with Qwen's tokenizer, whatever the file says.
+    Versions before 0.14 reject the REQUIRES line, later ones show it.
     """
     needs = "REQUIRES 0.30.0\n" if config.qk_norm else ""
     return (

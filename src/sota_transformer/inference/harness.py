@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval on our own model, for `sota evaluate --tasks`: the extra [lm-eval]."""
+"""EleutherAI's lm-eval on our models, for `sota evaluate --tasks`; needs the extra [lm-eval]."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from sota_transformer.model.transformer import Transformer
 
 
 class Harness(LM):
-    """A model as lm-eval asks it; every request carries its text in `args`."""
+    """lm-eval's interface to a model; every request carries its text in `args`."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Harness(LM):
         return [(-scored.nats, scored.greedy) for scored in score(self._model, pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-likelihood of each whole text, from end-of-text on, in windows of the context."""
+        """Log-likelihood of each whole text after an end-of-text, in windows of the context."""
         context, size = self._model.config.seq_len, self._tokenizer.token_bytes
         texts = [np.array([EOT, *self._tokenizer.encode(r.args[0])], np.uint16) for r in requests]
         with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
@@ -41,7 +41,7 @@ class Harness(LM):
         return [-float(each[:, 0].sum()) for each in sums]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The likeliest text of each request, up to its stop strings; sampling is not offered."""
+        """Greedy text for each request, up to its stop strings; sampling is not supported."""
         jobs = []
         for request in requests:
             context, options = request.args
@@ -67,8 +67,8 @@ class Harness(LM):
 def evaluate(
     model: Transformer, tokenizer: Tokenizer, tasks: Sequence[Any], limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Figures by task, as lm-eval names them; `tasks` are its names or its configurations."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its retries
+    """Results by task, under lm-eval's names; `tasks` are task names or configurations."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
     found = simple_evaluate(
         model=Harness(model, tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=0
     )

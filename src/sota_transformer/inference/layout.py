@@ -1,7 +1,7 @@
-"""Our model in Hugging Face's words, and back: configuration and names of tensors. Only maths.
+"""Maps our configuration and tensor names to Hugging Face's and back, without any file access.
 
 A model without QK-norm is a LlamaForCausalLM, one with it a Qwen3ForCausalLM. Our fused matrices
-are rows of theirs: `qkv` holds q, k and v, `gate_up` holds gate and up. The embedding is tied, so
+stack theirs by rows: `qkv` holds q, k and v, `gate_up` holds gate and up. The embedding is tied, so
 there is no `lm_head`.
 """
 
@@ -18,7 +18,7 @@ from sota_transformer.model.loss import PAD
 from sota_transformer.model.transformer import Transformer
 
 _LARGEST_ROTARY = 1 << 26  # positions x head dimension
-_SIZES = {  # our name: theirs, and the largest that is read
+_SIZES = {  # our name: theirs, and the largest accepted value
     "layers": ("num_hidden_layers", 512),
     "d_model": ("hidden_size", 65_536),
     "heads": ("num_attention_heads", 1024),
@@ -27,7 +27,7 @@ _SIZES = {  # our name: theirs, and the largest that is read
     "seq_len": ("max_position_embeddings", 1 << 17),
     "vocab_size": ("vocab_size", MOST_VOCAB),
 }
-# What may stand in a config.json beside the sizes, and the values under which the model is ours.
+# Other allowed keys of a config.json, with the values that our model supports.
 _NEEDED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -39,25 +39,25 @@ _NEEDED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1,),
     "is_decoder": (False, True),
 }
-_APART = {  # looked at one by one
+_APART = {  # checked individually
     "model_type", "tie_word_embeddings", "layer_types", "head_dim", "rms_norm_eps", "rope_theta",
     "rope_parameters",
 }  # fmt: skip
-_ANY = {  # do not change what the model computes
+_ANY = {  # ignored: they do not change what the model computes
     "architectures", "max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
     "torch_dtype", "transformers_version", "initializer_range", "use_cache", "_name_or_path",
 }  # fmt: skip
 
 
 def huggingface_config(config: Model, dtype: str) -> dict[str, Any]:
-    """The content of config.json; `dtype` is that of the tensors beside it."""
+    """The content of config.json; `dtype` is that of the exported tensors."""
     values: dict[str, Any] = {theirs: getattr(config, ours) for ours, (theirs, _) in _SIZES.items()}
     values |= {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        # Both spellings: transformers 5 reads the second, other programs the first.
+        # In both forms: transformers 5 reads the second, other programs the first.
         "rope_theta": config.rope_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "hidden_act": "silu",
@@ -78,12 +78,12 @@ def huggingface_config(config: Model, dtype: str) -> dict[str, Any]:
 
 
 def own_config(values: Any) -> Model:
-    """Our configuration from a config.json. SotaError 65 for any other family of models."""
+    """Our configuration from a config.json. SotaError 65 for any other model family."""
     if not isinstance(values, dict):
         raise SotaError("config.json: needs a JSON object", BAD_DATA)
-    if (kind := values.get("model_type")) not in ("llama", "qwen3"):  # whose keys say nothing here
+    if (kind := values.get("model_type")) not in ("llama", "qwen3"):  # their keys differ
         needs = f"model_type {kind!r} (needs 'llama' or 'qwen3')"
-        raise SotaError(f"config.json is not of this family: {needs}"[:600], BAD_DATA)
+        raise SotaError(f"config.json: unsupported model: {needs}"[:600], BAD_DATA)
     known = {*_NEEDED, *_APART, *_ANY, *(theirs for theirs, _ in _SIZES.values())}
     if unknown := sorted(set(values) - known):
         raise SotaError(f"config.json: unknown keys {', '.join(map(repr, unknown[:9]))}", BAD_DATA)
@@ -93,24 +93,24 @@ def own_config(values: Any) -> Model:
         if key in values and values[key] not in allowed
     ]
     if values.get("tie_word_embeddings") is not True:
-        found.append("tie_word_embeddings is not true: this family ties them")
+        found.append("tie_word_embeddings is not true (needs tied embeddings)")
     if found:
-        raise SotaError(f"config.json is not of this family: {'; '.join(found)}"[:600], BAD_DATA)
+        raise SotaError(f"config.json: unsupported model: {'; '.join(found)}"[:600], BAD_DATA)
     values = {"num_key_value_heads": values.get("num_attention_heads")} | values
     sizes = {ours: _whole(values, theirs, most) for ours, (theirs, most) in _SIZES.items()}
     if sizes["vocab_size"] < GPT2_VOCAB:
         raise SotaError(
-            f"config.json: vocab_size {sizes['vocab_size']} is not GPT-2's {GPT2_VOCAB:,} or a "
-            "little more, so the tokenizer is another",
+            f"config.json: vocab_size {sizes['vocab_size']} is below GPT-2's {GPT2_VOCAB:,}; only "
+            "the GPT-2 tokenizer is supported",
             BAD_DATA,
         )
     return _model(values, sizes)
 
 
 def _model(values: dict[str, Any], sizes: dict[str, int]) -> Model:
-    """The configuration of checked sizes."""
+    """The configuration, from checked sizes."""
     rope = {} if values.get("rope_parameters") is None else values["rope_parameters"]
-    # The type has two names; whatever else stands there would be for another type.
+    # The type has two key names; any other key would be for another type.
     if not isinstance(rope, dict) or any(
         value != "default" for key, value in rope.items() if key != "rope_theta"
     ):
@@ -148,7 +148,7 @@ def _real(value: Any, name: str) -> float:
 
 
 def _parts(config: Model) -> Iterator[tuple[str, str, slice]]:
-    """(their name, ours, its rows in ours) of every tensor."""
+    """(their name, our name, the rows in ours) of every tensor."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     whole = slice(None)
     yield "model.embed_tokens.weight", "embedding.weight", whole
@@ -172,20 +172,20 @@ def _parts(config: Model) -> Iterator[tuple[str, str, slice]]:
 
 
 def huggingface_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The weights by their names, float32 on the CPU; views of the model's where it is there."""
+    """The weights by Hugging Face name, float32 on the CPU; views if the model is there too."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return {theirs: state[ours][rows] for theirs, ours, rows in _parts(model.config)}
 
 
 def expected_shapes(config: Model) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor by its Hugging Face name."""
+    """The shape of every tensor by Hugging Face name."""
     with torch.device("meta"):
         state = Transformer(config).state_dict()
     return {theirs: tuple(state[ours][rows].shape) for theirs, ours, rows in _parts(config)}
 
 
 def own_tensors(config: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state from theirs, float32; `tensors` has exactly the names of `expected_shapes`."""
+    """Our state dict in float32; `tensors` has exactly the names of `expected_shapes`."""
     pieces: dict[str, list[Tensor]] = {}
     for theirs, ours, _ in _parts(config):
         pieces.setdefault(ours, []).append(tensors[theirs].float())

@@ -1,8 +1,8 @@
 """Loss, perplexity and bits per byte, with an error bar over sequences. No smoothing, no dropout.
 
-Every figure is a sum over tokens divided once. Letters of shapes: B rows, T tokens, N sequences.
-Reading order: `sequence_sums` and `sliding_sums` measure, `summarise` divides. The sums stay apart
-by sequence, for the error bar needs them so.
+Every figure is a sum over tokens divided once. Shapes: B rows, T tokens, N sequences.
+Reading order: `sequence_sums` and `sliding_sums` measure, `summarise` divides. The sums are kept
+per sequence because the error bar needs them.
 """
 
 import math
@@ -22,20 +22,20 @@ BATCH_ROWS = 8
 
 
 class Perplexity(NamedTuple):
-    """What a model makes of some text."""
+    """A model's figures on some text."""
 
     nats: float
-    """Mean negative log-likelihood of a token."""
+    """Mean negative log-likelihood per token."""
     error: float | None
     """Standard error of `nats` over sequences; None for a single one."""
     perplexity: float
     """exp(nats)."""
     bits_per_byte: float
-    """Total nats / ln 2 / total UTF-8 bytes of the predicted tokens: comparable over tokenizers."""
+    """Total nats / ln 2 / total UTF-8 bytes of predicted tokens; comparable across tokenizers."""
     tokens: int
     """Tokens predicted."""
     sequences: int
-    """Windows they came in."""
+    """Number of windows."""
 
 
 def sequence_sums(
@@ -46,8 +46,8 @@ def sequence_sums(
 ) -> Array:
     """(N, 3) float64: nats, tokens and bytes of each window (T+1,).
 
-    Its last T ids are predicted, each from those before it: of its own document only, with
-    `document_mask`. Padding is not predicted. `token_bytes` (V,) is the UTF-8 length of each token.
+    The last T ids are predicted, each from the ids before it (with `document_mask`, only those of
+    its own document). Padding is not predicted. `token_bytes` (V,) holds each token's UTF-8 length.
     """
     return _sums(model, ((window, 0) for window in windows), token_bytes, document_mask)
 
@@ -63,15 +63,15 @@ def sliding_sums(
 ) -> Array:
     """(N, 3) as above for one text (n,) of any length; every token but the first counts once.
 
-    Windows of `context` tokens start every `stride` tokens, and each predicts what the one before
-    did not: a token of a later window sees at least context - stride tokens. `meter` is told of
-    each.
+    Windows of `context` tokens start every `stride` tokens; each predicts only what the previous
+    one did not, so a token of a later window sees at least context - stride tokens. `meter` counts
+    the predicted tokens.
     """
     return _sums(model, _sliding(tokens, context, stride), token_bytes, document_mask, meter)
 
 
 def _sliding(tokens: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:
-    """Windows of at most context + 1 tokens, and how many of their targets are known already."""
+    """Windows of at most context + 1 tokens, each with its number of already predicted targets."""
     done = 0  # targets 1 ... done have been predicted
     for start in range(0, len(tokens) - 1, stride):
         window = tokens[start : start + context + 1]
@@ -88,8 +88,8 @@ def _sums(
     document_mask: bool,
     meter: Meter | None = None,
 ) -> Array:
-    """(N, 3) of windows, each with the number of its first targets that do not count."""
-    head = model.embedding.weight.detach()  # a parameter would make the loss keep gradients
+    """(N, 3) of windows, each with the number of leading targets to skip."""
+    head = model.embedding.weight.detach()  # with a parameter the loss would keep gradients
     device = model.rope.device
     result = []
     for batch in _batches(windows):
@@ -115,7 +115,7 @@ def _sums(
 
 
 def _batches(windows: Iterable[tuple[Array, int]]) -> Iterator[list[tuple[Array, int]]]:
-    """Neighbours of equal length, at most `BATCH_ROWS` together."""
+    """Batches of consecutive windows of equal length, at most `BATCH_ROWS` each."""
     batch: list[tuple[Array, int]] = []
     for item in windows:
         if batch and (len(batch) == BATCH_ROWS or len(item[0]) != len(batch[0][0])):
@@ -127,15 +127,15 @@ def _batches(windows: Iterable[tuple[Array, int]]) -> Iterator[list[tuple[Array,
 
 
 def summarise(sums: Array) -> Perplexity:
-    """Divide once. Raises ValueError when there is no token.
+    """The figures from the sums (N, 3). Raises ValueError when there is no token.
 
     With x_i nats in n_i tokens of sequence i and m = sum x / sum n, the error is that of a ratio
-    estimator, sqrt(N / (N-1) * sum (x_i - m n_i)^2) / sum n: for equal n_i the standard deviation
-    of the sequences' means over sqrt(N).
+    estimator, sqrt(N / (N-1) * sum (x_i - m n_i)^2) / sum n; for equal n_i it is the standard
+    deviation of the sequence means over sqrt(N).
     """
     count, (total, tokens, size) = len(sums), sums.sum(0)
     if not tokens:
-        raise ValueError("no token to judge")
+        raise ValueError("no tokens to evaluate")
     nats = total / tokens
     error = None
     if count > 1:
@@ -147,8 +147,8 @@ def summarise(sums: Array) -> Perplexity:
 
 
 def paired(one: Array, other: Array) -> tuple[float, float | None]:
-    """How many nats more one model loses on a token than another, and the error of that, from the
-    sums (N, 3) of both over the same windows. What makes a window hard for both falls out of it.
+    """Difference in nats per token between two models and its standard error, from the sums (N, 3)
+    of both over the same windows. The difficulty common to both cancels out.
     """
     difference = summarise(np.column_stack([one[:, 0] - other[:, 0], one[:, 1:]]))
     return difference.nats, difference.error

@@ -1,8 +1,8 @@
-"""Published figures to stand beside ours, each with the protocol it was measured by.
+"""Published figures for comparison, each by the protocol it was measured with.
 
 Sources: the GPT-2 paper; lm-eval issues #2159 and #356; EleutherAI's Pythia evaluation files; the
-OPT and GPT-Neo rows of lm-eval's tables; llm.c for HellaSwag. `*` marks what was recalled from a
-published table and not read again.
+OPT and GPT-Neo rows of lm-eval's tables; llm.c for HellaSwag. `*` marks values recalled from a
+published table without checking it again.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
-"""GPT-2's tokenizer and our pad token as the files that other programs read.
+"""GPT-2's tokenizer and our pad token in the file formats of other programs.
 
-Hugging Face and GGUF write each byte of a token as one printable character. Both want the merges
-in order of rank, so they are read from the package's own table.
+Hugging Face and GGUF write each byte of a token as one printable character. Both need the merges
+in rank order, so they are read from the package's own table.
 """
 
 import json
@@ -17,7 +17,7 @@ EOT_TEXT, PAD_TEXT = "<|endoftext|>", "<|pad|>"
 
 
 def _characters() -> list[str]:
-    """One printable character for each byte: itself where Latin-1 prints it, else from U+0100."""
+    """One printable character per byte: itself if printable in Latin-1, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -25,7 +25,7 @@ def _characters() -> list[str]:
 
 @cache
 def vocabulary() -> list[str]:
-    """All 50,258 tokens by id, each byte as a printable character."""
+    """All 50,258 tokens by id, with each byte as a printable character."""
     tokenizer, characters = Tokenizer(), _characters()
     tokens = (tokenizer.decode_bytes([token]) for token in range(EOT))
     return [*("".join(characters[byte] for byte in token) for token in tokens), EOT_TEXT, PAD_TEXT]
@@ -33,7 +33,7 @@ def vocabulary() -> list[str]:
 
 @cache
 def merges() -> list[tuple[str, str]]:
-    """The 50,000 pairs that are merged, most important first."""
+    """The 50,000 merges, in rank order."""
     tokens = vocabulary()
     packaged = as_file(files("sota_transformer.data") / "gpt2.npz")
     with packaged as path, np.load(path, allow_pickle=False) as table:
@@ -44,7 +44,7 @@ def merges() -> list[tuple[str, str]]:
 def huggingface_files(context: int) -> dict[str, bytes]:
     """File name -> content of a tokenizer that AutoTokenizer loads, for `context` tokens.
 
-    Special tokens inside a text stay ordinary text, as in training (`split_special_tokens`).
+    Special tokens inside a text are ordinary text, as in training (`split_special_tokens`).
     """
     tokens, pairs = vocabulary(), merges()
     special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -1,4 +1,4 @@
-"""Answers `/v1/completions`: a request becomes jobs, their tokens become an answer or a stream."""
+"""Answers `/v1/completions`: turns a request into jobs, and tokens into a response or a stream."""
 
 import asyncio
 import json
@@ -18,16 +18,16 @@ from sota_transformer.serve.engine import Deliver, Engine
 from sota_transformer.serve.guard import error_body
 from sota_transformer.serve.schema import Answer, Choice, Completion, Usage, logprobs_of
 
-SECONDS = 60.0  # of one request
-_LOOK_SECONDS = 0.5  # between two looks whether the client is still there
+SECONDS = 60.0  # time limit of one request
+_LOOK_SECONDS = 0.5  # between checks that the client is still connected
 
 Event = tuple[int, Drawn | None]
-"""The number of a continuation and its next token; None when the engine failed or stops."""
+"""The number of a continuation and its next token; None if the engine failed or stops."""
 
 
 @dataclass
-class _Going:
-    """One request on its way."""
+class _Active:
+    """A request in progress."""
 
     wanted: Completion
     prompt_tokens: int
@@ -39,30 +39,30 @@ class _Going:
 
 
 def _unavailable(text: str) -> HTTPException:
-    """What the same request may meet no more in a moment."""
+    """An error that the client may retry."""
     return HTTPException(503, text, {"retry-after": "1"})
 
 
 class Completions:
-    """The model, its tokenizer and its engine, as one route needs them."""
+    """The completions route of a model."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, engine: Engine) -> None:
         self._context, self._tokenizer = model.config.seq_len, tokenizer
         self._name, self._engine = name, engine
 
     async def answer(self, wanted: Completion, request: Request) -> Response:
-        """A whole answer, or a stream. HTTPException."""
-        going = await self._start(wanted)
+        """A whole response, or a stream. HTTPException."""
+        active = await self._start(wanted)
         if wanted.stream:
-            return StreamingResponse(self._stream(going), media_type="text/event-stream")
-        drawn = await self._collect(going, request)
-        # Seconds of work where prompts are echoed with many alternatives.
-        return await asyncio.to_thread(self._whole, going, drawn)
+            return StreamingResponse(self._stream(active), media_type="text/event-stream")
+        drawn = await self._collect(active, request)
+        # In a thread: echoed prompts with many alternatives take seconds.
+        return await asyncio.to_thread(self._whole, active, drawn)
 
-    async def _start(self, wanted: Completion) -> _Going:
-        """Hand the jobs to the engine."""
+    async def _start(self, wanted: Completion) -> _Active:
+        """Submit the jobs to the engine."""
         if not (wanted.max_tokens or wanted.echo):
-            raise HTTPException(422, "max_tokens: 0 without echo leaves nothing to answer")
+            raise HTTPException(422, "max_tokens: 0 is only allowed with echo")
         prompts = await asyncio.to_thread(self._prompts, wanted)
         seed = wanted.seed if wanted.seed is not None else secrets.randbits(62)
         stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
@@ -88,11 +88,11 @@ class Completions:
             jobs.append((job, _deliver(loop, queue, number)))
         keys = self._engine.submit(jobs)
         if keys is None:
-            raise _unavailable("all places are taken; try again in a moment")
-        return _Going(wanted, sum(map(len, prompts)), keys, queue)
+            raise _unavailable("the server is busy; try again in a moment")
+        return _Active(wanted, sum(map(len, prompts)), keys, queue)
 
     def _prompts(self, wanted: Completion) -> list[list[int]]:
-        """Token ids of each prompt; an empty one begins a document."""
+        """Token ids of each prompt; an empty one starts a new document."""
         given = wanted.prompt
         whole = [given] if isinstance(given, str) or not isinstance(given[0], str | list) else given
         prompts = [
@@ -108,88 +108,88 @@ class Completions:
                 )
         return prompts
 
-    async def _events(self, going: _Going) -> AsyncIterator[tuple[int, Drawn]]:
-        """Every token of every continuation; whatever ends it, the places are free again."""
-        left = len(going.keys)
+    async def _events(self, active: _Active) -> AsyncIterator[tuple[int, Drawn]]:
+        """Every token of every continuation; always frees their places in the end."""
+        left = len(active.keys)
         try:
             async with asyncio.timeout(SECONDS):
                 while left:
-                    number, drawn = await going.queue.get()
+                    number, drawn = await active.queue.get()
                     if drawn is None:
                         stopping = self._engine.stopping
-                        text = "the server is stopping" if stopping else "the model failed"
+                        text = "the server is shutting down" if stopping else "the model failed"
                         raise _unavailable(f"{text}; try again")
                     left -= drawn.reason is not None
-                    going.drawn += not drawn.echoed
+                    active.drawn += not drawn.echoed
                     yield number, drawn
         except TimeoutError:
-            raise HTTPException(504, f"not done after {SECONDS:.0f} seconds") from None
+            raise HTTPException(504, f"not finished after {SECONDS:.0f} seconds") from None
         finally:
-            self._engine.cancel(going.keys)
+            self._engine.cancel(active.keys)
 
-    async def _collect(self, going: _Going, request: Request) -> list[list[Drawn]]:
-        """All tokens of each continuation; given up as soon as the client has left."""
-        drawn: list[list[Drawn]] = [[] for _ in going.keys]
+    async def _collect(self, active: _Active, request: Request) -> list[list[Drawn]]:
+        """All tokens of each continuation; gives up if the client disconnects."""
+        drawn: list[list[Drawn]] = [[] for _ in active.keys]
 
         async def collect() -> None:
-            async for number, piece in self._events(going):
+            async for number, piece in self._events(active):
                 drawn[number].append(piece)
 
         work = asyncio.create_task(collect())
         try:
             while not (await asyncio.wait({work}, timeout=_LOOK_SECONDS))[0]:
                 if await request.is_disconnected():
-                    raise _unavailable("the client has left")
+                    raise _unavailable("the client disconnected")
             await work
         finally:
             work.cancel()
         return drawn
 
-    def _whole(self, going: _Going, drawn: list[list[Drawn]]) -> Response:
-        """The answer in one piece."""
-        choices = [self._choice(going, number, pieces) for number, pieces in enumerate(drawn)]
-        text = self._answer(going, choices, self._usage(going)).model_dump_json()
+    def _whole(self, active: _Active, drawn: list[list[Drawn]]) -> Response:
+        """The response in one piece."""
+        choices = [self._choice(active, number, pieces) for number, pieces in enumerate(drawn)]
+        text = self._answer(active, choices, self._usage(active)).model_dump_json()
         return Response(text, media_type="application/json")
 
-    async def _stream(self, going: _Going) -> AsyncIterator[str]:
-        """Server-sent events, one for each piece of text, the first with the prompt if echoed."""
-        held: list[list[Drawn]] = [[] for _ in going.keys]
+    async def _stream(self, active: _Active) -> AsyncIterator[str]:
+        """Server-sent events, one per piece of text; the first has the prompt if echoed."""
+        held: list[list[Drawn]] = [[] for _ in active.keys]
         try:
-            async for number, piece in self._events(going):
+            async for number, piece in self._events(active):
                 held[number].append(piece)
                 if piece.echoed and not piece.reason:
                     continue
-                if not (piece.text or piece.reason or going.wanted.logprobs is not None):
-                    continue  # a part of a character, or perhaps of a stop string
-                choice = self._choice(going, number, held[number])
+                if not (piece.text or piece.reason or active.wanted.logprobs is not None):
+                    continue  # part of a character, or possibly of a stop string
+                choice = self._choice(active, number, held[number])
                 held[number] = []
-                yield _event(self._answer(going, [choice], None).model_dump_json())
-                await asyncio.sleep(0)  # a client that leaves is noticed amid what has queued up
-            options = going.wanted.stream_options
+                yield _event(self._answer(active, [choice], None).model_dump_json())
+                await asyncio.sleep(0)  # notice a disconnect even while tokens are queued
+            options = active.wanted.stream_options
             if options is not None and options.include_usage:
-                yield _event(self._answer(going, [], self._usage(going)).model_dump_json())
+                yield _event(self._answer(active, [], self._usage(active)).model_dump_json())
         except HTTPException as problem:
             yield _event(json.dumps(error_body(problem.status_code, problem.detail)))
         yield _event("[DONE]")
 
-    def _choice(self, going: _Going, number: int, drawn: list[Drawn]) -> Choice:
-        """Some tokens of one continuation."""
+    def _choice(self, active: _Active, number: int, drawn: list[Drawn]) -> Choice:
+        """A piece of one continuation."""
         text = "".join(piece.text for piece in drawn)
-        asked = going.wanted.logprobs is not None
+        asked = active.wanted.logprobs is not None
         logprobs = logprobs_of(self._tokenizer, drawn) if asked else None
         return Choice(text=text, index=number, logprobs=logprobs, finish_reason=drawn[-1].reason)
 
-    def _usage(self, going: _Going) -> Usage:
-        total = going.prompt_tokens + going.drawn
+    def _usage(self, active: _Active) -> Usage:
+        total = active.prompt_tokens + active.drawn
         return Usage(
-            prompt_tokens=going.prompt_tokens, completion_tokens=going.drawn, total_tokens=total
+            prompt_tokens=active.prompt_tokens, completion_tokens=active.drawn, total_tokens=total
         )
 
-    def _answer(self, going: _Going, choices: list[Choice], usage: Usage | None) -> Answer:
+    def _answer(self, active: _Active, choices: list[Choice], usage: Usage | None) -> Answer:
         return Answer(
-            id=going.id,
+            id=active.id,
             object="text_completion",
-            created=going.created,
+            created=active.created,
             model=self._name,
             choices=choices,
             usage=usage,
@@ -197,7 +197,7 @@ class Completions:
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], number: int) -> Deliver:
-    """From the engine's thread into the loop's queue."""
+    """A callback that passes tokens from the engine's thread to the event loop's queue."""
 
     def deliver(drawn: Drawn | None) -> None:
         if not loop.is_closed():

@@ -1,6 +1,6 @@
-"""One thread that owns the model and computes every request's next token in one batch.
+"""A thread that owns the model and computes the next token of all requests in one batch.
 
-The web server's event loop never computes: it hands jobs over and is called back with each token.
+The web server's event loop never computes: it submits jobs and is called back with each token.
 """
 
 import threading
@@ -14,11 +14,11 @@ from sota_transformer.inference.batch import Batch, Drawn, Job
 from sota_transformer.model.transformer import Transformer
 
 Deliver = Callable[[Drawn | None], Any]
-"""Called in the engine's thread with each token; None: the engine failed, or is stopping."""
+"""Called in the engine's thread with each token, or with None if the engine failed or stops."""
 
 
 class Engine:
-    """At most `rows` jobs run together, `waiting` more stand in line, others are turned away."""
+    """Runs at most `rows` jobs together, queues `waiting` more and rejects the rest."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, waiting: int) -> None:
         self._make = lambda: Batch(model, tokenizer, rows)
@@ -35,11 +35,11 @@ class Engine:
 
     @property
     def busy(self) -> int:
-        """Jobs that run or wait."""
+        """Number of running and waiting jobs."""
         return len(self._deliver)
 
     def submit(self, jobs: list[tuple[Job, Deliver]]) -> list[int] | None:
-        """Keys of the jobs, or None when there is no room for all of them."""
+        """Keys of the jobs, or None if there is no room for all of them."""
         with self._wake:
             if len(self._deliver) + len(jobs) > self._limit or self.stopping:
                 return None
@@ -51,7 +51,7 @@ class Engine:
         return keys
 
     def cancel(self, keys: list[int]) -> None:
-        """Forget jobs; those that are done already are not minded."""
+        """Drop jobs; ignores those already done."""
         with self._wake:
             for key in keys:
                 if self._deliver.pop(key, None) is not None:
@@ -59,13 +59,13 @@ class Engine:
             self._wake.notify()
 
     def stop(self) -> None:
-        """Stop after the token that is being computed, and tell everyone; does not wait for it."""
+        """Stop after the current token and notify all jobs; returns at once."""
         with self._wake:
             self.stopping = True
             self._wake.notify()
 
     def close(self) -> None:
-        """Stop, and wait for it."""
+        """Stop and wait for the thread to end."""
         self.stop()
         self._thread.join(timeout=30)
 
@@ -75,7 +75,7 @@ class Engine:
                 for key, job in chosen:
                     self._batch.add(key, job)
                 drawn = self._batch.step()
-            except Exception:  # a request that breaks the model must not end the server
+            except Exception:  # a request that makes the model fail must not end the server
                 self._fail()
                 continue
             for key, result in drawn:
@@ -88,7 +88,7 @@ class Engine:
         self._fail()
 
     def _take(self) -> list[tuple[int, Job]] | None:
-        """Wait for work and drop what was cancelled; the jobs to add, None when it ends."""
+        """Wait for work and drop cancelled jobs; returns the jobs to add, None on stopping."""
         with self._wake:
             while not (self._deliver or self._dropped or self.stopping):
                 self._wake.wait()
@@ -101,7 +101,7 @@ class Engine:
             return [self._new.popleft() for _ in range(min(self._batch.free, len(self._new)))]
 
     def _fail(self) -> None:
-        """Tell everyone, and begin with an empty batch."""
+        """Notify all jobs and start over with an empty batch."""
         with self._wake:
             waiting, self._deliver = self._deliver, {}
             self._new.clear()

@@ -1,7 +1,7 @@
-"""What stands between the network and the application: deadlines, sizes, hosts and the key.
+"""Checks between the network and the application: deadlines, sizes, hosts and the API key.
 
-`Protocol` bounds the time in which a request must have arrived, which uvicorn does not: its timer
-starts anew with each byte. `Guard` is ASGI middleware that refuses what no handler should see.
+`Protocol` limits the time for a request to arrive, which uvicorn does not: its timer restarts with
+each byte. `Guard` is ASGI middleware that rejects what no handler should see.
 """
 
 import asyncio
@@ -17,26 +17,26 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 RECEIVE_SECONDS = 10.0
 HEADER_BYTES = 16 << 10
-UNWANTED_BYTES = 16 << 20  # read of a body that is refused
+UNWANTED_BYTES = 16 << 20  # how much of a rejected body is read
 BODY_BYTES = 1 << 20
-UNFINISHED = 64  # connections whose request has not arrived yet
-_TOO_LARGE = (413, f"a request may have {BODY_BYTES:,} bytes")
+UNFINISHED = 64  # connections whose request has not fully arrived
+_TOO_LARGE = (413, f"the request body may have at most {BODY_BYTES:,} bytes")
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 in which a request must arrive whole in time, and idlers make way for newcomers."""
+    """HTTP/1.1 with a deadline for requests; new connections displace stalled ones."""
 
     unfinished: ClassVar[dict["Protocol", asyncio.TimerHandle]] = {}  # oldest first
 
     def connection_made(self, transport: Any) -> None:
-        """Start the clock; the oldest connection that still has not said anything whole goes."""
+        """Start the deadline; with too many incomplete requests, drop the oldest connection."""
         super().connection_made(transport)
         self._await_request()
         if len(self.unfinished) > UNFINISHED:
             next(iter(self.unfinished))._abort()
 
     def data_received(self, data: bytes) -> None:
-        """Pass the bytes on; the clock stops when they complete a request."""
+        """Pass the bytes on; a complete request cancels the deadline."""
         super().data_received(data)
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             self._await_request()
@@ -72,7 +72,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Refuses foreign hosts and origins, missing keys, wrong types and large bodies."""
+    """Rejects foreign hosts and origins, missing keys, wrong content types and large bodies."""
 
     HEADERS: ClassVar[dict[str, str]] = {
         "x-content-type-options": "nosniff",
@@ -89,7 +89,7 @@ class Guard:
         self._any_host = host in ("0.0.0.0", "::") and bool(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -102,7 +102,7 @@ class Guard:
         refusal = self._refuse(scope, Headers(scope=scope))
         body = None
         if refusal:
-            await _body(receive, 0)  # closed while it still sends, a client would see no answer
+            await _body(receive, 0)  # a client that is still sending would not see the answer
         elif scope["method"] == "POST":
             body = await _body(receive, BODY_BYTES)
             refusal = _TOO_LARGE if body is None else None
@@ -115,7 +115,7 @@ class Guard:
         pending = [] if body is None else [body]
 
         async def again() -> Message:
-            """The body in one piece, then what comes after it: the disconnect."""
+            """The body in one piece, then the disconnect that follows it."""
             if pending:
                 return {"type": "http.request", "body": pending.pop(), "more_body": False}
             return await receive()
@@ -125,21 +125,21 @@ class Guard:
     def _refuse(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         """Status and reason, or None for a request that may pass."""
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
-            return 431, f"headers may have {HEADER_BYTES:,} bytes"
+            return 431, f"headers may have at most {HEADER_BYTES:,} bytes"
         host = headers.get("host", "")
         if not self._any_host and _without_port(host) not in self._hosts:
-            return 421, "this server does not answer for that host"
+            return 421, "this server does not serve that host"
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
-            return 403, "requests from other sites are refused"
+            return 403, "requests from other sites are not allowed"
         if self._key and scope["path"] not in self.OPEN:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
-                return 401, "needs the header Authorization: Bearer KEY"
+                return 401, "missing or wrong API key: send Authorization: Bearer KEY"
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").split(";")[0].strip().lower()
             if scope["path"] == "/v1/completions" and kind != "application/json":
-                return 415, "needs Content-Type: application/json"
+                return 415, "Content-Type must be application/json"
             length = headers.get("content-length", "0")
             if not length.isdecimal() or len(length) > 12 or int(length) > BODY_BYTES:
                 return _TOO_LARGE
@@ -153,7 +153,7 @@ def _without_port(host: str) -> str:
 
 
 async def _body(receive: Receive, most: int) -> bytes | None:
-    """The whole body, or None when it is larger than `most`; of that some is read and dropped."""
+    """The whole body, or None if it is larger than `most`; the excess is read and dropped."""
     parts: list[bytes] = []
     size = 0
     while size <= UNWANTED_BYTES:
@@ -170,6 +170,6 @@ async def _body(receive: Receive, most: int) -> bytes | None:
 
 
 def error_body(status: int, text: str) -> dict[str, Any]:
-    """An error as OpenAI words it."""
+    """An error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": text, "type": kind, "param": None, "code": str(status)}}

@@ -1,6 +1,6 @@
-"""The requests and answers of `/v1/completions`, each number with its limit.
+"""The requests and responses of `/v1/completions`, each number with its limit.
 
-An option that the server does not know is refused rather than passed over in silence.
+Unknown options are rejected rather than silently ignored.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ MOST_PROMPTS = 4
 
 
 def _whole(value: object) -> object:
-    """JSON writes 3 and 3.0 for the same number."""
+    """Accept 3.0 as 3: JSON does not distinguish integers from floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -32,13 +32,13 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """What a stream may carry beside text."""
+    """What a stream may include besides text."""
 
     include_usage: bool = False
 
 
 class Completion(_Strict):
-    """A request: continue a prompt, or up to four."""
+    """A request to continue one to four prompts."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -55,33 +55,33 @@ class Completion(_Strict):
         | _TOKENS
         | Annotated[list[_TOKENS], Field(min_length=1, max_length=MOST_PROMPTS)]
     ) = ""
-    """Text or token ids; special tokens in a text are ordinary text."""
+    """Text or token ids; special tokens in text are treated as ordinary text."""
     model: Annotated[str, StringConstraints(max_length=200)] | None = None
-    """Ignored: there is one model."""
+    """Ignored: there is only one model."""
     max_tokens: Annotated[int, Field(ge=0, le=1 << 17), _WHOLE] = 16
-    """Most tokens to add; fewer where the model's context is full before. 0 needs `echo`."""
+    """Maximum tokens to generate; fewer if the model's context fills up. 0 needs `echo`."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divides the logits; 0 takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens whose probabilities add up to this."""
     top_k: Annotated[int, Field(ge=0, le=GPT2_VOCAB), _WHOLE] = 0
-    """Draw from the k likeliest tokens; 0 draws from all."""
+    """Sample from the k most likely tokens; 0 samples from all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Draw only tokens with at least this share of the likeliest one's probability."""
+    """Sample only tokens with at least this fraction of the most likely one's probability."""
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
-    """Above 1 makes tokens that occurred already less likely."""
+    """Values above 1 make tokens that already occurred less likely."""
     n: Annotated[int, Field(ge=1, le=4), _WHOLE] = 1
-    """Continuations of each prompt."""
+    """Continuations per prompt."""
     stop: _STOP | Annotated[list[_STOP], Field(max_length=4)] | None = None
     """Strings that end the text."""
     seed: Annotated[int, Field(ge=0, lt=1 << 53), _WHOLE] | None = None
-    """The same seed gives the same text; at most what JSON carries exactly."""
+    """The same seed gives the same text; limited to what JSON represents exactly."""
     logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
-    """Log-probability of each token and of this many alternatives."""
+    """Log-probabilities of each token and of this many alternatives."""
     stream: bool = False
     """Send the text piece by piece as server-sent events."""
     stream_options: StreamOptions | None = None
-    """What a stream carries beside text."""
+    """What the stream includes besides text."""
     echo: bool = False
     """Begin the text with the prompt, and `logprobs` with its tokens."""
     user: Annotated[str, StringConstraints(max_length=200)] | None = None
@@ -89,7 +89,7 @@ class Completion(_Strict):
 
 
 class Logprobs(BaseModel):
-    """Parallel lists, one entry a token; nothing predicts the first token of a prompt."""
+    """Parallel lists, one entry per token; nothing predicts the first token of a prompt."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -107,7 +107,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens read and written."""
+    """Number of tokens read and generated."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -115,7 +115,7 @@ class Usage(BaseModel):
 
 
 class Answer(BaseModel):
-    """A whole answer."""
+    """A whole response, or one event of a stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -135,7 +135,7 @@ class ErrorDetail(BaseModel):
 
 
 class Error(BaseModel):
-    """An error as OpenAI words it."""
+    """An error in OpenAI's format."""
 
     error: ErrorDetail
 
@@ -150,14 +150,14 @@ class Entry(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models: one."""
+    """All models: just one."""
 
     object: Literal["list"]
     data: list[Entry]
 
 
 class Health(BaseModel):
-    """Alive, and how many continuations run or wait."""
+    """Status, and how many continuations are running or waiting."""
 
     status: Literal["ok"]
     busy: int
@@ -167,15 +167,15 @@ _POINT = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class Curve(BaseModel):
-    """The run's loss: [step, nats] while training, and on validation text."""
+    """The run's loss as [step, nats], in training and on validation text."""
 
     train: list[_POINT]
     validation: list[_POINT]
 
 
-@cache  # an answer may have a hundred thousand of them; the vocabulary is smaller
+@cache  # a response may have a hundred thousand tokens; the vocabulary is smaller
 def shown(tokenizer: Tokenizer, token: int) -> str:
-    """One token as text; where it is only a part of a character, its bytes."""
+    """One token as text, or its bytes if it is not whole characters."""
     data = tokenizer.decode_bytes([token])
     try:
         return data.decode() or "<|endoftext|>"
@@ -184,7 +184,7 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
 
 
 def logprobs_of(tokenizer: Tokenizer, drawn: list[Drawn]) -> Logprobs:
-    """The lists for some tokens of one continuation."""
+    """The lists for the given tokens of one continuation."""
     result = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for piece in drawn:
         result.tokens.append(shown(tokenizer, piece.token))

@@ -1,11 +1,11 @@
 """An OpenAI-compatible server for one model, with a page to try it. Loopback only by default.
 
-    GET  /                 the page              GET  /healthz    alive, and how busy
+    GET  /                 the page              GET  /healthz    health and load
     GET  /curve            the run's loss        GET  /v1/models  the one model
     POST /v1/completions   text, whole or streamed
 
-Every number of a request has a limit, no route takes a path, and a client that leaves frees its
-place. `Engine` computes, `Guard` and `Protocol` keep the door, `completions` answers.
+Every number in a request has a limit, no route takes a path, and a client that disconnects frees
+its place. `Engine` computes, `Guard` and `Protocol` filter requests, `completions` answers them.
 """
 
 import asyncio
@@ -34,30 +34,30 @@ from sota_transformer.serve.guard import HEADER_BYTES, Guard, Protocol, error_bo
 from sota_transformer.serve.schema import Answer, Completion, Curve, Entry, Error, Health, ModelList
 
 _PAGE = files("sota_transformer.serve").joinpath("page.html").read_text("utf-8")
-WAITING = 16  # continuations that stand in line
+WAITING = 16  # queued continuations
 CONNECTIONS = 512
-GRACE_SECONDS = 3.0  # for requests under way when a signal comes; then they are told
+GRACE_SECONDS = 3.0  # for running requests to finish after a signal, before they get an error
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": Error, "description": "the key is missing or wrong"},
     403: {"model": Error, "description": "a request from another site"},
-    421: {"model": Error, "description": "another host's name"},
+    421: {"model": Error, "description": "a wrong host name"},
 }
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _ANSWERS = _REFUSALS | {
     200: {"model": Answer, "content": {"text/event-stream": {"schema": _EVENT}}},
-    400: {"model": Error, "description": "not a request"},
+    400: {"model": Error, "description": "malformed request"},
     413: {"model": Error, "description": "the body is too large"},
     415: {"model": Error, "description": "not JSON"},
-    422: {"model": Error, "description": "a field is wrong or beyond its limit"},
-    503: {"model": Error, "description": "all places are taken; try again"},
-    504: {"model": Error, "description": "the time for one generation is over"},
+    422: {"model": Error, "description": "a field is invalid or exceeds its limit"},
+    503: {"model": Error, "description": "the server is busy; try again"},
+    504: {"model": Error, "description": "generation took too long"},
 }
 
 
 def build_app(
     model: Transformer, tokenizer: Tokenizer, name: str, curve: Curve, engine: Engine
 ) -> FastAPI:
-    """The application without its guard."""
+    """The application without `Guard`."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,7 +67,7 @@ def build_app(
     app = FastAPI(
         title="sota_transformer",
         version=__version__,
-        docs_url=None,  # FastAPI's pages load from other sites
+        docs_url=None,  # FastAPI's pages load scripts from other sites
         redoc_url=None,
         lifespan=lifespan,
     )
@@ -79,7 +79,7 @@ def build_app(
 
     @app.get("/healthz", responses={421: _REFUSALS[421], 403: _REFUSALS[403]})
     async def healthz() -> Health:
-        """Alive, and how busy."""
+        """Health and load."""
         return Health(status="ok", busy=engine.busy)
 
     @app.get("/curve", responses=_REFUSALS)
@@ -103,7 +103,7 @@ def build_app(
 
 
 def _explain(app: FastAPI) -> None:
-    """Errors as OpenAI words them."""
+    """Format errors as OpenAI does."""
 
     @app.exception_handler(HTTPException)
     async def _refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -112,34 +112,34 @@ def _explain(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        lines = list(dict.fromkeys(map(_in_words, error.errors())))[:5]
+        lines = list(dict.fromkeys(map(_describe, error.errors())))[:5]
         return JSONResponse(error_body(422, "; ".join(lines)[:1000]), 422)
 
 
-def _in_words(found: Any) -> str:
-    """One fault of a request: the field and what is wrong, without pydantic's names of types."""
+def _describe(found: Any) -> str:
+    """One error in a request: the field and what is wrong, without pydantic's type names."""
     field, *inside = found["loc"][1:] or ("body",)
     if found["type"] == "json_invalid":
-        return f"body: not JSON, at character {field}"
+        return f"body: invalid JSON at character {field}"
     kept = [str(part) for part in inside if not re.search(r"[-\[]", str(part))]
     return f"{'.'.join([str(field), *kept])}: {found['msg']}"
 
 
 class _Server(uvicorn.Server):
-    """One that tells the requests under way that it stops; uvicorn alone cuts them off."""
+    """Sends running requests an error on shutdown; uvicorn alone would cut them off."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let them finish for a while, then end them with an answer."""
+        """Give running requests some time to finish, then end them with an error."""
         asyncio.get_running_loop().call_later(GRACE_SECONDS, self._engine.stop)
         await super().shutdown(sockets)
 
 
 def content_policy() -> str:
-    """What the page may do: run its own script and style, known by their hashes, and ask us."""
+    """The page's content security policy: its own script and style by hash, and this server."""
 
     def allowed(tag: str) -> str:
         (inner,) = re.findall(f"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
@@ -166,7 +166,7 @@ def serve(
     """Serve until a signal. SotaError without a key beyond loopback, or if the port is taken."""
     if not api_key and not is_loopback(host):
         raise SotaError(
-            f"--host {host} can be reached by others: give --api-key (or SOTA_API_KEY) as well"
+            f"--host {host} is reachable from other machines; set --api-key or SOTA_API_KEY"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
