@@ -231,7 +231,7 @@ class Workspace:
         names = {" ".join((Path(word).name or word).split()) for word in paths}
         names |= {repr(word)[1:-1] for word in paths}
         told = any(name in last for name in names if name) or "--" in last
-        if not told and "MB are free" not in last:  # which names the existing part of its path
+        if not told and "MB free" not in last:  # which names the existing part of its path
             self.say(f"names no path and no option: {last}")
 
     def _clean(self, done: Finished) -> None:
