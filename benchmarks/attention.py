@@ -1,8 +1,8 @@
-"""The choices of the CPU's training step against their alternatives, in turn; minima of several.
+"""Design choices of the CPU training step timed against their alternatives, in turn.
 
     python benchmarks/attention.py
 
-Prints the machine's own rate of matrix products beside them, since it moves from hour to hour.
+Prints minima of several rounds, and the machine's matrix product rate, which varies by the hour.
 """
 
 import time
@@ -20,7 +20,7 @@ ROUNDS = 6
 
 
 def fastest(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds of each, the fastest of `ROUNDS`, one after the other so that drift hits all."""
+    """Milliseconds of each, the minimum of `ROUNDS`; interleaved, so that drift affects all."""
     for work in works.values():
         work()
     taken: dict[str, list[float]] = {name: [] for name in works}
@@ -33,7 +33,7 @@ def fastest(works: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def attention() -> None:
-    """Forward and backward of one layer of 125m at 4 x 512 tokens, (4, 12, 512, 64) bfloat16."""
+    """Forward and backward of one 125m layer at 4 x 512 tokens, (4, 12, 512, 64) bfloat16."""
     q, k, v = (torch.randn(4, 12, 512, 64).bfloat16().requires_grad_() for _ in range(3))
     seed = torch.randn(4, 12, 512, 64).bfloat16()
 
@@ -44,16 +44,16 @@ def attention() -> None:
     compiled, masked = (torch.compile(attend_in_blocks, dynamic=False) for _ in range(2))
     works = {
         "SDPA": both(attend),
-        "SDPA, documents apart": both(lambda *qkv: attend(*qkv, mask)),
+        "SDPA, masked": both(lambda *qkv: attend(*qkv, mask)),
         "in blocks, compiled": both(compiled),
-        "in blocks, compiled, documents apart": both(lambda *qkv: masked(*qkv, mask)),
+        "in blocks, compiled, masked": both(lambda *qkv: masked(*qkv, mask)),
     }
     for name, milliseconds in fastest(works).items():
         print(f"attention, {name}: {milliseconds:.1f} ms")
 
 
 def head_gradient() -> None:
-    """The head's gradient for 512 tokens of 16m, added to the embedding's, in either layout."""
+    """The 16m head gradient for 512 tokens, added to the embedding's, in either layout."""
     logits, hidden = torch.randn(512, 50_258).bfloat16(), torch.randn(512, 256).bfloat16()
     embedding = torch.zeros(50_258, 256)
     works = {
@@ -61,7 +61,7 @@ def head_gradient() -> None:
         "in the parameter's layout": lambda: embedding.add_((logits.t() @ hidden).float()),
     }
     for name, milliseconds in fastest(works).items():
-        print(f"head's gradient, {name}: {milliseconds:.1f} ms")
+        print(f"head gradient, {name}: {milliseconds:.1f} ms")
 
 
 def main() -> None:

@@ -1,18 +1,18 @@
-"""What each makes of the same minutes: the same text, machine, windows a step and size of model.
+"""Held-out loss after equal training time: same text, machine, model size and windows per step.
 
     sota prepare books.jsonl.zst --out data/books
     python benchmarks/budget.py --data data/books --folder /tmp/budget --nanogpt ../nanoGPT
 
-First each contender's step is timed, in turn; then each trains, alone, for as many steps as fill
-`--minutes`, and all are judged on the same windows of the validation split by one piece of code.
-Starting and compiling come on top and are in `whole`. Contenders:
+First the steps of all contenders are timed in turn. Then each trains alone for as many steps as
+fill `--minutes`, and the same code evaluates all of them on the same windows of the validation
+split. Startup and compilation come on top and are included in `whole`. Contenders:
 
-    fast, seed      `sota train 16m` with these recipes, as they come
+    fast, seed      `sota train 16m` with these recipes, unchanged
     nanogpt RATE    its train.py as it runs on a CPU, with its own AdamW and cosine
     trainer RATE    transformers' Trainer, compiled, with nanoGPT's AdamW and cosine on our Llama
 
-The peers have no recipe for such a size and length: each is tried with every one of `--rates`, the
-first being nanoGPT's for GPT-2 small, and with a twentieth of the run as warm-up.
+The peers have no recipe for this model size and run length: each is tried with every learning rate
+of `--rates` (the first is nanoGPT's for GPT-2 small) and a twentieth of the run as warm-up.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PRESET, ROWS, WARMUP = "16m", 4, 0.05
 
 
 def steps_in(options: argparse.Namespace) -> dict[str, int]:
-    """Steps of each contender that fill the minutes, by the median of three timed ones."""
+    """Steps that fill the minutes for each contender, from the median of three timed steps."""
     timing = argparse.Namespace(rows=ROWS, steps=3, nanogpt=options.nanogpt)
     kinds = ["ours", "fast", *(["nanogpt"] if options.nanogpt else []), "trainer+compile"]
     found = {kind: run(PRESET, kind, timing) for kind in kinds}
@@ -47,7 +47,7 @@ def steps_in(options: argparse.Namespace) -> dict[str, int]:
 
 
 def ours(recipe: str, steps: int, out: Path, options: argparse.Namespace) -> list[str]:
-    """The command of one recipe, judged at its end alone."""
+    """The command for one recipe, with validation at the end only."""
     command = [sys.executable, "-m", "sota_transformer", "train", PRESET, "--recipe", recipe]
     command += ["--data", str(options.data), "--out", str(out), "--steps", str(steps)]
     command += ["--train.batch-rows", str(ROWS), "--train.eval-every", "0"]
@@ -55,12 +55,12 @@ def ours(recipe: str, steps: int, out: Path, options: argparse.Namespace) -> lis
 
 
 def nanogpt(rate: float, steps: int, out: Path, options: argparse.Namespace) -> list[str]:
-    """Its command, with all that depends on the length of the run."""
+    """The nanoGPT command, with everything that depends on the length of the run."""
     from sota_transformer.presets import PRESETS
 
     model = PRESETS[PRESET]().model
     given: dict[str, Any] = {
-        "dataset": options.folder.resolve() / "bins",  # an absolute path outdoes data/
+        "dataset": options.folder.resolve() / "bins",  # an absolute path overrides data/
         "out_dir": out,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "compile": torch.cuda.is_available(),
@@ -82,7 +82,7 @@ def nanogpt(rate: float, steps: int, out: Path, options: argparse.Namespace) -> 
 
 
 def trainer(rate: float, steps: int, out: Path, bins: Path) -> None:
-    """Train the Llama, and save it."""
+    """Train the Llama with the Trainer and save it."""
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
     from sota_transformer.runtime import activations
@@ -118,7 +118,7 @@ def trainer(rate: float, steps: int, out: Path, bins: Path) -> None:
 
 
 def logits_of(name: str, out: Path, checkout: Path | None) -> Callable[[torch.Tensor], Any]:
-    """(B, T) ids -> (B, T, V) logits of what a contender has trained."""
+    """(B, T) ids -> (B, T, V) logits of the model that a contender trained."""
     cpu = torch.device("cpu")
     if name.startswith("nanogpt"):
         sys.path.insert(0, str(checkout))
@@ -128,7 +128,7 @@ def logits_of(name: str, out: Path, checkout: Path | None) -> Callable[[torch.Te
         network = GPT(GPTConfig(**saved["model_args"])).eval()
         state = saved["model"].items()
         network.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in state})
-        return lambda ids: network(ids, ids)[0]  # without targets it gives the last position alone
+        return lambda ids: network(ids, ids)[0]  # without targets: last position only
     if name.startswith("trainer"):
         from transformers import LlamaForCausalLM
 
@@ -142,7 +142,7 @@ def logits_of(name: str, out: Path, checkout: Path | None) -> Callable[[torch.Te
 
 @torch.no_grad()
 def nats(logits: Callable[[torch.Tensor], Any], windows: np.ndarray) -> tuple[float, float]:
-    """Mean loss a token over windows (N, T + 1), and its standard error between windows."""
+    """Mean loss per token over windows (N, T + 1), and its standard error across windows."""
     losses = []
     for row in torch.from_numpy(windows.astype(np.int64)):
         losses.append(float(F.cross_entropy(logits(row[None, :-1])[0].float(), row[1:])))
@@ -150,7 +150,7 @@ def nats(logits: Callable[[torch.Tensor], Any], windows: np.ndarray) -> tuple[fl
 
 
 def contest(options: argparse.Namespace) -> None:
-    """Time, train and judge; a line for each."""
+    """Time, train and evaluate; print one line per contender."""
     bins = options.folder / "bins"
     options.folder.mkdir(parents=True, exist_ok=True)
     ours_ = [sys.executable, "-m", "sota_transformer"]
@@ -160,7 +160,7 @@ def contest(options: argparse.Namespace) -> None:
     size = llama(PRESET).max_position_embeddings
     starts = np.linspace(0, len(held) - size - 1, options.windows).astype(int)
     windows = np.stack([held[start : start + size + 1] for start in starts])
-    print(f"{options.minutes:g} minutes, {ROWS} x {size} tokens a step, {len(windows)} windows")
+    print(f"{options.minutes:g} minutes, {ROWS} x {size} tokens per step, {len(windows)} windows")
     print(f"{'':<18} {'steps':>6} {'tokens':>9} {'whole':>7} {'nats':>7} {'+-':>6}", flush=True)
     for kind, steps in steps_in(options).items():
         rates = options.rates if kind in ("nanogpt", "trainer") else [0.0]
@@ -186,14 +186,14 @@ def contest(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Hold the contest, or be the Trainer in it."""
+    """Run the contest, or run as its Trainer."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="prepared data")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/sota-budget"))
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--rates", type=float, nargs="+", default=[6e-4, 1.8e-3])
-    parser.add_argument("--windows", type=int, default=128, help="of validation text, judged")
+    parser.add_argument("--windows", type=int, default=128, help="validation windows to evaluate")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What a checkpoint costs: seconds, memory, and its share of a run that saves every five minutes.
+"""Cost of a checkpoint: seconds, memory, and its share of a run that saves every five minutes.
 
     python benchmarks/checkpoint.py [PRESET] [--folder DIR] [--saves N]
 
-The model with AdamW's moments, as in training; saved as training saves it. The peak is this
-process's, so that a second copy of the state would show.
+Saves a model and its AdamW moments as training does. Peak memory is that of this process, so a
+second copy of the state would show.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _INTERVAL_SECONDS = 300
 
 
 def state_of(preset: str) -> checkpoint.State:
-    """Weights and moments of a model after one update."""
+    """Weights and optimizer moments of a model after one update."""
     config = PRESETS[preset]()
     model = Transformer(config.model, torch.float32)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -39,25 +39,25 @@ def state_of(preset: str) -> checkpoint.State:
 
 
 def peak() -> int:
-    """Most bytes that this process has held."""
+    """Peak resident bytes of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident() -> int:
-    """Bytes that this process holds now."""
+    """Resident bytes of this process now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", nargs="?", default="125m", choices=PRESETS)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--saves", type=int, default=3)
     options = parser.parse_args()
     state = state_of(options.preset)
     tensors = (state.model | state.optim).values()
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    # The kernel's peak includes that of building the model; resetting it leaves what saving takes.
+    # Reset the kernel's peak, which includes building the model, to measure saving alone.
     Path("/proc/self/clear_refs").write_text("5")
     before, seconds = resident(), []
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=options.folder))
@@ -72,11 +72,11 @@ def main() -> None:
         shutil.rmtree(folder)
     wall, cpu = (statistics.median(column) for column in zip(*seconds, strict=True))
     print(f"{options.preset}: state of {size / 1e9:.2f} GB, {options.saves} saves")
-    print(f"a save: {wall:.2f} s (processor {cpu:.2f} s), {size / wall / 1e6:,.0f} MB/s")
+    print(f"one save: {wall:.2f} s (CPU {cpu:.2f} s), {size / wall / 1e6:,.0f} MB/s")
     print(f"share of {_INTERVAL_SECONDS} s: {wall / _INTERVAL_SECONDS:.2%}")
     more = (peak() - before) / size
     print(f"memory: {before / 1e9:.2f} GB before, {peak() / 1e9:.2f} GB at the peak of saving")
-    print(f"saving takes {more:.1%} of the state's size on top")
+    print(f"saving adds {more:.1%} of the state's size")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Real text of this machine, each document once, in an order that depends on nothing but the files.
+"""Real text found on this machine, each document once, in an order that depends only on the files.
 
-Three tiers, each in the order of the documents' SHA-256, so that a small text is the start of a
+There are three tiers, each sorted by the documents' SHA-256, so a small corpus is a prefix of a
 larger one:
 
 1. Python sources of this interpreter and its packages, and books in pieces of about 5 kB
 2. other programs and documents: sources in 25 languages under /usr, /root/.pyenv and /root/.rustup,
-   manual pages in 20 tongues, Markdown, reStructuredText, and HTML without its tags and scripts
-3. what is mostly a copy of these or of itself: the libraries of older Pythons, a second Rust's
-   documents, and reference pages made by a program from one template (Rust's API, Google Cloud's)
+   manual pages in 20 languages, Markdown, reStructuredText, and HTML without its tags and scripts
+3. near-copies of these or of each other: the libraries of older Pythons, a second Rust's documents,
+   and reference pages generated from one template (Rust's API, Google Cloud's)
 
-Not taken: anything under 200 or over 400,000 characters, what is not UTF-8, holds NUL, or has a
-line of more than 5,000 characters (minified programs, tables, embedded data); JSON, XML, CSV, SVG.
+Skipped: files under 200 or over 400,000 characters, files that are not UTF-8, contain NUL or have a
+line of over 5,000 characters (minified programs, tables, embedded data); JSON, XML, CSV, SVG.
 """
 
 import gzip
@@ -40,7 +40,7 @@ BLANKS = re.compile(r"\n\s*\n\s*")
 
 
 def sources(books: Path | None) -> Iterator[str]:
-    """All documents, tier after tier."""
+    """All documents, tier by tier."""
     seen: set[bytes] = set()
     for tier in (_first(books), _texts(second=True), _texts(second=False)):
         unique: dict[bytes, bytes] = {}
@@ -49,9 +49,7 @@ def sources(books: Path | None) -> Iterator[str]:
             key = hashlib.sha256(data).digest()
             if key not in seen:
                 seen.add(key)
-                unique[key] = zlib.compress(
-                    data, 1
-                )  # a tier is larger than what should lie in memory
+                unique[key] = zlib.compress(data, 1)  # a tier is too large to keep as it is
         for key in sorted(unique):
             yield zlib.decompress(unique[key]).decode("utf-8", "surrogatepass")
 
@@ -81,7 +79,7 @@ def _first(books: Path | None) -> Iterator[str]:
 
 
 def _texts(*, second: bool) -> Iterator[str]:
-    """Text files below ROOTS: those of the second tier, or those of the third."""
+    """Text files under ROOTS that belong to the second tier, or to the third."""
     for root in ROOTS:
         for folder, folders, names in os.walk(root):
             folders.sort()
@@ -95,7 +93,7 @@ def _texts(*, second: bool) -> Iterator[str]:
 
 
 def _text(path: Path, ending: str) -> str:
-    """What a file has to say, or nothing."""
+    """The text of a file, or "" if it is skipped."""
     try:
         if path.is_symlink() or not 100 < path.stat().st_size < 4 * MOST:
             return ""

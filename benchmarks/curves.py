@@ -2,11 +2,11 @@
 
     python benchmarks/curves.py --data data/books --folder /tmp/curves
 
-The seed decides weights, order of the data and dropout, so two runs of one seed differ by nothing
-but rounding. At every validation: the mean over seeds of each precision, the mean difference of
-pairs (with its standard error), and the standard deviation between seeds, which the difference
-should stay under. Runs that are complete in the folder are not made again. One thread each, so that
-other work disturbs it little.
+The seed determines weights, data order and dropout, so two runs with the same seed differ only by
+rounding. For every validation it prints the mean over seeds for each precision, the mean paired
+difference with its standard error, and the standard deviation between seeds, which the difference
+should stay below. Runs already complete in the folder are reused. Each run uses one thread, to be
+less sensitive to other load.
 """
 
 import argparse
@@ -22,7 +22,7 @@ KINDS = ("float32", "bfloat16")
 
 
 def losses(options: argparse.Namespace, kind: str, seed: int) -> dict[int, float]:
-    """Validation losses (plain nats) of one run, by step."""
+    """Train one run; its validation losses (plain nats) by step."""
     out = options.folder / f"{options.preset}-{kind}-{seed}"
     command = [sys.executable, "-m", "sota_transformer", "train", options.preset]
     command += ["--data", str(options.data), "--out", str(out), "--seed", str(seed)]

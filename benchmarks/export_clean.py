@@ -1,10 +1,10 @@
-"""A Hugging Face export read where nothing of this project is installed: 100 prompts, same words.
+"""A Hugging Face export read in an environment without this project: 100 prompts, same output.
 
     python benchmarks/export_clean.py runs/books ../shared/corpora/tinyshakespeare.txt
 
-Exports the run, makes a virtual environment with transformers and torch alone, and there loads
-model and tokenizer by `AutoModelForCausalLM` and `AutoTokenizer`. Token ids, last logits and greedy
-text must be those of this package.
+Exports the run, creates a virtual environment with only transformers and torch, and loads model
+and tokenizer there through `AutoModelForCausalLM` and `AutoTokenizer`. Token ids, last logits and
+greedy text must match this package's.
 """
 
 import json
@@ -37,7 +37,7 @@ print(json.dumps({"prompts": len(cases), "ids": ids, "greedy": greedy, "logit_di
 
 
 def cases(run: Path, text: str) -> list[dict[str, object]]:
-    """Prompts spread over a text, with this package's ids, last logits and greedy continuation."""
+    """Prompts from all over the text, with our ids, last logits and greedy continuation."""
     import torch
 
     from sota_transformer.commands.common import open_to_generate
@@ -57,7 +57,7 @@ def cases(run: Path, text: str) -> list[dict[str, object]]:
 
 
 def main(run: Path, text: Path) -> None:
-    """Export, write the cases, and read both elsewhere."""
+    """Export, write the cases, and check them in the other environment."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export = [sys.executable, "-m", "sota_transformer", "export", str(run), "--format", "hf"]

@@ -1,10 +1,10 @@
-"""One run, four programs: the same text, the same perplexity, the same benchmark figures.
+"""Exported models in four other programs: same text, perplexity and benchmark scores.
 
     python benchmarks/export_proof.py RUN [PROMPTS]
 
-Exports RUN into a temporary folder and lets transformers, llama.cpp, mlx-lm and lm-eval (those that
-are installed) read it. Prompts, LAMBADA-format and HellaSwag-format examples are cut from the run's
-own validation split, so nothing is fetched. One JSON object a line.
+Exports RUN into a temporary folder and reads it with those of transformers, llama.cpp, mlx-lm and
+lm-eval that are installed. Prompts and examples in LAMBADA and HellaSwag format are cut from the
+run's own validation split, so nothing is downloaded. Prints one JSON object per line.
 """
 
 import importlib.util
@@ -113,7 +113,7 @@ def with_mlx(folder: Path, model: Transformer, prompts: list[list[int]]) -> None
 
 
 def examples(windows: TokenWindows, folder: Path) -> tuple[Path, Path]:
-    """LAMBADA's and HellaSwag's formats, from validation text; endings are of other passages."""
+    """Write LAMBADA and HellaSwag files from validation text; wrong endings are other passages."""
     source = random.Random(0)
     words = TOKENIZER.decode(windows.read(0, 60_000)).split()
     lambada, hellaswag = folder / "lambada.jsonl", folder / "hellaswag.jsonl"
@@ -165,7 +165,7 @@ def main(run: Path, count: int) -> None:
     show("run", step=opened.step, parameters=opened.model.config.parameter_count)
     starts = np.linspace(0, windows.tokens - 100, count).astype(int)
     prompts = [windows.read(int(s), int(s) + 12).tolist() for s in starts]
-    # What a program reads as text must be the same ids again.
+    # Keep only prompts as re-encoded from their text, since some programs are given text.
     prompts = [ids for p in prompts if (ids := TOKENIZER.encode(TOKENIZER.decode(p)))]
     rows = np.stack([windows[int(i)] for i in np.linspace(0, len(windows) - 1, WINDOWS)])
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,10 +1,10 @@
-"""Does a long run stay as fast and as small as it began? 100,000 steps of a minute model:
+"""Do speed and memory stay flat over a long run? 100,000 steps of a minuscule model:
 
     python benchmarks/flat.py --data data/books --folder /tmp/flat
 
-The model is so small that what surrounds it counts: loading from all over the data, logging,
-validation, samples, checkpoints, the guard. Prints tokens/s (median of the lines around it) and
-peak memory at 1,000 to 100,000 steps. One thread, so that other work disturbs it little.
+The model is so small that everything around it dominates: random access to the data, logging,
+validation, samples, checkpoints, the guard. Prints tokens/s (median of the nearby log lines) and
+peak memory at 1,000 to 100,000 steps. It uses one thread, to be less sensitive to other load.
 """
 
 import argparse

@@ -1,16 +1,17 @@
-"""Tokens per second of generation and of scoring, by preset and batch size, on random weights.
+"""Generation and scoring speed by preset and batch size, on random weights.
 
     python benchmarks/generation.py [PRESET ...]
     python benchmarks/generation.py --against-transformers [--threads=N] [PRESET ...]
 
-The second continues one prompt, greedily, here and by `transformers` on the exported model, in
-turn, in float32 and bfloat16, and prints a table: tokens per second (median, best), the share of
-the memory's own rate that this is (a token reads every weight once; the rate is the best of a dot
-product over 512 MB with the same threads), and how many times `transformers` in each type.
+The first prints one JSON object per line: medians of three, for an untrained model, whose flat
+distribution is the worst case for top-p. `per_cpu_second` is based on CPU time, which stays
+meaningful on a shared machine; with one thread on an idle machine it equals `per_second`.
 
-The figures of the first, one JSON object a line, are medians of three, of an untrained model, whose
-flat distribution makes top-p as slow as it gets. `per_cpu_second` counts processor time, so that it
-says something on a machine that others use too; on an idle one the two are alike with one thread.
+The second continues one prompt greedily, here and with `transformers` on the exported model, in
+turn, in float32 and bfloat16, and prints a table: tokens per second (median, best), the fraction
+of memory bandwidth that this uses (each token reads every weight once; the bandwidth is the best
+rate of a dot product over 512 MB with the same threads), and the speedup over `transformers` in
+each dtype.
 """
 
 import json
@@ -43,7 +44,7 @@ PROMPT, ADDED, WINDOWS, QUESTIONS, ROUNDS = 64, 64, 8, 16, 3
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall time and processor time."""
+    """Median wall time and CPU time of three calls, after a warm-up."""
     work()
     times = []
     for _ in range(3):
@@ -77,20 +78,20 @@ def measure(name: str) -> None:
         show(name, runtime, f"tokens generated, {rows} rows", rows * ADDED, took)
     windows = np.random.default_rng(0).integers(0, 50_000, (WINDOWS, config.seq_len + 1))
     took = seconds(lambda: sequence_sums(model, windows, tokenizer.token_bytes))
-    show(name, runtime, f"tokens judged, windows of {config.seq_len}", windows[:, 1:].size, took)
+    show(name, runtime, f"tokens scored, windows of {config.seq_len}", windows[:, 1:].size, took)
     question = Choice("A person " * 20, ["walks to the door and opens it slowly"] * 4, 0)
     took = seconds(lambda: hellaswag(model, tokenizer, [question] * QUESTIONS))
     show(name, runtime, "HellaSwag questions", QUESTIONS, took)
 
 
 def against_transformers(name: str) -> None:
-    """Each program and type in turn: processor seconds with one thread, wall seconds with more."""
+    """Each program and dtype in turn; CPU seconds with one thread, wall seconds with more."""
     config = PRESETS[name]().model
     works = programs(name)
     times: dict[str, list[float]] = {what: [] for what in works}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     rates, data = [], torch.ones(1 << 27)
-    for _ in range(1 + ROUNDS):  # the first one warms up
+    for _ in range(1 + ROUNDS):  # the first round is a warm-up
         for what, work in works.items():
             began = clock()
             work()
@@ -116,7 +117,7 @@ def against_transformers(name: str) -> None:
 
 
 def programs(name: str) -> dict[str, Callable[[], list[int]]]:
-    """What continues the prompt, by program and type, all on the same random weights."""
+    """Functions that continue the prompt, by program and dtype, on the same random weights."""
     from transformers import AutoModelForCausalLM
 
     model = Transformer(PRESETS[name]().model)

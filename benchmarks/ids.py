@@ -1,10 +1,10 @@
-"""The whole preparation against tiktoken, document by document:
+"""`sota prepare` checked against tiktoken, document by document:
 
     python benchmarks/ids.py --folder /tmp/ids --books ../shared/corpora/books.jsonl.zst
 
-Books and Python sources are cut into `--documents` different passages, every tenth with text of
-another kind at its end (scripts, blanks, emoji, special tokens spelled out). They are prepared as
-anybody would, and each document on disk must be what tiktoken makes of its text.
+Books and Python sources are cut into `--documents` distinct passages, a tenth of them with unusual
+text appended (other scripts, whitespace, emoji, special tokens spelled out). They are prepared as
+usual, and each document on disk must equal tiktoken's encoding of its text.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TAILS = [
 
 
 def passages(books: Path | None, count: int) -> Iterator[str]:
-    """`count` different documents of about 500 characters."""
+    """`count` distinct documents of about 500 characters."""
     rng, made = random.Random(3), 0
     for text in itertools.cycle(sources(books)):
         for start in range(rng.randrange(100), len(text), 500):
@@ -46,13 +46,13 @@ def passages(books: Path | None, count: int) -> Iterator[str]:
 
 
 def reference() -> tiktoken.Encoding:
-    """tiktoken with its own pattern; the ranks have the hash that it demands of its download."""
+    """tiktoken with its own pattern; our ranks have the hash that it requires of its download."""
     ranks = {token: rank for rank, token in enumerate(_token_table())}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
 
 
 def compare(out: Path, expected: set[str]) -> tuple[int, int, int]:
-    """(documents, tokens, different documents) of what lies in `out`."""
+    """(documents, tokens, documents that differ) in `out`."""
     core, tokenizer, found, tokens, wrong = reference(), Tokenizer(), 0, 0, 0
     manifest = json.loads((out / "manifest.json").read_text())
     for split in SPLITS:

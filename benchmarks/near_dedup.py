@@ -3,15 +3,15 @@
     pip install --no-deps datatrove==0.10.1 loguru humanize     # it must not change other versions
     python benchmarks/near_dedup.py --folder /tmp/near --megabytes 20
 
-The text is Python sources of this machine, which hold natural copies, and passages of them that
-were edited a little or a lot. datatrove pairs documents of which one bucket of hashes (14 of 8)
-agrees and verifies nothing; so each of its pairs is held against the true Jaccard index of the
-documents' token 5-grams, and those below the threshold do not count. A pair that counts is missed
-by us if both its documents stayed. The other way round, a document that we dropped is missed by
-datatrove if no pair of its links it, directly or through others, to an earlier one.
+The text is the Python sources on this machine, which contain natural copies, plus edited copies of
+some of them. datatrove pairs documents that agree in one of 14 buckets of 8 hashes and verifies
+nothing, so each of its pairs is checked against the true Jaccard index of the documents' token
+5-grams, and pairs below the threshold do not count. We missed a pair that counts if we kept both
+documents. Conversely, datatrove missed a document that we dropped if none of its pairs links that
+document, directly or through others, to an earlier one.
 
-Two ways to run datatrove: on the same GPT-2 tokens, and on words of its own normalisation (lower
-case, no punctuation), split at blanks since its English words come from spaCy.
+datatrove runs in two ways: on the same GPT-2 tokens, and on words after its own normalization
+(lower case, no punctuation), split at whitespace because its English word splitter needs spaCy.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from sota_transformer.options import Prepare
 
 GRAM = 5
 TOKENIZER = Tokenizer()
-EDITED = 0.15  # share of documents that also come edited
+EDITED = 0.15  # share of documents that also appear as an edited copy
 Pair = tuple[int, int]
 
 
@@ -57,14 +57,14 @@ class Tokens(WordTokenizer):
 
 
 class Words(Tokens):
-    """What blanks separate."""
+    """Whitespace-separated words."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return text.split()
 
 
 def corpus(folder: Path, megabytes: int) -> list[str]:
-    """Different documents in a random order, some of them edited copies of others."""
+    """Distinct documents in random order, some of them edited copies of others."""
     path = folder / f"near-{megabytes}.jsonl"
     if not path.exists():
         rng, left, texts = random.Random(5), megabytes * 10**6, []
@@ -84,7 +84,7 @@ def corpus(folder: Path, megabytes: int) -> list[str]:
 
 
 def edited(text: str, rng: random.Random) -> str:
-    """A copy in which up to an eighth of the words is replaced, at random places."""
+    """A copy with up to an eighth of its words replaced, at random places."""
     words = text.split(" ")
     for _ in range(max(1, int(len(words) * rng.random() / 8))):
         words[rng.randrange(len(words))] = rng.choice(words)
@@ -92,9 +92,9 @@ def edited(text: str, rng: random.Random) -> str:
 
 
 def theirs(texts: list[str], folder: Path, words: WordTokenizer, norm: TextNormConfig) -> set[Pair]:
-    """The pairs that datatrove's first two stages report, earlier document first."""
+    """Pairs reported by datatrove's first two stages, earlier document first."""
     shutil.rmtree(folder, ignore_errors=True)
-    hashed = HashConfig(hash_fc="sha1")  # its xxhash fails with version 4 of that library
+    hashed = HashConfig(hash_fc="sha1")  # its xxhash code fails with xxhash 4
     config = MinhashConfig(n_grams=GRAM, norm_config=norm, hash_config=hashed)
     signatures, pairs = str(folder / "signatures"), folder / "pairs"
     documents = (Document(text=text, id=str(i)) for i, text in enumerate(texts))
@@ -110,7 +110,7 @@ def theirs(texts: list[str], folder: Path, words: WordTokenizer, norm: TextNormC
 
 
 def ours(path: Path, out: Path, texts: list[str], threshold: float) -> set[int]:
-    """The documents that `sota prepare --near-dedup` dropped."""
+    """Documents dropped by `sota prepare --near-dedup`."""
     shutil.rmtree(out, ignore_errors=True)
     prepare(Prepare(inputs=(str(path),), out=out, near_dedup=threshold))
     manifest, kept = json.loads((out / "manifest.json").read_text()), Counter()
@@ -144,7 +144,7 @@ class Jaccard:
 
 
 def linked(pairs: Iterable[Pair]) -> set[int]:
-    """Documents that pairs link to an earlier one, directly or through others."""
+    """Documents that some pair links to an earlier one, directly or through others."""
     parent: dict[int, int] = {}
 
     def root(x: int) -> int:
@@ -183,9 +183,9 @@ def main() -> None:
         missed = {pair for pair in true if not set(pair) & dropped}
         unseen = dropped - linked(pairs)
         print(
-            f"datatrove {name}: {len(pairs):,} pairs, {len(true):,} of them at or over "
+            f"datatrove {name}: {len(pairs):,} pairs, {len(true):,} of them at or above "
             f"{options.threshold}, linking {len(linked(true)):,} documents to earlier ones; "
-            f"{seconds:.1f} CPU s\n  missed by us: {len(missed):,} pairs; dropped by us and not "
+            f"{seconds:.1f} CPU s\n  missed by us: {len(missed):,} pairs; dropped by us but not "
             f"linked by datatrove: {len(unseen):,}"
         )
         for pair in sorted(missed)[:5]:

@@ -1,9 +1,9 @@
-"""One update of NorMuon: its time, and how many kernels it asks a device for.
+"""One NorMuon update: its time and the number of kernels it launches.
 
     python benchmarks/optimizer.py [PRESET ...] [--device DEVICE]
 
-Views cost nothing and are not counted, nor is the first update, which makes the moments. With
-`PYTHONPATH=OTHER/src` it measures another checkout.
+Views cost nothing and are not counted. The first update, which creates the moments, is excluded.
+With `PYTHONPATH=OTHER/src` it measures another checkout.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROUNDS = 5
 
 
 class Count(TorchDispatchMode):
-    """Counts what is no view."""
+    """Counts operations that are not views."""
 
     calls = 0
 
@@ -44,7 +44,7 @@ class Count(TorchDispatchMode):
 
 
 def measure(preset: str, device: str) -> str:
-    """A line of the table."""
+    """Measure one preset; a line of the table."""
     config = PRESETS[preset]("fast")
     machine = Runtime.detect(Run(device=device), config.model.parameter_count)
     model = Transformer(config.model, machine.dtype)

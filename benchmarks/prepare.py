@@ -1,14 +1,14 @@
-"""Every figure about data preparation, by one command:
+"""All data preparation benchmarks in one command:
 
     python benchmarks/prepare.py --folder /tmp/bench --megabytes 104 --runs 5
     python benchmarks/prepare.py --folder /tmp/bench --megabytes 1100 --runs 3 --no-origin
 
-It builds mixed text from what is on the machine (`corpus.py` says of what: about 300 MB of Python
-and books, then other programs and documents, each document once, and only when all that is used up
-the same with its lines shuffled), writes it as JSON lines, zstandard and parquet, then runs this
-project and its peers in turn, each as a whole process, and prints medians, rates, ratios and the
-peak memory of the process tree (proportional set size, Linux only). The peers, each with as many
-processes as there are cores:
+It builds mixed text from files on this machine (see `corpus.py`: about 300 MB of Python and books,
+then other programs and documents, each document once; only when all of it is used up do documents
+repeat, with their lines shuffled) and writes it as JSON lines, zstandard and parquet. Then it runs
+this project and its peers in turn, each as a whole process, and prints medians, rates, ratios and
+the peak memory of the process tree (proportional set size, Linux only). The peers, each with as
+many processes as there are cores:
 
     tiktoken   a pool of processes, tiktoken, uint16 ids appended to a file (modded-nanogpt's way)
     origin     a pool of processes, GPT2TokenizerFast of transformers, document by document
@@ -33,11 +33,11 @@ from typing import Any
 import numpy as np
 from corpus import sources
 
-REPEATS = 0.03  # share of documents that come twice
+REPEATS = 0.03  # share of documents that appear twice
 
 
 def build(folder: Path, megabytes: int, books: Path | None) -> Path:
-    """`mix-N.jsonl`, the same as .zst and .parquet; lines are shuffled when the text runs out."""
+    """Write `mix-N.jsonl`, also as .zst and .parquet; shuffle lines once the text runs out."""
     path = folder / f"mix-{megabytes}.jsonl"
     if path.exists():
         return path
@@ -54,7 +54,7 @@ def build(folder: Path, megabytes: int, books: Path | None) -> Path:
                 size += copies * len(text.encode())
                 if size >= megabytes * 10**6:
                     break
-            print(f"{size / 1e6:,.0f} MB after {turn + 1} turns through the text of this machine")
+            print(f"{size / 1e6:,.0f} MB after {turn + 1} passes over this machine's text")
             turn += 1
     path.with_suffix(".tmp").rename(path)
     subprocess.run(["zstd", "-q", "-3", "-k", str(path)], check=False)
@@ -68,7 +68,7 @@ def build(folder: Path, megabytes: int, books: Path | None) -> Path:
 
 
 def write_parquet(path: Path) -> None:
-    """The same records as parquet, zstandard inside, 10,000 rows a group."""
+    """Write the same records as parquet: zstandard, 10,000 rows per group."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -82,7 +82,7 @@ def write_parquet(path: Path) -> None:
 
 
 def peer_texts(path: Path) -> Iterator[str]:
-    """What both peers read: one JSON line after another."""
+    """The input of both peers: one JSON line after another."""
     with path.open() as file:
         for line in file:
             yield json.loads(line)["text"]
@@ -92,7 +92,7 @@ _state: dict[str, Any] = {}
 
 
 def begin_tiktoken() -> None:
-    """Set a pool's worker up with tiktoken, from our table, for there is no network here."""
+    """Set up a pool worker with tiktoken, from our table, so that no network is needed."""
     import tiktoken
 
     from sota_transformer.data.tokenizer import _PATTERN, _token_table
@@ -103,7 +103,7 @@ def begin_tiktoken() -> None:
 
 
 def begin_origin(folder: str) -> None:
-    """Set a pool's worker up with the fast GPT-2 tokenizer of transformers."""
+    """Set up a pool worker with the fast GPT-2 tokenizer of transformers."""
     from transformers import GPT2TokenizerFast
 
     made = GPT2TokenizerFast(vocab=f"{folder}/vocab.json", merges=f"{folder}/merges.txt")
@@ -111,7 +111,7 @@ def begin_origin(folder: str) -> None:
 
 
 def encode_one(text: str) -> np.ndarray:
-    """Ids of a document with end-of-text."""
+    """Ids of a document, with end-of-text."""
     return np.array([*_state["encode"](text), 50256], np.uint16)
 
 
@@ -130,7 +130,7 @@ def peer(kind: str, path: Path, out: Path) -> None:
 
 
 def vocabulary(folder: Path) -> Path:
-    """GPT-2's vocab.json and merges.txt, spelled from our table."""
+    """GPT-2's vocab.json and merges.txt, written from our table."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     from sota_transformer.data.tokenizer import _TABLE, _token_table
@@ -150,7 +150,7 @@ def vocabulary(folder: Path) -> Path:
 
 
 class Watch(threading.Thread):
-    """Peak memory (proportional set size) and CPU time of a process and all below it, sampled."""
+    """Samples the peak memory (proportional set size) and CPU time of a process tree."""
 
     def __init__(self, pid: int, memory: bool) -> None:
         super().__init__(daemon=True)
@@ -172,7 +172,7 @@ class Watch(threading.Thread):
 
 
 def cpu(pid: int) -> float:
-    """CPU seconds of one process so far."""
+    """CPU seconds used by one process so far."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -193,7 +193,7 @@ def tree(pid: int) -> list[int]:
 
 
 def pss(pid: int) -> int:
-    """Bytes of one process, shared pages divided among those that share them."""
+    """Bytes of one process, with shared pages divided among the processes sharing them."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -204,7 +204,7 @@ def pss(pid: int) -> int:
 
 
 def run(command: list[str], *, memory: bool) -> tuple[float, float, float]:
-    """(wall seconds, CPU seconds, peak MB) of a whole process."""
+    """Run a command; (wall seconds, CPU seconds, peak MB)."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     watch = Watch(process.pid, memory)
@@ -230,7 +230,7 @@ def contenders(path: Path, scratch: Path, origin: bool) -> dict[str, list[str]]:
         "tiktoken pool": [*itself, "tiktoken", "--peer-input", str(path)],
     }
     if origin:
-        found["origin's way"] = [*itself, "origin", "--peer-input", str(path)]
+        found["transformers pool"] = [*itself, "origin", "--peer-input", str(path)]
     return found
 
 
@@ -244,9 +244,9 @@ def measure(path: Path, runs: int, origin: bool, only: str) -> None:
         scratch = Path(name)
         commands = contenders(path, scratch, origin)
         commands = {key: value for key, value in commands.items() if only in key}
-        for turn in range(runs + 1):  # the first run of each is not counted, but watched for memory
+        for turn in range(runs + 1):  # the first run only measures memory
             for key, command in commands.items():
-                if turn > 1 and key == "origin's way":
+                if turn > 1 and key == "transformers pool":
                     continue
                 shutil.rmtree(scratch / "out", ignore_errors=True)
                 times.setdefault(key, []).append(run(command, memory=turn == 0))
@@ -267,14 +267,14 @@ def measure(path: Path, runs: int, origin: bool, only: str) -> None:
 
 
 def main() -> None:
-    """Build and measure, or be one of the peers."""
+    """Build and measure, or run as one of the peers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/sota-bench"))
-    parser.add_argument("--books", type=Path, help="books.jsonl.zst, for half the text")
+    parser.add_argument("--books", type=Path, help="books.jsonl.zst, to add books to the text")
     parser.add_argument("--megabytes", type=int, default=104)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", default="", help="contenders whose name holds this")
-    parser.add_argument("--no-origin", action="store_true", help="leave the slowest peer out")
+    parser.add_argument("--only", default="", help="run contenders whose name contains this")
+    parser.add_argument("--no-origin", action="store_true", help="skip the slowest peer")
     parser.add_argument("--peer", choices=["tiktoken", "origin"], help=argparse.SUPPRESS)
     parser.add_argument("--peer-input", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peer-out", type=Path, help=argparse.SUPPRESS)

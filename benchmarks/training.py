@@ -1,18 +1,18 @@
-"""Training speed of each preset against the machine's own products and against peers, in turn.
+"""Training speed of each preset against its matrix products alone and against peers.
 
     python benchmarks/training.py 125m 16m --rounds 3 --nanogpt ../nanoGPT
 
-Every contender is a process of its own that trains on random tokens with the same sizes (rows,
-context, layers, widths), and prints the median of its steps; the table shows medians over rounds,
-so that a machine which changes speed changes it for all. Contenders:
+Each contender runs in its own process, trains on random tokens with the same sizes (rows, context,
+layers, widths) and reports its median step time. The contenders take turns and the table shows
+medians over rounds, so a machine whose speed drifts affects them all alike. Contenders:
 
-    products        the model's matrix products alone, forward and backward, in the training type
+    products        the model's matrix products alone, forward and backward, in the training dtype
     ours            the training step as `sota train` runs it: dropout, smoothing, clipping, AdamW
-    trainer         transformers' Trainer and LlamaForCausalLM, bf16 where the device has it
+    trainer         transformers' Trainer and LlamaForCausalLM, bf16 where the device supports it
     trainer+compile the same with torch_compile
-    nanogpt         its train.py as shipped, with and without --compile (a checkout: --nanogpt)
+    nanogpt         its train.py as shipped, with and without --compile (--nanogpt: a checkout)
 
-On a GPU the same command runs the same table there.
+On a machine with a GPU the same command measures the GPU.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROWS = {"tiny": 8, "16m": 8, "125m": 4, "250m": 2}  # windows a step on a CPU
+ROWS = {"tiny": 8, "16m": 8, "125m": 4, "250m": 2}  # windows per step on a CPU
 PEERS = ("trainer", "trainer+compile", "nanogpt", "nanogpt+compile")
 
 
 def products(preset: str, rows: int, steps: int) -> float:
-    """Seconds of all matrix products of a step: three for each matrix and for the head.
+    """Seconds for all matrix products of a step: three per matrix and for the head.
 
-    The vocabulary is rounded up to whole lines of a cache, which products are faster by.
+    The vocabulary is rounded up to whole cache lines, which makes the products faster.
     """
     import torch
 
@@ -69,7 +69,7 @@ def products(preset: str, rows: int, steps: int) -> float:
 
 
 def ours(preset: str, rows: int, steps: int, recipe: Any = "seed") -> float:
-    """Seconds of a training step."""
+    """Seconds per training step."""
     from sota_transformer.plan import step_seconds
     from sota_transformer.presets import PRESETS
     from sota_transformer.runtime import Runtime
@@ -80,7 +80,7 @@ def ours(preset: str, rows: int, steps: int, recipe: Any = "seed") -> float:
 
 
 def llama(preset: str) -> Any:
-    """The preset as transformers' LlamaConfig."""
+    """The preset as a LlamaConfig of transformers."""
     from transformers import LlamaConfig
 
     from sota_transformer.presets import PRESETS
@@ -100,7 +100,7 @@ def llama(preset: str) -> Any:
 
 
 def trainer(preset: str, rows: int, steps: int, compiled: bool) -> float:
-    """Seconds of a step of transformers' Trainer on the same Llama."""
+    """Seconds per step of transformers' Trainer on the same Llama."""
     import torch
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -144,7 +144,7 @@ def trainer(preset: str, rows: int, steps: int, compiled: bool) -> float:
 
 
 def nanogpt(preset: str, rows: int, steps: int, compiled: bool, checkout: Path) -> float:
-    """Seconds of a step of nanoGPT's train.py, read from what it prints."""
+    """Seconds per step of nanoGPT's train.py, parsed from its output."""
     import numpy as np
     import torch
 
@@ -179,7 +179,7 @@ def nanogpt(preset: str, rows: int, steps: int, compiled: bool, checkout: Path) 
 
 
 def timed(step: Callable[[], None], steps: int) -> float:
-    """Median seconds of `steps` calls after two that are not counted."""
+    """Median seconds of `steps` calls, after two warm-up calls."""
     taken = []
     for _ in range(steps + 2):
         began = time.perf_counter()
@@ -189,7 +189,7 @@ def timed(step: Callable[[], None], steps: int) -> float:
 
 
 def child(options: argparse.Namespace) -> None:
-    """One contender; prints its seconds and peak memory."""
+    """Run one contender; print its seconds per step and peak memory."""
     preset, name, compiled = options.presets[0], options.child, options.child.endswith("+compile")
     arguments = (preset, options.rows, options.steps)
     if name.startswith("trainer"):
@@ -204,7 +204,7 @@ def child(options: argparse.Namespace) -> None:
 
 
 def peak_memory(name: str) -> float:
-    """GB at the peak, of the GPU where there is one."""
+    """Peak memory in GB, of the GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -215,7 +215,7 @@ def peak_memory(name: str) -> float:
 
 
 def run(preset: str, name: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """One contender in a process of its own, told at once; none where it failed."""
+    """Run one contender in its own process and print its time; empty if it failed."""
     rows = options.rows or ROWS[preset]
     command = [sys.executable, __file__, preset, "--child", name, "--rows", str(rows)]
     command += ["--steps", str(options.steps)]
@@ -225,12 +225,12 @@ def run(preset: str, name: str, options: argparse.Namespace) -> list[dict[str, f
         print(f"{preset} {name} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
         return []
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"{preset} {name}: {result['seconds']:.3f} s a step", file=sys.stderr, flush=True)
+    print(f"{preset} {name}: {result['seconds']:.3f} s per step", file=sys.stderr, flush=True)
     return [result]
 
 
 def compare(preset: str, options: argparse.Namespace) -> None:
-    """Run all contenders in turn and print their table."""
+    """Run all contenders in turn and print the table."""
     from sota_transformer.presets import PRESETS
 
     names = ["products", "ours", *(name for name in PEERS if options.nanogpt or "nano" not in name)]
@@ -246,7 +246,7 @@ def compare(preset: str, options: argparse.Namespace) -> None:
     tokens = rows * model.seq_len
     matrices = model.parameter_count - (2 * model.layers + 1) * model.d_model
     own = statistics.median(row["seconds"] for row in found.get("ours", next(iter(found.values()))))
-    print(f"{preset}: {rows} x {model.seq_len} tokens a step, {options.rounds} rounds")
+    print(f"{preset}: {rows} x {model.seq_len} tokens per step, {options.rounds} rounds")
     print(f"{'':<16} {'tokens/s':>9} {'min-max':>15} {'TFLOP/s':>8} {'peak GB':>8} {'ours x':>7}")
     for name, results in found.items():
         seconds = [row["seconds"] for row in results]
@@ -261,12 +261,12 @@ def compare(preset: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare, or be one of the contenders."""
+    """Compare, or run as one of the contenders."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("presets", nargs="*", default=["125m", "16m"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=0, help="windows a step; 0: by preset")
+    parser.add_argument("--rows", type=int, default=0, help="windows per step; 0: by preset")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--only", nargs="*", help="contenders to run")
     parser.add_argument("--child", help=argparse.SUPPRESS)

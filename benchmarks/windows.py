@@ -1,18 +1,18 @@
-"""What keeping documents apart and whole gains and costs, on short documents:
+"""Gain and cost of masking between documents and of keeping them whole, on short documents:
 
     python benchmarks/windows.py --folder /tmp/windows --books ../shared/corpora/books.jsonl.zst
     python benchmarks/windows.py --folder /tmp/windows --preset tiny --seq-len 128 --rows 4 \\
         --steps 100 --eval-tokens 16384 --megabytes 12 --no-cost
 
-Books are cut into documents of about `--document-bytes`. Then `stream`, `best-fit`, each with and
-without `data.document_mask`, are trained in turn, once for each seed, all on the same number of
-targets: best-fit makes up for its padding with more steps. Two losses are reported, plain nats:
+Books are cut into documents of about `--document-bytes`. Then `stream` and `best-fit`, each with
+and without `data.document_mask`, are trained in turn, once per seed, all on the same number of
+targets: best-fit makes up for its padding with more steps. Two losses are reported, in plain nats:
 
-    own     the run's validation: windows of the stream, masked where training was
+    own     the run's validation: windows of the stream, masked if training was masked
     alone   each validation document by itself, the same for all
 
-and for each the difference to `stream` with the same seed. Tokens are counted without padding;
-seconds are those of the processor, which other work on the machine inflates less than wall time.
+each with its difference from `stream` with the same seed. Token counts exclude padding. Seconds are
+CPU time, which other work on the machine inflates less than wall time.
 """
 
 import argparse
@@ -33,8 +33,9 @@ from sota_transformer.inference.perplexity import sequence_sums, summarise
 from sota_transformer.options import Prepare
 from sota_transformer.plan import step_seconds
 from sota_transformer.presets import PRESETS
-from sota_transformer.runtime import Runtime, micro_rows
+from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
+from sota_transformer.training.micro_batch import micro_rows
 from sota_transformer.training.runlog import read_metrics
 from sota_transformer.training.start import train
 
@@ -54,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 def short_documents(books: Path, folder: Path, size: int, megabytes: int) -> Path:
-    """Prepared data of passages of about `size` bytes, cut between paragraphs."""
+    """Prepare passages of about `size` bytes, cut between paragraphs."""
     import zstandard
 
     out = folder / f"data-{size}-{megabytes}"
@@ -76,14 +77,14 @@ def short_documents(books: Path, folder: Path, size: int, megabytes: int) -> Pat
 
 
 def preset(options: argparse.Namespace) -> RunConfig:
-    """The preset, with another context where that is asked for."""
+    """The preset, with its context length replaced by `--seq-len` if given."""
     config = PRESETS[options.preset]()
     seq_len = options.seq_len or config.model.seq_len
     return dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=seq_len))
 
 
 def run_of(options: argparse.Namespace, data: Path, way: str, seed: int) -> RunConfig:
-    """The run of one way and seed; best-fit gets more steps for its padding."""
+    """The run for one way and seed; best-fit gets extra steps to offset its padding."""
     config = preset(options)
     section, steps = dataclasses.replace(WAYS[way], path=data), options.steps
     if section.windows == "best-fit":
@@ -105,7 +106,7 @@ def run_of(options: argparse.Namespace, data: Path, way: str, seed: int) -> RunC
 
 
 def outcome(config: RunConfig) -> Outcome:
-    """Train, and judge in both ways."""
+    """Train, and evaluate both losses."""
     began = time.process_time()
     train(config)
     seconds = time.process_time() - began
@@ -124,7 +125,7 @@ def outcome(config: RunConfig) -> Outcome:
 
 
 def table(results: dict[str, list[Outcome]]) -> None:
-    """Means over seeds, and the differences to `stream` of each seed."""
+    """Print means over seeds, and each seed's difference from `stream`."""
     base = results["stream"]
     for way, outcomes in results.items():
         cells = [f"{way:<17}"]
@@ -139,7 +140,7 @@ def table(results: dict[str, list[Outcome]]) -> None:
 
 
 def cost(options: argparse.Namespace) -> None:
-    """A step with and without the mask, in turn; the fastest, least disturbed rounds."""
+    """Step time with and without the mask, in turn; the minimum, as the least disturbed round."""
     taken: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(options.rounds):
         for masked in taken:

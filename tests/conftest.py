@@ -12,9 +12,9 @@ from sota_transformer.config import RunConfig
 from sota_transformer.presets import PRESETS
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Small models are slower on two threads than on one, here and in the processes that tests start.
+# Small models are slower on two threads than on one, here and in processes started by tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell starts background jobs with Ctrl-C ignored, and processes that tests start inherit that.
+# A shell's background jobs ignore Ctrl-C, and processes started by tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -60,7 +60,7 @@ def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def few(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data of which a few short steps read all."""
+    """Data small enough to be read completely in a few short steps."""
     from tests.preparing import run
 
     out = tmp_path_factory.mktemp("data") / "few"
@@ -74,9 +74,9 @@ def make_run(
 ) -> Callable[..., RunConfig]:
     """A run of `tiny`, shorter and narrower; keyword arguments replace fields by name.
 
-    As narrow as it can be: what a step takes, and each checkpoint, is the vocabulary times that.
+    As narrow as possible: steps and checkpoints cost the vocabulary times the width.
 
-    Its samples are short, for they would take more time than the steps. The command line's are not.
+    Samples are short, since they would take more time than the steps. The command line's are not.
     """
     from tests.training_runs import change
 

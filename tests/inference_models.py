@@ -1,4 +1,4 @@
-"""Small models for the tests of inference, and the same weights as a model of `transformers`."""
+"""Small models for inference tests, and the same weights as `transformers` models."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ KINDS = {"llama": WIDE, "qwen3": dataclasses.replace(WIDE, qk_norm=True)}
 
 
 def small_model(config: Model = TINY, seed: int = 0, spread: float = 8.0) -> Transformer:
-    """Random weights, larger than at the start of training, so that predictions are not uniform."""
+    """Random weights, larger than at the start of training so that predictions are not uniform."""
     model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
@@ -33,7 +33,7 @@ def small_model(config: Model = TINY, seed: int = 0, spread: float = 8.0) -> Tra
 
 
 def as_transformers(model: Transformer) -> LlamaForCausalLM | Qwen3ForCausalLM:
-    """The same function through `transformers`: weights copied by hand, not by our export."""
+    """The same function in `transformers`, with weights copied by hand, not by our export."""
     c = model.config
     kind, make = (Qwen3Config, Qwen3ForCausalLM) if c.qk_norm else (LlamaConfig, LlamaForCausalLM)
     config = kind(

@@ -1,4 +1,4 @@
-"""Small inputs, and what came of them, for the tests of data preparation."""
+"""Small inputs, and access to the results, for data preparation tests."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ from sota_transformer.options import Prepare
 
 
 class PrivateMap(mmap.mmap):
-    """What many a FUSE drive has of `mmap`: nothing that others would see."""
+    """`mmap` as on many FUSE drives: writes are invisible to others."""
 
     def __new__(cls, fileno: int, length: int, flags: int = mmap.MAP_SHARED, **how: Any) -> Any:
         if fileno >= 0 and flags & mmap.MAP_SHARED and how.get("access") != mmap.ACCESS_COPY:
@@ -35,7 +35,7 @@ WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Different documents of a few hundred bytes, some of them not English."""
+    """Distinct documents of a few hundred bytes, some of them not English."""
     random = np.random.default_rng(seed)
     made = []
     for i in range(count):
@@ -45,7 +45,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 
 def jsonl(items: list[str]) -> bytes:
-    """JSON lines of some texts."""
+    """Texts as JSON lines."""
     return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in items).encode()
 
 
@@ -57,7 +57,7 @@ def run(out: Path, *inputs: Path | str, **options: Any) -> dict[str, Any]:
 
 
 def documents(folder: Path, split: str) -> list[str]:
-    """Texts of one side, in order."""
+    """Texts of one split, in order."""
     manifest, tokenizer, found = json.loads((folder / "manifest.json").read_text()), Tokenizer(), []
     for name in manifest["splits"][split]["shards"]:
         ids = np.load(folder / name)
@@ -68,13 +68,13 @@ def documents(folder: Path, split: str) -> list[str]:
 
 
 def stream(folder: Path, split: str) -> np.ndarray:
-    """Ids of one side, over all its shards."""
+    """Ids of one split, over all its shards."""
     names = load_manifest(folder)["splits"][split]["shards"]
     return np.concatenate([np.load(folder / name) for name in names])
 
 
 def everything(folder: Path) -> list[str]:
-    """Texts of both sides, sorted."""
+    """Texts of both splits, sorted."""
     return sorted(documents(folder, "train") + documents(folder, "val"))
 
 
@@ -88,7 +88,7 @@ def bytes_of(folder: Path, *, manifest: bool = True) -> dict[str, str]:
 
 
 def refused(code: int, *words: str, out: Path, inputs: tuple[Any, ...], **options: Any) -> None:
-    """Assert that preparing ends with this code and one line that has these words."""
+    """Assert that preparing ends with this code and one line that contains these words."""
     with pytest.raises(SotaError) as caught:
         run(out, *inputs, **options)
     assert caught.value.code == code, caught.value
@@ -97,7 +97,7 @@ def refused(code: int, *words: str, out: Path, inputs: tuple[Any, ...], **option
 
 
 def read(path: Path, spool: Path) -> tuple[list[str], list[Skipped]]:
-    """Documents of one file and what was refused, without worker processes."""
+    """Documents of one file and what was skipped, without worker processes."""
     found: list[str] = []
     refused: list[Skipped] = []
     tables = Tables()

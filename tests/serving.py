@@ -1,4 +1,4 @@
-"""A server of a run in a process of its own, and how to ask it."""
+"""A server of a run in its own process, and how to query it."""
 
 import re
 import signal
@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-START = (  # with less patience than it has, which a test waits out
+START = (  # with shorter timeouts, which tests wait for
     "import sys; from pathlib import Path; from sota_transformer.options import Serve; "
     "from sota_transformer.serve import guard; guard.RECEIVE_SECONDS = 4; "
     "from sota_transformer.commands.serve import run_serve; "
@@ -18,7 +18,7 @@ START = (  # with less patience than it has, which a test waits out
 
 
 class Server:
-    """A running `sota serve` and how to ask it."""
+    """A running `sota serve` and how to query it."""
 
     def __init__(self, run: Path, key: str = "") -> None:
         self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Where two histories of a run meet: what the one that was left leaves behind, or must not."""
+"""Where two histories of a run meet: what the abandoned one may leave behind, and what not."""
 
 import dataclasses
 from pathlib import Path
@@ -17,8 +17,8 @@ def resumed(config, word: str):
     return change(config, resume=word)
 
 
-def test_the_first_save_of_a_branch_removes_the_other_one_before_it_too(make_run: MakeRun) -> None:
-    """Else a left branch's checkpoint is the second newest: kept, and fallen back to."""
+def test_the_first_save_of_a_branch_removes_the_abandoned_checkpoints(make_run: MakeRun) -> None:
+    """Otherwise an abandoned checkpoint would be second newest: kept, and fallen back to."""
     config = make_run(steps=12, save_every_steps=2, keep_checkpoints=9)
     train_until(config, 9)
     assert checkpoint.steps(config.run.out) == [2, 4, 6, 8]
@@ -30,12 +30,12 @@ def test_the_first_save_of_a_branch_removes_the_other_one_before_it_too(make_run
     ("section", "field", "value"),
     [("model", "seq_len", 16), ("data", "document_mask", True), ("train", "eval_tokens", 256)],
 )
-def test_losses_of_before_an_override_of_what_a_token_sees_do_not_compare(
+def test_losses_from_before_an_override_of_windows_or_mask_do_not_compare(
     make_run: MakeRun, capsys, section: str, field: str, value: object
 ) -> None:
-    """The number of tokens judged is the same, and with other windows no command takes the best.
+    """The number of validation tokens is the same; with other windows no command uses the best.
 
-    Nor do those over fewer tokens. Whoever wants to keep the best one is told.
+    Nor do losses over fewer tokens compare. Those who want to keep the best one are warned.
     """
     config = make_run(steps=4, eval_every=2, eval_tokens=512)
     train(config)
@@ -55,7 +55,7 @@ def test_losses_of_before_an_override_of_what_a_token_sees_do_not_compare(
 def test_a_complete_run_is_not_called_complete_on_other_data(
     make_run: MakeRun, corpus: Path, tmp_path: Path
 ) -> None:
-    """`sota train` said what it had never read: so many epochs of this data, and nothing to do."""
+    """`sota train` reported epochs of this data, which it had never read, and nothing to do."""
     config = make_run(steps=2)
     train(config)
     more = tmp_path / "more"

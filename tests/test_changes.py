@@ -1,4 +1,4 @@
-"""The table of `training/changes.py`, row by row: what is refused, admitted, said, free."""
+"""The table of `training/changes.py`, row by row: refused, allowed with a flag, reported, free."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from tests.training_runs import MakeRun, change, final_hash, logged, train_until
 
 @pytest.fixture(scope="module")
 def died(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `begun` keeps what it trained for the first who asked."""
+    """Where `begun` keeps what it trained, for later tests."""
     return tmp_path_factory.mktemp("runs") / "died"
 
 
@@ -73,7 +73,7 @@ def changed(config: RunConfig) -> Any:
     return json.loads((config.run.out / "run.json").read_text())["attempts"][-1]["changed"]
 
 
-def test_another_model_is_refused_even_if_it_is_asked_for(
+def test_another_model_is_refused_even_with_an_override(
     begun: RunConfig, make_run: MakeRun
 ) -> None:
     other = make_run(save_every_steps=3, layers=3, d_ff=32)
@@ -81,12 +81,12 @@ def test_another_model_is_refused_even_if_it_is_asked_for(
     asked = change(other, override="model.layers,model.d_ff")
     refused(asked, BAD_DATA, "model.layers was 2, is 3")
     other = make_run(save_every_steps=3, matrix_rate=0.02)
-    for asked in (other, change(other, override="optim.matrix_rate")):  # which would be no use
+    for asked in (other, change(other, override="optim.matrix_rate")):  # which would not help
         refused(asked, BAD_DATA, "AdamW", "optim.matrix_rate was 0.0, is 0.02", "another --out")
 
 
-def test_before_the_first_checkpoint_all_may_change(make_run: MakeRun, capsys) -> None:
-    """As after a first start that ran out of memory; with --exact it may not."""
+def test_before_the_first_checkpoint_everything_may_change(make_run: MakeRun, capsys) -> None:
+    """As after a first start that ran out of memory; --exact forbids it."""
     train_until(make_run(), 2)
     other = make_run(layers=1, batch_rows=2, steps=2)
     with pytest.raises(SotaError, match=r"--exact: model\.layers was 2, is 1"):
@@ -124,17 +124,17 @@ def test_what_decides_the_result_needs_an_override(
     now = {"optim.learning_rate": 2.75e-4, "train.steps": 6.89e-4}.get(field)
     assert rate == ([f"learning rate at step 6 was 5.50e-04, is {now:.2e}"] if now else [])
     assert f"changed: {line}" in capsys.readouterr().out
-    assert rows[6][0] == 24  # where the run had been, whatever the batch is now
+    assert rows[6][0] == 24  # where the run had been, for any batch size
     assert len(rows[6]) == other.train.batch_rows
     assert train(other) is None  # complete: the change is part of the run now
     refused(begun, USAGE, f"{field} was {value}")
 
 
 @pytest.mark.parametrize("windows", ["stream", "best-fit"])
-def test_what_is_said_counts_the_tokens_that_were_and_will_be_learned_from(
+def test_reported_tokens_count_past_and_future_steps_at_their_batch_size(
     make_run: MakeRun, tmp_path: Path, capsys, windows: str
 ) -> None:
-    """Neither all steps at the batch of now, nor the steps before at it, nor padding."""
+    """Not all steps at the current batch size, nor the earlier steps at it, nor padding."""
     begun = make_run(steps=6, windows=windows)
     train(begun)
     before = capsys.readouterr().out
@@ -159,17 +159,17 @@ def test_what_is_said_counts_the_tokens_that_were_and_will_be_learned_from(
     assert f"Trained for 6 of 2,000 steps on {first:,} tokens, in windows of 32" in card
 
 
-def test_what_goes_back_to_its_last_step_leaves_no_later_one(
+def test_returning_to_an_earlier_last_step_leaves_no_later_one(
     begun: RunConfig, make_run: MakeRun
 ) -> None:
-    """The later one would be what `sota generate` and the next start take."""
+    """`sota generate` and the next start would take the later one."""
     other = make_run(save_every_steps=3, steps=3)
     train(change(other, override="train.steps", resume="step:3"))
     assert checkpoint.steps(begun.run.out) == [3]
     assert train(other) is None
 
 
-def test_nor_does_what_was_judged_there_before(make_run: MakeRun) -> None:
+def test_nor_does_returning_to_a_step_validated_before(make_run: MakeRun) -> None:
     judged = {"save_every_steps": 3, "eval_every": 3, "sample_every": 3}
     config = make_run(steps=6, **judged)
     train(config)
@@ -224,8 +224,8 @@ def test_other_data_is_refused_or_admitted_in_two_ways(
     assert state.trainer["rows"] == rows[11][-1] + 1
 
 
-def test_a_loss_on_other_data_is_no_leap(begun: RunConfig, other_data: Path) -> None:
-    """Against losses on the data before, each step would be skipped, and the rate halved."""
+def test_a_loss_on_other_data_is_no_spike(begun: RunConfig, other_data: Path) -> None:
+    """Compared with losses on the old data, each step would be skipped and the rate halved."""
     state = checkpoint.load(begun.run.out, 6)
     state.trainer["guard"]["losses"] = [1.0] * 64
     state.trainer["best"] = {"step": 6, "nats": 0.1, "tokens": 256}  # nor is it the lowest there
@@ -236,7 +236,7 @@ def test_a_loss_on_other_data_is_no_leap(begun: RunConfig, other_data: Path) -> 
     assert state.trainer["updates"] == 12 and state.trainer["best"] is None
 
 
-def test_who_judges_on_other_data_than_the_runs_is_told(
+def test_evaluating_on_other_data_than_the_runs_is_reported(
     begun: RunConfig, other_data: Path, tmp_path: Path, capsys
 ) -> None:
     shutil.copytree(begun.data.path, tmp_path / "data")
@@ -248,10 +248,10 @@ def test_who_judges_on_other_data_than_the_runs_is_told(
         shutil.copytree(other_data, tmp_path / "data")
 
 
-def test_of_an_imported_run_the_model_alone_has_to_fit(
+def test_only_the_model_of_an_imported_run_has_to_match(
     begun: RunConfig, make_run: MakeRun, other_data: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """Made of a run or of its export, with data or without; its first step decides the rest."""
+    """Imported from a run or its export, with or without data; its first step fixes the rest."""
     run_export(Export(run=begun.run.out, out=tmp_path / "model"))
     weights = checkpoint.load(begun.run.out, 6).model
     for source, data in ((tmp_path / "model", None), (begun.run.out, other_data)):
@@ -279,7 +279,7 @@ def test_of_an_imported_run_the_model_alone_has_to_fit(
 
 
 def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_path: Path) -> None:
-    """Neither the names of folders nor the host or the clock are part of a run."""
+    """Neither folder names nor the host or the clock are part of a run."""
     reference = make_run("reference", save_every_steps=3)
     train(reference)
     shutil.copytree(begun.data.path, tmp_path / "moved-data")
@@ -292,7 +292,7 @@ def test_data_is_known_by_its_content(begun: RunConfig, make_run: MakeRun, tmp_p
     assert final_hash(moved) == final_hash(reference) and changed(moved) == []
 
 
-def test_what_may_cost_a_bit_is_said_and_exact_refuses_it(
+def test_changes_that_may_cost_bit_equality_are_reported_and_exact_refuses_them(
     begun: RunConfig, make_run: MakeRun, monkeypatch, capsys
 ) -> None:
     said = ["micro_rows was 4, is 2", "dtype was float32, is bfloat16", "threads was 1, is 2"]
@@ -305,7 +305,7 @@ def test_what_may_cost_a_bit_is_said_and_exact_refuses_it(
         trainer.Runtime, "describe", lambda self: original(self) | {"torch": "3.0", "world": 3}
     )
     refused(change(other, exact=True), USAGE, "--exact", "torch was ", *said)
-    train_until(other, 7)  # bfloat16 takes its time here
+    train_until(other, 7)  # bfloat16 is slow here
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("not bit-exact")]
     assert all(text in line for text in said) and changed(other) == []
 
@@ -327,7 +327,7 @@ def test_exact_refuses_an_override_too(begun: RunConfig, make_run: MakeRun) -> N
     refused(change(other, override="train.steps", exact=True), USAGE, "train.steps was 12")
 
 
-def test_what_nothing_depends_on_is_free(begun: RunConfig, make_run: MakeRun, capsys) -> None:
+def test_fields_without_effect_may_change(begun: RunConfig, make_run: MakeRun, capsys) -> None:
     free = {"log_every": 2, "eval_every": 1, "sample_every": 4, "keep_checkpoints": 3}
     free |= {"eval_tokens": 64, "save_every_steps": 2, "gradient_checkpointing": True}
     train(make_run(**free, exact=True))

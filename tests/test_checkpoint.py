@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved is what is loaded, and damage is named."""
+"""Checkpoints: what is saved is what is loaded, and damage is reported by name."""
 
 import os
 from pathlib import Path
@@ -25,8 +25,8 @@ def state(step: int) -> State:
 
 
 @pytest.mark.parametrize("content", [b"{", b"1", b"[" * 100_000, b"\xff"])
-def test_counters_that_are_none_are_named(tmp_path: Path, content: bytes) -> None:
-    """Under hashes that fit, as whoever edits a checkpoint may write them."""
+def test_invalid_counters_are_named(tmp_path: Path, content: bytes) -> None:
+    """With matching hashes, as after editing a checkpoint by hand."""
     folder = checkpoint.path_of(tmp_path, 3)
     with durable.commit_folder(folder, {"format": checkpoint.FORMAT, "step": 3}) as writer:
         writer.write("trainer.json", content)
@@ -57,12 +57,12 @@ def test_our_safetensors_are_what_the_library_writes(tmp_path: Path) -> None:
         checkpoint.write_safetensors(file.write, tensors)
     ours, theirs = (load_file(tmp_path / f"{n}.safetensors") for n in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
-    # Readers that map a file take its numbers where they lie: aligned, behind their header.
+    # Readers that map the file need the numbers aligned, after the header.
     assert int.from_bytes((tmp_path / "ours.safetensors").read_bytes()[:8], "little") % 8 == 0
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_latest_takes_the_newest_that_verifies_and_names_the_others(tmp_path: Path) -> None:
+def test_latest_uses_the_newest_that_verifies_and_names_the_others(tmp_path: Path) -> None:
     tmp_path /= "two\nlines"
     for step in (9, 10, 100):
         checkpoint.save(tmp_path, state(step))
@@ -81,7 +81,7 @@ def test_latest_takes_the_newest_that_verifies_and_names_the_others(tmp_path: Pa
     assert caught.value.code == BAD_DATA
 
 
-def test_none_that_verifies_is_an_error(tmp_path: Path) -> None:
+def test_no_checkpoint_that_verifies_is_an_error(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path, print) is None
     checkpoint.save(tmp_path, state(1))
     (checkpoint.path_of(tmp_path, 1) / "manifest.json").unlink()
@@ -90,14 +90,14 @@ def test_none_that_verifies_is_an_error(tmp_path: Path) -> None:
     assert caught.value.code == BAD_DATA
 
 
-def test_a_missing_step_names_those_there_are(tmp_path: Path) -> None:
+def test_a_missing_step_names_the_existing_ones(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(7))
     with pytest.raises(SotaError, match="it has 7") as caught:
         checkpoint.load(tmp_path, 8)
     assert caught.value.code == NO_INPUT
 
 
-def test_what_is_not_finite_is_never_committed(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_never_committed(tmp_path: Path) -> None:
     bad = state(5)
     bad.optim["exp_avg.a.weight"][0, 0] = float("nan")
     with pytest.raises(SotaError, match=r"exp_avg\.a\.weight") as caught:
@@ -124,8 +124,8 @@ def test_newer_formats_are_refused_by_name(tmp_path: Path, monkeypatch) -> None:
         checkpoint.load(tmp_path, 1)
 
 
-def test_what_was_left_behind_goes_when_an_older_step_is_gone_on_from(tmp_path: Path) -> None:
-    """By --resume step:N; a damaged one stays where it is until its step comes."""
+def test_resuming_from_an_older_step_removes_later_checkpoints(tmp_path: Path) -> None:
+    """With --resume step:N; a damaged checkpoint stays in place until its step is reached."""
     for step in (10, 20, 30, 40):
         checkpoint.save(tmp_path, state(step))
     (checkpoint.path_of(tmp_path, 40) / "trainer.json").write_bytes(b"{}")

@@ -1,4 +1,4 @@
-"""The command line as a user types it: every verb, and every mistake as one line and a code."""
+"""The command line as users type it: every verb, and every mistake as one line and a code."""
 
 import io
 import resource
@@ -54,8 +54,8 @@ def test_ctrl_c_is_one_line_from_the_first_moment(capsys, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
-def test_a_stream_that_is_closed_is_an_empty_one(tmp_path: Path, closed: str) -> None:
-    """As some services start what they run; there is no text, and that is all."""
+def test_a_closed_standard_stream_counts_as_empty(tmp_path: Path, closed: str) -> None:
+    """As in processes started by some services: there is no text, and nothing else fails."""
     command = f'"$0" -m sota_transformer prepare - --out "$1" {closed}'
     done = subprocess.run(
         ["sh", "-c", command, sys.executable, tmp_path / "out"],
@@ -76,7 +76,7 @@ def test_config_prints_the_resolved_run_and_its_numbers(capsys) -> None:
     assert "run: 1 step x" in out
 
 
-def test_a_recipe_sets_what_is_not_given(capsys) -> None:
+def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
     code, out, _ = run(
         capsys, "config", "125m", "--recipe", "fast", "--data", "d", "--optim.beta1", "0.7"
     )
@@ -196,7 +196,7 @@ def test_a_mistake_is_one_line_and_a_code(
 
 
 def test_a_full_disk_is_code_74_and_leaves_nothing_torn(capsys, tmp_path: Path, data: Path) -> None:
-    """A real file size limit, so that writes fail in the middle as on a full disk."""
+    """A real file size limit makes writes fail in the middle, as on a full disk."""
     arguments = ["train", "tiny", "--data", data, "--out", tmp_path / "run", "--steps", 1]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # Python ignores SIGXFSZ
@@ -252,8 +252,8 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     assert code == 0 and "complete" in printed
 
 
-def test_training_that_is_refused_leaves_nothing(capsys, tmp_path: Path, data: Path) -> None:
-    """Seen: no run in it, but a folder; and a run amid the prepared data that --out named."""
+def test_refused_training_leaves_nothing(capsys, tmp_path: Path, data: Path) -> None:
+    """It used to leave a folder without a run, or a run inside the prepared data given as --out."""
     before, options = sorted(data.iterdir()), ["--steps", 1, "--device", "cpu"]
     (tmp_path / "empty").mkdir()
     for given, out, code in (
@@ -267,10 +267,8 @@ def test_training_that_is_refused_leaves_nothing(capsys, tmp_path: Path, data: P
     assert sorted(data.iterdir()) == before
 
 
-def test_the_folder_one_is_in_can_be_the_run_or_its_data(
-    capsys, monkeypatch, tmp_path: Path
-) -> None:
-    """`--out .` was taken for none, and the run went to runs/tiny-NAME below it; so was --data."""
+def test_the_current_folder_can_be_the_run_or_its_data(capsys, monkeypatch, tmp_path: Path) -> None:
+    """`--out .` was taken for no --out, so the run went to runs/tiny-NAME; likewise --data."""
     monkeypatch.chdir(tmp_path)
     for words in (["--out", "."], ["--out=."]):
         assert f'"{tmp_path}"' in run(capsys, "config", "tiny", "--data", "d", *words)[1]
@@ -278,7 +276,7 @@ def test_the_folder_one_is_in_can_be_the_run_or_its_data(
     assert '"runs/tiny-d"' in run(capsys, "config", "tiny", "--data", "d")[1]
 
 
-def test_the_help_shows_several_values_without_brackets_in_brackets(capsys) -> None:
+def test_the_help_shows_list_values_without_nested_brackets(capsys) -> None:
     for verb in ("prepare", "report", "evaluate", "generate"):
         assert "[[" not in run(capsys, verb, "--help")[1]
 
@@ -289,21 +287,21 @@ def test_the_help_of_plan_names_its_own_option(capsys) -> None:
     assert "--hours" not in run(capsys, "train", "tiny", "--help")[1]
 
 
-def test_a_letter_that_the_terminal_lacks_ends_nothing(monkeypatch) -> None:
+def test_a_character_the_terminal_lacks_is_no_error(monkeypatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii", write_through=True))
     assert guarded(lambda: print("d\u00e9j\u00e0 vu") or 0) == 0
     assert raw.getvalue() == b"d?j? vu\n"
 
 
-def test_an_extra_is_named_as_zsh_takes_it() -> None:
-    """Which takes brackets without quotes for a pattern, and finds no such file."""
+def test_an_extra_is_quoted_for_zsh() -> None:
+    """zsh takes unquoted brackets for a pattern, and finds no such file."""
     for path in Path(cli.__file__).parent.rglob("*.py"):
         assert "install sota-transformer[" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("columns", ["0", "5", "\u00b2", "9" * 5000])
-def test_a_terminal_of_no_width_gets_its_lines(monkeypatch, capsys, columns: str) -> None:
+def test_a_terminal_of_width_zero_gets_its_lines(monkeypatch, capsys, columns: str) -> None:
     """rich printed nothing, so training was silent and the doctor's table empty."""
     monkeypatch.setenv("COLUMNS", columns)
     assert guarded(lambda: Console().print("A line of some length.") or 0) == 0
@@ -318,14 +316,14 @@ def test_a_prompt_typed_where_the_locale_is_ascii_is_read_as_utf_8() -> None:
 
 
 @pytest.mark.parametrize("line", ["{", '{"text": "y"}', '{"prompt": 3}', "[]", '"x"'])
-def test_generate_names_the_line_that_is_no_prompt(capsys, tmp_path: Path, line: str) -> None:
+def test_generate_names_the_invalid_prompt_line(capsys, tmp_path: Path, line: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"prompt": "x"}}\n\n{line}\n')
     code, _, err = run(capsys, "generate", tmp_path, "--file", path)
     assert (code, err) == (65, f"sota: {path}, line 3: not an object with a string `prompt`\n")
 
 
-def test_what_nobody_foresaw_is_not_shown_as_a_mistake(capsys) -> None:
+def test_an_unexpected_error_is_not_shown_as_a_user_mistake(capsys) -> None:
     assert guarded(lambda: int("x")) == 70
     err = capsys.readouterr().err
     assert err.startswith("Traceback") and "invalid literal" in err
@@ -334,7 +332,7 @@ def test_what_nobody_foresaw_is_not_shown_as_a_mistake(capsys) -> None:
     )
 
 
-def test_no_run_begins_where_its_checkpoints_could_not_be_opened(tmp_path: Path) -> None:
+def test_no_run_starts_where_its_checkpoints_could_not_be_opened(tmp_path: Path) -> None:
     config = cli.resolve(["tiny", "--data", str(tmp_path), "--out", "r\udcff"], "train")
     with pytest.raises(SotaError, match="not UTF-8"):
         check_folders(config)
@@ -343,19 +341,19 @@ def test_no_run_begins_where_its_checkpoints_could_not_be_opened(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "")]
 )
-def test_what_no_launcher_sets_is_named(monkeypatch, name: str, value: str) -> None:
+def test_an_invalid_launcher_variable_is_named(monkeypatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SotaError, match=f"{name}={value} is not from torchrun"):
         Runtime.detect(Run(), 1)
 
 
-def test_generate_says_where_a_temperature_ends(capsys, tmp_path: Path) -> None:
+def test_generate_states_the_limit_of_the_temperature(capsys, tmp_path: Path) -> None:
     code, _, err = run(capsys, "generate", tmp_path, "--temperature", "1e30")
     assert (code, "in [0, 1e6)" in err) == (2, True)
 
 
-def test_a_signal_is_told_as_itself_whatever_c_code_makes_of_it(capsys) -> None:
-    """numpy's start makes an ImportError of what a handler raises in it."""
+def test_a_signal_is_reported_as_such_whatever_c_code_turns_it_into(capsys) -> None:
+    """numpy's import turns what a handler raises in it into an ImportError."""
 
     def interrupted() -> int:
         try:
@@ -373,7 +371,7 @@ def test_a_signal_is_told_as_itself_whatever_c_code_makes_of_it(capsys) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_amid_the_callback_of_a_weak_reference_is_not_lost(capsys, number: int) -> None:
+def test_a_signal_inside_a_weakref_callback_is_not_lost(capsys, number: int) -> None:
     """Every import has one. Python swallows what is raised there, with a traceback."""
 
     def interrupted() -> int:

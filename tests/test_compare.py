@@ -1,4 +1,4 @@
-"""`sota report RUN RUN...`: runs beside each other compare, or the page says that they do not."""
+"""`sota report RUN RUN...`: runs shown together are comparable, or the page says they are not."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from sota_transformer.presets import PRESETS
 
 
 def write_run(folder: Path, last: float, done: int = 200, **fields: Any) -> Path:
-    """A `tiny` run of `done` steps that was judged every 50 of them; `fields` differ from it."""
+    """A `tiny` run of `done` steps with validation every 50; `fields` replace its defaults."""
     data, val_tokens = fields.pop("data", "f00d" * 16), fields.pop("val_tokens", 6400)
     values = json.loads(PRESETS["tiny"]().to_json())
     for name, value in fields.items():
@@ -66,7 +66,7 @@ def two(tmp_path: Path) -> list[Path]:
 
 
 def test_the_table_has_the_figures_and_only_the_options_that_differ(two: list[Path]) -> None:
-    with (two[0] / "metrics.jsonl").open("a") as file:  # over-fitted, and judged at 150 by others
+    with (two[0] / "metrics.jsonl").open("a") as file:  # overfitted, and last validated elsewhere
         file.write(
             json.dumps(judgement(150, 3.75)) + "\n" + json.dumps(judgement(100, 1, 64)) + "\n"
         )
@@ -132,7 +132,7 @@ def test_seeds_are_one_line_with_mean_spread_and_error(tmp_path: Path) -> None:
         ({"data__document_mask": True}, "attention within documents only: no (a); yes (b)"),
     ],
 )
-def test_what_does_not_compare_is_said(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_incomparable_runs_are_reported(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     first, page = write_run(tmp_path / "a", 4.0), tmp_path / "page.html"
     text = write_comparison([first, write_run(tmp_path / "b", 3.5, run__seed=2, **fields)], page)
     assert f"NOT COMPARABLE in validation: {said}\n" in text
@@ -142,14 +142,14 @@ def test_what_does_not_compare_is_said(fields: dict[str, Any], said: str, tmp_pa
     assert "NOT COMPARABLE" not in text + page.read_text()
 
 
-def test_data_that_neither_run_names_may_be_other_data(tmp_path: Path) -> None:
+def test_data_named_by_neither_run_may_differ(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, 4.0, data=None) for name in "ab"]
     text = write_comparison(runs, tmp_path / "page.html")
     assert "unknown (a, b)" in text
     assert cells(text)["b"][4] == "not comparable"
 
 
-def test_a_run_on_its_way_is_not_held_against_one_that_is_done(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_not_compared_with_a_finished_one(tmp_path: Path) -> None:
     done, page = write_run(tmp_path / "done", 4.0), tmp_path / "page.html"
     seed, other = ({"run__seed": 2}, {"optim__eps": 1e-6})
     half = [write_run(tmp_path / f"half{i}", 5.0, 100, **f) for i, f in enumerate((seed, other))]
@@ -157,16 +157,16 @@ def test_a_run_on_its_way_is_not_held_against_one_that_is_done(tmp_path: Path) -
     assert cells(text)["done"][:3] == ["1337", "200", "4.0000"]
     assert cells(text)["half0"][4] == cells(text)["half1"][4] == "not complete"
     assert text.count("is not complete: its schedule") == 2
-    assert cells(write_comparison(half, page))["half1"][4] == "+0.0000"  # both as far
+    assert cells(write_comparison(half, page))["half1"][4] == "+0.0000"  # both equally far
 
 
-def test_a_copy_of_a_run_is_no_further_seed(tmp_path: Path) -> None:
+def test_a_copy_of_a_run_is_not_another_seed(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / n, 4.0, run__seed=s) for n, s in (("a", 1), ("b", 2), ("c", 1))]
     text = write_comparison(runs, tmp_path / "page.html")
     assert cells(text)["a, b"][0] == "1, 2" and "c repeats a with the same seed" in text
 
 
-def test_other_data_on_the_way_begins_anew_and_is_said(two: list[Path]) -> None:
+def test_a_change_of_data_starts_a_new_curve_and_is_reported(two: list[Path]) -> None:
     record = json.loads((two[0] / "run.json").read_text())
     changed = ["data fingerprint was a, is b", "optim.eps was 1, is 2"]
     record["attempts"].append({"from_step": 150, "changed": changed})
@@ -177,7 +177,7 @@ def test_other_data_on_the_way_begins_anew_and_is_said(two: list[Path]) -> None:
     assert cells(text)["best validation, nats"][0] == "4.0000 +- 0.0100"
     said = f"cold was changed during training, at step 150: {', '.join(changed)}"
     assert said in text and f"<p>{said}</p>" in (two[0] / "page.html").read_text()
-    record["attempts"].append({"from_step": 200, "changed": changed})  # and not judged since
+    record["attempts"].append({"from_step": 200, "changed": changed})  # and no validation since
     (two[0] / "run.json").write_text(json.dumps(record))
     text = write_comparison(two, two[0] / "page.html")
     assert cells(text)["last validation, nats"] == ["-", "3.5000 +- 0.0100"]
@@ -190,11 +190,11 @@ def test_other_data_on_the_way_begins_anew_and_is_said(two: list[Path]) -> None:
     assert "at step 0" not in text and "at step 100" not in text  # the second changed nothing
 
 
-def test_curves_are_over_tokens_and_told_apart(tmp_path: Path) -> None:
-    """Step 50 is between two logged ones: 50 x 8 x 64 tokens, and twice that of twice the batch."""
+def test_curves_are_over_tokens_and_distinguishable(tmp_path: Path) -> None:
+    """Step 50 is between two logged ones: 50 x 8 x 64 tokens, twice that for twice the batch."""
     runs = [write_run(tmp_path / f"r{i}", 4.0, optim__eps=1 / (i + 2)) for i in range(9)]
     runs.append(write_run(tmp_path / "big", 3.0, train__batch_rows=16))
-    with (runs[0] / "metrics.jsonl").open("a") as file:  # would press the curves flat
+    with (runs[0] / "metrics.jsonl").open("a") as file:  # would flatten the curves
         file.write(json.dumps(judgement(5, 11.0)) + "\n")
     write_comparison(runs, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
@@ -205,7 +205,7 @@ def test_curves_are_over_tokens_and_told_apart(tmp_path: Path) -> None:
     assert len(legends) == 2 == page.count('<svg role="img"')
     looks = re.findall(r'style="([^"]*)"', legends[0])
     assert len(set(looks)) == 10 and all("stroke-dasharray" in look for look in looks)
-    for look in looks:  # in both legends, and at the lines of both charts
+    for look in looks:  # in both legends and on the lines of both charts
         assert page.count(look) == 4
 
 
@@ -236,9 +236,7 @@ def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, monkeypatch, cap
     assert not Path("comparison.html").exists()
 
 
-def test_runs_without_validation_are_said_to_have_none(
-    two: list[Path], monkeypatch, capsys
-) -> None:
+def test_runs_without_validation_are_reported_as_such(two: list[Path], monkeypatch, capsys) -> None:
     for run, charts in zip(two, (2, 1), strict=True):
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
         (run / "metrics.jsonl").write_text("".join(line for line in lines if "val_" not in line))
@@ -274,7 +272,7 @@ def test_a_damaged_line_costs_no_comparison(two: list[Path], line: dict[str, Any
     write_comparison(two, two[0] / "page.html")
 
 
-def test_a_seed_that_came_to_no_number_is_shown_as_that(tmp_path: Path) -> None:
+def test_a_seed_that_diverged_is_shown_as_such(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"r{i}", 4.0, run__seed=i) for i in range(2)]
     with (runs[1] / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(judgement(step, math.nan)) + "\n" for step in (50, 200))
@@ -294,7 +292,7 @@ def test_a_single_window_has_no_error(two: list[Path]) -> None:
     assert rows["hot"][4:] == ["-0.5000", "-", "-"]
 
 
-def test_names_are_told_apart_and_are_no_markup(tmp_path: Path, two: list[Path]) -> None:
+def test_names_are_distinguishable_and_never_markup(tmp_path: Path, two: list[Path]) -> None:
     evil = '<b onload="x">&\x1b[31m'
     places = ["a/x/run", "b/x/run", evil]
     runs = [write_run(tmp_path / place, 4.0, data=place) for place in places]
@@ -305,7 +303,7 @@ def test_names_are_told_apart_and_are_no_markup(tmp_path: Path, two: list[Path])
     assert page.count("&lt;b onload=&quot;x&quot;&gt;&amp;") > 5
 
 
-def test_the_table_keeps_to_the_terminal(tmp_path: Path, monkeypatch) -> None:
+def test_the_table_fits_the_terminal(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     runs = [write_run(tmp_path / f"r{i}", 4.0, optim__eps=1 / (i + 2)) for i in range(7)]
     tables = write_comparison(runs, tmp_path / "page.html").split("\n\n+- after")[0]

@@ -1,4 +1,4 @@
-"""Trouble with torch.compile costs speed and never a run, nor a right result; on every device."""
+"""Trouble with torch.compile costs speed, never a run or a correct result; on every device."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, in_short, out_of_memory
 from sota_transformer.training import judge, trainer
 from sota_transformer.training.start import train
-from tests.pretended import pretended
+from tests.simulated import simulated
 from tests.training_runs import MakeRun, logged
 
 KINDS = ["cpu", "cuda", "mps"]
@@ -28,11 +28,11 @@ SHAPE = Model(layers=2, d_model=64, heads=2, kv_heads=2, d_ff=64, seq_len=24, vo
 
 
 class TroubleError(Exception):
-    """Not a RuntimeError: Triton has such."""
+    """Not a RuntimeError: Triton raises such."""
 
 
 class Backward(torch.autograd.Function):
-    """A backward pass that is compiled when it is first wanted, and cannot be."""
+    """A backward pass that is compiled when first needed, and fails to compile."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Backward(torch.autograd.Function):
 
 
 def compiler(fault: str) -> Callable[..., Any]:
-    """torch.compile, with something wrong where it compiles the model."""
+    """torch.compile with a fault when it compiles the model."""
 
     def compile_(function: Any, **_: Any) -> Any:
         if function.__name__ not in ("mix", "feed"):
@@ -63,10 +63,10 @@ def compiler(fault: str) -> Callable[..., Any]:
 
 @pytest.fixture
 def faulty(kind: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A device of this kind, where torch.compile has this fault."""
+    """A device of this kind whose torch.compile has this fault."""
     monkeypatch.setattr(judge, "_SAMPLE_TOKENS", 2)
     monkeypatch.setattr(torch, "compile", compiler(fault))
-    with pretended(kind) if kind != "cpu" else contextlib.nullcontext():
+    with simulated(kind) if kind != "cpu" else contextlib.nullcontext():
         yield
 
 
@@ -77,7 +77,7 @@ def figures(config: RunConfig) -> list[float]:
 @pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fault", ["raises", "raises later"])
-def test_what_cannot_be_compiled_is_trained_without(
+def test_what_cannot_be_compiled_is_trained_uncompiled(
     make_run: MakeRun, capsys, kind: str, fault: str
 ) -> None:
     common = {"device": kind, "steps": 3, "batch_rows": 4, "micro_rows": 2}
@@ -103,12 +103,12 @@ def test_what_cannot_be_compiled_is_trained_without(
 @pytest.mark.parametrize(
     ("kind", "fault"), [("cpu", "raises"), *((kind, "is wrong") for kind in KINDS)]
 )
-def test_what_is_compiled_wrongly_is_never_used(
+def test_miscompiled_code_is_never_used(
     make_run: MakeRun, monkeypatch, capsys, kind: str, fault: str
 ) -> None:
-    """The doctor finds it, and training does without, at this start and at the next.
+    """The doctor detects it, and training runs uncompiled, at this start and the next.
 
-    What it asks a real GPU would take the CPU behind this one long.
+    The larger checks for a real GPU would take the CPU behind this one long.
     """
     asked = probes.one_step
     monkeypatch.setattr(probes, "one_step", lambda machine, _: asked(machine, "cpu"))
@@ -124,35 +124,35 @@ def test_what_is_compiled_wrongly_is_never_used(
     verdict = json.loads((config.run.out / "doctor.json").read_text())
     wrong = [line["name"] for line in verdict["checks"] if not line["passed"]]
     assert verdict["passed"] and wrong == [doctor._COMPILED]
-    # Mended, the same run is asked again and compiles.
+    # Once fixed, the same run is checked again and compiles.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     machine = Runtime.detect(config.run, 1)
     assert machine.compile and admit(config.run.out, machine).compile
 
 
 def test_a_user_without_a_name_can_load_the_compiler(monkeypatch) -> None:
-    """As under `docker --user 1234`: torch before 2.13 wants the name once an optimizer is made."""
+    """As under `docker --user 1234`: torch before 2.13 needs the name to create an optimizer."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        monkeypatch.setenv(name, "")  # so that what is set is unset again
+        monkeypatch.setenv(name, "")  # registers it to be restored
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
     Runtime.detect(Run(device="cpu"), 1)
     assert getpass.getuser() == str(2**31 - 7)
 
 
-def test_a_compilers_words_are_short() -> None:
+def test_a_compiler_error_is_shortened() -> None:
     said = "CppCompileError: C++ compile error\n\nCommand:\ng++ -O3 a.cpp\n\nOutput:\nkilled\n"
     said += "\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this)"
     assert in_short(TroubleError(said)) == "CppCompileError: C++ compile error killed"
     assert in_short(TroubleError()) == "TroubleError"
 
 
-def test_a_compiler_without_memory_is_trouble_of_the_compiler() -> None:
-    """Smaller micro-batches, down to none, would not help it."""
+def test_a_compiler_out_of_memory_is_compiler_trouble() -> None:
+    """Smaller micro-batches would not help it."""
     said = "CppCompileError: C++ compile error\n\nOutput:\ncc1plus: out of memory allocating 9"
     assert not out_of_memory(RuntimeError(said))
 
 
-def test_a_machine_without_a_good_compiler_is_fit(monkeypatch, capsys, tmp_path) -> None:
+def test_a_machine_without_a_working_compiler_passes(monkeypatch, capsys, tmp_path) -> None:
     checks = [
         doctor.Check(name="torch", passed=True, detail="x"),
         doctor.Check(name=doctor._COMPILED, passed=False, detail="loss off", advice="nothing"),
@@ -165,8 +165,8 @@ def test_a_machine_without_a_good_compiler_is_fit(monkeypatch, capsys, tmp_path)
     assert "not fit for training; failed: attention" in capsys.readouterr().out
 
 
-def test_an_error_that_is_not_the_compilers_comes_out(make_run: MakeRun, monkeypatch) -> None:
-    """It comes again without compiling, and is raised as it is."""
+def test_an_error_that_is_not_the_compilers_is_raised(make_run: MakeRun, monkeypatch) -> None:
+    """It recurs without compiling and is raised unchanged."""
 
     def broken(*_: Any, **__: Any) -> None:
         raise TroubleError("a broken device")
@@ -177,8 +177,8 @@ def test_an_error_that_is_not_the_compilers_comes_out(make_run: MakeRun, monkeyp
         train(make_run(compile="on"))
 
 
-def test_no_process_compiles_where_the_first_does_not(make_run: MakeRun, monkeypatch) -> None:
-    """The second process, told by the first: begin anew, without compiling."""
+def test_no_process_compiles_if_the_first_does_not(make_run: MakeRun, monkeypatch) -> None:
+    """The first process tells the second to restart without compiling."""
     original = Runtime.sum_
 
     def told(self: Runtime, tensor: Tensor) -> Tensor:

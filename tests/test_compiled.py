@@ -1,4 +1,4 @@
-"""Compiled blocks on a CPU give what uncompiled ones give. Slow: each case compiles anew."""
+"""Compiled blocks on a CPU equal uncompiled ones. Slow: each case compiles again."""
 
 import dataclasses
 

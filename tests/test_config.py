@@ -1,4 +1,4 @@
-"""Frozen options, golden sizes, and every problem named at once."""
+"""Frozen options, golden sizes, and all problems named at once."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def test_sizes_are_what_their_names_say(name: str, parameters: int) -> None:
     assert PRESETS[name]().model.parameter_count == parameters
 
 
-def test_the_origins_recipe_is_literal() -> None:
+def test_the_seed_recipe_is_that_of_the_original_script() -> None:
     optim = PRESETS["125m"]().optim
     assert (optim.learning_rate, optim.beta1, optim.beta2) == (1e-3, 0.9, 0.98)
     assert (optim.weight_decay, optim.warmup_steps, optim.label_smoothing) == (0.01, 4000, 0.1)

@@ -1,4 +1,4 @@
-"""Where two features meet: what one command prints is what the next one takes and says."""
+"""Where two features meet: the output of one command is valid input of the next."""
 
 import dataclasses
 import json
@@ -23,8 +23,8 @@ NUMBERS = ("loss", "smoothed_loss", "lr", "gradient_norm", "tokens_per_second", 
 SMALL = dataclasses.replace(PRESETS["tiny"]().model, layers=1, d_model=32, d_ff=32, seq_len=16)
 
 
-def test_a_plan_for_hours_counts_the_preset_that_was_asked_for(monkeypatch, capsys) -> None:
-    """`tiny` was measured and then left out, so that nothing fitted where it did."""
+def test_a_plan_for_hours_includes_the_requested_preset(monkeypatch, capsys) -> None:
+    """`tiny` was measured and then left out, so nothing fitted although it did."""
     speed = plan.Speed(seconds=1.0, tokens=512, memory=1)
     monkeypatch.setattr(plan, "measure", lambda _: speed)
     assert main(["plan", "tiny", "--hours", "0.01"]) == 0
@@ -59,7 +59,7 @@ def test_an_import_prints_no_command_that_is_refused(tmp_path: Path, data, capsy
 
 
 def test_an_import_that_was_killed_can_be_given_again(tmp_path: Path, capsys) -> None:
-    """Killed before config.json it left a folder that was no run and that it then refused."""
+    """Killed before config.json, it left a folder that was no run and that it then refused."""
     folder, out = folder_of(tmp_path, GPT2_VOCAB), tmp_path / "imported"
     asked = ["import", str(folder), "--out", str(out)]
     assert main(asked) == 0
@@ -73,7 +73,7 @@ def test_an_import_that_was_killed_can_be_given_again(tmp_path: Path, capsys) ->
     }
     (out / "checkpoints/step-00000000").rename(out / "checkpoints/step-00000007")
     (out / "config.json").unlink()
-    assert main(asked) == 2  # the checkpoint of somebody's run
+    assert main(asked) == 2  # the checkpoint of another run
     assert "already exists" in capsys.readouterr().err
 
 
@@ -98,12 +98,12 @@ def test_an_untied_head_is_refused_once() -> None:
 
 
 def strict(text: str) -> dict:
-    """As a program reads JSON that does not know Python's NaN and Infinity."""
+    """Parse like a program whose JSON has no NaN or Infinity."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
-def test_what_is_not_finite_is_json_all_the_same(tmp_path: Path, capsys) -> None:
-    """And a perplexity of a broken model has not three hundred digits."""
+def test_values_that_are_not_finite_are_valid_json(tmp_path: Path, capsys) -> None:
+    """And the perplexity of a broken model does not have three hundred digits."""
     model = Transformer(SMALL).eval()
     with torch.no_grad():
         model.norm.weight.mul_(1e6)
@@ -127,7 +127,7 @@ def test_what_is_not_finite_is_json_all_the_same(tmp_path: Path, capsys) -> None
     assert "| 800.0000 | inf |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_model_of_another_family_is_told_its_family() -> None:
+def test_a_refused_model_is_named_by_its_family() -> None:
     values = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257}
     with pytest.raises(SotaError, match=r"unsupported model: model_type 'gpt2' \(needs 'llama'"):
         own_config(values)

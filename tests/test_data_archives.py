@@ -1,4 +1,4 @@
-"""Archives made to break a reader: cut, damaged, empty, bombs, names that lead elsewhere."""
+"""Archives made to break a reader: truncated, damaged, empty, bombs, names leading elsewhere."""
 
 import gzip
 import io
@@ -14,14 +14,14 @@ from tests.preparing import read
 
 
 def test_an_archive_ends_where_it_says(tmp_path: Path) -> None:
-    """To the standard library a tar ends where no header is, be it damaged or cut off."""
+    """To the standard library a tar ends where no header follows, even if damaged or truncated."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for name in ("a.txt", "b.txt"):
             info = tarfile.TarInfo(name)
             info.size = 1024
             archive.addfile(info, io.BytesIO(name[0].encode() * 1024))
-    data, size = packed.getvalue(), 3 * 512  # of a member
+    data, size = packed.getvalue(), 3 * 512  # size of a member
     damaged = data[:size] + b"?" + data[size + 1 :]
     path = tmp_path / "a.tar"
     cut = [(1, data[:size]), (2, data[: 2 * size]), (1, data[: size + 99])]
@@ -35,13 +35,13 @@ def test_an_archive_ends_where_it_says(tmp_path: Path) -> None:
         assert [len(read(path, tmp_path)[i]) for i in (0, 1)] == [2, 0]
 
 
-def test_what_comes_before_damage_in_an_archive_is_taken(tmp_path: Path) -> None:
-    """In a member of a zip, and in a packed tar, of which tarfile asks for 10 KiB at a time."""
+def test_what_precedes_damage_in_an_archive_is_kept(tmp_path: Path) -> None:
+    """In a zip member, and in a compressed tar, which tarfile reads in blocks of 10 KiB."""
     lines = b"".join(b'{"text": "%d"}\n' % number for number in range(3000))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
         zipped.writestr("a.jsonl", lines)
     data = bytearray((tmp_path / "a.zip").read_bytes())
-    data[len(lines)] ^= 1  # the sum of the member is wrong, which is seen at its end
+    data[len(lines)] ^= 1  # the member's checksum is wrong, which shows at its end
     (tmp_path / "a.zip").write_bytes(data)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as rolled:
         for name in ("a.txt", "b.txt"):
@@ -73,7 +73,7 @@ def test_bombs_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending
     assert taken < 500 * path.stat().st_size + (8 << 20) < len(bomb)
 
 
-def test_member_names_lead_nowhere(tmp_path: Path) -> None:
+def test_member_names_cannot_escape(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("../../escape.txt", "outside " * 20)
         archive.writestr("/etc/absolute.txt", "root " * 20)
@@ -83,7 +83,7 @@ def test_member_names_lead_nowhere(tmp_path: Path) -> None:
 
 
 def test_a_broken_member_name_costs_no_text(tmp_path: Path) -> None:
-    """Names that claim to be UTF-8; one of them is not, and belongs to what is no text."""
+    """Names that claim to be UTF-8; one of them is not, and its member is not text."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name in ("a.txt", "\u00e9\u00e9\u00e9.txt", "\u00e8.txt", "\u00e9\u00e9\u00e9.bin"):
@@ -96,7 +96,7 @@ def test_a_broken_member_name_costs_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folders", [0, 2])
-def test_an_archive_that_holds_nothing_is_counted(tmp_path: Path, folders: int) -> None:
+def test_an_empty_archive_is_counted(tmp_path: Path, folders: int) -> None:
     with (
         zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped,
         tarfile.open(tmp_path / "a.tar.gz", "w:gz") as rolled,

@@ -26,7 +26,7 @@ def random_text(random: np.random.Generator, words: int) -> list[str]:
 
 
 def family(random: np.random.Generator, words: int, changes: list[int]) -> list[str]:
-    """A text and copies of it in which so many words were replaced."""
+    """A text and copies of it with this many words replaced."""
     base, made = random_text(random, words), []
     for change in [0, *changes]:
         copy = list(base)
@@ -37,7 +37,7 @@ def family(random: np.random.Generator, words: int, changes: list[int]) -> list[
 
 
 def jaccard(a: str, b: str) -> float:
-    """Exactly, over token 5-grams, the slow way."""
+    """Exact, over token 5-grams, the slow way."""
     sets = []
     for text in (a, b):
         ids = TOKENIZER.encode(text)
@@ -46,7 +46,7 @@ def jaccard(a: str, b: str) -> float:
 
 
 def greedy(items: list[str], threshold: float) -> list[str]:
-    """What must stay: each document unless it is like an earlier one that stayed."""
+    """What must stay: each document unless it is similar to an earlier one that stayed."""
     kept: list[str] = []
     grams: list[set[tuple[int, ...]]] = []
     for text in items:
@@ -86,7 +86,7 @@ def test_near_duplicates_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.M
 
 
 def stays_of(a: np.ndarray, b: np.ndarray, threshold: float) -> list[bool]:
-    """Which of two documents' ids stay."""
+    """Which of two documents stay."""
     tokens = np.concatenate([a, [50_256], b, [50_256]]).astype(np.uint16)
     lengths = np.array([len(a) + 1, len(b) + 1], np.uint32)
     place = near.Place(Path("none"), 0)
@@ -110,14 +110,14 @@ def test_long_documents_near_the_threshold_are_decided_by_all_their_grams() -> N
 def test_at_a_threshold_of_one_a_single_token_counts() -> None:
     random = np.random.default_rng(10)
     a = random.integers(0, 50_000, 30_000).astype(np.uint16)
-    assert stays_of(a, np.concatenate([a, a]), 1.0) == [True, True]  # where the copies meet
+    assert stays_of(a, np.concatenate([a, a]), 1.0) == [True, True]  # at the joint of the copies
     for at in range(100, 30_000, 3_000):
         b = a.copy()
         b[at] += 1
         assert stays_of(a, b, 1.0) == [True, True]
 
 
-def test_append_knows_the_near_duplicates_of_what_is_there(tmp_path: Path, monkeypatch) -> None:
+def test_append_finds_near_duplicates_of_existing_documents(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(merge, "_KNOWN_DOCUMENTS", 7)
     random = np.random.default_rng(2)
     families = [family(random, 300, [2]) for _ in range(40)]
@@ -143,7 +143,7 @@ def test_sketch_estimates_the_jaccard_index() -> None:
         assert abs(np.mean(errors)) < 0.02
 
 
-def test_sketch_of_a_document_does_not_depend_on_its_neighbours() -> None:
+def test_sketch_of_a_document_does_not_depend_on_its_neighbors() -> None:
     random = np.random.default_rng(4)
     ids = [
         np.append(random.integers(0, 9000, n), 50256).astype(np.uint16) for n in (1, 5, 700, 9000)
@@ -187,7 +187,7 @@ def test_numbers_of_runs_are_their_polynomials() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 13])
 @pytest.mark.parametrize("numbers", [gram_order, gram_hashes])
-def test_numbers_tell_runs_apart_and_only_runs(size: int, numbers: Callable[..., Any]) -> None:
+def test_gram_hashes_tell_grams_apart(size: int, numbers: Callable[..., Any]) -> None:
     random = np.random.default_rng(5)
     ids = random.integers(0, 50, 150_000).astype(np.uint16)
     hashes = numbers(ids, size)
@@ -227,7 +227,7 @@ def test_seen_hashes_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
-def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path, codec: str) -> None:
+def test_excluded_text_is_dropped_with_documents_quoting_it(tmp_path: Path, codec: str) -> None:
     random = np.random.default_rng(8)
     question = " ".join(random_text(random, 40))
     items = [" ".join(random_text(random, 200)) for _ in range(100)]
@@ -241,8 +241,8 @@ def test_excluded_text_is_dropped_with_what_quotes_it(tmp_path: Path, codec: str
     assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5
 
 
-def test_what_is_appended_is_checked_as_what_is_there(tmp_path: Path) -> None:
-    """The folder says that it is without the benchmark, and without near-duplicates."""
+def test_appended_documents_are_checked_like_existing_ones(tmp_path: Path) -> None:
+    """The folder promises to be free of the benchmark and of near-duplicates."""
     random = np.random.default_rng(5)
     secret = " ".join(random_text(random, 40))
     (tmp_path / "eval.txt").write_text(secret)
@@ -262,7 +262,7 @@ def test_what_is_appended_is_checked_as_what_is_there(tmp_path: Path) -> None:
     assert len(everything(out)) == 18 and not any(secret in text for text in everything(out))
 
 
-def test_no_excluded_text_is_passed_over_in_silence(
+def test_no_excluded_text_is_silently_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random = np.random.default_rng(9)
@@ -277,7 +277,7 @@ def test_no_excluded_text_is_passed_over_in_silence(
     write_excluded(given, "text", tmp_path / "grams.npy")
     grams = np.load(tmp_path / "grams.npy")
     for text in (latin, fine):
-        ids = np.array(TOKENIZER.encode(text)[2:], np.uint16)  # the first follow what is before
+        ids = np.array(TOKENIZER.encode(text)[2:], np.uint16)  # the first depend on the context
         assert np.isin(gram_hashes(ids, EXCLUDE_GRAM), grams).all()
     (tmp_path / "bench.json").write_text(json.dumps({"text": long}))
     (tmp_path / "bench.csv").write_text(f"question,answer\n{long},yes\n")
@@ -300,10 +300,10 @@ def test_no_excluded_text_is_passed_over_in_silence(
         write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
 
 
-def test_an_excluded_file_that_changed_counts_again(
+def test_a_changed_excluded_file_is_a_new_preparation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is another preparation then."""
+    """It is not the same preparation any more."""
     random = np.random.default_rng(9)
     items = [" ".join(random_text(random, 60)) for _ in range(100)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(items))
@@ -320,7 +320,7 @@ def test_an_excluded_file_that_changed_counts_again(
         run(tmp_path / "data", tmp_path / "a.jsonl", **asked)
 
 
-def test_a_text_is_known_however_often_it_repeats_itself(tmp_path: Path) -> None:
+def test_a_text_is_recognized_however_often_it_repeats_itself(tmp_path: Path) -> None:
     random, items = np.random.default_rng(8), []
     for _ in range(12):
         page = " ".join(random_text(random, 300)) + "\n"
@@ -331,8 +331,8 @@ def test_a_text_is_known_however_often_it_repeats_itself(tmp_path: Path) -> None
     assert everything(tmp_path / "data") == sorted(items[::2])
 
 
-def test_what_is_there_is_remembered_though_it_is_alike(tmp_path: Path) -> None:
-    """Two alike documents lie in the folder; a new one is like the second of them alone."""
+def test_existing_near_duplicates_are_all_remembered(tmp_path: Path) -> None:
+    """The folder holds two similar documents; a new one is similar to the second alone."""
     words = random_text(np.random.default_rng(9), 600)
     first, second, third = words[:540], words[30:570], words[60:]
     assert jaccard(" ".join(first), " ".join(third)) < 0.85
@@ -347,8 +347,8 @@ def test_what_is_there_is_remembered_though_it_is_alike(tmp_path: Path) -> None:
     assert " ".join(third) not in everything(tmp_path / "data")
 
 
-def test_what_comes_again_in_another_unit_has_an_example(tmp_path: Path) -> None:
-    """Only its hash is known there; so that the count is no riddle, its beginning is told."""
+def test_a_duplicate_from_another_unit_has_an_example(tmp_path: Path) -> None:
+    """Only its hash is known there; its first words show which one it is."""
     items = ["the first of two", "it is that", "a third"]
     (tmp_path / "a.jsonl").write_bytes(jsonl([*items, *items]))
     run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)

@@ -85,7 +85,7 @@ def test_damage_anywhere_is_reported_never_raised(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_damaged_tables_end_in_a_reason(tmp_path: Path, kind: str) -> None:
-    """In workers, for a reader written in C++ may do worse than raise."""
+    """In workers, since a reader written in C++ may do worse than raise."""
     random, folder = np.random.default_rng(2), tmp_path / "in"
     folder.mkdir()
     table = pa.table({"text": texts(50)})
@@ -112,7 +112,7 @@ def test_damaged_tables_end_in_a_reason(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
 def test_what_comes_before_damage_is_taken(tmp_path: Path, ending: str) -> None:
-    """Streams may follow one another, but of zstandard with zeros between them."""
+    """Streams may be concatenated, but only zstandard allows zeros between them."""
     packers = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
     compress = packers.get(ending, zstandard.compress)
     zeros = bytes(8) if ending in packers else b""
@@ -128,7 +128,7 @@ def test_what_comes_before_damage_is_taken(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize("cut", range(1, 11))
 def test_what_a_cut_bz2_still_holds_is_taken(tmp_path: Path, cut: int) -> None:
-    """Python says that it needs input while the last block's text waits to be read."""
+    """Python asks for input while the last block's text waits to be read."""
     lines = [letter * 200_000 for letter in "abcdefghijklmnop"]
     (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(jsonl(lines))[:-cut])
     found, refused = read(tmp_path / "a.jsonl.bz2", tmp_path)
@@ -136,8 +136,8 @@ def test_what_a_cut_bz2_still_holds_is_taken(tmp_path: Path, cut: int) -> None:
     assert [item.reason[:15] for item in refused] == ["damaged stream;"]
 
 
-def test_a_cut_of_what_could_not_be_compressed_is_told(tmp_path: Path) -> None:
-    """What was put behind it to notice cuts filled the hole in it, and was taken for text."""
+def test_truncated_incompressible_data_is_reported(tmp_path: Path) -> None:
+    """The marker appended to detect truncation filled the gap, and was taken for text."""
     text = "".join(map(chr, np.random.default_rng(3).integers(33, 127, 3000)))
     packed = zstandard.ZstdCompressor(level=-7).compress(text.encode())
     for cut in (*range(1, 120, 7), 1000):
@@ -186,7 +186,7 @@ def test_one_long_run_of_anything_is_quick(tmp_path: Path) -> None:
 def test_utf16_gives_the_documents_of_utf8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, unit_bytes: int
 ) -> None:
-    """Whatever the size and packing; 1,000 bytes at a time, so that characters are cut in two."""
+    """For any size and compression; read 1,000 bytes at a time, so that characters are split."""
     monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
     monkeypatch.setattr(units, "_TEXT_SLACK", 100)
     monkeypatch.setattr(streams, "CHUNK", 1001)
@@ -208,10 +208,10 @@ def test_utf16_gives_the_documents_of_utf8(
 
 
 @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
-def test_text_whose_name_says_nothing_is_what_it_begins_like(
+def test_a_file_with_an_unknown_name_is_classified_by_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    """JSON lines, though the first bytes that are looked at are blank."""
+    """JSON lines, although the first bytes inspected are blank."""
     data = f"\n \n\n\n{jsonl(texts(5)).decode()}".encode(codec)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     (tmp_path / "a.json").write_bytes(data)
@@ -245,7 +245,7 @@ def test_csv_cuts_only_between_records(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "spool").mkdir()
     for name in ("a.csv", "b.csv.gz"):
         assert read(tmp_path / name, tmp_path / "spool") == (items, [])
-    # Behind a quote that is a letter, where a unit may end, comes a cell that is longer than one.
+    # After a quote inside a cell, where a unit may end, comes a cell longer than a unit.
     cells = [cell for i in range(60) for cell in ("x\n" * 200 + str(i), f'a"{"b" * 9 * i}')]
     rows = [cell if "\n" not in cell else f'"{cell}"' for cell in ("text", *cells)]
     (tmp_path / "c.csv").write_text("\n".join(rows))
@@ -253,10 +253,10 @@ def test_csv_cuts_only_between_records(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("kind", "separator"), [("csv", ","), ("tsv", "\t")])
-def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
+def test_a_table_cut_anywhere_has_all_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, separator: str
 ) -> None:
-    """Quotes and line ends in all orders; what is cut is also unpacked in the smallest pieces."""
+    """Quotes and line ends in all orders; cut tables are also unpacked in the smallest pieces."""
     random, marks = np.random.default_rng(5), ['"', '""', '"\n"', f'"{separator}"', separator]
     marks += ["\n", "\r\n", "\r", "a", "bc", "\n", separator]
     (tmp_path / "spool").mkdir()
@@ -275,7 +275,7 @@ def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
             found, others = read(tmp_path / name, tmp_path / "spool")
             assert found == expected, name
             assert [item.reason for item in others] == [item.reason for item in refused]
-        monkeypatch.setattr(reading, "LINE_BYTES", 1 << 14)  # of a unit: no row is as long
+        monkeypatch.setattr(reading, "LINE_BYTES", 1 << 14)  # no row is as long
         assert read(tmp_path / f"a.{kind}", tmp_path / "spool") == (expected, others)
         monkeypatch.setattr(reading, "LINE_BYTES", 1 << 20)
 
@@ -283,7 +283,7 @@ def test_a_table_cut_anywhere_has_the_rows_of_the_whole(
 def test_a_cell_that_is_too_long_is_one_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is behind the limit is no row; another column may be of any length."""
+    """The text beyond the limit is no row; other columns may have any length."""
     monkeypatch.setattr(reading, "DOCUMENT_BYTES", 1 << 17)
     long = "no, row\n" * (1 << 15)
     with (tmp_path / "a.csv").open("w", newline="") as file:
@@ -293,8 +293,8 @@ def test_a_cell_that_is_too_long_is_one_document(
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zst"])
-def test_a_file_that_holds_nothing_is_counted(tmp_path: Path, ending: str) -> None:
-    """Also a mark of UTF-16 alone, of which nothing is left."""
+def test_an_empty_file_is_counted(tmp_path: Path, ending: str) -> None:
+    """Also a lone UTF-16 byte order mark."""
     contents = {
         "a.txt": codecs.BOM_UTF16_LE, "b.txt": codecs.BOM_UTF8, "c.jsonl": b"\n \n",
         "d.csv": b"text,n\r\n", "e.jsonl": codecs.BOM_UTF16_BE, "f.txt": b"",
@@ -304,13 +304,13 @@ def test_a_file_that_holds_nothing_is_counted(tmp_path: Path, ending: str) -> No
     (tmp_path / "spool").mkdir()
     for name, data in contents.items():
         (tmp_path / f"{name}{ending}").write_bytes(pack(data))
-        if ending or data:  # a file of no bytes is counted where files are looked for
+        if ending or data:  # a file of zero bytes is counted during the file search
             found, refused = read(tmp_path / f"{name}{ending}", tmp_path / "spool")
             assert (found, len(refused)) == ([], 1), (name, refused)
 
 
 def test_a_table_of_no_rows_is_counted_and_a_name_means_one_column(tmp_path: Path) -> None:
-    """A parquet file's columns named `text.x` come with `text`; Arrow names may repeat."""
+    """A parquet file's columns `text.x` come with `text`; Arrow names may repeat."""
     items = pa.array(["first", "second"])
     others = pa.array(["no", "no"])
     for name, table, expected in (
@@ -326,12 +326,12 @@ def test_a_table_of_no_rows_is_counted_and_a_name_means_one_column(tmp_path: Pat
             assert found == expected, (name, ending)
             assert [item.reason for item in refused] == ["no document inside"] * (not expected)
     parquet.write_table(pa.table({"text": pa.array([10**8], pa.date32())}), tmp_path / "a.parquet")
-    (refused,) = read(tmp_path / "a.parquet", tmp_path)[1]  # no date that Python has
+    (refused,) = read(tmp_path / "a.parquet", tmp_path)[1]  # a date beyond Python's range
     assert refused.where == "a.parquet: date value out of range"
 
 
 def test_a_quote_that_is_never_closed_hides_nothing(tmp_path: Path) -> None:
-    """What it swallows is no document; before it, and where quotes are only odd, all are."""
+    """What it swallows is dropped; everything before it, or with merely odd quotes, is kept."""
     (tmp_path / "a.csv").write_bytes(b'text,n\nwhole,1\nin "it",2\n"odd"x,3\n"open,4\nmore,5\n')
     found, refused = read(tmp_path / "a.csv", tmp_path)
     assert found == ["whole", 'in "it"', "oddx"]
@@ -347,7 +347,7 @@ def test_a_quote_that_is_never_closed_hides_nothing(tmp_path: Path) -> None:
 def test_files_that_vanish_or_shrink_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    """Between the look at the folder, the cut into units and the worker that reads them."""
+    """Between the file search, the cut into units and the worker that reads them."""
     monkeypatch.setattr(units, "UNIT_BYTES", 2000)
     monkeypatch.setattr("sota_transformer.data.documents._AT_ONCE", at_once)
     folder, refused = tmp_path / "in", list[Skipped]()

@@ -1,4 +1,4 @@
-"""Runs of units: what one worker is handed, and that it changes nothing in what comes out."""
+"""Runs of units: what one worker is given at a time, which does not change the output."""
 
 import mmap
 import multiprocessing
@@ -28,7 +28,7 @@ ROWS = (100, 100, 100, 100, 100, 30)  # of the row groups
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A parquet file of several units a row group; pieces are found here, where units are small."""
+    """A parquet file with several units per row group; splitting happens here, with small units."""
     monkeypatch.setattr(units, "UNIT_BYTES", 4 << 10)
     monkeypatch.setattr(tables, "UNIT_BYTES", 4 << 10)
     monkeypatch.setattr(Pool, "probe", lambda _, source: tables.probe(source, "text"))
@@ -48,7 +48,7 @@ def units_of(*paths: Path) -> list[Unit]:
 
 
 def test_a_drive_without_shared_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It used to say that a result had vanished."""
+    """It used to report a lost result."""
     monkeypatch.setattr(mmap, "mmap", PrivateMap)
     items = texts(40)
     for name, some in (("a", items[:30]), ("b", items[30:])):
@@ -59,15 +59,17 @@ def test_a_drive_without_shared_maps(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there it is always so")
-def test_where_the_socket_of_a_fork_server_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job's own TMPDIR, say: `sota prepare` said "AF_UNIX path too long"."""
+def test_a_temporary_folder_too_long_for_the_fork_servers_socket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For example a job's own TMPDIR: `sota prepare` failed with "AF_UNIX path too long"."""
     for length, method in ((75, "forkserver"), (76, "spawn")):
         monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
         assert forks.worker_context().get_start_method() == method
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_a_row_group_is_one_run_unless_little_is_behind_it(table: Path, workers: int) -> None:
+def test_a_row_group_is_one_run_unless_little_follows_it(table: Path, workers: int) -> None:
     made = units_of(table)
     found = list(runs(iter(made), workers))
     assert list(chain(*found)) == made
@@ -114,7 +116,7 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
         return prepared(name)
 
     monkeypatch.setattr(spawn, "get_preparation_data", preparation)
-    held = list[set[signal.Signals]]()  # a server that Ctrl-C met as it started said a traceback
+    held = list[set[signal.Signals]]()  # Ctrl-C in a starting server printed a traceback
 
     def ensure_running() -> None:
         handed.append(sys.argv)
@@ -140,8 +142,8 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
     assert len(sys.argv) > 100_000
 
 
-def test_a_worker_that_nobody_tells_to_go_holds_up_nothing(table: Path, tmp_path: Path) -> None:
-    """As one that was just being started while another died: a stopped one ignores SIGTERM too."""
+def test_a_worker_that_cannot_be_stopped_blocks_nothing(table: Path, tmp_path: Path) -> None:
+    """Like one still starting while another died: when stopped, it ignores even SIGTERM."""
     made, found = units_of(table), []
     (tmp_path / "units").mkdir()
     pool = Pool(Job(tmp_path / "units", "text", "auto"), 2)
@@ -154,7 +156,7 @@ def test_a_worker_that_nobody_tells_to_go_holds_up_nothing(table: Path, tmp_path
     rest.start()
     rest.join(timeout=30)
     hung = rest.is_alive()
-    deaf.kill()  # lets go whoever hangs
+    deaf.kill()  # releases whatever hangs
     rest.join(timeout=30)
     pool.close(stop=True)
     assert not hung
@@ -162,7 +164,7 @@ def test_a_worker_that_nobody_tells_to_go_holds_up_nothing(table: Path, tmp_path
 
 
 def rows_of(items: list[str]) -> list[tuple[int, bytes]]:
-    """As a reader of tables gives them."""
+    """As yielded by a table reader."""
     return [(row, text.encode()) for row, text in enumerate(items)]
 
 
@@ -189,8 +191,8 @@ def test_small_row_groups_share_a_unit_and_a_footer_is_read_once(
 
 
 def test_row_groups_of_any_sizes_give_every_row_once(table: Path) -> None:
-    """A large row group's last piece may not go on behind an empty one: its reader ends there.
-    Whichever of three workers reads a piece, and in any order.
+    """A large row group's last piece must not continue after an empty one, where its reader ends.
+    For any of three workers and any order of pieces.
     """
     path, source = table.with_name("groups.parquet"), random.Random(7)
     sizes = [source.choices((0, 0, 1, 3, 20, 60), k=source.randint(1, 9)) for _ in range(25)]
@@ -208,7 +210,7 @@ def test_row_groups_of_any_sizes_give_every_row_once(table: Path) -> None:
         assert list(chain(*(found[at] for at in sorted(found)))) == rows_of(items), rows
 
 
-def test_a_table_that_has_become_shorter_is_told(table: Path) -> None:
+def test_a_table_that_has_shrunk_is_reported(table: Path) -> None:
     made, items = units_of(table), texts(100)
     parquet.write_table(pa.table({"text": items}), table)
     reader = tables.Tables()

@@ -1,4 +1,4 @@
-"""Looking at prepared data, other projects' token files, and the other ways to cut windows."""
+"""Viewing prepared data, other projects' token files, and the other ways to cut windows."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def test_figures_are_those_of_the_documents(
 
 
 def test_letters_are_letters(tmp_path: Path) -> None:
-    """Quotes, brackets and dashes are of no script, and Vietnamese is written in Latin."""
+    """Quotes, brackets and dashes belong to no script, and Vietnamese is written in Latin."""
     items = [f"\u201c{i}\u201d [\u2018Tất cả mọi người\u2019] {{_{i}_}} ж\u2026" for i in range(60)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(items))
     run(tmp_path / "data", tmp_path / "a.jsonl")
@@ -63,7 +63,7 @@ def test_a_foreign_file_of_one_long_document_has_a_length(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("ids", [[1, 2, 3, EOT, 4, 5], [EOT, 1, 2, 3, EOT, 4, 5]])
 def test_documents_of_others_need_no_end(tmp_path: Path, ids: list[int]) -> None:
-    """The last document of nanoGPT's Shakespeare has none; llm.c's stands before each."""
+    """The last document of nanoGPT's Shakespeare has no end; llm.c's precedes each document."""
     np.array(ids, "<u2").tofile(tmp_path / "train.bin")
     figures = describe(DataView(folder=tmp_path, show=0))["train"]
     assert (figures["documents"], figures["bytes_per_token"]) == (2, 1.0)
@@ -98,7 +98,7 @@ def test_list_and_window_and_page(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
-def test_a_page_of_names_that_are_no_text(tmp_path: Path) -> None:
+def test_a_page_with_names_that_are_not_text(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(jsonl(texts(50)))
@@ -120,7 +120,7 @@ def test_control_characters_do_not_reach_the_terminal(
 def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(1)
     pool = [" ".join(f"w{n}" for n in random.integers(0, 900, 60)) for _ in range(300)]
-    items = [f"{a} {b}" for a, b in itertools.pairwise(pool)]  # neighbours share text
+    items = [f"{a} {b}" for a, b in itertools.pairwise(pool)]  # neighbors share text
     (tmp_path / "a.jsonl").write_bytes(jsonl(items))
     run(tmp_path / "data", tmp_path / "a.jsonl")
     sets, tokenizer = {}, Tokenizer()
@@ -174,14 +174,14 @@ def test_other_projects_files_open_as_they_are(folder: Path, tmp_path: Path, kin
     assert describe(DataView(folder=tmp_path / kind, show=0))["val"]["documents"] > 0
 
 
-def test_the_side_of_a_foreign_file_is_a_word_of_its_name(tmp_path: Path) -> None:
+def test_the_split_of_a_foreign_file_is_a_word_of_its_name(tmp_path: Path) -> None:
     sides = {
         "train": ["medieval.bin", "train_retrieval_000001.bin", "values.bin"],
         "val": ["fineweb_val_000000.bin", "my-Validation.bin", "val2.bin", "valid.bin"],
     }
     for name in itertools.chain(*sides.values(), ["._values.bin"]):
         np.arange(9, dtype=np.uint16).tofile(tmp_path / name)
-    os.mkfifo(tmp_path / "pipe.bin")  # nobody writes to it: to open it would wait for ever
+    os.mkfifo(tmp_path / "pipe.bin")  # without a writer: opening it would block forever
     found = load_manifest(tmp_path)["splits"]
     assert {side: sorted(found[side]["shards"]) for side in sides} == {
         side: sorted(names) for side, names in sides.items()
@@ -231,12 +231,12 @@ def test_a_name_that_only_contains_val_is_training(folder: Path, tmp_path: Path)
 def test_more_files_than_a_process_may_open_at_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On macOS 256, and llm.c's larger sets have a thousand."""
+    """The default limit is 256 on macOS, and llm.c's larger sets have a thousand files."""
     for i in range(30):
         np.array([1, 2, EOT], np.uint16).tofile(tmp_path / f"{i}.bin")
     before, open_ = resource.getrlimit(resource.RLIMIT_NOFILE), len(list(Path("/dev/fd").iterdir()))
-    finite = 0 < before[1] < 1 << 31  # else macOS refuses what it says it allows
-    for others in (256, before[1] if finite else 256):  # the second is more than it may
+    finite = 0 < before[1] < 1 << 31  # otherwise macOS refuses its own limit
+    for others in (256, before[1] if finite else 256):  # the second exceeds the limit
         monkeypatch.setattr("sota_transformer.data.shards._OTHER_FILES", others)
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_ + 9, before[1]))
         try:
@@ -253,7 +253,7 @@ def test_export_and_back(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts(9)))
     run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
     describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "out"))
-    assert not (tmp_path / "out" / "val.bin").exists()  # that of the export before
+    assert not (tmp_path / "out" / "val.bin").exists()  # from the previous export
     (tmp_path / "failed" / "train.bin").mkdir(parents=True)
     with pytest.raises(SotaError, match=r"train\.bin: "):
         describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "failed"))
@@ -281,8 +281,8 @@ def test_document_ids() -> None:
 
 
 @pytest.mark.parametrize("seq_len", [15, 63, 200])
-def test_best_fit_loses_no_pair_and_starts_with_documents(folder: Path, seq_len: int) -> None:
-    """Every (token, next token) within a document is in a window, exactly once."""
+def test_best_fit_loses_no_pair_and_starts_at_documents(folder: Path, seq_len: int) -> None:
+    """Every (token, next token) pair within a document is in exactly one window."""
     windows = BestFit(folder, "train", seq_len)
     ids, pad = stream(folder, "train"), Tokenizer.pad
     ends = np.flatnonzero(ids == EOT) + 1
@@ -310,20 +310,20 @@ def test_best_fit_loses_no_pair_and_starts_with_documents(folder: Path, seq_len:
 
 
 def test_best_fit_has_no_window_without_a_target(tmp_path: Path) -> None:
-    """Other projects' files may hold an end-of-text behind another; a batch of it has no loss."""
+    """Other projects' files may repeat end-of-text; a batch of only those has no loss."""
     write_foreign(tmp_path / "x", "nanogpt", {"train": np.array([EOT, 1, 2, 3, EOT, EOT], "<u2")})
     windows = BestFit(tmp_path / "x", "train", 3)
     assert [windows[i].tolist() for i in range(len(windows))] == [[1, 2, 3, EOT]]
     assert windows.padding == 0
 
 
-def test_nothing_stands_behind_a_document_that_was_cut_off(tmp_path: Path) -> None:
-    """Another project's file may stop inside one; without an end it would go on in the next."""
+def test_nothing_follows_a_truncated_document(tmp_path: Path) -> None:
+    """Other projects' files may stop inside a document, which would then run into the next."""
     ids = np.array([9, 9, EOT, 8, EOT, 1, 2, 3, 4], "<u2")
     write_foreign(tmp_path / "x", "nanogpt", {"train": ids})
     windows = BestFit(tmp_path / "x", "train", 9)
     assert windows[0].tolist() == [9, 9, EOT, 8, EOT, 1, 2, 3, 4, Tokenizer.pad]
-    write_foreign(tmp_path / "y", "nanogpt", {"train": ids[1:]})  # of several windows, one's end
+    write_foreign(tmp_path / "y", "nanogpt", {"train": ids[1:]})  # several windows, one incomplete
     windows = BestFit(tmp_path / "y", "train", 6)
     assert [windows[i].tolist() for i in range(len(windows))] == [
         [9, EOT, 1, 2, 3, 4, Tokenizer.pad],
@@ -331,7 +331,7 @@ def test_nothing_stands_behind_a_document_that_was_cut_off(tmp_path: Path) -> No
     ]
 
 
-def test_best_fit_packs_as_the_slow_way() -> None:
+def test_best_fit_packs_like_the_slow_algorithm() -> None:
     random = np.random.default_rng(2)
     lengths, size = random.integers(1, 65, 500), 64
     order, offsets = _best_fit(lengths, size)

@@ -1,4 +1,4 @@
-"""What a GPU or a Mac would refuse or lose, on a device that is pretended (`pretended.py`)."""
+"""What a GPU or a Mac would reject or lose, on a simulated device (`simulated.py`)."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ from sota_transformer.runtime import Runtime, out_of_memory
 from sota_transformer.training import judge, trainer
 from sota_transformer.training.micro_batch import micro_rows
 from sota_transformer.training.start import train
-from tests.pretended import Away, Pretended, pretended
+from tests.simulated import DeviceTensor, SimulatedDevice, simulated
 from tests.training_runs import MakeRun, change, logged
 
 SHAPE = Model(layers=2, d_model=128, heads=2, kv_heads=1, d_ff=64, seq_len=24, vocab_size=300)
@@ -47,8 +47,8 @@ def small() -> Transformer:
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_it_refuses_what_a_device_refuses(kind: str) -> None:
-    with pretended(kind):
+def test_the_simulation_rejects_what_a_device_rejects(kind: str) -> None:
+    with simulated(kind):
         away, here = torch.ones(2, device=kind), torch.ones(2)
         assert away.device == torch.device(kind, 0) and not away.is_cpu
         assert (away * torch.ones(())).device.type == kind and (away + 1).cpu().is_cpu
@@ -72,10 +72,10 @@ def test_it_refuses_what_a_device_refuses(kind: str) -> None:
         ("mps", "float32", "fast", PACKED),
     ],
 )
-def test_a_run_and_its_resumption_are_the_cpus(
+def test_a_run_and_its_resume_equal_the_cpus(
     make_run: MakeRun, monkeypatch, kind: str, dtype: str, recipe: str, more: dict[str, Any]
 ) -> None:
-    """Losses as on the CPU, the same bits after a resume, one wait a step, kernels on MPS."""
+    """Losses equal the CPU's; same bits after a resume, one wait per step, kernels on MPS."""
     common = {"recipe": recipe, "steps": 3, "eval_tokens": 64, "dropout_start": 0.1, **more}
     plain = make_run("cpu", clip_norm=0.01, **common)
     config = make_run(
@@ -93,12 +93,12 @@ def test_a_run_and_its_resumption_are_the_cpus(
     waits, original = [], trainer.Trainer._train_step
 
     def step(self: trainer.Trainer) -> None:
-        before = len(Pretended.now.waits)
+        before = len(SimulatedDevice.now.waits)
         original(self)
-        waits.append(Pretended.now.waits[before:])
+        waits.append(SimulatedDevice.now.waits[before:])
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step)
-    with pretended(kind) as device:
+    with simulated(kind) as device:
         first, second = train(config), train(again)
         monkeypatch.setattr(runtime, "_COMPILE_FROM_PARAMETERS", 0)
         monkeypatch.setattr(
@@ -121,16 +121,16 @@ def test_a_run_and_its_resumption_are_the_cpus(
     ("kind", "capability", "dtype"),
     [("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float16"), ("mps", (0, 0), "float32")],
 )
-def test_a_device_is_taken_in_the_type_it_computes(
+def test_each_device_gets_a_dtype_that_it_supports(
     kind: str, capability: tuple[int, int], dtype: str
 ) -> None:
-    with pretended(kind, capability):
+    with simulated(kind, capability):
         machine = Runtime.detect(Run(), 1)
     assert (machine.device.type, machine.dtype) == (kind, getattr(torch, dtype))
 
 
 def missing_on_mps(operations: Iterable[Any]) -> list[str]:
-    """Those for which torch's own table names no kernel on MPS; attention's go by other names."""
+    """Operations without an MPS kernel in torch's own table; attention has other names there."""
     table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
     blocks = {b.split("(")[0]: b for b in table.read_text().split("\n- func: ")}
     found = []
@@ -144,13 +144,13 @@ def missing_on_mps(operations: Iterable[Any]) -> list[str]:
     return found
 
 
-def test_an_operation_without_a_kernel_is_seen() -> None:
+def test_an_operation_without_a_kernel_is_found() -> None:
     assert missing_on_mps([torch.ops.aten.geqrf.default, torch.ops.aten.mm.default]) == ["geqrf"]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("cuda", "bfloat16"), ("mps", "float32")])
-def test_the_doctor_and_the_plan_run_there(monkeypatch, kind: str, dtype: str) -> None:
-    """A GPU is asked more, which the CPU behind this one would take minutes for."""
+def test_the_doctor_and_the_plan_run_on_a_device(monkeypatch, kind: str, dtype: str) -> None:
+    """A GPU gets larger checks, which would take the CPU behind this one minutes."""
     config = dataclasses.replace(PRESETS["tiny"]("fast"), model=SHAPE)
     original, asked = probes.one_step, []
 
@@ -159,7 +159,7 @@ def test_the_doctor_and_the_plan_run_there(monkeypatch, kind: str, dtype: str) -
         return original(machine, "cpu")
 
     monkeypatch.setattr(probes, "one_step", one_step)
-    with pretended(kind):
+    with simulated(kind):
         run = Run(device=kind, dtype=dtype, compile="off")  # type: ignore[arg-type]
         machine = Runtime.detect(run, 1)
         checks = doctor.arithmetic(machine)
@@ -172,9 +172,9 @@ def test_the_doctor_and_the_plan_run_there(monkeypatch, kind: str, dtype: str) -
     ("kernel", "recipe"),
     [("_fused_adamw_", "seed"), ("_foreach_lerp_", "fast"), ("_foreach_add_", "fast")],
 )
-def test_the_doctor_sees_an_update_that_is_not_made(monkeypatch, kernel: str, recipe: Any) -> None:
+def test_the_doctor_detects_a_lost_update(monkeypatch, kernel: str, recipe: Any) -> None:
     """As on MPS, where operations on strided tensors wrote to a copy of them."""
-    made = Away.__torch_dispatch__
+    made = DeviceTensor.__torch_dispatch__
 
     def lost(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__.split(".")[0] == kernel:
@@ -182,17 +182,17 @@ def test_the_doctor_sees_an_update_that_is_not_made(monkeypatch, kernel: str, re
         return made(func, types, args, kwargs)
 
     for fault in (False, True):
-        with pretended("mps"), monkeypatch.context() as patch:
+        with simulated("mps"), monkeypatch.context() as patch:
             if fault:
-                patch.setattr(Away, "__torch_dispatch__", classmethod(lost))
+                patch.setattr(DeviceTensor, "__torch_dispatch__", classmethod(lost))
             machine = Runtime.detect(Run(device="mps"), 1)
             probe = partial(probes._probe_update, recipe)
             assert doctor._probed("updates", probe, machine).passed != fault
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_generation_and_judgement_are_the_cpus(kind: str, monkeypatch) -> None:
-    """Also where booleans are misread for few queries, as by MPS in torch 2.11 (pytorch#182285)."""
+def test_generation_and_evaluation_equal_the_cpus(kind: str, monkeypatch) -> None:
+    """Even where masks are misread for few queries, as by MPS in torch 2.11 (pytorch#182285)."""
     original = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, **options):
@@ -211,13 +211,13 @@ def test_generation_and_judgement_are_the_cpus(kind: str, monkeypatch) -> None:
 
     with torch.no_grad():
         expected = answers(small())
-        with pretended(kind):
+        with simulated(kind):
             found = answers(small().to(kind))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5)
 
 
-def test_the_doctor_sees_rows_that_read_each_others_masks(monkeypatch) -> None:
+def test_the_doctor_detects_rows_that_read_each_others_masks(monkeypatch) -> None:
     original = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, **options):
@@ -231,7 +231,7 @@ def test_the_doctor_sees_rows_that_read_each_others_masks(monkeypatch) -> None:
 
 
 def test_float16_keeps_the_direction_of_a_small_gradient() -> None:
-    """Of one whose numbers are about 1e-6, where float16 steps by 6e-8."""
+    """A gradient with entries of about 1e-6, where float16 has steps of 6e-8."""
     source = torch.Generator().manual_seed(2)
     gradient = torch.randn(64, 64, generator=source) * torch.logspace(-6, -9, 64)
     updates = []
@@ -246,13 +246,13 @@ def test_float16_keeps_the_direction_of_a_small_gradient() -> None:
 
 
 def test_bfloat16_on_mps_keeps_normuon_in_float32(monkeypatch) -> None:
-    with pretended("mps"):
+    with simulated("mps"):
         model = small().to("mps")
         model.dtype = torch.bfloat16
         assert optimizers(model, PRESETS["tiny"]("fast").optim)[0]._dtype == torch.float32
 
 
-def test_a_gpu_gets_what_stands_before_and_behind_the_blocks_compiled(monkeypatch) -> None:
+def test_a_gpu_also_compiles_what_surrounds_the_blocks(monkeypatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f.__name__) or f)
     machine = Runtime.detect(Run(device="cpu", compile="off"), 1)
@@ -263,13 +263,13 @@ def test_a_gpu_gets_what_stands_before_and_behind_the_blocks_compiled(monkeypatc
     assert not {"begin", "end"} & set(vars(model))
 
 
-def test_attention_that_is_planned_for_each_shape_is_for_compiled_training(monkeypatch) -> None:
+def test_cudnn_attention_is_for_compiled_training_only(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     planned = torch.backends.cuda.cudnn_sdp_enabled
     torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, and its first choice on Hopper
-    with pretended("cuda"):
+    with simulated("cuda"):
         machine = Runtime.detect(Run(compile="off"), 1)
-        assert not planned()  # generation, judgement
+        assert not planned()  # generation, evaluation
         machine = dataclasses.replace(machine, compile=True)
         machine.optimize(small())
         assert planned()
@@ -284,9 +284,9 @@ def test_attention_that_is_planned_for_each_shape_is_for_compiled_training(monke
         assert not planned()
 
 
-def test_a_mac_is_asked_for_no_sum_that_it_gets_wrong(make_run: MakeRun) -> None:
-    """The gradient of a weight is one over the tokens of a micro-batch."""
-    with pretended("mps"):
+def test_no_product_that_a_mac_gets_wrong_is_used(make_run: MakeRun) -> None:
+    """A weight's gradient sums over the tokens of a micro-batch."""
+    with simulated("mps"):
         machine = Runtime.detect(Run(device="mps"), 1)
         assert micro_rows(make_run(batch_rows=1024, micro_rows=512), machine) == 512
         with pytest.raises(SotaError, match="use 1022 or fewer"):
@@ -299,7 +299,7 @@ def test_a_mac_is_asked_for_no_sum_that_it_gets_wrong(make_run: MakeRun) -> None
 def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said: str) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pretended(kind), pytest.raises(SotaError, match=said):
+    with simulated(kind), pytest.raises(SotaError, match=said):
         Runtime.detect(Run(device=kind), 1)  # type: ignore[arg-type]
 
 
@@ -310,19 +310,19 @@ def test_torchrun_with_too_few_devices_is_one_line(monkeypatch, kind: str, said:
         "HIP error: invalid device function",
     ],
 )
-def test_a_gpu_that_torch_was_not_built_for_is_not_taken(monkeypatch, said: str) -> None:
-    """As a GTX 1080 or a V100 by the builds for CUDA 13, which is_available() does not tell.
+def test_a_gpu_that_torch_was_not_built_for_is_not_used(monkeypatch, said: str) -> None:
+    """Like a GTX 1080 or a V100 with the builds for CUDA 13, which is_available() does not tell.
 
-    Nor does ROCm's of the graphics inside many a Ryzen (pytorch#164346, #147626).
+    Nor does ROCm's for the integrated graphics of many a Ryzen (pytorch#164346, #147626).
     """
 
     def ones(*_: Any, **__: Any) -> None:
         raise RuntimeError(said)
 
-    with pretended("cuda"), monkeypatch.context() as patch:
+    with simulated("cuda"), monkeypatch.context() as patch:
         patch.setattr(torch, "ones", ones)
         machine = Runtime.detect(Run(), 1)
-        assert machine.device.type == "cpu" and "no kernels for the pretended" in machine.reasons[0]
+        assert machine.device.type == "cpu" and "no kernels for the simulated" in machine.reasons[0]
         with pytest.raises(SotaError, match="--device cpu"):
             Runtime.detect(Run(device="cuda"), 1)
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -330,15 +330,15 @@ def test_a_gpu_that_torch_was_not_built_for_is_not_taken(monkeypatch, said: str)
             Runtime.detect(Run(), 1)
 
 
-def test_a_mac_is_full_before_it_swaps(monkeypatch) -> None:
+def test_a_mac_runs_out_of_memory_before_it_swaps(monkeypatch) -> None:
     limits: list[float] = []
     monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
     with (
-        pretended("mps"),
+        simulated("mps"),
         mock.patch.object(torch.mps, "set_per_process_memory_fraction", limits.append),
     ):
         Runtime.detect(Run(device="mps"), 1)
-        monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.2")  # whoever sets it knows why
+        monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.2")  # an explicit setting wins
         Runtime.detect(Run(device="mps"), 1)
     assert limits == [1.0]
 
@@ -357,10 +357,10 @@ def test_a_mac_stays_awake_as_long_as_the_run(tmp_path: Path, monkeypatch) -> No
     assert calls.read_text() == f"-i -s -w {os.getpid()}\n"
 
 
-def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatch) -> None:
+def test_the_doctor_checks_again_after_a_macos_update(tmp_path: Path, monkeypatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(doctor, "arithmetic", lambda _: asked.append("asked") or [])
-    with pretended("mps"):
+    with simulated("mps"):
         for version in ("15.5", "15.5", "26.1"):
             monkeypatch.setattr("platform.mac_ver", lambda version=version: (version, "", ""))
             doctor.admit(tmp_path, Runtime.detect(Run(device="mps"), 1))
@@ -376,7 +376,7 @@ def test_a_new_macos_is_another_machine_to_the_doctor(tmp_path: Path, monkeypatc
         "unable to mmap 256000080 bytes from file <x.safetensors>: Cannot allocate memory (12)",
     ],
 )
-def test_devices_have_several_words_for_a_full_memory(message: str, capsys) -> None:
+def test_every_wording_of_out_of_memory_is_recognized(message: str, capsys) -> None:
     for error in (RuntimeError(message), MemoryError()):
 
         def work(error: Exception = error) -> int:
@@ -387,7 +387,7 @@ def test_devices_have_several_words_for_a_full_memory(message: str, capsys) -> N
         assert "out of memory" in capsys.readouterr().err
 
 
-def test_a_plan_backs_off_as_training_does(monkeypatch) -> None:
+def test_a_plan_halves_the_micro_batch_as_training_does(monkeypatch) -> None:
     """A card that holds two windows: the plan multiplies the time of two by four."""
 
     def step_seconds(_config: RunConfig, _runtime: Runtime, rows: int) -> tuple[float, float]:

@@ -31,20 +31,20 @@ def failed(checks: list[doctor.Check]) -> list[str]:
 
 
 def test_a_sound_machine_passes() -> None:
-    """In bfloat16 the next test shows it: each time all passes but what was broken."""
+    """The next test covers bfloat16: there everything passes except what was broken."""
     assert failed(doctor.arithmetic(runtime("float32"))) == []
 
 
 def test_half_precision_keeps_small_gradients() -> None:
-    """Without training's scale of the loss they would be off by four fifths of the limit."""
+    """Without training's loss scale they would be off by four fifths of the limit."""
     machine = dataclasses.replace(runtime("float32"), dtype=torch.float16)
     expected, found = (probes.one_step(m, "cpu") for m in (runtime("float32"), machine))
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
     assert probes.farthest(found[1], expected[1]) < 0.01
 
 
-def test_what_a_gpu_is_asked_is_large_enough() -> None:
-    """For inductor's reductions of mixed order: elements, and two rows to a column."""
+def test_the_checks_for_a_gpu_are_large_enough() -> None:
+    """For inductor's mixed-order reductions: enough elements, and two rows per column."""
     loss, gradients = probes.one_step(runtime("float32"), "cuda")
     assert loss == pytest.approx(math.log(1024), rel=0.05)
     width, tokens = gradients[0].shape[1], 84 * 128
@@ -53,8 +53,8 @@ def test_what_a_gpu_is_asked_is_large_enough() -> None:
 
 @pytest.mark.parametrize("what", ["gradients", "updates"])
 @pytest.mark.parametrize("place", [0, -1])
-def test_one_tensor_of_no_number_is_caught(monkeypatch, what: str, place: int) -> None:
-    """Python's max passes over NaN unless it comes first."""
+def test_one_tensor_of_nan_is_caught(monkeypatch, what: str, place: int) -> None:
+    """Python's max skips NaN unless it comes first."""
     machine = runtime()
     name = {"gradients": "one_step", "updates": "_updated"}[what]
     original = getattr(probes, name)
@@ -91,7 +91,7 @@ def broken_linear(x, weight, bias=None, original=F.linear):
 
 
 @pytest.mark.parametrize("errors", [(0.0, torch.nan), (torch.nan, 0.0)])
-def test_one_product_of_no_number_is_caught(monkeypatch, errors) -> None:
+def test_one_product_of_nan_is_caught(monkeypatch, errors) -> None:
     left = list(errors)
     monkeypatch.setattr(probes, "_error", lambda *_: left.pop(0))
     assert not doctor._probed("batched", probes._probe_batched, runtime()).passed
@@ -106,7 +106,7 @@ def test_one_product_of_no_number_is_caught(monkeypatch, errors) -> None:
     ],
 )
 def test_one_wrong_operation_is_caught(monkeypatch, name, fault, caught) -> None:
-    """Wrong only in bfloat16, as a device's kernel would be; the reference stays right."""
+    """Wrong only in bfloat16, like a device's kernel; the reference stays correct."""
     monkeypatch.setattr(F, name, fault)
     assert any(caught in line for line in failed(doctor.arithmetic(runtime())))
 
@@ -114,7 +114,7 @@ def test_one_wrong_operation_is_caught(monkeypatch, name, fault, caught) -> None
 def test_training_refuses_a_device_that_failed(
     make_run: Callable[..., RunConfig], monkeypatch
 ) -> None:
-    """Through `train`, as the command line calls it; sound again, the same folder trains."""
+    """Through `train`, as the command line calls it; once sound again, the same folder trains."""
     config = make_run(dtype="bfloat16", steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(F, "silu", broken_silu)
@@ -128,7 +128,7 @@ def test_training_refuses_a_device_that_failed(
     assert json.loads(verdict.read_text())["passed"] is True
 
 
-def test_a_verdict_holds_for_its_machine_only(tmp_path: Path, monkeypatch) -> None:
+def test_a_verdict_is_valid_for_its_machine_only(tmp_path: Path, monkeypatch) -> None:
     doctor.admit(tmp_path, runtime("float32"))
     monkeypatch.setattr(doctor, "arithmetic", lambda _: pytest.fail("asked again"))
     doctor.admit(tmp_path, runtime("float32"))
@@ -137,14 +137,14 @@ def test_a_verdict_holds_for_its_machine_only(tmp_path: Path, monkeypatch) -> No
 
 
 @pytest.mark.parametrize("name", ["none", "file", "file/inside", "long" * 99])
-def test_a_folder_that_is_none_is_a_line_of_the_table(tmp_path: Path, name: str) -> None:
+def test_an_invalid_folder_is_a_line_of_the_table(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
     (found,) = doctor._disk(tmp_path / name)
     assert not found.passed and name in found.detail and "--folder" in found.advice
 
 
-def test_the_room_is_that_of_a_run_of_125m(tmp_path: Path, monkeypatch) -> None:
-    """As `sota plan` counts it: two to keep, the best, and one that is being written."""
+def test_the_required_disk_space_is_that_of_a_125m_run(tmp_path: Path, monkeypatch) -> None:
+    """As in `sota plan`: two checkpoints to keep, the best, and one being written."""
     monkeypatch.setattr(doctor, "_DISK_BYTES", 1 << 20)
     needed = 4 * PRESETS["125m"]().state_bytes
     for free, fits in ((needed - 2e8, False), (needed + 2e8, True)):
@@ -165,7 +165,7 @@ def test_the_verb_prints_a_table(capsys, monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_nothing_on_the_disk_that_is_tried(
+def test_a_signal_leaves_nothing_on_the_disk_under_test(
     monkeypatch, tmp_path: Path, capsys, sign: signal.Signals
 ) -> None:
     def write(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""durable.py: old or new and nothing between, errors that name the file, a lock that lets go."""
+"""durable.py: old or new and nothing in between, errors that name the file, a lock that ends."""
 
 import contextlib
 import errno
@@ -64,7 +64,7 @@ def test_large_files_in_any_pieces(tmp_path: Path, more: int) -> None:
     ) == []
 
 
-def test_a_file_system_that_wants_other_blocks_than_ours(
+def test_a_file_system_that_refuses_our_direct_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, refused = os.write, []
@@ -73,16 +73,16 @@ def test_a_file_system_that_wants_other_blocks_than_ours(
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
             refused.append(len(data))
             raise OSError(errno.EINVAL, "not my size")
-        return real(descriptor, data[:1_000_001])  # nor all of it at once
+        return real(descriptor, data[:1_000_001])  # partial writes
 
     monkeypatch.setattr(os, "write", write)
     data = bytes(range(256)) * 140_000
     make(tmp_path / "a", x=data)
     assert (tmp_path / "a" / "x").read_bytes() == data and durable.verify(tmp_path / "a") == []
-    assert refused in ([], [durable._BUFFER_BYTES] * 2)  # none where there is no such flag
+    assert refused in ([], [durable._BUFFER_BYTES] * 2)  # none where the flag does not exist
 
 
-def test_an_error_amid_a_large_file_has_path_and_bytes(
+def test_an_error_inside_a_large_file_has_path_and_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
@@ -195,13 +195,13 @@ def test_discard_and_sweep(tmp_path: Path) -> None:
     durable.sweep(tmp_path / "missing")
 
 
-def test_folders_of_file_systems_that_delete_otherwise(
+def test_file_systems_with_unusual_deletion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.unlink
 
     def like_a_mac_on_exfat(name: str, **where: int) -> None:
-        if name.startswith("._"):  # from Python 3.13 on `rmtree` knows
+        if name.startswith("._"):  # `rmtree` handles it since Python 3.13
             raise FileNotFoundError(errno.ENOENT, "gone with what it belongs to", name)
         real(name, **where)
         with contextlib.suppress(FileNotFoundError):
@@ -219,7 +219,7 @@ def test_folders_of_file_systems_that_delete_otherwise(
     make(tmp_path / "b", x=b"1")
     monkeypatch.setattr(os, "unlink", like_nfs)
     durable.discard(tmp_path / "b")
-    assert len(names(tmp_path)) == 1  # trash, which the next start looks at again
+    assert len(names(tmp_path)) == 1  # trash, which the next start sweeps
     durable.sweep(tmp_path)
     monkeypatch.setattr(os, "unlink", real)
     durable.sweep(tmp_path)
@@ -229,7 +229,7 @@ def test_folders_of_file_systems_that_delete_otherwise(
 @pytest.mark.parametrize(
     "code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOENT, errno.EIO]
 )
-def test_folders_of_network_drives_that_know_no_fsync(
+def test_network_drives_without_fsync_of_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     real = os.fsync
@@ -318,7 +318,7 @@ with DirectoryLock(Path(sys.argv[1])):
 """
 
 
-def test_lock_names_the_holder_and_dies_with_it(tmp_path: Path) -> None:
+def test_lock_names_the_holder_and_ends_with_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         try:
@@ -343,7 +343,7 @@ def test_locks_of_network_drives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(code, os.strerror(code))
 
     def locked(path: Path, flags: int, *mode: int) -> int:
-        if not flags & os.O_RDWR:  # over SMB nobody else reads what is locked
+        if not flags & os.O_RDWR:  # over SMB nobody else can read a locked file
             raise PermissionError(errno.EACCES, "locked", path)
         return real(path, flags, *mode)
 
@@ -353,7 +353,7 @@ def test_locks_of_network_drives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SotaError, match="in use by another process") as caught:
         durable.DirectoryLock(tmp_path).__enter__()
     assert caught.value.code == LOCKED
-    code = errno.ENOSYS  # Lustre, where it was mounted without
+    code = errno.ENOSYS  # Lustre, mounted without it
     with pytest.raises(OSError) as unknown:
         durable.DirectoryLock(tmp_path).__enter__()
     assert unknown.value.filename == str(tmp_path / ".lock")
@@ -378,17 +378,17 @@ def test_planted_names_are_not_followed(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
-def test_a_lock_in_a_folder_that_was_made_anew_is_another_lock(tmp_path: Path) -> None:
+def test_a_lock_in_a_recreated_folder_is_a_new_lock(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
     with durable.DirectoryLock(folder):
         shutil.rmtree(folder)  # as a finished preparation does with its work folder
         folder.mkdir()
-        with durable.DirectoryLock(folder):  # the old one locks a file without a name
+        with durable.DirectoryLock(folder):  # the old one locks a deleted file
             pass
 
 
-def test_a_loser_waits_for_a_winner_that_is_just_leaving(tmp_path: Path) -> None:
+def test_a_loser_waits_for_a_winner_that_is_exiting(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=-1) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         threading.Timer(0.2, holder.kill).start()

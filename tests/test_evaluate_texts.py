@@ -1,4 +1,4 @@
-"""`sota evaluate RUN --text`: what of the files given is judged."""
+"""`sota evaluate RUN --text`: which text of the given files is evaluated."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def test_lines_of_end_of_text_divide_a_text(judged: Callable[..., Any], tmp_path
 def test_records_are_judged_by_their_text(
     judged: Callable[..., Any], tmp_path: Path, monkeypatch
 ) -> None:
-    """Not by braces and names of fields, which a text file with them would be."""
+    """Without the braces and field names, which would count in a text file."""
     one, two = "The ship saw the harbour.", "Winter followed the river."
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -1,4 +1,4 @@
-"""Exports judged by the programs that read them, hostile folders, and kill -9 in between."""
+"""Exports checked by the programs that read them, hostile folders, and kill -9 in between."""
 
 import contextlib
 import mmap
@@ -126,11 +126,11 @@ def test_the_same_run_exports_to_the_same_bytes(run: Path, exported: Path, tmp_p
 
 
 def test_gguf_holds_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read once, by the export: the package gguf takes seconds for a vocabulary, of any model."""
+    """Read once, by the export: the gguf package takes seconds for a vocabulary, of any model."""
     gguf, readers = pytest.importorskip("gguf"), []
     read = gguf.GGUFReader
     monkeypatch.setattr(gguf, "GGUFReader", lambda *how: readers.append(read(*how)) or readers[0])
-    monkeypatch.setattr(mmap, "mmap", PrivateMap)  # to a drive without shared maps, too
+    monkeypatch.setattr(mmap, "mmap", PrivateMap)  # also on a drive without shared maps
     run = write_run(tmp_path / "mine", small_model(WIDE))
     assert run_export(Export(run=run, out=tmp_path / "out", format="gguf")) == 0
     field = {name: value.contents() for name, value in readers[0].fields.items()}
@@ -175,7 +175,7 @@ def test_gguf_holds_the_model(
     }
     recipe = (path.parent / "Modelfile").read_text()
     assert "FROM ./model.gguf" in recipe
-    assert ("\nREQUIRES 0.30.0\n" in recipe) == model.config.qk_norm  # older ones cut it as Qwen's
+    assert ("\nREQUIRES 0.30.0\n" in recipe) == model.config.qk_norm  # older ones split like Qwen's
 
 
 def test_llama_cpp_writes_the_same_text(model: Transformer, run: Path, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_an_imported_run_trains_on(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The command that `sota import` prints is the one that continues."""
+    """The command printed by `sota import` is the one that continues."""
     out = tmp_path / "run"
     run_import(Import(model=exported, out=out, data=data, steps=2))
     command = capsys.readouterr().out.partition("train it further:")[2]
@@ -258,10 +258,10 @@ def test_a_folder_saved_by_transformers_in_parts_is_read(
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_a_wrong_export_is_never_called_done(
+def test_a_wrong_export_is_never_reported_as_done(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer mixes two matrices up; the proof must notice and nothing may appear."""
+    """The writer swaps two matrices; the proof must notice and nothing may appear."""
     right = layout.huggingface_tensors
 
     def wrong(model: Transformer) -> dict[str, torch.Tensor]:
@@ -276,7 +276,7 @@ def test_a_wrong_export_is_never_called_done(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_in_the_way_is_left_alone(run: Path, tmp_path: Path) -> None:
+def test_an_existing_target_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(SotaError, match="already exists"):
@@ -297,7 +297,7 @@ EXPORT = (
 
 @pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_kill_9_leaves_nothing_or_all(tmp_path: Path, kills: int) -> None:
-    """The first blow falls as soon as anything is written, the others until all is."""
+    """The first kill comes as soon as anything is written, the others until all is."""
     run = write_run(tmp_path / "run" / "mine", small_model(WIDE))
     run_export(Export(run=run, out=tmp_path / "out"))
     complete = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -320,7 +320,7 @@ def test_kill_9_leaves_nothing_or_all(tmp_path: Path, kills: int) -> None:
             assert {p.name: p.read_bytes() for p in out.iterdir()} == complete
             shutil.rmtree(out)
     run_export(Export(run=run, out=out))
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # swept by the next one
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # swept by the next export
     assert kills < 50 or seen == {True, False}
 
 

@@ -1,4 +1,4 @@
-"""A model folder from anywhere: whatever is in it, it is read or refused, and does nothing else."""
+"""A model folder from anywhere: whatever it holds, it is read or refused, with no side effects."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""vLLM takes an export for one of its own models: its configuration, its registry, its class.
+"""vLLM accepts an export as one of its own models: its configuration, its registry, its class.
 
-vLLM is far too large for the development set-up, and on a CPU its wheel computes nothing: this is
-what decides whether it would load the folder without custom code. Its wheel, unpacked, and those of
-its dependencies that it imports are enough on PYTHONPATH (`pip download --no-deps vllm`).
+vLLM is far too large for the development setup, and its wheel computes nothing on a CPU. This test
+covers what decides whether it loads the folder without custom code. It needs vLLM's unpacked wheel
+and the dependencies that it imports on PYTHONPATH (`pip download --no-deps vllm`).
 """
 
 import dataclasses

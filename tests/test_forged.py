@@ -1,4 +1,4 @@
-"""Folders that are whole by every checksum, but that we have not written."""
+"""Folders with correct checksums that we did not write."""
 
 import copy
 import functools
@@ -41,7 +41,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutants(good: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each field gone, with one more inside, or of another type or size."""
+    """Each field removed, with an extra one inside, or of another type or size."""
     for at in places(good):
         for value in ["gone", "more", *VALUES]:
             forged = copy.deepcopy(good)
@@ -60,14 +60,14 @@ def mutants(good: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    """A small folder, whose preparation met something that is no text."""
+    """A small prepared folder whose input held something that is not text."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts(30)) + b"not json\n")
     run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.3, near_dedup=0.9)
     return tmp_path / "data"
 
 
 def use(folder: Path) -> None:
-    """All that is read of a prepared folder: to look at it, train on it and add to it."""
+    """Every way to read a prepared folder: view it, train on it, append to it."""
     describe(DataView(folder=folder, html=folder.parent / "page.html"))
     describe(DataView(folder=folder, show=0))
     describe(DataView(folder=folder, list_split="train"))
@@ -81,11 +81,11 @@ def use(folder: Path) -> None:
 
 
 def judge(folder: Path, what: str) -> bool:
-    """Whether a forged folder is refused, in one line; it may also be good enough."""
+    """Whether a forged folder is refused in one line; it may also be good enough."""
     try:
         use(folder)
     except SotaError as error:
-        assert error.code in (BAD_DATA, USAGE), (what, error)  # USAGE: it wants another --exclude
+        assert error.code in (BAD_DATA, USAGE), (what, error)  # USAGE: it needs another --exclude
         return True
     except Exception as error:
         error.add_note(what)
@@ -143,7 +143,7 @@ def test_a_forged_array_ends_in_one_line(
 def test_a_forged_checkpoint_ends_in_one_line(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """As if its hashes had been found good."""
+    """As if its hashes had been verified."""
     config = make_run(steps=2)
     train(config)
     path = checkpoint.path_of(config.run.out, 2) / name
@@ -169,8 +169,8 @@ def test_a_forged_checkpoint_ends_in_one_line(
     assert refused >= (some if name == "trainer.json" else {"('data_files',) []", "('model',) -1"})
 
 
-def test_odd_records_of_a_run_stop_nobody(make_run: MakeRun, tmp_path: Path) -> None:
-    """What has no checksum: run.json, and the lines of metrics.jsonl that a model card shows."""
+def test_odd_records_of_a_run_stop_no_command(make_run: MakeRun, tmp_path: Path) -> None:
+    """Files without a checksum: run.json, and the lines of metrics.jsonl shown by a model card."""
     config = make_run(steps=1)
     train(config)
     out = config.run.out

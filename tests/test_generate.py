@@ -1,4 +1,4 @@
-"""Sampling against `transformers` and plain counting; the cache against no cache at all."""
+"""Sampling against `transformers` and plain counting; the cache against no cache."""
 
 import copy
 import dataclasses
@@ -76,7 +76,7 @@ def test_probabilities_equal_transformers(options: dict[str, float], spread: flo
     expected = warpers(torch.tensor([history]), logits[None].clone())[0].softmax(-1)
     ours = probabilities(logits, history, **options)
     differing = (ours > 0) != (expected > 0)
-    assert differing.sum() <= 1  # a running sum in float32 may place the very edge one token aside
+    assert differing.sum() <= 1  # a float32 running sum may move the boundary by one token
     torch.testing.assert_close(ours[~differing], expected[~differing], rtol=1e-3, atol=1e-6)
 
 
@@ -103,7 +103,7 @@ def test_the_seed_decides_and_only_the_seed() -> None:
 
 
 def test_cache_and_long_text_equal_a_plain_forward() -> None:
-    """Far beyond the context: the newer half is kept, exactly as if it were a fresh prompt."""
+    """Far beyond the context: the newer half is kept, exactly as if it were a new prompt."""
     model = small_model()
     size = TINY.seq_len
     ours = list(generate(model, PROMPT, GREEDY, 3 * size, stop_ids=()))
@@ -123,13 +123,13 @@ def test_cache_and_long_text_equal_a_plain_forward() -> None:
 def test_one_row_alone_equals_a_plain_forward(
     config: Model, dtype: torch.dtype, threads: int
 ) -> None:
-    """The few calls of `decode`, with the layout that `sota generate` gives to the weights."""
+    """The specialized calls of `decode`, with the weight layout used by `sota generate`."""
     plain, known = small_model(config), list(PROMPT)
     laid = copy.deepcopy(plain)
     for model in (plain, laid):
         model.dtype = dtype
         for parameter in model.parameters():
-            if parameter.ndim > 1:  # stored as `--dtype` says
+            if parameter.ndim > 1:  # stored in the dtype of `--dtype`
                 parameter.data = parameter.data.to(dtype)
     lay_for_rows(laid)
     assert torch.equal(plain.embedding.weight, laid.embedding.weight)
@@ -169,7 +169,7 @@ def test_laid_out_weights_multiply_as_before(rows: tuple[int, ...], outputs: int
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_row_in_bfloat16_sums_in_float32(threads: int) -> None:
-    """Only the result is rounded, however many inputs; and oneDNN is asked again afterwards."""
+    """Only the result is rounded, for any number of inputs; afterwards oneDNN is used again."""
     source = torch.Generator().manual_seed(2)
     x = torch.rand(1, 4096, generator=source).bfloat16()  # all positive: a bfloat16 sum would stop
     weight = torch.rand(33, 4096, generator=source).bfloat16()
@@ -184,7 +184,7 @@ def test_one_row_in_bfloat16_sums_in_float32(threads: int) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
 
 
-def test_a_prompt_longer_than_the_context_is_seen_from_its_end() -> None:
+def test_a_prompt_longer_than_the_context_is_cut_to_its_end() -> None:
     model = small_model()
     long = [token % 700 for token in range(0, 7 * TINY.seq_len * 3, 7)]
     assert list(generate(model, long, GREEDY, 1, ())) == list(
@@ -198,7 +198,7 @@ def test_rows_of_different_lengths_advance_as_if_alone() -> None:
     prompts = [PROMPT, [11], [7, 8, 9, 10, 11, 12, 13], list(range(100, 100 + TINY.seq_len))]
     rows = Rows(model, len(prompts))
     logits = torch.stack([rows.start(row, prompt) for row, prompt in enumerate(prompts)])
-    for step in range(TINY.seq_len):  # long enough that every row outgrows the context
+    for step in range(TINY.seq_len):  # until every row outgrows the context
         drawn = logits.argmax(-1).tolist()
         logits = rows.step(range(len(prompts)), drawn)
         if step % 7 == 0:
@@ -221,13 +221,13 @@ def test_a_prompt_is_computed_once_for_all_its_continuations() -> None:
     assert torch.equal(rows.start(1, PROMPT), first)
     assert computed == [len(PROMPT)]
     assert torch.equal(rows.step([1], [5]), moved)
-    rows.start(0, PROMPT[:-1])  # over what the others were copied from
+    rows.start(0, PROMPT[:-1])  # overwrites what the others were copied from
     again = rows.start(2, PROMPT)
     assert computed == [len(PROMPT), len(PROMPT) - 1, len(PROMPT)]
     assert torch.equal(again, first) and torch.equal(rows.step([2], [5]), moved)
 
 
-def test_padding_is_never_drawn_even_when_likeliest() -> None:
+def test_padding_is_never_drawn_even_if_most_likely() -> None:
     model = small_model(FULL)
     with torch.no_grad():
         known = list(generate(model, PROMPT, GREEDY, 8, ()))

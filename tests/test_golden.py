@@ -1,7 +1,7 @@
-"""Ten losses of `tiny` in float32 on fixed text, so that no change of the numerics goes unseen.
+"""Ten losses of `tiny` in float32 on fixed text, so that no change of the numerics goes unnoticed.
 
-They hold for data order, initialisation, dropout masks, schedule, loss and optimizer together.
-A change that moves them on purpose says so in CHANGELOG.md.
+They cover data order, initialization, dropout masks, schedule, loss and optimizer together. A
+change that moves them on purpose says so in CHANGELOG.md.
 """
 
 import pytest
@@ -23,7 +23,7 @@ LOSSES = [
     9.937295,
 ]
 
-# NorMuon makes even the smallest singular values of a gradient count, and with them its rounding:
+# NorMuon amplifies even the smallest singular values of a gradient, and with them its rounding:
 # another processor's products may move these losses more than those of AdamW.
 FAST_LOSSES = [
     10.81881,
@@ -51,7 +51,7 @@ def test_ten_losses(
     config = make_run(recipe=recipe, **shape)
     train(config)
     assert losses(config) == pytest.approx(expected, rel=tolerance)
-    # AdamW and clipping hide how large a gradient is.
+    # AdamW and clipping hide the size of a gradient.
     assert read_metrics(config.run.out)[0]["gradient_norm"] == pytest.approx(
         NORMS[recipe], rel=1e-4
     )

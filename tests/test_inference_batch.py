@@ -1,4 +1,4 @@
-"""Jobs that come and go, stop strings, and benchmark scoring against one pair at a time."""
+"""Jobs that come and go, stop strings, and benchmark scores against one pair at a time."""
 
 import math
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ def test_streamed_text_is_the_text(text: str) -> None:
 
 
 class Bytes(Tokenizer):
-    """Ids that are bytes, so that every cut of a character can be tried."""
+    """Ids are bytes, so that every split of a character can be tried."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return bytes(ids)
@@ -125,7 +125,7 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> 
         if shown.stopped:
             break
     out += shown.finish()
-    # The string that is complete first ends the text, wherever it began.
+    # The string completed first ends the text, wherever it began.
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     expected = text
     if ends:
@@ -145,7 +145,7 @@ def test_a_stop_string_ends_a_job_and_frees_the_row() -> None:
     assert len(drawn) < len(free)
 
 
-def test_a_character_that_is_cut_off_may_end_the_text_too() -> None:
+def test_an_incomplete_character_may_complete_a_stop_string() -> None:
     cut = TOKENIZER.encode("漢")[0]
     stopped = Job(tokens=[EOT], sampler=lambda *_: cut, max_tokens=1, stops=["\ufffd"])
     ((drawn,),) = collect([stopped], 1)
@@ -175,7 +175,7 @@ def test_scores_equal_one_pair_at_a_time() -> None:
 
 
 def test_lambada_knows_right_from_wrong() -> None:
-    """Texts that end in what the model itself says, and texts that do not."""
+    """Texts that end in the model's own prediction, and texts that do not."""
     known = {}
     for beginning in ["The first", "A second", "Some third", "My fourth", "Our fifth"]:
         start = TOKENIZER.encode(beginning)
@@ -204,7 +204,7 @@ def test_hellaswag_by_likelihood_and_by_character() -> None:
     plain = nats.index(min(nats))
     normed = [n / len(e) for n, e in zip(nats, endings, strict=True)]
     by_length = normed.index(min(normed))
-    assert plain != by_length  # else this test could not tell the two apart
+    assert plain != by_length  # otherwise this test could not tell them apart
     for label in range(3):
         rows = hellaswag(MODEL, TOKENIZER, [Choice(context, endings, label)])
         assert [row.value for row in rows] == [label == plain, label == by_length]

@@ -1,4 +1,4 @@
-"""`sota evaluate` and `sota generate` as a user calls them; EleutherAI's harness beside ours."""
+"""`sota evaluate` and `sota generate` as users call them, compared with EleutherAI's harness."""
 
 import contextlib
 import functools
@@ -119,7 +119,7 @@ def test_lm_eval_agrees(
     run: Path, lambada_file: Path, hellaswag_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The same figures from our protocols, from lm-eval on our model, and on the exported one."""
+    """Same figures from our protocols, from lm-eval on our model, and on the exported one."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -131,7 +131,7 @@ def test_lm_eval_agrees(
     from sota_transformer.inference.harness import evaluate
     from sota_transformer.options import Export
 
-    # Its thousands of tasks, of which none is wanted, take longer to list than all the rest.
+    # Listing its thousands of tasks, none of which is needed, takes longer than everything else.
     none = functools.partial(TaskManager, include_defaults=False)
     monkeypatch.setattr("lm_eval.evaluator.TaskManager", none)
     ours = {
@@ -175,10 +175,10 @@ def test_the_validation_split_equals_transformers(run: Path, data: Path) -> None
     assert found["nats"] == pytest.approx(total / (windows.tokens - 1), rel=1e-6)
 
 
-def test_what_takes_long_says_how_far_it_is(
+def test_long_evaluations_report_progress(
     run: Path, lambada_file: Path, hellaswag_file: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    """A line on stderr now and then, up to the whole; nothing where it is done at once."""
+    """A line on stderr from time to time, up to the end; none if it is quick."""
     (tmp_path / "a.txt").write_text("The captain saw the storm. " * 50)
     asked: list[dict[str, Any]] = [{}, {"text": (tmp_path,)}, {"tokens": 500, "stride": 16}]
     asked += [{"lambada": lambada_file, "limit": 9}, {"hellaswag": hellaswag_file, "limit": 9}]
@@ -202,12 +202,12 @@ def test_the_table_names_the_protocol_and_published_figures(run: Path, lambada_f
     assert "last token" in table and "whole word, lm-eval" in table
     published = table.split("published")[1]
     assert "0.3256 GPT-2 124M" in published and "0.4599 GPT-2 124M" in published
-    assert "lambada_standard" not in table  # nothing of ours was measured by it
+    assert "lambada_standard" not in table  # not measured here
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A server that has the hub's addresses and serves what lies in a folder."""
+    """A server at the hub's addresses that serves the files of a folder."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -311,7 +311,7 @@ def greedy(prompt: str, count: int) -> str:
 
 
 def test_generate_prints_the_prompt_and_its_continuation(run: Path, capsys) -> None:
-    for prompt in ("Once upon", "The river. " * MODEL.config.seq_len):  # too long to be seen whole
+    for prompt in ("Once upon", "The river. " * MODEL.config.seq_len):  # too long for the context
         options = Generate(run=run, prompt=(prompt,), max_tokens=9, temperature=0, device="cpu")
         assert printed(run_generate, options) == prompt + greedy(prompt, 9) + "\n"
         assert ("the model sees the last" in capsys.readouterr().err) == (len(prompt) > 9)
@@ -325,7 +325,7 @@ def test_generate_in_bfloat16_is_deterministic_and_nearly_the_same(run: Path) ->
     )
     assert first == again
     ours, theirs = (line["logprobs"][0] for line in (first, exact))
-    assert ours["logprob"] != theirs["logprob"]  # it really was another type
+    assert ours["logprob"] != theirs["logprob"]  # it really was another dtype
     if ours["id"] == theirs["id"]:
         assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=0.5)
 
@@ -360,7 +360,7 @@ def test_generate_reads_standard_input_and_stops(
 
 @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
 def test_texts_are_read_as_prepare_reads_them(run: Path, tmp_path: Path, codec: str) -> None:
-    """A mark is no text, and UTF-16 that has one is text; anything else is one line."""
+    """A byte order mark is not text, UTF-16 with one is text, and anything else is one line."""
     text, asked = "Caf\u00e9 by the river, \u65e5\u672c.", {"run": run, "device": "cpu"}
     (tmp_path / "a.txt").write_bytes(text.encode(codec))
     assert judged(run, text=(tmp_path / "a.txt",))["tokens"] == len(TOKENIZER.encode(text))

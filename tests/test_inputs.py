@@ -1,4 +1,4 @@
-"""Which of the files that inputs name are taken, and what is said of those that are not."""
+"""Which files named by the inputs are used, and what is reported about the others."""
 
 import gzip
 import io
@@ -27,7 +27,7 @@ MODEL = ("tokenizer_config.json", "merges.txt", "README.md")
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of one text, a run, a model, and what is hidden."""
+    """A folder with one text, a run, a model, and hidden files."""
     made = [f"runs/mine/{name}" for name in RUN] + [f"models/m/{name}" for name in MODEL]
     for name in (*made, "a.txt", ".b.txt", ".git/c.txt", "x/__pycache__/d.txt", "x/e.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -37,28 +37,28 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def found(*inputs: str) -> tuple[list[str], set[str]]:
-    """Paths that are taken, and the reasons for what is not."""
+    """Paths that are used, and the reasons for the others."""
     sources, skipped = find(inputs)
     return [source.path for source in sources], {item.reason.split(",")[0] for item in skipped}
 
 
 @pytest.mark.parametrize("given", ["runs/mine", "runs/*", "models/m", "models/m/*", "./runs/mine/"])
-def test_a_run_or_a_model_is_no_text_however_it_is_named(here: Path, given: str) -> None:
+def test_a_run_or_a_model_is_no_text_however_it_is_given(here: Path, given: str) -> None:
     with pytest.raises(SotaError, match=r"m(ine)?(/\S+)?: a (run|model), whose"):
         find((given,))
     assert found(given, "a.txt") == (["a.txt"], {"a run" if "runs" in given else "a model"})
     assert found("runs/mine/samples.txt")[0] == ["runs/mine/samples.txt"]
 
 
-def test_a_glob_takes_what_a_folder_walk_takes(here: Path) -> None:
-    """Unless the pattern itself says hidden."""
+def test_a_glob_finds_what_a_folder_walk_finds(here: Path) -> None:
+    """Unless the pattern itself asks for hidden files."""
     expected = (["a.txt", "x/e.txt"], {"a run", "a model", "hidden"})
     assert found("**/*.txt") == found("*") == expected
     assert sorted(os.path.relpath(path) for path in found(str(here))[0]) == expected[0]
     assert found(".git/*.txt")[0] == [".git/c.txt"]
 
 
-def test_what_is_hidden_in_an_archive_is_counted_as_in_a_folder(tmp_path: Path) -> None:
+def test_hidden_members_are_counted_like_hidden_files(tmp_path: Path) -> None:
     names = ["./a.txt", "b/../c.txt", "x/e.py", ".f.txt", "x/.git/g.txt", "__MACOSX/x/._e.py"]
     names += ["x/__pycache__/h.py", ".DS_Store"]
     with (
@@ -81,10 +81,10 @@ def test_what_is_hidden_in_an_archive_is_counted_as_in_a_folder(tmp_path: Path) 
 
 @pytest.mark.parametrize("header", [f"text,{'n' * 2000}", f"{'n' * 2000},text"])
 @pytest.mark.parametrize("ending", ["csv", "csv.gz"])
-def test_a_header_too_long_to_keep_is_said(
+def test_a_header_that_is_too_long_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str, ending: str
 ) -> None:
-    """It was cut, so each piece lost its first row, or its text column, and said another reason."""
+    """It was split, so each piece lost its first row or its text column, with a wrong reason."""
     monkeypatch.setattr(units, "UNIT_BYTES", 3000)
     data = "\n".join([header, *(f"row {i},row {i}" for i in range(500)), ""]).encode()
     path = tmp_path / f"a.{ending}"
@@ -102,8 +102,8 @@ def test_a_header_too_long_to_keep_is_said(
     assert [item.reason for item in read(path, tmp_path)[1]] == ["no column 'text'"]  # once
 
 
-def test_merge_wants_the_inputs_of_its_parts(tmp_path: Path) -> None:
-    """One that is gone would be missing in a result that is said to be complete."""
+def test_merge_needs_the_inputs_of_its_parts(tmp_path: Path) -> None:
+    """A missing one would be lacking in a result reported as complete."""
     folder, out = tmp_path / "in", tmp_path / "data"
     folder.mkdir()
     for i in range(3):
@@ -125,7 +125,7 @@ def test_merge_wants_the_inputs_of_its_parts(tmp_path: Path) -> None:
 def test_a_member_of_any_claimed_size_ends_with_its_archive(
     tmp_path: Path, ending: str, name: str
 ) -> None:
-    """Taken or passed over; 10**20 bytes would be read, or looked for, for years."""
+    """Kept or skipped; reading or looking for 10**20 bytes would take years."""
     member = tarfile.TarInfo(name)
     member.size, member.pax_headers = 5, {"size": str(10**20)}
     path = tmp_path / f"a.{ending}"
@@ -148,7 +148,7 @@ def test_a_link_in_a_zip_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count,share", [(2, 0.0001), (3, 0.999), (5, 0.0001), (100, 0.0001)])
-def test_the_share_that_is_advised_leaves_no_split_empty(
+def test_the_suggested_fraction_leaves_no_split_empty(
     tmp_path: Path, count: int, share: float
 ) -> None:
     source, out = tmp_path / "few.jsonl", tmp_path / "data"
@@ -163,7 +163,7 @@ def test_the_share_that_is_advised_leaves_no_split_empty(
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_lines_of_end_of_text_divide_a_text_file(tmp_path: Path, ending: str) -> None:
     stories = [f"Story {i}.{ending}{ending}It ended, as <|endoftext|> does." for i in range(40)]
-    stories[7] = "\n".join(f"A long line {i}." for i in range(10_000))  # cut as a file would be
+    stories[7] = "\n".join(f"A long line {i}." for i in range(10_000))  # split as a file would be
     text = f"{ending}<|endoftext|> {ending}{ending}".join(stories) + f"{ending}<|endoftext|>"
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.py").write_text("#\n<|endoftext|>\n#")
@@ -175,8 +175,8 @@ def test_lines_of_end_of_text_divide_a_text_file(tmp_path: Path, ending: str) ->
     assert len(taken) == 39 + len(rest) + 1
 
 
-def test_more_validation_takes_beginning_anew(tmp_path: Path, capsys) -> None:
-    """What is prepared keeps its share, also under --append, so the note may not say less."""
+def test_more_validation_needs_a_fresh_preparation(tmp_path: Path, capsys) -> None:
+    """Prepared data keeps its fraction, even under --append, so the note must say so."""
     (tmp_path / "few.jsonl").write_bytes(jsonl(some(40)))
     run(tmp_path / "data", tmp_path / "few.jsonl", val_fraction=0.2)
     assert "or start over with --val-fraction 0.4" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The best checkpoint of a run outlives those that over-fitted, and the user hears of it."""
+"""A run's best checkpoint outlives overfitted ones, and the user is told."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
 
 @pytest.fixture
 def scripted(monkeypatch) -> None:
-    """Validations as of a run that over-fits from step 4 on."""
+    """Validations of a run that overfits from step 4 on."""
     original = judge.Judge.validate
 
     def validate(self, model, step):
@@ -43,7 +43,7 @@ def best_of(config, step: int) -> dict:
 def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(make_run: MakeRun, capsys) -> None:
     config = make_run(eval_every=2, save_every_steps=3)
     train_until(config, 11)
-    assert checkpoint.steps(config.run.out) == [4, 6, 9]  # 2 was the best until 4 was
+    assert checkpoint.steps(config.run.out) == [4, 6, 9]  # 2 was the best until 4
     train(config)
     assert checkpoint.steps(config.run.out) == [4, 9, 12]
     assert best_of(config, 12) == {"step": 4, "nats": 3.0, "tokens": 512}
@@ -62,7 +62,7 @@ def test_losses_over_other_windows_do_not_compare(make_run: MakeRun, tmp_path) -
 
 
 def test_the_first_rank_says_which_checkpoint_to_go_back_to(make_run: MakeRun, monkeypatch) -> None:
-    """The others' clocks may have had them save elsewhere, and all must have the same weights."""
+    """The others may have saved at other times, and all need the same weights."""
     config = make_run(steps=4, save_every_steps=1, keep_checkpoints=9)
     train(config)
     runtime = Runtime.detect(config.run, 1)
@@ -74,7 +74,7 @@ def test_the_first_rank_says_which_checkpoint_to_go_back_to(make_run: MakeRun, m
     monkeypatch.setattr(Runtime, "sum_", lambda _, tensor: asked.append(int(tensor)) or tensor)
     first._last_good()
     other._last_good()
-    assert asked == [2, 0]  # which add up to the first one's
+    assert asked == [2, 0]  # whose sum is the first rank's
 
 
 @pytest.mark.usefixtures("scripted")
@@ -89,7 +89,7 @@ def test_the_last_step_of_a_run_that_is_continued_may_be_the_best(
 
 
 @pytest.mark.usefixtures("scripted")
-def test_a_best_that_a_branch_deleted_is_not_named(make_run: MakeRun, capsys) -> None:
+def test_a_best_deleted_by_a_branch_is_not_named(make_run: MakeRun, capsys) -> None:
     config = make_run(eval_every=2)
     state = Trainer(config, Runtime.detect(config.run, 1), RunLog(config.run.out, 1, True)).state()
     state.trainer["best"] = {"step": 4, "nats": 3.0, "tokens": 512}
@@ -100,10 +100,10 @@ def test_a_best_that_a_branch_deleted_is_not_named(make_run: MakeRun, capsys) ->
     assert "validation was lowest at step 8, 4.5000 nats" in capsys.readouterr().out
 
 
-def test_padding_in_files_of_others_is_no_change_of_what_is_judged(
+def test_padding_in_foreign_files_does_not_change_the_validation_tokens(
     make_run: MakeRun, tmp_path: Path, capsys
 ) -> None:
-    """It is never judged; that the best no longer counts was said at every start."""
+    """It is never evaluated; every start reported that the best no longer counts."""
     for name, ids in (("train", [EOT, 1, 2, 3] * 64), ("val", [EOT, 1, 2, PAD] * 64)):
         np.array(ids, "<u2").tofile(tmp_path / f"{name}.bin")
     config = make_run(path=tmp_path)

@@ -1,4 +1,4 @@
-"""train_sota.py: what it asks, where it puts prepared data, and how it resumes."""
+"""train_sota.py: its questions, where it puts prepared data, and how it resumes."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parents[1] / "train_sota.py"
 
 @pytest.fixture
 def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """The script as a module, in an empty folder with two texts of one name."""
+    """The script as a module, in an empty folder with two texts of the same name."""
     from tests.preparing import jsonl, texts
 
     monkeypatch.chdir(tmp_path)
@@ -36,12 +36,12 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleTyp
     spec = importlib.util.spec_from_file_location("train_sota", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where help is looked up
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where its help is looked up
     spec.loader.exec_module(module)
     return module
 
 
-def test_texts_of_one_name_do_not_meet(launcher: types.ModuleType) -> None:
+def test_texts_of_the_same_name_are_kept_apart(launcher: types.ModuleType) -> None:
     asked = (
         "a/train.jsonl",
         "b/train.jsonl",
@@ -52,17 +52,17 @@ def test_texts_of_one_name_do_not_meet(launcher: types.ModuleType) -> None:
     assert first == again == Path("data/train")
     assert second == absolute == Path("data/train-2")
     assert launcher.prepared("data/train-2") == second
-    Path("data/a").mkdir()  # of somebody else's
+    Path("data/a").mkdir()  # someone else's
     assert launcher.prepared("a") == Path("data/a-2")
 
 
-def test_python_is_the_machines_and_no_folder_of_that_name(launcher: types.ModuleType) -> None:
+def test_python_means_the_machines_and_no_folder_of_that_name(launcher: types.ModuleType) -> None:
     Path("a").rename("python")
     assert launcher.prepared("python") == Path("data/python")
     assert not launcher.prepared_from(Path("data/python"), "python:")
 
 
-def test_a_changed_text_says_the_ways_on(launcher: types.ModuleType) -> None:
+def test_a_changed_text_lists_the_options(launcher: types.ModuleType) -> None:
     launcher.prepared("a")
     Path("a/more.txt").write_text("more\n")
     with pytest.raises(SotaError, match="--data data/a continues") as caught:
@@ -71,7 +71,7 @@ def test_a_changed_text_says_the_ways_on(launcher: types.ModuleType) -> None:
     assert launcher.prepared("data/a") == Path("data/a")
 
 
-def test_what_cannot_work_is_said_before_the_machine_is_measured(
+def test_impossible_requests_are_refused_before_the_machine_is_measured(
     launcher: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     def measure(*_: object) -> None:
@@ -94,7 +94,7 @@ def test_what_cannot_work_is_said_before_the_machine_is_measured(
         assert "split has" in short and "choose another --out" in taken
 
 
-def test_a_name_that_was_dropped_on_the_terminal_is_a_path(launcher: types.ModuleType) -> None:
+def test_a_file_dropped_on_the_terminal_is_a_path(launcher: types.ModuleType) -> None:
     Path("my 'texts'").mkdir()
     Path("it's").mkdir()
     dropped = ["my\\ \\'texts\\'", "\"my 'texts'\"", "my 'texts'"]
@@ -104,8 +104,8 @@ def test_a_name_that_was_dropped_on_the_terminal_is_a_path(launcher: types.Modul
     assert launcher.named("~nobody here/a") == "~nobody here/a"
 
 
-def test_a_run_that_lies_amid_its_text_is_no_text(launcher: types.ModuleType, make_run) -> None:
-    """`--data .` in the folder of the texts: data/ and runs/ are made beside them."""
+def test_a_run_among_its_texts_is_no_text(launcher: types.ModuleType, make_run) -> None:
+    """`--data .` in the folder with the texts: data/ and runs/ are made beside them."""
     Path("a").rename("here")
     os.chdir("here")
     assert launcher.prepared(".") == Path("data/here")
@@ -115,7 +115,7 @@ def test_a_run_that_lies_amid_its_text_is_no_text(launcher: types.ModuleType, ma
     assert launcher.prepared(".") == Path("data/here")
 
 
-def test_a_run_goes_on_where_and_on_what_it_is_told(
+def test_a_run_resumes_where_and_on_the_data_it_is_told(
     launcher: types.ModuleType, make_run, capsys
 ) -> None:
     config = make_run(resume="step:3")
@@ -131,7 +131,7 @@ def test_a_run_goes_on_where_and_on_what_it_is_told(
     assert (kept.run.device, kept.data.path) == ("cpu", config.data.path)
 
 
-def test_what_a_run_that_goes_on_cannot_use_is_said_or_refused(
+def test_options_a_resumed_run_cannot_use_are_reported_or_refused(
     launcher: types.ModuleType, make_run, capsys
 ) -> None:
     for recipe, other in (("seed", "fast"), ("fast", "seed")):
@@ -151,7 +151,7 @@ def test_what_a_run_that_goes_on_cannot_use_is_said_or_refused(
         assert "parameters, not 125m" in third
 
 
-def test_a_mistake_names_the_help_of_the_script(launcher: types.ModuleType, capsys) -> None:
+def test_a_mistake_points_to_the_scripts_help(launcher: types.ModuleType, capsys) -> None:
     assert launcher.main(["--minuts", "3"]) == 2
     assert launcher.main(["--quick", "--minutes", "x"]) == 2
     assert launcher.main(["--quick", "--recipe", "slow"]) == 2
@@ -162,7 +162,7 @@ def test_a_mistake_names_the_help_of_the_script(launcher: types.ModuleType, caps
     assert "(did you mean '--minutes'?); `train_sota.py --help` shows" in said
 
 
-def test_it_says_what_it_needs_without_a_terminal() -> None:
+def test_it_states_what_it_needs_without_a_terminal() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         capture_output=True,
@@ -174,10 +174,10 @@ def test_it_says_what_it_needs_without_a_terminal() -> None:
     assert "--quick" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_signal_ends_it_as_ctrl_c_does(
+def test_a_signal_ends_it_like_ctrl_c(
     launcher: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """What the preparation has left in the temporary folder goes at the end of the process."""
+    """What preparation leaves in the temporary folder is removed when the process exits."""
     for sign in (signal.SIGTERM, signal.SIGHUP):
         monkeypatch.setattr(launcher, "run", lambda _, sign=sign: signal.raise_signal(sign) or 0)
         before = signal.signal(sign, lambda *_: None)
@@ -188,7 +188,7 @@ def test_a_signal_ends_it_as_ctrl_c_does(
         assert capsys.readouterr().err == "sota: interrupted\n"
 
 
-def test_the_menu_can_be_left_and_knows_home(tmp_path: Path) -> None:
+def test_the_menu_can_be_left_and_expands_the_home_folder(tmp_path: Path) -> None:
     assert ask(tmp_path, "\x04") == (INTERRUPTED, "interrupted")
     code, said = ask(tmp_path, "4\n", "~/none\n")
     assert code == 66 and f"{tmp_path}/none is not a run" in said

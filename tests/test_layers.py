@@ -1,4 +1,4 @@
-"""The import order is the reading order, and no part does what its page forbids."""
+"""The import order is the reading order, and no part does what its docstring rules out."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""Every window once an epoch, any step directly, the union over ranks the same for any world."""
+"""Every window once per epoch, direct access to any step, the same union for any world size."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ SEED = 7
 
 
 class Numbered:
-    """Window i is full of i."""
+    """Window i is filled with i."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -48,8 +48,8 @@ def test_orders_differ_by_seed_and_epoch_and_look_random() -> None:
         assert (np.abs(np.diff(a)) == 1).mean() < 0.01
 
 
-def test_the_order_is_the_one_that_runs_go_on_in() -> None:
-    """A run resumed by a later version must not see windows twice and others never."""
+def test_the_order_is_the_one_existing_runs_resume_in() -> None:
+    """A run resumed by a later version must not repeat or miss windows."""
     order = [1, 13, 2, 0, 8, 5, 4, 6, 14, 12, 3, 15, 9, 11, 10, 7]
     assert permute(np.arange(16), 16, SEED, 1).tolist() == order
 
@@ -60,7 +60,7 @@ def test_permutation_is_a_function_of_each_position_alone() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_window_once_an_epoch_over_all_ranks(world: int) -> None:
+def test_every_window_once_per_epoch_over_all_ranks(world: int) -> None:
     size, batch = 32, 8
     loaders = [loader(size, batch, rank, world) for rank in range(world)]
     for epoch in range(3):
@@ -111,7 +111,7 @@ def test_rows_must_divide() -> None:
         loader(world=3).batch(0)
 
 
-def test_an_error_of_the_read_comes_out() -> None:
+def test_a_read_error_is_raised() -> None:
     class Broken(Numbered):
         def __getitem__(self, index: int) -> np.ndarray:
             raise OSError("gone")

@@ -18,7 +18,7 @@ def case(tokens: int = 37, width: int = 16, vocab: int = 101):
 
 
 def as_a_gpu(monkeypatch, compiled: bool = False) -> None:
-    """Go the way of the devices that are no CPU."""
+    """Take the code path of devices other than CPUs."""
 
     def instead(*arguments):
         return loss_module._in_chunks(*arguments, compiled)
@@ -72,8 +72,10 @@ def test_a_compiled_loss_is_the_same_and_has_no_second_buffer_of_logits(monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("size", [0.3, 6.0, 9.0, 300.0])
-def test_sure_and_hopeless_predictions(dtype: torch.dtype, smoothing: float, size: float) -> None:
-    """Probabilities from 1 - 1e-6 to none at all, half of the targets being right."""
+def test_certain_and_hopeless_predictions(
+    dtype: torch.dtype, smoothing: float, size: float
+) -> None:
+    """Probabilities from 1 - 1e-6 to zero, half of the targets being right."""
     torch.manual_seed(0)
     head = torch.eye(64).to(dtype).float().requires_grad_()
     hidden = (size * torch.eye(64) + 0.1 * torch.randn(64, 64)).to(dtype).requires_grad_()
@@ -83,7 +85,7 @@ def test_sure_and_hopeless_predictions(dtype: torch.dtype, smoothing: float, siz
     sums.smoothed.backward()
     inputs = hidden.detach().double(), head.detach().double()
     hidden64, head64 = (x.requires_grad_() for x in inputs)
-    logits = (hidden64.detach() @ head64.detach().t()).to(dtype).double()  # as they were rounded
+    logits = (hidden64.detach() @ head64.detach().t()).to(dtype).double()  # as rounded
     nll = F.cross_entropy(logits, targets, reduction="sum")
     F.cross_entropy(
         hidden64 @ head64.t(), targets, reduction="sum", label_smoothing=smoothing
@@ -161,7 +163,7 @@ def test_perfect_predictions_cost_nothing_and_uniform_ones_the_logarithm() -> No
     torch.testing.assert_close(uniform.smoothed, expected)
 
 
-def test_a_second_backward_pass_is_refused_in_words() -> None:
+def test_a_second_backward_pass_is_a_clear_error() -> None:
     hidden, head, targets = case()
     sums = token_loss(hidden, head, targets, 0.1)
     sums.smoothed.backward(retain_graph=True)

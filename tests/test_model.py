@@ -73,7 +73,7 @@ def test_the_formula_counts_the_parameters(name: str) -> None:
         assert sum(p.numel() for p in Transformer(qk).parameters()) == qk.parameter_count
 
 
-def test_a_token_sees_nothing_behind_it() -> None:
+def test_a_token_sees_no_later_token() -> None:
     model = build(SMALL).eval()
     tokens = torch.randint(0, 211, (1, 24))
     changed = tokens.clone()
@@ -125,11 +125,11 @@ def test_gradient_checkpointing_changes_nothing(mask: torch.Tensor | None) -> No
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_the_tied_gradient_is_added_up_where_the_head_made_it(monkeypatch) -> None:
-    """Without a copy, which is 154 MB at 125M; and a second micro-batch is added as a whole."""
+def test_the_tied_gradient_accumulates_in_the_heads_buffer(monkeypatch) -> None:
+    """Without a copy, which is 154 MB at 125M; a second micro-batch is added as a whole."""
     model, tokens = build(SMALL), torch.randint(0, 211, (2, 17))
     weight = model.embedding.weight
-    logits = F.linear(model.eval()(tokens[:, :-1]), weight)  # dense, all by autograd
+    logits = F.linear(model.eval()(tokens[:, :-1]), weight)  # dense, entirely by autograd
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
     expected, weight.grad = weight.grad, None
     made, head_loss = [], cpu.head_loss
@@ -178,7 +178,7 @@ def test_dropout_has_its_rate_and_keeps_the_mean(rate: float) -> None:
 
 
 def test_dropout_masks_are_independent() -> None:
-    """Neighbouring keys, sites, rows and columns agree as often as independent coins would."""
+    """Neighboring keys, sites, rows and columns agree as often as independent coins would."""
     half = torch.tensor(0.5)
     keys = torch.arange(8, dtype=torch.int32)
     ones = torch.ones(8, 64, 256)
@@ -212,7 +212,7 @@ def test_bfloat16_is_close_to_float32() -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_blocks_equals_sdpa(tokens: int, kv_heads: int, masked: bool) -> None:
-    """Values and gradients in float64, also where the last block is shorter."""
+    """Values and gradients in float64, also with a shorter last block."""
     source = torch.Generator().manual_seed(tokens)
     shapes = [(2, 4, tokens, 16), (2, kv_heads, tokens, 16), (2, kv_heads, tokens, 16)]
     leaves = [torch.randn(s, generator=source, dtype=torch.float64) for s in shapes]

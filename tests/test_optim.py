@@ -104,7 +104,7 @@ def test_every_parameter_has_one_optimizer() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 48, 48), (3, 24, 96), (2, 96, 24)])
 def test_orthogonal_against_the_singular_vectors(shape: tuple[int, int, int]) -> None:
-    """torch's own SVD says what the nearest orthogonal matrix is; five polynomials come near it."""
+    """torch's SVD gives the nearest orthogonal matrix; five polynomials come close to it."""
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     found = orthogonal(matrices)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
@@ -115,7 +115,7 @@ def test_orthogonal_against_the_singular_vectors(shape: tuple[int, int, int]) ->
 
 
 def test_normuon_equals_its_formula() -> None:
-    """Li et al. 2025, algorithm 1, with the size of each update kept; q, k, v one by one."""
+    """Li et al. 2025, algorithm 1, with each update's norm kept; q, k, v separately."""
     model = build()
     both = optimizers(model, FAST)
     name = "blocks.0.attention.qkv.weight"
@@ -130,7 +130,7 @@ def test_normuon_equals_its_formula() -> None:
         momentum = decay * momentum + (1 - decay) * gradient
         ahead = decay * momentum + (1 - decay) * gradient
         matrix_rate = rate * FAST.matrix_rate / FAST.learning_rate
-        for part in (slice(0, 16), slice(16, 32), slice(32, 48)):  # square: no factor for shape
+        for part in (slice(0, 16), slice(16, 32), slice(32, 48)):  # square: no shape factor
             direction = orthogonal(ahead[None, part].float())[0].double()
             square[part] = 0.95 * square[part] + 0.05 * direction.square().mean(1, keepdim=True)
             even = direction / square[part].sqrt()

@@ -21,7 +21,7 @@ from tests.inference_models import FULL, small_model, write_run
 ONE = small_model(FULL)
 OTHER = copy.deepcopy(ONE)
 with torch.no_grad():
-    OTHER.embedding.weight.mul_(0.97)  # a model a little less sure of itself
+    OTHER.embedding.weight.mul_(0.97)  # a slightly less confident model
 WINDOWS = 32
 TOKENS = WINDOWS * FULL.seq_len
 
@@ -60,7 +60,7 @@ def test_the_error_is_that_of_the_differences(runs, data: Path, capsys) -> None:
     assert found["paired_error"] < 0.2 * min(both["error"], alone["error"])
 
 
-def test_the_table_says_who_is_better_only_where_the_text_shows_it(runs, capsys) -> None:
+def test_the_table_names_a_better_model_only_if_the_text_shows_it(runs, capsys) -> None:
     one, other = runs
     assert table(capsys, other, against=one).endswith("better")
     assert table(capsys, one, against=other).endswith("worse")
@@ -71,7 +71,7 @@ def test_the_table_says_who_is_better_only_where_the_text_shows_it(runs, capsys)
     ]
 
 
-def test_an_export_can_be_held_against_a_run_and_says_what_it_does_not_know(
+def test_an_export_can_be_compared_with_a_run_and_lists_what_it_does_not_know(
     runs, tmp_path: Path, capsys
 ) -> None:
     one, other = runs

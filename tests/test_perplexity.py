@@ -1,4 +1,4 @@
-"""Perplexity against float64 cross-entropy over whole logits, and its error bar against spread."""
+"""Perplexity against float64 cross-entropy over full logits, and its error bar against spread."""
 
 import math
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def judged(model: Transformer, windows: Iterable[np.ndarray]) -> Perplexity:
 
 
 def reference_nll(model: torch.nn.Module, window: np.ndarray) -> torch.Tensor:
-    """(T,) nats in float64 from whole logits of `transformers`."""
+    """(T,) nats in float64 from full logits of `transformers`."""
     ids = torch.from_numpy(window.astype(np.int64))
     with torch.no_grad():
         logits = model(ids[None, :-1]).logits[0]
@@ -52,7 +52,7 @@ def test_equals_transformers_in_float64() -> None:
     assert (result.tokens, result.sequences) == (95, 5)
 
 
-def test_tokens_weigh_the_same_whatever_window_they_come_in() -> None:
+def test_tokens_weigh_the_same_in_any_window() -> None:
     model = small_model()
     short, long = windows_of(3, 5), windows_of(2, 31, seed=1)
     mixed = judged(model, [short[0], *long, short[1], short[2]])
@@ -100,7 +100,7 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
     assert result.error == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_error_bar_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_error_bar_covers_the_truth_as_often_as_stated() -> None:
     """Sequences of unequal length drawn from one population; 1.96 errors cover about 95%."""
     random = np.random.default_rng(0)
     covered = 0
@@ -125,14 +125,14 @@ def test_leaves_no_gradient_and_no_buffer_of_logits(monkeypatch: pytest.MonkeyPa
                 sizes.append(out.numel())
             return out
 
-    windows = windows_of(48, TINY.seq_len + 1)  # more tokens than two of the loss's chunks
+    windows = windows_of(48, TINY.seq_len + 1)  # more tokens than two chunks of the loss
     with Watch():
         result = judged(model, windows)
     assert max(sizes) < result.tokens * FULL.vocab_size / 2
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_one_sequence_has_no_error_bar_and_none_is_refused() -> None:
+def test_one_sequence_has_no_error_bar_and_zero_are_refused() -> None:
     model = small_model()
     assert judged(model, windows_of(1, 9)).error is None
     with pytest.raises(ValueError, match="no token"):
@@ -148,7 +148,7 @@ def test_bfloat16_is_close() -> None:
     assert rough.nats != exact.nats
 
 
-def test_padding_is_not_judged_and_a_mask_makes_documents_stand_alone() -> None:
+def test_padding_is_not_scored_and_a_mask_isolates_documents() -> None:
     model = small_model(FULL)
     first, second = windows_of(1, 9)[0], windows_of(1, 12, seed=3)[0]
     first[-1] = second[-1] = EOT

@@ -1,4 +1,4 @@
-"""The plan's arithmetic against numbers worked out by hand, and the verb."""
+"""The plan's arithmetic against numbers computed by hand, and the verb."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ def test_the_law_at_chinchilla_itself() -> None:
     assert plan.law(70_000_000_000, 1_400_000_000_000) == pytest.approx(1.937, abs=0.002)
 
 
-def test_no_number_where_the_law_was_not_fitted() -> None:
+def test_no_prediction_where_the_law_was_not_fitted() -> None:
     for there in (0, 10_000_000):
         said = plan.expected(123_552_000, 10_000_000, there)
         assert "no prediction" in said and "repeats" not in said
@@ -49,7 +49,7 @@ def test_a_run_in_words() -> None:
     assert f"{100_000 * 64 * 512 / 123_552_000:.1f} tokens per parameter" in text
 
 
-def test_a_measured_step_is_faster_than_nothing_and_slower_than_light() -> None:
+def test_a_measured_step_takes_a_plausible_time() -> None:
     config = PRESETS["tiny"]()
     speed = plan.measure(config)
     assert 0 < speed.seconds < 60
@@ -58,7 +58,7 @@ def test_a_measured_step_is_faster_than_nothing_and_slower_than_light() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "drops"), [("seed", True), ("fast", False)])
-def test_the_measured_step_drops_out_where_the_run_does(monkeypatch, recipe, drops) -> None:
+def test_the_measured_step_uses_dropout_if_the_run_does(monkeypatch, recipe, drops) -> None:
     seen, forward = [], Transformer.forward
 
     def watched(self, tokens, dropout=None, **more):
@@ -70,8 +70,8 @@ def test_the_measured_step_drops_out_where_the_run_does(monkeypatch, recipe, dro
     assert set(seen) == {drops}
 
 
-def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
-    common = ("--device", "cpu", "--run.compile", "off")  # even to try it takes seconds
+def test_a_preset_that_does_not_fit_is_reported_and_not_tried(monkeypatch, capsys) -> None:
+    common = ("--device", "cpu", "--run.compile", "off")  # even trying to compile takes seconds
     monkeypatch.setattr(Runtime, "available_memory", lambda self: 1_000_000_000)
     monkeypatch.setattr(plan, "step_seconds", lambda config, *more: (2.0, 1.0))
     assert main(["plan", "125m", *common]) == TEMPORARY
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_said_and_not_tried(monkeypatch, capsys) -> None:
     assert "250m: not even one window" in capsys.readouterr().out
 
 
-def test_what_a_step_of_takes_too_long_is_not_measured(monkeypatch) -> None:
+def test_presets_with_too_slow_steps_are_not_measured(monkeypatch) -> None:
     measured = []
     monkeypatch.setattr(plan, "measure", lambda config: measured.append(config) or SPEED)
     config = PRESETS["16m"]()
@@ -102,7 +102,7 @@ def test_what_a_step_of_takes_too_long_is_not_measured(monkeypatch) -> None:
     assert not measured and "sota train 16m" in lines[-1]
 
 
-def test_time_beyond_what_the_data_can_teach_is_not_planned(monkeypatch) -> None:
+def test_time_beyond_four_readings_of_the_data_is_not_planned(monkeypatch) -> None:
     """A step is 32,768 tokens: 24 steps read 200,000 tokens 3.93 times, 25 read them 4.1 times."""
     monkeypatch.setattr(plan, "measure", lambda config: SPEED)
     config = PRESETS["16m"]()
@@ -113,7 +113,7 @@ def test_time_beyond_what_the_data_can_teach_is_not_planned(monkeypatch) -> None
     assert "900 steps" in lines[0] and "4 epochs" not in lines[0]
 
 
-def test_what_one_measurement_has_left_is_free_for_the_next(monkeypatch) -> None:
+def test_memory_of_one_measurement_is_free_for_the_next(monkeypatch) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -151,13 +151,13 @@ def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, where) -> None:
 
 
 @pytest.mark.parametrize("hours", ["soon", "nan", "-1", "inf"])
-def test_the_verb_refuses_hours_that_are_none(capsys, hours: str) -> None:
+def test_the_verb_refuses_invalid_hours(capsys, hours: str) -> None:
     assert main(["plan", "tiny", "--hours", hours]) == 2
     found = capsys.readouterr()
     assert "--hours" in found.err and not found.out
 
 
-def test_the_verb_refuses_data_that_is_none(capsys, tmp_path) -> None:
+def test_the_verb_refuses_a_folder_that_is_no_data(capsys, tmp_path) -> None:
     assert main(["plan", "tiny", "--data", str(tmp_path / "none")]) == 66
     assert main(["plan", "tiny", "--data", str(tmp_path)]) == 65
     assert "sota prepare" in capsys.readouterr().err
@@ -168,8 +168,8 @@ def test_token_files_of_other_projects_count_too(tmp_path) -> None:
     assert plan.training_tokens(tmp_path) == 1000
 
 
-def test_other_presets_are_measured_as_the_run_is(monkeypatch) -> None:
-    """On the device, threads and precision that were asked for, not on those of a plain preset."""
+def test_other_presets_are_measured_like_the_run(monkeypatch) -> None:
+    """On the requested device, threads and precision, not on those of a plain preset."""
     seen = []
     monkeypatch.setattr(plan, "measure", lambda config: seen.append(config) or SPEED)
     config = PRESETS["16m"]()
@@ -181,11 +181,11 @@ def test_other_presets_are_measured_as_the_run_is(monkeypatch) -> None:
 
 
 def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data, tmp_path) -> None:
-    """With the data and all that was set, so that it can be pasted; and none where none fits."""
+    """With the data and all options set, ready to be pasted; and none if none fits."""
     folder = tmp_path / "my data"
     folder.symlink_to(data)
     monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
-    monkeypatch.setattr(plan, "FRESH_EPOCHS", 10_000)  # or the small text would end the run
+    monkeypatch.setattr(plan, "FRESH_EPOCHS", 10_000)  # otherwise the small text would end the run
     asked = ["16m", "--recipe", "fast", "--data", str(folder), "--device", "cpu"]
     asked += ["--run.compile", "off", "--train.batch-rows", "4", "--data.document-mask"]
     assert main(["plan", *asked, "--hours", "0.1"]) == 0
@@ -199,7 +199,7 @@ def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data
     assert "best: none; not even one step" in capsys.readouterr().out
 
 
-def test_recomputed_activations_are_measured_so(monkeypatch) -> None:
+def test_activation_checkpointing_is_measured(monkeypatch) -> None:
     seen, config = [], PRESETS["tiny"]()
     monkeypatch.setattr(Runtime, "optimize", lambda _, model, masked: seen.append(model))
     for recomputed in (True, False):
@@ -214,7 +214,7 @@ def test_the_verb_plans(capsys, data) -> None:
         assert word in printed
 
 
-def test_padding_is_no_data_read_here_as_in_training(monkeypatch, capsys, make_run) -> None:
+def test_padding_does_not_count_as_data_as_in_training(monkeypatch, capsys, make_run) -> None:
     config = make_run(windows="best-fit", steps=500)
     monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
     plan.run_plan(config, "tiny", 0)
@@ -228,8 +228,8 @@ def test_padding_is_no_data_read_here_as_in_training(monkeypatch, capsys, make_r
     assert f"read {epochs} times" in planned
 
 
-def test_the_budget_is_kept_by_fewer_rows(monkeypatch, capsys) -> None:
-    """A machine of 20 ms a step and 10 ms a row: 300 ms hold 28 rows, 24 in whole micro-batches."""
+def test_the_time_budget_is_met_by_fewer_rows(monkeypatch, capsys) -> None:
+    """20 ms per step and 10 ms per row: 300 ms hold 28 rows, 24 in whole micro-batches."""
     times = {4: (0.06, 0.02), 8: (0.10, 0.02)}
     measured = []
 
@@ -238,7 +238,7 @@ def test_the_budget_is_kept_by_fewer_rows(monkeypatch, capsys) -> None:
         return times[rows]
 
     monkeypatch.setattr(plan, "step_seconds", step_seconds)
-    config = PRESETS["16m"]()  # not compiled: even to try it takes seconds
+    config = PRESETS["16m"]()  # not compiled: even trying takes seconds
     config = change(config, compile="off")
 
     def fit(seconds: float) -> tuple[int, int]:
@@ -247,9 +247,9 @@ def test_the_budget_is_kept_by_fewer_rows(monkeypatch, capsys) -> None:
 
     assert (fit(300), measured) == ((24, 512), [4, 8])
     measured.clear()
-    assert fit(46) == (2, 640)  # 26 ms beside 20: 2.6 rows
+    assert fit(46) == (2, 640)  # 26 ms after the 20: 2.6 rows
     assert fit(28) == (1, 384)  # 0.8 of a row
     assert not capsys.readouterr().out
     assert fit(10) == (1, 256)
     assert "1,000 steps of half a window take 25 seconds" in capsys.readouterr().out
-    assert measured == [4, 4, 4]  # where few fit, no second shape is compiled
+    assert measured == [4, 4, 4]  # if few fit, no second shape is compiled

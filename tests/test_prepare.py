@@ -1,4 +1,4 @@
-"""`prepare` as a whole: what goes in comes out, once, on its side, whatever happens meanwhile."""
+"""`prepare` end to end: every document comes out once, in its split, whatever happens meanwhile."""
 
 import bz2
 import contextlib
@@ -33,7 +33,7 @@ from tests.preparing import bytes_of, documents, everything, jsonl, refused, run
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of 8 kB, so that small inputs make many. Workers are told the cuts, they do not cut."""
+    """Units of 8 kB, so that small inputs make many. Workers receive the cuts; they do not cut."""
     monkeypatch.setattr(units, "UNIT_BYTES", 8 << 10)
 
 
@@ -47,7 +47,7 @@ def test_what_goes_in_comes_out_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".data*"))
 
 
-def test_the_side_follows_from_the_text_alone(tmp_path: Path) -> None:
+def test_the_split_depends_on_the_text_alone(tmp_path: Path) -> None:
     items = texts(400)
     (tmp_path / "a.jsonl").write_bytes(jsonl(items))
     (tmp_path / "b.jsonl").write_bytes(jsonl((items + texts(1000, seed=5))[::-1]))
@@ -76,7 +76,7 @@ def test_same_bytes_for_any_number_of_workers_and_either_encoder(
 
 
 def packed(items: list[str], folder: Path) -> dict[str, Path]:
-    """The same records in every container there is."""
+    """The same records in every container format."""
     lines = jsonl(items)
     table = pa.table({"id": range(len(items)), "text": items})
     files = {
@@ -159,7 +159,7 @@ def test_html_gives_its_text(tmp_path: Path) -> None:
         (tmp_path / f"{i}.html").write_text(page.format(i))
     deep = 20_000
     (tmp_path / "deep.html").write_text("<div>" * deep + "Deep text." + "</div>" * deep)
-    (tmp_path / "odd.html").write_text("<div></b>" * deep + "Odd text.")  # nothing closes them
+    (tmp_path / "odd.html").write_text("<div></b>" * deep + "Odd text.")  # never closed
     started = time.monotonic()
     run(tmp_path / "data", tmp_path)
     assert time.monotonic() - started < 10, "menus are not looked for so deep: 12 s at this depth"
@@ -218,7 +218,7 @@ def test_long_names_and_many_do_not_flood_the_table(
     (folder / "a.txt").write_text("some text")
     files = [tmp_path / f"{number}.txt" for number in range(24)]
     for number, path in enumerate(files):
-        path.write_text(f"text {number}")  # 2 tokens, and the end
+        path.write_text(f"text {number}")  # 2 tokens and end-of-text
     run(tmp_path / "out", tmp_path / "in", *files, val_fraction=0)
     lines = capsys.readouterr().out.split("\n")
     line = next(line for line in lines if "empty file" in line)
@@ -248,7 +248,7 @@ def test_any_script_may_prepare(tmp_path: Path, by: str, guarded: bool) -> None:
     assert len(everything(tmp_path / "data")) == 20
 
 
-def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:
+def test_junk_is_reported_and_the_rest_kept(tmp_path: Path) -> None:
     junk = tmp_path / "junk"
     (junk / "x.jsonl").mkdir(parents=True)
     good = texts(60)
@@ -316,8 +316,8 @@ def test_junk_is_named_and_the_rest_taken(tmp_path: Path) -> None:
     assert all(entry["examples"] for entry in manifest["rejects"].values())
 
 
-def test_a_reader_that_has_left_spoils_nothing(tmp_path: Path) -> None:
-    """The summary comes last, to whoever still reads; what is prepared is not called a failure."""
+def test_a_closed_output_pipe_is_no_failure(tmp_path: Path) -> None:
+    """The summary comes last, if anybody still reads; the preparation itself has succeeded."""
 
     class Left(io.StringIO):
         def write(self, _: str) -> int:
@@ -344,8 +344,8 @@ def test_members_that_were_read_are_forgotten(
     assert peak < 400_000, "about 0.4 kB each would stay"
 
 
-def test_a_model_that_lies_amid_the_text_is_no_text(tmp_path: Path) -> None:
-    """Its merges would be more text than many a folder has."""
+def test_a_model_folder_among_the_texts_is_skipped(tmp_path: Path) -> None:
+    """Its merges alone would outweigh the text in many folders."""
     model = tmp_path / "texts" / "model"
     model.mkdir(parents=True)
     (tmp_path / "texts" / "a.jsonl").write_bytes(jsonl(texts(60)))
@@ -371,10 +371,10 @@ def test_progress_of_a_table_counts_bytes_not_rows(
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_what_another_process_adds_meanwhile_is_kept(
+def test_what_another_process_appends_meanwhile_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
-    """Two that add to one folder, the second just before the first takes its turn.
+    """Two append to one folder, the second just before the first takes its turn.
 
     One that `waits` looks for its turn in the work folder, which the other removes.
     """

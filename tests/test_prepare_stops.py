@@ -1,4 +1,4 @@
-"""Preparation that is stopped, killed, repeated, refused, or loses a worker."""
+"""Preparation that is stopped, killed, repeated or refused, or that loses a worker."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """About 400 units of work for COMMAND: enough that a busy machine sees them in the making."""
+    """About 400 units of work for COMMAND: enough to be seen in progress on a busy machine."""
     path = tmp_path / "in.jsonl"
     path.write_bytes(jsonl(texts(5000)))
     return path
@@ -68,7 +68,7 @@ def children_of(parent: int) -> dict[int, str]:
 
 
 def workers_of(parent: int) -> list[int]:
-    """The two that encode: children of the fork server where there is one."""
+    """The two encoding workers: children of the fork server if there is one."""
     children = children_of(parent)
     servers = [pid for pid, command in children.items() if "forkserver" in command]
     if servers:
@@ -77,7 +77,7 @@ def workers_of(parent: int) -> list[int]:
 
 
 def ended(processes: list[int], seconds: float) -> bool:
-    """Whether all of them are gone before long."""
+    """Whether all of them exit in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         alive = subprocess.run(
@@ -109,7 +109,7 @@ def reference(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     "kills", [(1, 40, 90), pytest.param(range(1, 101, 10), marks=pytest.mark.slow)]
 )
-def test_killed_again_and_again_then_the_same_bytes(
+def test_repeated_kills_end_in_the_same_bytes(
     kills: Iterable[int], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, work = tmp_path / "data", tmp_path / ".data.preparing"
@@ -133,13 +133,13 @@ def test_killed_again_and_again_then_the_same_bytes(
     assert not work.exists()
 
 
-def test_a_worker_that_is_killed_is_replaced(
+def test_a_killed_worker_is_replaced(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "data"
     process = start(source, out)
     wait_for_units(tmp_path / ".data.preparing", 1)
-    process.send_signal(signal.SIGSTOP)  # so that it cannot be done before the blow falls
+    process.send_signal(signal.SIGSTOP)  # so that it cannot finish before the kill
     workers = workers_of(process.pid)
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
@@ -155,7 +155,7 @@ def test_a_signal_leaves_nothing_visible_and_no_process(
 ) -> None:
     process = start(source, tmp_path / "data")
     wait_for_units(tmp_path / ".data.preparing", 5)
-    process.send_signal(signal.SIGSTOP)  # or it may have ended before `ps` has
+    process.send_signal(signal.SIGSTOP)  # or it may end before `ps` has run
     children = [*children_of(process.pid), *workers_of(process.pid)]
     assert len(children) >= 3
     process.send_signal(number)
@@ -167,7 +167,7 @@ def test_a_signal_leaves_nothing_visible_and_no_process(
     assert ended(children, seconds=5)
 
 
-def test_workers_of_a_killed_parent_end(source: Path, tmp_path: Path) -> None:
+def test_workers_of_a_killed_parent_exit(source: Path, tmp_path: Path) -> None:
     process = start(source, tmp_path / "data")
     wait_for_units(tmp_path / ".data.preparing", 5)
     children = [*children_of(process.pid), *workers_of(process.pid)]
@@ -180,7 +180,7 @@ def test_workers_of_a_killed_parent_end(source: Path, tmp_path: Path) -> None:
 def test_prepared_again_says_so_and_other_inputs_are_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "my data"  # which `rm -r my data` would leave, and remove two others
+    out = tmp_path / "my data"  # unquoted, `rm -r my data` would delete two others
     first = run(out, source)
     before = bytes_of(out)
     capsys.readouterr()
@@ -227,7 +227,7 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
 
-def test_no_validation_if_none_is_asked_for(tmp_path: Path) -> None:
+def test_a_validation_fraction_of_zero_makes_no_validation_split(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts(30)))
     manifest = run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
     assert manifest["splits"]["val"] == {"shards": [], "tokens": 0, "documents": 0, "text_bytes": 0}
@@ -245,17 +245,17 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     inputs = (tmp_path / "none", source)
     refused(74, "No space left", "MB free", out=tmp_path / "data", inputs=inputs)
     assert not (tmp_path / "data").exists()
-    monkeypatch.undo()  # then without the input that was in vain: another one has its number
+    monkeypatch.undo()  # then without the failed input: another one gets its number
     assert run(tmp_path / "data", source)["inputs"][0]["documents"] == 50
 
 
-def test_two_at_once(source: Path, tmp_path: Path) -> None:
+def test_two_preparations_at_once(source: Path, tmp_path: Path) -> None:
     (tmp_path / ".data.preparing").mkdir()
     with DirectoryLock(tmp_path / ".data.preparing"):
         refused(73, "in use", out=tmp_path / "data", inputs=(source,))
 
 
-def test_damaged_results_are_made_again(
+def test_damaged_results_are_remade(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 4 << 10)
@@ -313,7 +313,7 @@ def test_merge_puts_parts_together(
         assert caught.value.code == 66
     merged = merge(Merge(out=Path("data"), workers=1))
     assert merge(Merge(out=out))["fingerprint"] == merged["fingerprint"]
-    (tmp_path / ".data.preparing").mkdir()  # as NFS leaves it, where the lock is open till the end
+    (tmp_path / ".data.preparing").mkdir()  # as NFS leaves it, with the lock open until the end
     assert merge(Merge(out=out))["fingerprint"] == merged["fingerprint"]
     run(tmp_path / "whole", source)
     assert bytes_of(out, manifest=False) == bytes_of(tmp_path / "whole", manifest=False)
@@ -334,7 +334,7 @@ def test_append_keeps_what_is_there(tmp_path: Path) -> None:
     assert everything(out) == sorted(old + new)
     again = run(out, tmp_path / "b.jsonl", append=True, val_fraction=0.5)
     assert again["fingerprint"] == manifest["fingerprint"]
-    # The sides are those that preparing both at once would have chosen.
+    # The splits are those that preparing both at once would have given.
     (tmp_path / "c.jsonl").write_bytes(jsonl(old + new))
     run(tmp_path / "both", tmp_path / "c.jsonl")
     assert documents(tmp_path / "both", "val") == documents(out, "val")
@@ -353,7 +353,7 @@ def test_a_work_folder_that_cannot_be_deleted_is_named(
 
     def rmdir(path: str, *, dir_fd: int | None = None) -> None:
         if path == "spool" and not os.path.lexists(tmp_path / ".data.preparing" / "shards"):
-            raise OSError(errno.EIO, "broken", path)  # relative to `dir_fd`, as the real one is
+            raise OSError(errno.EIO, "broken", path)  # relative to `dir_fd`, like the real one
         real(path, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "rmdir", rmdir)
@@ -366,7 +366,7 @@ def test_a_work_folder_that_cannot_be_deleted_is_named(
     assert not list(tmp_path.glob(".data*"))
 
 
-def test_append_to_what_another_version_hashed_is_refused(tmp_path: Path) -> None:
+def test_append_to_data_hashed_by_another_version_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "data"
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts(300)))
     (tmp_path / "b.jsonl").write_bytes(jsonl(texts(300, seed=1)))
@@ -376,11 +376,11 @@ def test_append_to_what_another_version_hashed_is_refused(tmp_path: Path) -> Non
     before = bytes_of(out)
     refused(65, "BLAKE2b-128", out=out, inputs=(tmp_path / "b.jsonl",), append=True)
     assert bytes_of(out) == before
-    assert len(TokenWindows(out, "train", 16))  # it is still there to train on
+    assert len(TokenWindows(out, "train", 16))  # it can still be trained on
 
 
 def test_a_link_to_a_folder_is_the_folder(tmp_path: Path) -> None:
-    """Made, added to and merged there, though it may be on another disk than the link."""
+    """Created, appended to and merged there, even on another disk than the link."""
     for i, name in enumerate(("a.jsonl", "b.jsonl")):
         (tmp_path / name).write_bytes(jsonl(texts(300, seed=i)))
     (tmp_path / "disk" / "empty").mkdir(parents=True)

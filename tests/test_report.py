@@ -1,4 +1,4 @@
-"""`sota report`: the page says what is in the folder, and nothing in the folder can hurt it."""
+"""`sota report`: the page shows what is in the folder, and nothing in the folder can harm it."""
 
 import io
 import json
@@ -25,7 +25,7 @@ LAST = {"val_loss": 3.25, "val_error": 0.01, "val_perplexity": 25.79, "val_bits_
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder after 100 of its 200 steps, a bad one among them and a torn last line."""
+    """A run's folder after 100 of its 200 steps, with a bad step and a torn last line."""
     (tmp_path / "config.json").write_text(PRESETS["tiny"]().to_json())
     lines = [
         {"step": step, "loss": 10 - step / 20, "lr": 1e-3, "tokens_per_second": 512.0}
@@ -57,8 +57,8 @@ def test_the_page_has_the_figures_of_the_folder(run: Path) -> None:
     assert "<td>time in training steps</td><td>1:40</td>" in page
 
 
-def test_the_page_shows_the_branch_that_counts(run: Path) -> None:
-    """The run has gone on from step 40, and lies at step 60 of what it is now."""
+def test_the_page_shows_the_current_branch(run: Path) -> None:
+    """The run resumed from step 40 and is now at step 60 of its new branch."""
     lines = [{"step": 40, "event": "start"}]
     lines += [{"step": step, "loss": 0.5 + step} for step in (50, 60)]
     with (run / "metrics.jsonl").open("a") as file:
@@ -73,13 +73,13 @@ def test_the_page_shows_the_branch_that_counts(run: Path) -> None:
     assert "words of now" in page and "earlier words" not in page
 
 
-def test_nothing_is_fetched_and_nothing_of_the_run_is_markup(run: Path) -> None:
+def test_nothing_is_loaded_and_nothing_of_the_run_is_markup(run: Path) -> None:
     page = write_report(run, run / "report.html").read_text()
     assert not re.search(r"https?:|<script|<b>|src=|@import|url\(", page)
     assert "&lt;script&gt;" in page and "nan" not in re.sub(r"&lt;b&gt;nan&lt;/b&gt;", "", page)
 
 
-def test_what_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
+def test_a_folder_that_is_no_run_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path / "nothing")]) == NO_INPUT
     (run / "run.json").write_text("{")
     assert main(["report", str(run)]) == BAD_DATA
@@ -113,7 +113,7 @@ def test_a_damaged_line_costs_no_report(run: Path, line: str) -> None:
     assert main(["report", str(run)]) == 0
 
 
-def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsys) -> None:
+def test_an_unwritable_page_is_named_as_given(run: Path, capsys) -> None:
     (run / "folder").mkdir()
     for out in (run / "none" / "a.html", run / "folder"):
         assert main(["report", str(run), "--out", str(out)]) == LOCKED
@@ -121,8 +121,8 @@ def test_a_page_that_cannot_be_written_is_named_as_it_was_given(run: Path, capsy
     assert not list(run.glob(".tmp*"))
 
 
-def test_a_page_goes_into_what_is_no_file_and_not_in_its_place(run: Path, tmp_path: Path) -> None:
-    """Root would have no /dev/null any more."""
+def test_a_page_is_written_to_a_device_without_replacing_it(run: Path, tmp_path: Path) -> None:
+    """Otherwise root would lose /dev/null."""
     link, pipe = tmp_path / "link", tmp_path / "pipe"
     link.symlink_to("page.html")
     os.mkfifo(pipe)
@@ -150,7 +150,7 @@ def test_ticks_are_few_and_within(low: float, high: float) -> None:
 
 
 def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
-    """On from step 40 and killed before a save, so on from the 100 that was there all along."""
+    """Resumed from step 40 and killed before a save, then resumed from the original step 100."""
     path = run / "metrics.jsonl"
     here = [{"step": 40, "event": "saved"}, {"step": 70, "event": "saved"}]
     here += [{"step": 100, "event": "saved"}, {"step": 100, "sample": "a\n--- step 7\nb"}]
@@ -163,7 +163,7 @@ def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
     assert losses == {step: 10 - step / 20 for step in range(10, 101, 10)} | {110: 4.5}
     page = write_report(run, run / "report.html").read_text()
     assert "step 50: 8.0000" in page and "110 of 200" in page and "Sample at step 100" in page
-    # The branch again, saved this time at 60: then 70 and 100 are gone, 40 is of the first start.
+    # The branch again, this time saved at 60: now 70 and 100 are gone, 40 is of the first start.
     saved = [*left, {"step": 60, "event": "saved"}, {"step": 60, "event": "start"}]
     with path.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in saved))
@@ -172,10 +172,10 @@ def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_counts_is_what_led_to_the_model(tmp_path: Path, seed: int) -> None:
-    """Of random runs that save, are killed, and go on from any checkpoint: by what each start had.
+def test_only_lines_that_led_to_the_model_count(tmp_path: Path, seed: int) -> None:
+    """Random runs that save, are killed and resume from any checkpoint, tracked start by start.
 
-    A save deletes the checkpoints behind it, and a start with none begins anew.
+    A save deletes later checkpoints, and a start without any starts from scratch.
     """
     random, acts = Random(seed), ["val_loss", "sample", "event", "save", "start", "lost"]
     for length in range(2, 80):
@@ -189,7 +189,7 @@ def test_what_counts_is_what_led_to_the_model(tmp_path: Path, seed: int) -> None
                 step = random.choice(list(disk)) if disk else 0
                 starts.append((disk.get(step), step, {}))
                 lines.append({"step": step, "event": "start"})
-            elif act == "lost" and step > max(disk, default=0):  # killed before its save was said
+            elif act == "lost" and step > max(disk, default=0):  # killed before reporting its save
                 starts.append((len(starts) - 1, step, {}))
                 lines.append({"step": step, "event": "start"})
             elif act == "save" and step:
@@ -215,8 +215,8 @@ def test_what_counts_is_what_led_to_the_model(tmp_path: Path, seed: int) -> None
         assert [line["step"] for line in found] == sorted(key[0] for key in expected)
 
 
-def test_what_was_left_by_going_back_amid_a_start_does_not_count(tmp_path: Path) -> None:
-    """From step 8 back to 4, saved at 6, and killed: 7 and 8 are of no model that there is."""
+def test_lines_abandoned_by_going_back_within_a_start_do_not_count(tmp_path: Path) -> None:
+    """From step 8 back to 4, saved at 6, and killed: no model includes steps 7 and 8."""
     lines: list[dict[str, Any]] = [{"step": 0, "event": "start"}]
     lines += [{"step": step, "loss": 1.0} for step in range(1, 9)]
     lines += [{"step": 8, "event": what} for what in ("saved", "start")]
@@ -240,7 +240,7 @@ def test_a_damaged_configuration_is_bad_data(tmp_path: Path, content: bytes | No
 
 
 def panel(log: RunLog) -> str:
-    """What is shown on a terminal since it was last asked for."""
+    """What the terminal has shown since the last call."""
     file = log.console.file
     assert isinstance(file, io.StringIO)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
@@ -249,8 +249,8 @@ def panel(log: RunLog) -> str:
     return shown
 
 
-def test_the_panel_of_a_run_that_goes_on_begins_where_it_is(tmp_path: Path) -> None:
-    """It shows what was last said of each kind, and lines go on where it ends."""
+def test_the_panel_of_a_resumed_run_starts_where_it_is(tmp_path: Path) -> None:
+    """It shows the latest of each kind, and plain lines continue where it ends."""
     with RunLog(tmp_path, 100) as log:
         log.console = Console(file=(file := io.StringIO()), force_terminal=True, width=80)
         log.begin_live(73)
@@ -282,8 +282,8 @@ def test_the_panel_of_a_run_that_goes_on_begins_where_it_is(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("torn", [True, False])
-def test_a_line_behind_half_a_line_counts(tmp_path: Path, torn: bool) -> None:
-    """As a killed process leaves it; no empty line else."""
+def test_a_line_after_half_a_line_counts(tmp_path: Path, torn: bool) -> None:
+    """As left by a killed process; otherwise there is no empty line."""
     before = b'{"step": 1, "loss": 3.0}\n' + b'{"step": 2, "sample": "caf\xc3' * torn
     for start in (b"", before):
         (tmp_path / "metrics.jsonl").write_bytes(start)
@@ -302,7 +302,7 @@ def test_a_line_behind_half_a_line_counts(tmp_path: Path, torn: bool) -> None:
     assert not (tmp_path / "samples.txt").exists()
 
 
-def test_what_was_judged_at_a_step_is_of_that_step(run: Path) -> None:
+def test_validations_and_samples_belong_to_their_step(run: Path) -> None:
     found = [judged(run, step) for step in (50, 60, 100)]
     assert found == [(True, True), (False, False), (True, True)]
     with (run / "metrics.jsonl").open("a") as file:

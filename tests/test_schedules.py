@@ -52,7 +52,7 @@ def test_a_cooldown_is_a_straight_line_to_the_end() -> None:
     assert learning_rate(1000, low) == pytest.approx(2e-4)
 
 
-def test_dropout_goes_linearly_from_start_to_end() -> None:
+def test_dropout_changes_linearly_from_start_to_end() -> None:
     config = run(101)
     assert dropout(0, config) == pytest.approx(0.1)
     assert dropout(50, config) == pytest.approx(0.05)
@@ -65,8 +65,8 @@ def test_rows_of_steps_tile_the_numbers() -> None:
     assert [row for step in range(5) for row in rows(step, config)] == list(range(40))
 
 
-def test_steps_that_learned_from_other_batches_are_told_apart() -> None:
-    """A step of now has 8 rows of 64 tokens."""
+def test_steps_with_other_batch_sizes_are_distinguished() -> None:
+    """A current step has 8 rows of 64 tokens."""
     for done, learned, said in [
         (0, 0, "10 steps x 512 tokens = 5,120 tokens"),
         (4, 2048, "10 steps x 512 tokens = 5,120 tokens"),

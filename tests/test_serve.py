@@ -1,4 +1,4 @@
-"""The real server in a process of its own, asked by real clients and by bad ones."""
+"""The real server in its own process, with real clients and bad ones."""
 
 import asyncio
 import concurrent.futures
@@ -91,7 +91,7 @@ def test_several_prompts_seeds_and_stops(server: Server) -> None:
     assert ids["text"] == text
 
 
-def test_the_context_ends_a_text_like_max_tokens(server: Server) -> None:
+def test_a_full_context_ends_a_text_like_max_tokens(server: Server) -> None:
     answer = server.ask(prompt="word " * 140, max_tokens=100, temperature=0, stream=False).json()
     used = answer["usage"]
     assert used["total_tokens"] == 160 or answer["choices"][0]["finish_reason"] == "stop"
@@ -149,7 +149,7 @@ def test_bad_bodies(server: Server, content: bytes, status: int) -> None:
     assert answer.status_code == status, answer.text
 
 
-def test_what_is_wrong_is_said_without_names_of_types(server: Server) -> None:
+def test_errors_name_no_internal_types(server: Server) -> None:
     assert "[" not in (text := server.ask(prompt=3, stop="").text) and "constrained" not in text
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt":', headers=headers)
@@ -166,7 +166,7 @@ def test_large_bodies_without_a_length_are_refused(server: Server) -> None:
         answer = httpx.post(f"{server.url}/v1/completions", content=blocks(), headers=headers)
         assert answer.status_code == 413
     except httpx.TransportError:
-        pass  # closed before all of it was sent, which is as good
+        pass  # closed before all of it was sent, also fine
     assert server.busy() == 0
 
 
@@ -197,7 +197,7 @@ def test_the_page_loads_nothing_from_elsewhere(server: Server) -> None:
     assert "innerHTML" not in answer.text and " on" + "click=" not in answer.text
 
 
-def test_the_curve_is_the_runs(server: Server) -> None:
+def test_the_curve_is_that_of_the_run(server: Server) -> None:
     curve = httpx.get(f"{server.url}/curve").json()
     assert curve["validation"] == [[1000, 3.25]]
     assert len(curve["train"]) <= 600 and curve["train"][-1][0] == 2000
@@ -221,7 +221,7 @@ def test_a_taken_port_is_an_error(server: Server, run: Path) -> None:
     assert caught.value.code == 75
 
 
-def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
+def test_a_disconnected_client_frees_its_slot(server: Server) -> None:
     body = {"prompt": ["a", "b"], "n": 4, "max_tokens": 30, "stream": True}
     for _ in range(3):
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
@@ -232,7 +232,7 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     assert server.busy() == 0
 
 
-def test_the_key_is_needed_and_a_signal_ends_with_an_answer_what_is_under_way(
+def test_the_key_is_needed_and_a_signal_lets_open_requests_finish(
     tmp_path: Path,
 ) -> None:
     long = small_model(dataclasses.replace(FULL, seq_len=8192))
@@ -309,8 +309,8 @@ def _seconds(server: Server) -> float:
     return time.monotonic() - began
 
 
-def test_who_leaves_is_noticed_amid_what_has_queued_up() -> None:
-    """asyncio tells of each piece that is written to somebody who has left."""
+def test_a_disconnect_is_noticed_behind_queued_events() -> None:
+    """asyncio warns about each piece written to a client that has disconnected."""
     wanted = Completion(prompt="a", stream=True)
 
     async def stream() -> list[str]:
@@ -335,7 +335,7 @@ def test_long_headers_are_refused(server: Server) -> None:
 
 
 def test_fuzzed_requests_find_no_error(server: Server, tmp_path: Path) -> None:
-    """Every operation and every check of schemathesis, coverage of all limits included."""
+    """All operations and checks of schemathesis, including coverage of all limits."""
     pytest.importorskip("schemathesis")
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json",
@@ -348,10 +348,10 @@ def test_fuzzed_requests_find_no_error(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_fuzzed_requests_leave_no_trace(tmp_path: Path) -> None:
-    """Three in ten are valid. Only drawn, for hypothesis' search for the best takes hours here.
+    """Three in ten are valid. They are only drawn; hypothesis' shrinking would take hours here.
 
-    A context of a few tokens keeps answers cheap, and makes most valid prompts too long: that they
-    are refused is the one check left out.
+    A context of a few tokens keeps answers cheap and makes most valid prompts too long; the check
+    that valid requests are accepted is therefore left out.
     """
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
@@ -385,4 +385,4 @@ def test_ten_thousand_fuzzed_requests_leave_no_trace(tmp_path: Path) -> None:
     finally:
         server.stop()
     assert codes.total() >= 10_000 and not [c for c in codes if c >= 500 and c not in (503, 504)]
-    assert max(sizes) - sizes[1] < 30e6, sizes  # the first one is before it was warm
+    assert max(sizes) - sizes[1] < 30e6, sizes  # the first one is before warm-up

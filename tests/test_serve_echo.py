@@ -22,7 +22,7 @@ from tests.serving import Server
 
 TOKENIZER = Tokenizer()
 CONTEXT = 160
-LAST = "That is the end."  # end-of-text is the likeliest text behind it
+LAST = "That is the end."  # end-of-text most likely follows it
 TEXTS = ["Once upon a time", LAST, "na\u00efve \u6f22\u5b57 \U0001f642\U0001f469\u200d\U0001f680 e"]
 LONG = TOKENIZER.encode("One two three, four; " * 40)[: CONTEXT - 5]
 
@@ -69,7 +69,7 @@ def ask(server: Server, **body: Any) -> dict[str, Any]:
 
 
 def compare(choice: dict[str, Any], tokens: list[int]) -> None:
-    """Everything that a choice says of these tokens, the prompt's and the drawn ones."""
+    """Everything that a choice reports about these tokens, the prompt's and the drawn ones."""
     found, nats = choice["logprobs"], nats_after(tokens)
     assert found["tokens"] == [shown(token) for token in tokens]
     assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
@@ -113,8 +113,8 @@ def test_several_prompts_and_continuations_of_each(server: Server) -> None:
         compare(choice, prompts[number // 2] + [ids[token] for token in drawn])
 
 
-def test_one_token_more_than_the_prompt_even_where_the_text_ends(server: Server) -> None:
-    """lm-eval asks for one token and leaves out the last entry, whatever it is."""
+def test_one_token_follows_the_prompt_even_if_the_text_ends(server: Server) -> None:
+    """lm-eval asks for one token and drops the last entry, whatever it is."""
     (choice,) = ask(server, prompt=LAST, max_tokens=1)["choices"]
     assert choice["text"] == LAST and choice["finish_reason"] == "stop"
     compare(choice, [*TOKENIZER.encode(LAST), EOT])
@@ -142,7 +142,7 @@ def test_a_stream_says_the_same(server: Server, body: dict[str, Any], logprobs: 
     pieces = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:-2]]
     for choice in whole:
         mine = [piece for piece in pieces if piece["index"] == choice["index"]]
-        assert len(mine) <= 1 + body["max_tokens"]  # the prompt comes with what is drawn first
+        assert len(mine) <= 1 + body["max_tokens"]  # the prompt comes with the first drawn token
         assert "".join(piece["text"] for piece in mine) == choice["text"]
         assert mine[-1]["finish_reason"] == choice["finish_reason"]
         for name, values in (choice["logprobs"] or {}).items():
@@ -158,7 +158,9 @@ def test_a_prompt_may_fill_the_context_if_nothing_is_added(server: Server) -> No
     assert refused.status_code == 422 and "echo" in refused.json()["error"]["message"]
 
 
-def test_a_prompt_is_told_in_slices_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_scored_in_slices_and_blocks_no_other_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows: list[int] = []
     plain = MODEL.logits
     monkeypatch.setattr(MODEL, "logits", lambda hidden: rows.append(len(hidden)) or plain(hidden))
@@ -176,7 +178,7 @@ def test_a_prompt_is_told_in_slices_and_holds_nobody_up(monkeypatch: pytest.Monk
     assert told == LONG and max(rows) <= 64
 
 
-def test_logits_that_are_no_numbers_are_an_error_in_a_prompt_too() -> None:
+def test_nan_logits_are_an_error_in_a_prompt_too() -> None:
     model = small_model(FULL)
     with torch.no_grad():
         model.norm.weight.fill_(torch.nan)
@@ -186,7 +188,7 @@ def test_logits_that_are_no_numbers_are_an_error_in_a_prompt_too() -> None:
         batch.step()
 
 
-def test_a_client_that_leaves_within_its_prompt_frees_its_place(server: Server) -> None:
+def test_a_client_that_disconnects_during_its_prompt_frees_its_slot(server: Server) -> None:
     body = {"prompt": [LONG] * 4, "n": 4, "echo": True, "logprobs": 20, "max_tokens": 0}
     began = time.monotonic()
     assert server.ask(**body).status_code == 200
@@ -202,7 +204,7 @@ def test_a_client_that_leaves_within_its_prompt_frees_its_place(server: Server) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "by_token"), [(1, True), (3, True), (1, False)])
-def test_lm_eval_gets_what_the_model_says(
+def test_lm_eval_gets_the_models_probabilities(
     server: Server, tmp_path: Path, batch_size: int, by_token: bool
 ) -> None:
     """Its class for servers, `local-completions`, with the tokenizer of an exported folder."""
@@ -223,7 +225,7 @@ def test_lm_eval_gets_what_the_model_says(
     said = [TOKENIZER.decode([int(nats_after(TOKENIZER.encode(t))[-1].argmax())]) for t in TEXTS]
     pairs = [("Once upon", " a time"), (LAST, " Or not."), ("\u6f22", "\u5b57 \U0001f642 ")]
     pairs += [("One two three, four; " * 15, " five"), *zip(TEXTS, said, strict=True)]
-    pairs += [("", "The beginning")] if by_token else []  # end-of-text is a token by its id alone
+    pairs += [("", "The beginning")] if by_token else []  # end-of-text is a token only as an id
     pairs = [(before, after) for before, after in pairs if after]
     ours = []
     for context, ending in (encode_pair(TOKENIZER, *pair) for pair in pairs):

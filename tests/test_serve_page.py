@@ -1,4 +1,4 @@
-"""The page in a real browser: types, watches text stream in, and cannot be made to run markup."""
+"""The page in a real browser: it streams text, and cannot be made to run markup."""
 
 import shutil
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def browser() -> Iterator[Any]:
 
 
 def complete(browser: Any, prompt: str, tokens: int) -> list[int]:
-    """Type, press the button, and watch; how many pieces the page showed, ten times a second."""
+    """Type, press the button, and watch; how many pieces the page showed, polled every 0.1 s."""
     find = browser.find_element
     for name, value in (("prompt", prompt), ("max_tokens", str(tokens))):
         find("id", name).clear()
@@ -75,7 +75,7 @@ def test_markup_in_a_prompt_is_text(browser: Any, server: Server) -> None:
     assert not browser.find_elements("css selector", "#text img, #text script")
 
 
-def test_limits_are_told_and_nothing_is_blocked(browser: Any, server: Server) -> None:
+def test_limits_are_shown_and_nothing_is_blocked(browser: Any, server: Server) -> None:
     browser.get(server.url)
     complete(browser, "word " * 50, 5)
     note = browser.find_element("id", "note")

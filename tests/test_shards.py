@@ -1,4 +1,4 @@
-"""Windows over shards against plain slices; whatever is damaged is refused by name."""
+"""Windows over shards against plain slices; anything damaged is refused by name."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ TEXTS = [f"Document {i}: " + "the quick brown fox jumps. " * (i % 9 + 1) for i i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared with shards of 1,000 tokens, so that windows span several."""
+    """Data with shards of 1,000 tokens, so that windows span several."""
     root = tmp_path_factory.mktemp("shards")
     (root / "in.jsonl").write_bytes(jsonl(TEXTS))
     small, merge.SHARD_TOKENS = merge.SHARD_TOKENS, 1000
@@ -42,7 +42,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, **changes: object) -> None:
-    """Change the manifest and seal it again."""
+    """Change the manifest and reseal it."""
     manifest = read_manifest(folder / "manifest.json") | changes
     (folder / "manifest.json").write_bytes(canonical_json(seal(manifest)))
 
@@ -86,7 +86,7 @@ def test_windows_are_slices_of_the_stream(folder: Path, split: shards.Split, seq
         pytest.skip("shorter than a window")
     windows = TokenWindows(folder, split, seq_len)
     assert len(windows) == (len(ids) - 1) // seq_len
-    assert len(ids) - len(windows) * seq_len <= seq_len  # what is dropped is under a window
+    assert len(ids) - len(windows) * seq_len <= seq_len  # less than a window is dropped
     for i in range(len(windows)):
         assert np.array_equal(windows[i], ids[i * seq_len : i * seq_len + seq_len + 1])
     for i in (-1, len(windows)):
@@ -145,14 +145,14 @@ def test_damaged_shards_are_refused_by_name(copy: Path, change: str) -> None:
         path.symlink_to("/dev/zero")
     elif change == "folder":
         path.mkdir()
-    elif change == "other":  # as the manifest says, and no file of ours
+    elif change == "other":  # as the manifest says, but not our file
         path.write_bytes(data.replace(b"<u2", b"<i2", 1))
         entry = {"bytes": len(data), "sha256": shards.sha256_file(path)}
         rewrite(copy, files=read_manifest(copy / "manifest.json")["files"] | {path.name: entry})
     elif change != "gone":
         data[len(data) // 2] ^= 1
         path.write_bytes({"cut": data[:-2], "grown": data + b"\0\0"}.get(change, bytes(data)))
-    refused(copy, 65, path.name, f"move {copy} away")  # for `sota prepare` would leave it so
+    refused(copy, 65, path.name, f"move {copy} away")  # since `sota prepare` would not change it
 
 
 def test_hashed_once_then_again_when_the_file_changed(

@@ -1,4 +1,4 @@
-"""Ids identical to tiktoken and transformers on any text; decoding undoes them."""
+"""Ids identical to tiktoken and transformers on any text; decoding inverts them."""
 
 import base64
 import json
@@ -85,7 +85,7 @@ def test_any_text_as_tiktoken(reference: tiktoken.Encoding) -> None:
 
 
 def test_every_assigned_character_as_tiktoken(reference: tiktoken.Encoding) -> None:
-    """Every 7th code point of all planes, between letters, digits, spaces and signs."""
+    """Every 7th code point of all planes, between letters, digits, spaces and punctuation."""
     encode = Tokenizer().encode
     points = [chr(c) for c in range(0, 0x110000, 7) if not 0xD800 <= c < 0xE000]
     for context in ("a{}b", " {}", "1{} ", "{}{}!", "\n{}\n"):
@@ -94,7 +94,7 @@ def test_every_assigned_character_as_tiktoken(reference: tiktoken.Encoding) -> N
 
 
 def test_as_transformers(tmp_path: Path) -> None:
-    """The fast GPT-2 tokenizer of transformers, built from our own table, without specials."""
+    """The fast GPT-2 tokenizer of transformers, built from our table, without special tokens."""
     from transformers import GPT2TokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -114,12 +114,12 @@ def test_as_transformers(tmp_path: Path) -> None:
         vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")
     )
     for text in HOSTILE:
-        if "<|endoftext|>" not in text:  # there it is known to inject the special id
+        if "<|endoftext|>" not in text:  # known to inject the special id there
             assert Tokenizer().encode(text) == theirs.encode(text)
 
 
 def test_long_runs_are_not_slow(encoder: Encoder) -> None:
-    """Nor more than a regular expression takes: tiktoken's gives up at a million spaces."""
+    """Nor limited by a regular expression: tiktoken's fails at a million spaces."""
     text = b"x%sy%s\x1c<|endoftext|>%s" % (b"\xc2\xa0" * 5000, b" " * 1_000_000, b"\n" * 5000)
     assert encoder(text).tolist() == Encoder()(text).tolist()
     for text in (b"a" * 1_000_000, "字".encode() * 300_000, b" " * 1_000_000):
@@ -128,16 +128,16 @@ def test_long_runs_are_not_slow(encoder: Encoder) -> None:
         assert time.process_time() - started < 1.0
 
 
-def test_memory_is_renewed_without_changing_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renewing_the_encoder_for_memory_keeps_the_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "sota_transformer.data.tokenizer"
     monkeypatch.setattr(f"{module}._FIRST_LOOK_BYTES", 100)
     monkeypatch.setattr(f"{module}._LOOK_BYTES", 100)
     monkeypatch.setattr(f"{module}._BLIND_BYTES", 100)
-    much = 1 << 40  # what was there at the first look is the readers' memory: an open parquet file
+    much = 1 << 40  # memory at the first look belongs to readers: an open parquet file
     for at_start, at_looks, renewed in (
         (10, [10, 10, 10], 0),
-        (10, [10, much, 10, much, 10], 2),  # at each look, and behind each renewal
-        (10, [10, much, much, much], 1),  # what is there even then is the readers', too
+        (10, [10, much, 10, much, 10], 2),  # at each look, and after each renewal
+        (10, [10, much, much, much], 1),  # what then remains belongs to readers, too
         (10, [much, much, much], 0),
         (0, [0, 0, 0, 0, 0], 2),
     ):
@@ -152,12 +152,12 @@ def test_memory_is_renewed_without_changing_ids(monkeypatch: pytest.MonkeyPatch)
         assert len(set(map(id, encoders))) == 1 + renewed
 
 
-def test_falls_back_where_gigatoken_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_falls_back_if_gigatoken_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "sota_transformer.data.tokenizer._gigatoken"
     monkeypatch.setattr(module, lambda: lambda text: np.array([1], np.uint32))
     assert Encoder().kind == "tiktoken"
 
-    # Not installed; no room for the file that it reads its ranks from; another version's arguments.
+    # Not installed; no disk space for its rank file; arguments of another version.
     for error in (ImportError(), OSError(28, "No space left on device"), TypeError("3 given")):
 
         def fails(error: Exception = error) -> None:
@@ -169,7 +169,7 @@ def test_falls_back_where_gigatoken_is_missing_or_wrong(monkeypatch: pytest.Monk
     assert Encoder().kind == "tiktoken"
 
 
-def test_what_is_killed_while_gigatoken_reads_its_ranks_leaves_no_file(
+def test_a_kill_while_gigatoken_reads_its_ranks_leaves_no_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Seen: Ctrl-C in the first second of `sota prepare` left sota-ranks-* in TMPDIR."""

@@ -1,4 +1,4 @@
-"""The trainer's laws: resumed equals undisturbed, any micro-batch, any ranks, no bad update."""
+"""Trainer invariants: resumed equals undisturbed, any micro-batch, any ranks, no bad update."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ from tests.training_runs import (
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resumed_equals_undisturbed_bit_for_bit(make_run: MakeRun, few: Path, recipe: str) -> None:
-    """Dropout is on, steps cross an epoch's end, and the crash falls between two checkpoints."""
+    """Dropout is on, steps cross the end of an epoch, and the crash is between two checkpoints."""
     shape = {"path": few, "steps": 24, "micro_rows": 2, "save_every_steps": 6}
     whole, broken = (make_run(n, recipe, dropout_start=0.1, **shape) for n in ("whole", "broken"))
     epoch = len(TokenWindows(few, "train", whole.model.seq_len))
@@ -69,7 +69,7 @@ def test_any_micro_batch_sees_the_same_samples(make_run: MakeRun) -> None:
 def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(
     make_run: MakeRun, monkeypatch, capsys
 ) -> None:
-    """A device that holds two rows from the third step on, where eight were asked for."""
+    """A device that holds only two rows from the third step on, with eight requested."""
     small, large = (make_run(f"m{rows}", batch_rows=8, micro_rows=rows) for rows in (2, 8))
     train(small)
     original = trainer.Transformer.forward
@@ -88,7 +88,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing(
     assert "a micro-batch of 2" in capsys.readouterr().out
 
 
-def test_not_one_window_fits(make_run: MakeRun, monkeypatch) -> None:
+def test_a_device_too_small_for_one_window_is_one_line(make_run: MakeRun, monkeypatch) -> None:
     def full(self, tokens, *more, **named):
         raise torch.OutOfMemoryError("no room")
 
@@ -101,7 +101,7 @@ def test_not_one_window_fits(make_run: MakeRun, monkeypatch) -> None:
 
 
 def test_float16_trains_with_a_scaled_loss(make_run: MakeRun, monkeypatch) -> None:
-    """An overflow costs one update and no patience; the scale survives a resume."""
+    """An overflow costs one update and is no bad step; the scale survives a resume."""
     config = make_run("half", steps=12, save_every_steps=4, dtype="float16", learning_rate=5e-3)
     scales = []
     original = trainer.Trainer._update
@@ -123,13 +123,13 @@ def test_float16_trains_with_a_scaled_loss(make_run: MakeRun, monkeypatch) -> No
     found = losses(config)
     assert found[-1] < found[0] - 0.2
     assert scales[2] == scales[1] / 2
-    assert scales[9] == scales[7]  # at step 8, where the run went on
+    assert scales[9] == scales[7]  # at step 8, where the run resumed
     events = logged(config, "skipped")
     assert len(events) == 1
     assert "float16" in events[0]["reason"]
 
 
-def test_float16_that_no_scale_helps_ends_the_run(make_run: MakeRun, monkeypatch) -> None:
+def test_float16_that_overflows_at_any_scale_ends_the_run(make_run: MakeRun, monkeypatch) -> None:
     config = make_run("half", steps=100, dtype="float16")
     original = trainer.Trainer._update
 
@@ -144,7 +144,7 @@ def test_float16_that_no_scale_helps_ends_the_run(make_run: MakeRun, monkeypatch
     assert caught.value.code == DIVERGED
 
 
-def test_memory_that_is_full_elsewhere_is_one_line(make_run: MakeRun, monkeypatch) -> None:
+def test_out_of_memory_outside_a_step_is_one_line(make_run: MakeRun, monkeypatch) -> None:
     def full(*_):
         raise RuntimeError("MPS backend out of memory")
 
@@ -157,8 +157,8 @@ def test_memory_that_is_full_elsewhere_is_one_line(make_run: MakeRun, monkeypatc
 PACKED = {"windows": "best-fit", "document_mask": True}
 
 
-def test_best_fit_windows_with_a_mask_obey_the_same_laws(make_run: MakeRun) -> None:
-    """Any micro-batch, and a resume: the loss is divided by the targets there are."""
+def test_best_fit_windows_with_a_mask_keep_the_invariants(make_run: MakeRun) -> None:
+    """Any micro-batch, and a resume: the loss is divided by the actual number of targets."""
     shape = {"steps": 8, "batch_rows": 8, "save_every_steps": 3} | PACKED
     whole = make_run("whole", micro_rows=4, **shape)
     train(whole)
@@ -171,7 +171,7 @@ def test_best_fit_windows_with_a_mask_obey_the_same_laws(make_run: MakeRun) -> N
     assert final_hash(broken) == final_hash(whole)
 
 
-def test_what_the_windows_are_is_said_and_fixed(make_run: MakeRun, capsys) -> None:
+def test_the_kind_of_windows_is_printed_and_fixed(make_run: MakeRun, capsys) -> None:
     train(make_run(steps=2, **PACKED))
     said = capsys.readouterr().out
     assert "% padding, which no loss counts" in said and "stays within a document" in said
@@ -181,7 +181,7 @@ def test_what_the_windows_are_is_said_and_fixed(make_run: MakeRun, capsys) -> No
 
 @pytest.mark.parametrize(("here", "taken"), [("2", "lo"), ("1", None)])
 def test_processes_of_one_machine_do_not_need_its_network(here: str, taken: str | None) -> None:
-    """Their connections stay when a laptop gets another address (seen: they fell silent)."""
+    """Their connections survive when a laptop changes its address (seen: they hung)."""
     launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": here}
     with (
         mock.patch.dict(os.environ, launched),
@@ -193,8 +193,8 @@ def test_processes_of_one_machine_do_not_need_its_network(here: str, taken: str 
         assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
 
 
-def test_a_network_that_is_not_here_is_named() -> None:
-    """gloo alone said that another process had died, and that trying again may help."""
+def test_a_missing_network_interface_is_named() -> None:
+    """gloo only reported that another process had died, and that a retry may help."""
     launched = {"RANK": "0", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "eth99"}
     with mock.patch.dict(os.environ, launched), pytest.raises(SotaError, match="eth99") as refused:
         Runtime.detect(Run(device="cpu"), 1)
@@ -202,8 +202,8 @@ def test_a_network_that_is_not_here_is_named() -> None:
 
 
 def test_two_ranks_equal_two_micro_batches_bit_for_bit(make_run: MakeRun) -> None:
-    """With windows of which each rank's have another number of targets, and where they go on from
-    a step at which the model is judged: whether it was, they agree. Each judges by its share.
+    """The ranks' windows differ in their number of targets, and the run resumes at a step with
+    validation: the ranks agree whether it was done. Each validates its share.
     """
     shape = {"batch_rows": 8, "micro_rows": 4, "eval_every": 5, "save_every_steps": 5} | PACKED
     shape["eval_tokens"] = 27 * 32
@@ -280,16 +280,16 @@ def test_bad_steps_are_not_applied_and_end_the_run(make_run: MakeRun, monkeypatc
 
 
 @pytest.mark.parametrize(("stopped", "steps"), [(None, 26), ("_go_back", 20), ("_last_good", 20)])
-def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
+def test_after_bad_steps_the_run_returns_and_skips_them(
     make_run: MakeRun, monkeypatch, stopped: str | None, steps: int
 ) -> None:
-    """Windows 40 to 79 in training order are poison, and those of step 13 after the return; the
-    run ends all the same, and says how.
+    """Windows 40 to 79 in training order are poisoned, and those of step 13 after the return; the
+    run nevertheless finishes, and reports how.
 
-    Also where it was stopped when it had seen enough of them and was about to go back, or
-    asked the other processes where to; what was saved then, of its last step too, is not what it
-    ends with. Amid them nothing is saved, which would drive out what there is to go back to; so
-    none of them is the best, whose checkpoint is kept.
+    This also holds if it was stopped when it had seen enough of them and was about to return, or
+    was asking the other processes where to; what was saved then, including its last step, is not
+    what it ends with. Nothing is saved during bad steps, which would displace the checkpoints to
+    return to; so none of them is the best, whose checkpoint is kept.
     """
     config = make_run(steps=steps, d_model=32, batch_rows=4, save_every_steps=2, eval_every=13)
     original = trainer.Trainer._update
@@ -316,7 +316,7 @@ def test_after_bad_steps_the_run_goes_back_and_on_behind_them(
     assert state.trainer["best"] is None
 
 
-def test_a_leap_of_the_loss_is_not_applied() -> None:
+def test_a_loss_spike_is_not_applied() -> None:
     guard = Guard()
     for i in range(40):
         assert guard.problem(5.0 + 0.1 * (i % 3), 1.0) is None
@@ -331,8 +331,8 @@ def test_a_leap_of_the_loss_is_not_applied() -> None:
     assert vars(copy) == vars(guard)
 
 
-def test_where_a_leap_begins_and_what_going_back_remembers() -> None:
-    """By hand: 4 and 6 by turns have the median 5 and deviate from it by 1, so 13 is no leap."""
+def test_where_a_spike_begins_and_what_going_back_remembers() -> None:
+    """By hand: 4 and 6 in turn have the median 5 and deviate from it by 1, so 13 is no spike."""
     few, known = Guard(), Guard()
     for i in range(32):
         assert known.problem(4.0 + 2 * (i % 2), 1.0) is None
@@ -350,7 +350,7 @@ def test_where_a_leap_begins_and_what_going_back_remembers() -> None:
     assert len(known.losses) == 128
 
 
-def test_tokens_are_those_that_were_learned_from(make_run: MakeRun) -> None:
+def test_tokens_count_each_step_at_its_batch_size(make_run: MakeRun) -> None:
     train(make_run(steps=4))
     config = make_run(steps=6, batch_rows=2)
     train(change(config, override="train.steps,train.batch_rows"))
@@ -358,7 +358,7 @@ def test_tokens_are_those_that_were_learned_from(make_run: MakeRun) -> None:
     assert tokens == [128, 256, 384, 512, 576, 640]
 
 
-def test_one_window_of_validation_has_no_error(make_run: MakeRun, capsys) -> None:
+def test_a_single_validation_window_has_no_error_bar(make_run: MakeRun, capsys) -> None:
     config = make_run(steps=1, eval_tokens=1)
     train(config)
     assert logged(config, "val_loss")[-1]["val_error"] is None

@@ -1,4 +1,4 @@
-"""How a run ends and goes on: complete, stopped, killed, refused, resumed from a chosen step."""
+"""How a run ends and resumes: complete, stopped, killed, refused, from a chosen step."""
 
 import dataclasses
 import errno
@@ -18,7 +18,7 @@ import torch
 from sota_transformer import durable
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.data.shards import TokenWindows
-from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
+from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, SotaError
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, judge, start, trainer
 from sota_transformer.training.runlog import read_config, read_metrics
@@ -36,7 +36,7 @@ from tests.training_runs import (
 )
 
 
-def test_a_complete_run_says_so(make_run: MakeRun, capsys) -> None:
+def test_a_complete_run_is_reported(make_run: MakeRun, capsys) -> None:
     config = make_run(steps=3)
     train(config)
     before = final_hash(config)
@@ -45,10 +45,10 @@ def test_a_complete_run_says_so(make_run: MakeRun, capsys) -> None:
     assert final_hash(config) == before
 
 
-def test_a_disk_that_no_checkpoint_fits_on_is_said_before_the_first_step(
+def test_a_disk_too_small_for_a_checkpoint_is_reported_before_the_first_step(
     make_run: MakeRun, monkeypatch, capsys
 ) -> None:
-    """What is learned until the first save would be lost. A complete run saves no more."""
+    """Training until the first save would be lost. A complete run saves no more."""
     config = make_run(steps=3)
     size = 12 * config.model.parameter_count
     full = types.SimpleNamespace(free=size)
@@ -85,10 +85,21 @@ def test_resume_has_four_meanings(make_run: MakeRun) -> None:
     folder = resumed("auto").run.out
     train_until(change(resumed("step:2"), save_every_steps=1), 4)
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]  # not 4, nor its validation
-    assert checkpoint.steps(folder) == [2, 3]  # 4 was left behind, and may not be gone on from
+    assert checkpoint.steps(folder) == [2, 3]  # 4 was abandoned, and must not be resumed from
     assert read_config(folder).run.resume == "auto"
     train(resumed("auto"))
     assert final_hash(resumed("auto")) == before
+
+
+def test_a_refused_start_creates_no_log(make_run: MakeRun, tmp_path: Path) -> None:
+    """An imported run has none yet; a start with unsuitable data left an empty one."""
+    config = make_run(steps=2)
+    train(config)
+    (config.run.out / "metrics.jsonl").unlink()
+    with pytest.raises(SotaError) as caught:
+        train(change(config, path=tmp_path, steps=3, override="train.steps"))
+    assert caught.value.code == BAD_DATA
+    assert not (config.run.out / "metrics.jsonl").exists()
 
 
 def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun) -> None:
@@ -106,7 +117,7 @@ def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun) -
 
 
 def test_a_start_stopped_at_once_hides_nothing(make_run: MakeRun, monkeypatch) -> None:
-    """It goes on from step 4, saves nothing, and so leaves step 8 and its lines as they are."""
+    """It resumes from step 4 and saves nothing, so it keeps step 8 and its lines."""
     config = make_run(steps=8, save_every_steps=2, keep_checkpoints=9)
     train(config)
     before = [line["step"] for line in logged(config, "loss")]
@@ -119,10 +130,8 @@ def test_a_start_stopped_at_once_hides_nothing(make_run: MakeRun, monkeypatch) -
     assert [line["step"] for line in logged(config, "loss")] == before
 
 
-def test_bad_steps_do_not_lead_back_to_a_branch_that_was_left(
-    make_run: MakeRun, monkeypatch
-) -> None:
-    """From step 4 on anew, it meets ten bad ones and goes back there, not to the old step 8."""
+def test_bad_steps_do_not_lead_back_to_an_abandoned_branch(make_run: MakeRun, monkeypatch) -> None:
+    """A new branch from step 4 meets ten bad steps and returns there, not to the old step 8."""
     config = make_run(steps=20, batch_rows=4, save_every_steps=4, keep_checkpoints=9)
     train_until(config, 12)
     assert checkpoint.steps(config.run.out)[-1] >= 8  # the twelfth is not saved
@@ -154,7 +163,7 @@ def wait_for(text: str, process: subprocess.Popen[str]) -> None:
 def test_signals_save_and_leave_and_the_same_command_ends_in_the_same_bytes(
     make_run: MakeRun, capsys
 ) -> None:
-    """So it does after kill -9, which loses what was made since the last save and no more."""
+    """Also after kill -9, which loses only what was done since the last save."""
     config, reference = (make_run(n, steps=40, save_every_steps=5) for n in ("run", "reference"))
     train(reference)
     for begun, until, number, code in (
@@ -181,7 +190,7 @@ def test_signals_save_and_leave_and_the_same_command_ends_in_the_same_bytes(
     assert losses(config) == losses(reference)
 
 
-def test_stopped_is_no_exception_that_a_library_could_swallow() -> None:
+def test_stopped_cannot_be_swallowed_by_a_library() -> None:
     assert not issubclass(Stopped, Exception)
     assert Stopped(signal.SIGTERM).code == 143
 
@@ -226,7 +235,7 @@ def test_a_run_that_may_not_be_written_is_locked(make_run: MakeRun, monkeypatch)
 
 
 @pytest.mark.parametrize("amid", ["_windows", "sample"])
-def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
+def test_a_run_stopped_during_its_last_validation_still_gets_it(
     make_run: MakeRun, monkeypatch, amid: str
 ) -> None:
     config = make_run(steps=3)
@@ -240,7 +249,7 @@ def test_a_run_stopped_amid_its_last_judgement_is_judged_after_all(
 
 
 @pytest.mark.parametrize("amid", ["_windows", "sample"])
-def test_a_run_stopped_amid_a_judgement_on_its_way_makes_it_first(
+def test_a_run_stopped_during_an_earlier_validation_repeats_it_first(
     make_run: MakeRun, monkeypatch, amid: str
 ) -> None:
     config = change(make_run(steps=3), eval_every=2, sample_every=2)
@@ -258,7 +267,7 @@ def interrupt(*_) -> None:
     raise InterruptError
 
 
-def test_a_second_process_is_refused_and_a_reader_of_the_output_that_leaves_is_a_stop(
+def test_a_second_process_is_refused_and_a_closed_output_pipe_is_a_stop(
     make_run: MakeRun,
 ) -> None:
     config = make_run(steps=100_000)
@@ -281,8 +290,8 @@ def test_a_second_process_is_refused_and_a_reader_of_the_output_that_leaves_is_a
     assert checkpoint.steps(config.run.out)
 
 
-def test_a_signal_amid_the_callback_of_a_weak_reference_is_not_lost(capsys) -> None:
-    """A compiler has many, and Python swallows what is raised there, with a traceback."""
+def test_a_signal_inside_a_weakref_callback_is_not_lost(capsys) -> None:
+    """Compilers use many, and Python swallows what is raised there, with a traceback."""
     watched: Any = Signals()
     reference = weakref.ref(watched, lambda _: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Stopped, match="SIGTERM"), Signals():
@@ -292,7 +301,7 @@ def test_a_signal_amid_the_callback_of_a_weak_reference_is_not_lost(capsys) -> N
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_signal_that_nohup_has_set_to_be_ignored_ends_no_run() -> None:
+def test_a_signal_ignored_by_nohup_ends_no_run() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Signals():

@@ -1,8 +1,8 @@
-"""How often a step waits for its device, which costs a GPU what it could compute meanwhile.
+"""How often a step waits for its device, which costs a GPU time that it could compute in.
 
-A wait is a number that Python reads from a tensor. On a CPU nothing is lost by one, but nearly all
-calls are the same there, once the head's loss takes the way that GPUs take. What copies wait for,
-and NorMuon's count of steps, which lies on the CPU, are not looked at.
+A wait is a number that Python reads from a tensor. On a CPU it costs nothing, but nearly all calls
+are the same there once the head's loss takes the GPU code path. Waits of copies, and NorMuon's step
+count, which is on the CPU, are not covered.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,10 @@ def test_the_counter_counts() -> None:
 
 
 @pytest.mark.parametrize("packed", [{}, {"windows": "best-fit", "document_mask": True}])
-def test_a_step_reads_no_number_but_its_totals(
+def test_a_step_reads_no_number_except_its_totals(
     make_run: Callable[..., RunConfig], monkeypatch, packed: dict[str, object]
 ) -> None:
-    """The totals, one list, are read by `tolist` and decide whether the update is made."""
+    """The totals, one list, are read by `tolist` and decide whether the update is applied."""
     found, original = [], trainer.Trainer._train_step
 
     def step(self: trainer.Trainer) -> None:

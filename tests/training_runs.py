@@ -1,4 +1,4 @@
-"""What tests of whole training runs share: their outcome, their command line, and their death."""
+"""Shared by tests of whole training runs: their result, command line and interruption."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ def final_hash(config: RunConfig) -> str:
 
 
 def logged(config: RunConfig, what: str) -> list[dict[str, Any]]:
-    """The lines of the log that have this figure, or are this event."""
+    """Log lines that have this figure or are this event."""
     lines = read_metrics(config.run.out)
     return [line for line in lines if what in line or line.get("event") == what]
 
@@ -36,7 +36,7 @@ def losses(config: RunConfig) -> list[float]:
 
 
 def change(config: RunConfig, **fields: object) -> RunConfig:
-    """The same run with other values of these fields, each in the section that has it."""
+    """The same run with other values of these fields, each in its section."""
     sections = {}
     assert fields.keys() <= {field for section in vars(config).values() for field in vars(section)}
     for name, section in vars(config).items():
@@ -46,9 +46,9 @@ def change(config: RunConfig, **fields: object) -> RunConfig:
 
 
 def command(config: RunConfig, *more: str) -> list[str]:
-    """The same run from the command line, in a process of its own.
+    """The same run from the command line, in its own process.
 
-    It finds a good verdict on its machine: that of each start would take longer than its steps.
+    It finds a passed doctor verdict: a check at each start would take longer than its steps.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(doctor, "arithmetic", lambda _: [])
@@ -63,7 +63,7 @@ class InterruptError(Exception):
 
 
 def train_until(config: RunConfig, steps: int) -> None:
-    """Train, and die without any clean-up once `steps` updates are made."""
+    """Train, and die without any cleanup once `steps` updates are done."""
     original = trainer.Trainer._update
 
     def update(self, sums):

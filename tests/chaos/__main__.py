@@ -1,37 +1,40 @@
-"""`python -m tests.chaos VERB [--count N] [--folder DIR]`: try this machine and its disk.
+"""Fault-injection and randomized tests: `python -m tests.chaos VERB [--count N] [--folder DIR]`.
 
-model     every state a power cut can leave, also during recovery, and all mutants
-fuzz      damage of every kind to a committed folder, checkpoints and prepared data
-kill      kill -9 in `sota train` at random instants      (--count kills)
-prepare   kill -9 in `sota prepare`, parent, worker, all   (--count kills)
-stop      SIGTERM in `sota train`                          (--count signals)
-twice     two runs on one folder                           (--count races)
-full      disks of 4 to 64 MiB that are full               (--count sizes; needs root)
-faults    KILL, ENOSPC, EIO at system calls of `sota train`    (--count points; needs strace)
-shards    the same for `sota prepare`                      (--count points; needs strace)
+Each verb tests the installed code on this machine and, with --folder, on that disk. In brackets:
+what --count counts.
+
+model     every state that a power cut can leave, also during recovery; all mutants of durable.py
+fuzz      all kinds of damage to a committed folder, checkpoints and prepared data    (damages)
+kill      kill -9 of `sota train` at random moments                                   (kills)
+prepare   kill -9 of `sota prepare`: the parent, a worker or all                      (kills)
+stop      SIGTERM to `sota train`                                                     (signals)
+twice     two runs started in one folder at once                                      (races)
+full      full disks of 4 to 64 MiB; needs root                                       (sizes)
+faults    KILL, ENOSPC, EIO at system calls of `sota train`; needs strace             (points)
+shards    the same for `sota prepare`; needs strace                                   (points)
 elastic   1 -> 2 -> 1 -> 4 processes, half the micro-batch: samples, losses, bits
-ranks     kill -9, SIGTERM, silence under torchrun         (--count accidents)
-documents malformed documents and files, `sota prepare` (--count documents)
-inputs    random files, archives, streams, tables, folders in `sota prepare`, held against
-          plain readers                                    (--count inputs)
-policies  what `sota prepare` decides about documents (duplicates, sides, --exclude, --append,
-          parts), held against brute force                (--count folders)
-folders   random Hugging Face folders in `sota import`, `evaluate`, `export` and `train`, held
-          against transformers                             (--count folders)
-evaluate  `sota evaluate` on damaged runs                  (--count damages)
-journeys  random sequences of all commands in one workspace, with interruptions and accidents, held
-          against a model of it                            (--count journeys)
-launches  random sequences of `train_sota.py` in one folder, its menu too, with small presets
-          (--count folders)
-servings  random sequences around running `sota serve`: runs changed under them, ends amid requests
-          and before clients that hang; `sota doctor`      (--count scenes)
-twin      runs with random options against their float64 twins   (--count runs)
-judging   what `sota evaluate`, `generate`, `report` and the server say of random models, held
-          against float64                                  (--count models)
-windows   what a run reads of random data, and what `sota train`, `data`, `config` and `plan` say of
-          it, held against plain numpy                     (--count folders)
-broken    pretended devices on which one operation is silently wrong, of 2,900 such: where that
-          changes a run, `sota doctor` has to refuse       (--count breakages)
+ranks     kill -9, SIGTERM and hanging ranks under torchrun                           (accidents)
+documents malformed documents and files in `sota prepare`                             (documents)
+inputs    random files, archives, streams, tables and folders in `sota prepare`, compared with
+          plain readers                                                               (inputs)
+policies  decisions of `sota prepare` (duplicates, splits, --exclude, --append, parts), compared
+          with brute force                                                            (folders)
+folders   random Hugging Face folders in `sota import`, `evaluate`, `export` and `train`, compared
+          with transformers                                                           (folders)
+evaluate  `sota evaluate` on damaged runs                                             (damages)
+journeys  random sequences of all commands in one workspace, with interruptions and accidents,
+          compared with a model of the workspace                                      (journeys)
+launches  random sequences of `train_sota.py` in one folder, including its menu, with small
+          presets                                                                     (folders)
+servings  random events around a running `sota serve`: runs changed underneath it, exits during
+          requests and with hanging clients; also `sota doctor`                       (scenes)
+twin      runs with random options, compared with an independent trainer in float64   (runs)
+judging   output of `sota evaluate`, `generate`, `report` and the server for random models,
+          compared with float64                                                       (models)
+windows   what a run reads from random data, and what `sota train`, `data`, `config` and `plan`
+          report about it, compared with plain numpy                                  (folders)
+broken    2,900 simulated devices with one silently wrong operation each; `sota doctor` has to
+          reject those that would change a run                                        (breakages)
 """
 
 import argparse
@@ -68,20 +71,20 @@ from . import (
 from .commands import Bench, Zygote, corpus, make_bench, prepare_arguments, sota
 from .protocols import Explorer, configure, explore_twice, train, train_really
 
-POINTS = 1000  # more than one commit has; the sweeps then try every point
+POINTS = 1000  # more than one commit has: the sweeps try every point
 
 
 def _model(root: Path, count: int, seed: int) -> list[str]:
-    """Exhaustive; `count` and `seed` have no meaning here."""
+    """Exhaustive; `count` and `seed` are ignored."""
     wrong = []
     for driver in (train, configure):
         report = explore_twice(Explorer(durable, driver), 4)
         print(
-            f"{driver.__name__}: {report.states:,} crash states, {report.problems or 'all right'}"
+            f"{driver.__name__}: {report.states:,} crash states, {report.problems or 'none wrong'}"
         )
         wrong += list(report.problems)
     report = explore_twice(Explorer(durable, train_really), 3)
-    print(f"checkpoint.py: {report.states:,} crash states, {report.problems or 'all right'}")
+    print(f"checkpoint.py: {report.states:,} crash states, {report.problems or 'none wrong'}")
     every = [(name, mutants.caught(mutant)) for name, mutant in mutants.mutants()]
     missed = [name for name, how in every if not how]
     print(f"mutants: {len(every) - len(missed)} of {len(every)} caught")
@@ -89,7 +92,7 @@ def _model(root: Path, count: int, seed: int) -> list[str]:
 
 
 def _fuzz(root: Path, count: int, seed: int) -> list[str]:
-    """Half of the damages to a plain folder, the rest to checkpoints and to prepared data."""
+    """Half of the damage goes to a plain folder, the rest to checkpoints and prepared data."""
     result, seconds = fuzz.run(root, count // 2, seed)
     bad = result.bad
     print(f"verify: {result.cases:,} damages, {len(result.bad)} unnoticed, {seconds:.0f} s")
@@ -116,7 +119,7 @@ def _documents(root: Path, count: int, seed: int) -> list[str]:
     result = documents.hostile(root, count, seed)
     print(
         f"{result.documents:,} documents and {result.files:,} files: {result.kept:,} documents "
-        f"kept, {result.rejects.total():,} not taken"
+        f"kept, {result.rejects.total():,} skipped"
     )
     for reason, number in result.rejects.most_common():
         print(f"{number:>8,}  {reason}")
@@ -124,7 +127,7 @@ def _documents(root: Path, count: int, seed: int) -> list[str]:
 
 
 def _told(work: Callable[[Path, int, int], Any]) -> Callable[[Path, int, int], list[str]]:
-    """A tool whose result tells itself."""
+    """A tool whose result prints itself."""
 
     def tool(root: Path, count: int, seed: int) -> list[str]:
         result = work(root, count, seed)
@@ -137,7 +140,7 @@ def _told(work: Callable[[Path, int, int], Any]) -> Callable[[Path, int, int], l
 def _on_bench(
     work: Callable[[Bench, Zygote, int, int], Any],
 ) -> Callable[[Path, int, int], list[str]]:
-    """A tool that needs a corpus, data, a finished run, and quick starts."""
+    """A tool that needs a corpus, prepared data, a finished run and a zygote."""
 
     def tool(root: Path, count: int, seed: int) -> list[str]:
         with Zygote(root) as zygote:
@@ -196,18 +199,18 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
 
 
 def main() -> int:
-    """Run one tool; 0 if all was as promised."""
+    """Run one tool; 0 if everything held."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=TOOLS)
-    parser.add_argument("--count", type=int, help="how often; default: the release number")
-    parser.add_argument("--folder", type=Path, help="on the disk to be tried; default: a new one")
+    parser.add_argument("verb", choices=TOOLS, metavar="VERB")
+    parser.add_argument("--count", type=int, help="number of cases; default: that of a release")
+    parser.add_argument("--folder", type=Path, help="on the disk to test; default: a new one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    # What a script starts with & has SIGINT ignored, and so would all that a suite starts.
+    # A script's background jobs ignore SIGINT, and everything a suite starts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     count, tool = TOOLS[options.verb]
     if options.folder:

@@ -1,8 +1,8 @@
-"""Devices on which one operation is silently wrong: does the doctor refuse what training would not?
+"""Devices with one silently wrong operation: does the doctor reject those that spoil training?
 
-Every operation that real runs on a pretended device (`tests/pretended.py`) execute, in training,
-`sota evaluate` and `sota generate`, is broken in every way of `kernels.py` that fits it. Where that
-changes what the run computes by more than rounding, `doctor.arithmetic` has to fail.
+Every operation that real runs execute on a simulated device (`tests/simulated.py`), in training,
+`sota evaluate` and `sota generate`, is broken in every way of `kernels.py` that applies to it. If
+that changes what the run computes by more than rounding, `doctor.arithmetic` has to fail.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from sota_transformer.runtime import Runtime
 from sota_transformer.training import judge, start, trainer
 from tests.conftest import pseudo_text
 from tests.preparing import run as prepare
-from tests.pretended import pretended
+from tests.simulated import simulated
 from tests.training_runs import change
 
 from .kernels import FAULTS, Call, Fault, computes
@@ -45,13 +45,13 @@ _COMMON = {
     "batch_rows": 4, "steps": 2, "eval_every": 0, "eval_tokens": 256, "sample_every": 0,
     "log_every": 1, "save_every_minutes": 0.0, "threads": 1, "compile": "off",
 }  # fmt: skip
-_MORE, _LEAST = 2.0, 1e-3  # a difference is material above so many roundings, and this share
+_MORE, _LEAST = 2.0, 1e-3  # material: more than this many roundings and this share
 _COMMANDS = ["evaluate", "--json"], ["generate", "--prompt", "The", "--max-tokens", "2"]
 Figures = dict[str, list[Tensor]]
 
 
 class Breakage(NamedTuple):
-    """One operation of one device, and what is wrong with it."""
+    """One operation of one device, and its fault."""
 
     kind: str
     dtype: str
@@ -67,13 +67,13 @@ class Breakage(NamedTuple):
 
 @dataclass
 class Result:
-    """What was broken, what mattered, and what the doctor said."""
+    """What was broken, what was material, and what the doctor found."""
 
     operations: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # roles
     tried: int = 0
-    material: Counter[str] = field(default_factory=Counter)  # by fault, and so the next
+    material: Counter[str] = field(default_factory=Counter)  # by fault, like the next
     caught: Counter[str] = field(default_factory=Counter)
-    by: Counter[str] = field(default_factory=Counter)  # the check that failed first
+    by: Counter[str] = field(default_factory=Counter)  # by the check that failed first
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -83,12 +83,12 @@ class Result:
         lines += [f"{count:6} by {name}" for name, count in self.by.most_common()]
         total, caught = self.material.total(), self.caught.total()
         return "\n".join(
-            [*lines, f"{self.tried} breakages, {total} of them material, {caught} of those refused"]
+            [*lines, f"{self.tried} breakages, {total} of them material, {caught} rejected"]
         )
 
 
 def broken(root: Path, count: int, seed: int) -> Result:
-    """Break so many, drawn from all."""
+    """Try `count` breakages, drawn from all of them."""
     result, bench = Result(), Bench(root)
     cases = [
         case
@@ -97,7 +97,7 @@ def broken(root: Path, count: int, seed: int) -> Result:
         for case in bench.cases(kind, dtype, setting, result)
     ]
     random.Random(seed).shuffle(cases)
-    print(f"{len(cases):,} breakages there are", flush=True)
+    print(f"{len(cases):,} breakages in total", flush=True)
     for case in cases[:count]:
         result.tried += 1
         if (harm := bench.material(case)) is None:
@@ -113,7 +113,7 @@ def broken(root: Path, count: int, seed: int) -> Result:
 
 
 class Bench:
-    """Data to run on, and what sound devices made of it."""
+    """Data to run on, and what sound devices compute from it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -123,17 +123,17 @@ class Bench:
             (texts / f"{number:02}.txt").write_text(text)
         prepare(root / "data", texts)
         self.sound: dict[tuple[str, ...], tuple[Figures, dict[str, float]]] = {}
-        self.asked: dict[tuple[str, str], dict[str, set[str]]] = {}  # operations of each check
+        self.asked: dict[tuple[str, str], dict[str, set[str]]] = {}  # operations by check
         self.expected: dict[str, Any] = {}
 
     def config(self, setting: str, **more: Any) -> RunConfig:
-        """A run of `tiny`."""
+        """The config of a `tiny` run."""
         preset = PRESETS["tiny"](setting)  # type: ignore[arg-type]
         place = {"path": self.root / "data", "out": self.root / "run"}
         return change(preset, **(_COMMON | SETTINGS[setting] | place | more))
 
     def cases(self, kind: str, dtype: str, setting: str, result: Result) -> list[Breakage]:
-        """All that can be broken in this run; it is made twice, on the CPU and without a fault."""
+        """All breakages that apply to this run; runs it on the CPU and without faults."""
         here = self.lived(self.config(setting, device="cpu", dtype="float32"))
         roles: dict[str, set[str]] = defaultdict(set)
         fitting: dict[str, set[str]] = defaultdict(set)
@@ -149,7 +149,7 @@ class Bench:
             }
             return call.result
 
-        with pretended(kind) as device, _roles(now):
+        with simulated(kind) as device, _roles(now):
             device.compute = watch
             there = self.lived(self.config(setting, device=kind, dtype=dtype), now)
         self.sound[kind, dtype, setting] = there, _distances(there, here)
@@ -164,8 +164,8 @@ class Bench:
         ]
 
     def lived(self, config: RunConfig, now: list[str] | None = None) -> Figures:
-        """Train, which judges and generates; what was computed on the way. `now`: also evaluate
-        and generate by the real commands, and keep it at the one that is at work.
+        """Train, with validation and samples; return what was computed. `now`: also evaluate and
+        generate with the real commands, keeping it at the role of the one running.
         """
         found: Figures = {name: [] for name in ("loss", "gradient", "weight", "judged", "said")}
         shutil.rmtree(config.run.out, ignore_errors=True)
@@ -184,7 +184,7 @@ class Bench:
             return made
 
         def stepped(self: Rows, rows: Any, tokens: Any) -> Tensor:
-            return step(self, rows, [40_007] * len(tokens))  # the same, whatever was drawn
+            return step(self, rows, [40_007] * len(tokens))  # always the same token
 
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(trainer.Trainer, "_update", updated))
@@ -205,25 +205,25 @@ class Bench:
         return found
 
     def material(self, case: Breakage) -> str | None:
-        """What differs by more than rounding, and how much."""
+        """What differs by more than rounding, and by how much."""
         sound, rounding = self.sound[case.kind, case.dtype, case.setting]
         config = self.config(case.setting, device=case.kind, dtype=case.dtype)
         try:
-            with pretended(case.kind) as device, contextlib.redirect_stderr(io.StringIO()):
+            with simulated(case.kind) as device, contextlib.redirect_stderr(io.StringIO()):
                 device.compute = wrong(case)
                 found = self.lived(config)
-        except Exception as error:  # what training itself refuses, it refuses late
+        except Exception as error:  # training itself fails, but late
             return f"ended by {type(error).__name__}"
         distances = _distances(found, sound)
         far = {k: v for k, v in distances.items() if not v <= max(_LEAST, _MORE * rounding[k])}
         return ", ".join(f"{k} {v:.1e}" for k, v in far.items()) or None
 
     def _ask(self, kind: str, dtype: str) -> None:
-        """Which operations the checks execute, and the CPU's answer to the last."""
+        """Which operations the checks execute, and the CPU's answer to the last check."""
         if (kind, dtype) in self.asked:
             return
         asked: dict[str, set[str]] = defaultdict(set)
-        with pretended(kind) as device:
+        with simulated(kind) as device:
             machine = machine_of(kind, dtype)
             for name, probe in [*probes.PROBES.items(), ("", None)]:
 
@@ -242,7 +242,7 @@ class Bench:
         self.expected["cpu"] = probes.one_step(cpu, "mps")
 
     def refused(self, case: Breakage) -> str | None:
-        """The first check of the doctor that fails; none is asked that does not use it."""
+        """The first check of the doctor that fails; checks not using the operation are skipped."""
         asked = self.asked[case.kind, case.dtype].get(case.operation, set())
         step = probes.one_step
 
@@ -255,7 +255,7 @@ class Bench:
         with (
             mock.patch.dict(probes.PROBES, chosen, clear=True),
             mock.patch.object(probes, "one_step", one_step),
-            pretended(case.kind) as device,
+            simulated(case.kind) as device,
         ):
             machine = machine_of(case.kind, case.dtype)
             device.compute = wrong(case)
@@ -268,7 +268,7 @@ def machine_of(kind: str, dtype: str) -> Runtime:
 
 
 def wrong(case: Breakage) -> Callable[..., Any]:
-    """Kernels of which one is wrong."""
+    """Kernels, one of which is wrong."""
 
     def compute(func: Any, args: Any, kwargs: Any) -> Any:
         if str(func) != case.operation:
@@ -283,7 +283,7 @@ def wrong(case: Breakage) -> Callable[..., Any]:
 
 
 def _distances(found: Figures, sound: Figures) -> dict[str, float]:
-    """The farthest of each figure's tensors, as a share of the norm; NaN counts."""
+    """The largest difference of each figure's tensors, as a share of the norm; NaN counts."""
     pairs = {name: list(zip(found[name], right, strict=False)) for name, right in sound.items()}
     return {
         name: probes.farthest(*map(list, zip(*each, strict=True))) for name, each in pairs.items()
@@ -292,7 +292,7 @@ def _distances(found: Figures, sound: Figures) -> dict[str, float]:
 
 @contextmanager
 def _roles(now: list[str]) -> Iterator[None]:
-    """Keep `now` at what is being done."""
+    """Keep `now` at the current role."""
     with ExitStack() as stack:
 
         def mark(owner: Any, name: str, role: str) -> None:

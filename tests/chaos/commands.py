@@ -1,4 +1,4 @@
-"""The real commands, a corpus for them, and the results of runs that nobody disturbed."""
+"""The real commands, a corpus for them, and the results of undisturbed runs."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ TIMEOUT = 120.0
 
 @dataclass
 class Finished:
-    """How a command ended; `code` as a shell shows it, None if it had to be killed for time."""
+    """How a command ended; `code` as in a shell, None if it timed out and was killed."""
 
     code: int | None
     output: str
 
     @property
     def crashed(self) -> bool:
-        """Whether the user saw Python instead of one line."""
+        """Whether the user saw a traceback instead of one line."""
         return "Traceback" in self.output
 
 
@@ -45,12 +45,12 @@ def train_arguments(data: Path, out: Path, save_every: int = SAVE_EVERY) -> list
 
 
 def prepare_arguments(corpus: Path, out: Path, workers: int = 2) -> list[str]:
-    """Text to shards, with some text for validation."""
+    """Prepare text, part of it for validation."""
     return f"prepare {corpus} --out {out} --val-fraction 0.1 --workers {workers}".split()
 
 
 class Zygote:
-    """Starts commands without their seconds of importing; see zygote.py."""
+    """Starts commands without the seconds they spend on imports; see zygote.py."""
 
     def __init__(self, folder: Path, *modules: str, **environment: str) -> None:
         self.folder = folder
@@ -78,8 +78,8 @@ class Zygote:
         self, arguments: list[str], traced: bool = False, where: Path | None = None,
         given: str = os.devnull,
     ) -> int:  # fmt: skip
-        """The process id of a new command; `traced` lets it wait for strace first, `where` is the
-        folder that it starts in, as a user whom permissions bind; `given` is its standard input.
+        """The process id of a new command. `traced` lets it wait for strace, `where` is its working
+        directory, with permissions enforced as for a normal user, `given` is its standard input.
         """
         self._number += 1
         self.output = self.folder / f"output-{self._number}"
@@ -88,16 +88,16 @@ class Zygote:
         return self._ask(arguments=arguments, given=given, **order)
 
     def wait(self, pid: int, seconds: float = TIMEOUT) -> Finished | None:
-        """The command's end, or None if it is still running then."""
+        """How the command ended, or None if it is still running then."""
         code = self._ask(wait=pid, seconds=seconds)
         return None if code is None else Finished(code, self.output.read_text(errors="replace"))
 
     def run(self, arguments: list[str]) -> Finished:
-        """Start and wait; a hang is an end without a code."""
+        """Start and wait; a hang is reported without an exit code."""
         return self.end(self.start(arguments))
 
     def end(self, pid: int) -> Finished:
-        """Wait, and kill what hangs."""
+        """Wait; kill the command if it hangs."""
         finished = self.wait(pid)
         if finished is None:
             os.killpg(pid, signal.SIGKILL)
@@ -107,7 +107,7 @@ class Zygote:
 
 
 def corpus(folder: Path, files: int = 24, paragraphs: int = 60) -> Path:
-    """Text in several units of work, so that a kill finds some done and some not."""
+    """Text in several units of work, so that a kill finds some of them done."""
     source = random.Random(5)
     words = [f"{a}{b}" for a in ("ka", "lo", "mi", "ter", "un") for b in ("ra", "sil", "do", "e")]
     folder.mkdir(parents=True)
@@ -122,8 +122,8 @@ def sota(
     arguments: list[str], folder: Path, seconds: float = TIMEOUT, before: Sequence[str] = (),
     *, given: Path = Path(os.devnull), module: str = "sota_transformer",
 ) -> Finished:  # fmt: skip
-    """The command as a user starts it, in a process of its own; `before` may hold strace, `given`
-    is what standard input is.
+    """Run the command in its own process, as a user does; `before` may hold strace, `given` is
+    standard input.
     """
     command = [*before, sys.executable, "-m", module, *arguments]
     with given.open("rb") as file:
@@ -139,7 +139,7 @@ def sota(
 
 @dataclass
 class Bench:
-    """A corpus, prepared data and a finished run that were never disturbed."""
+    """A corpus, prepared data and a finished run, all undisturbed."""
 
     root: Path
     corpus: Path
@@ -148,12 +148,12 @@ class Bench:
 
     @property
     def model(self) -> str:
-        """SHA-256 of the model that every other run has to end in."""
+        """SHA-256 of the model that every other run has to end with."""
         return model_of(self.run)
 
 
 def make_bench(root: Path) -> Bench:
-    """Prepare and train once, through the commands, each in a process of its own."""
+    """Prepare and train once through the commands, each in its own process."""
     root = root.resolve()
     bench = Bench(root, corpus(root / "corpus"), root / "data", root / "reference")
     for arguments in (
@@ -166,7 +166,7 @@ def make_bench(root: Path) -> Bench:
 
 
 def fresh(bench: Bench, out: Path) -> Path:
-    """A run folder with nothing but the verdict on this machine, which takes seconds to find."""
+    """A run folder holding only the doctor's verdict on this machine, which takes seconds."""
     out.mkdir(parents=True)
     verdict = bench.run / "doctor.json"
     if verdict.exists():
@@ -175,7 +175,7 @@ def fresh(bench: Bench, out: Path) -> Path:
 
 
 def model_of(run: Path) -> str:
-    """SHA-256 of the model of the last step."""
+    """SHA-256 of the last step's model."""
     return sha256(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
 
 
@@ -185,19 +185,19 @@ def sha256(path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Relative path -> digest of every file below a folder, but for hidden caches."""
+    """Relative path -> digest of every file below a folder, without hidden caches."""
     files = (path for path in sorted(folder.rglob("[!.]*")) if path.is_file())
     return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What an interrupted command may have left and a finished one must not."""
+    """Files that an interrupted command may leave but a finished one must not."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*"))
     return [name for name in names if "/.tmp-" in f"/{name}" or "/.trash-" in f"/{name}"]
 
 
 def run_at(bench: Bench, out: Path, step: int) -> Path:
-    """A copy of the reference as it was after `step`, to go on from."""
+    """A copy of the reference run as of `step`, to resume from."""
     shutil.copytree(bench.run, out)
     for path in (out / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > step:

@@ -1,7 +1,7 @@
-"""Random small corpora for `policies.py`: what stands in every file, in order, and how it must end.
+"""Random small corpora for `policies.py`: the contents of each file in order, and their outcomes.
 
 Documents are copied, altered to a similarity just below or above a threshold, given a piece of an
-evaluation text, and broken in every way that has a reason of its own.
+evaluation text, and broken in every way that has its own reason.
 """
 
 import gzip
@@ -20,12 +20,12 @@ from blake3 import blake3
 
 from .inputs import decoder
 
-# OpenAI's, as published with GPT-2.
+# OpenAI's pattern, as published with GPT-2.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EXCLUDE_GRAM, EOT = 13, 50256
 SPLITS = ("train", "val")
 MIB = 1 << 20
-PIECE = 2800  # bytes of a text file that no unit of work, however small, cuts
+PIECE = 2800  # bytes of a text file that even the smallest unit of work does not split
 UTF8, SURROGATES = "not valid UTF-8", "lone surrogates, not valid Unicode"
 _SYLLABLES = [
     "ka", "lo", "mi", "ter", "un", "ra", "sil", "do", "e", "vor", "han", "el", "is", "the", "of",
@@ -35,16 +35,16 @@ ODD = ["日本語", "über", "и это", "naïve", "<|endoftext|>", "\U0001f600
 
 @dataclass
 class Item:
-    """One document of a file, or what stands there in its place."""
+    """One document of a file, or what is in its place."""
 
     text: str
-    """As it is taken; "" if it never is."""
+    """The text as kept; "" if it never is."""
     reason: str = ""
-    """Why it is not taken, or only mended."""
+    """Why it is skipped, or only repaired."""
     place: str = ""
-    """What an example of it may be called."""
+    """How an example in the manifest may name it."""
     origin: int = 0
-    """Number of the input it came with."""
+    """The index of its input."""
 
 
 @dataclass
@@ -54,12 +54,12 @@ class Round:
     arguments: list[str]
     items: list[Item]
     files: list[int]
-    """How many each input has."""
+    """Counts for each input."""
 
 
 @dataclass
 class Asked:
-    """Options of one command that decide something."""
+    """Options of one command that affect decisions."""
 
     share: float
     near: float
@@ -68,7 +68,7 @@ class Asked:
     field: str
 
     def words(self) -> list[str]:
-        """As they are typed."""
+        """As command-line words."""
         made = ["--val-fraction", str(self.share), "--text-field", self.field]
         made += ["--near-dedup", str(self.near)] * bool(self.near)
         made += ["--exclude", *self.exclude] * bool(self.exclude)
@@ -77,7 +77,7 @@ class Asked:
 
 @cache
 def encoding() -> tiktoken.Encoding:
-    """GPT-2's, by OpenAI's program."""
+    """GPT-2's encoding from OpenAI's program."""
     ranks = decoder()._mergeable_ranks
     return tiktoken.Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
@@ -90,48 +90,48 @@ def ids(text: str) -> tuple[int, ...]:
 
 @cache
 def grams(text: str, size: int) -> frozenset[tuple[int, ...]]:
-    """The different runs of `size` tokens of a document."""
+    """The distinct runs of `size` tokens of a document."""
     own = ids(text)
     return frozenset(own[at : at + size] for at in range(len(own) - size + 1))
 
 
 def jaccard(a: str, b: str) -> float:
-    """Of the 5-grams: size of the intersection over size of the union; 0 where there are none."""
+    """Of the 5-grams: size of the intersection over size of the union; 0 if there are none."""
     first, second = grams(a, 5), grams(b, 5)
     both = len(first & second)
     return both / (len(first) + len(second) - both) if both else 0.0
 
 
 def digest(text: str) -> bytes:
-    """By the rule that the manifest states."""
+    """By the rule stated in the manifest."""
     return blake3(text.encode(), key=b"sota_transformer document hash 1").digest(16)
 
 
 def is_val(text: str, share: float) -> bool:
-    """The side follows from the text alone."""
+    """The split follows from the text alone."""
     return int.from_bytes(digest(text)[:8], "little") < int(share * 2**64)
 
 
 def shards(out: Path, manifest: dict[str, Any], split: str) -> tuple[list[str], list[str]]:
-    """Documents of a side in order; what is wrong with its files."""
+    """Documents of a split in order; what is wrong with its files."""
     found, wrong = list[str](), list[str]()
     for name in manifest["splits"][split]["shards"]:
         tokens, stem = np.load(out / name), name.removesuffix(".npy")
         ends = [0, *np.load(out / f"{stem}.ends.npy").tolist()]
         hashes = np.load(out / f"{stem}.hashes.npy")
         if ends[1:] != (np.flatnonzero(tokens == EOT) + 1).tolist():
-            wrong.append(f"{name}: 50256 is not once behind each document")
+            wrong.append(f"{name}: 50256 does not follow each document once")
         whole = [tokens[first : last - 1].tolist() for first, last in pairwise(ends)]
         texts = [encoding().decode_bytes(each).decode() for each in whole]
         found += texts
-        wrong += [f"{name}: other ids" for a, b in zip(whole, texts, strict=True) if a != [*ids(b)]]
+        wrong += [f"{name}: wrong ids" for a, b in zip(whole, texts, strict=True) if a != [*ids(b)]]
         if [row.tobytes() for row in hashes] != [digest(text) for text in texts]:
-            wrong.append(f"{name}: other hashes")
+            wrong.append(f"{name}: wrong hashes")
     return found, wrong
 
 
 def documents(out: Path) -> set[str]:
-    """All that a folder has, if it is prepared data."""
+    """All documents in a folder of prepared data."""
     if not (out / "manifest.json").exists():
         return set()
     manifest = json.loads((out / "manifest.json").read_text())
@@ -140,15 +140,15 @@ def documents(out: Path) -> set[str]:
 
 @dataclass
 class Maker:
-    """What the rounds of one case have in common."""
+    """State shared by the rounds of one case."""
 
     source: random.Random
     threshold: float
     field: str
     texts: list[str] = field(default_factory=list)
-    """What was made so far, to be repeated."""
+    """Texts made so far, to be repeated."""
     evals: dict[str, list[str]] = field(default_factory=dict)
-    """What each evaluation file says."""
+    """The text of each evaluation file."""
 
     def __post_init__(self) -> None:
         pick = self.source.choices
@@ -156,7 +156,7 @@ class Maker:
         self._page = self.words(self.source.choice([40, 150]))
 
     def words(self, count: int) -> str:
-        """Some words; odd ones are rare."""
+        """Some words, rarely odd ones."""
         made = self.source.choices(self._words, k=count)
         if self.source.random() < 0.2:
             made[self.source.randrange(count)] = self.source.choice(ODD)
@@ -169,7 +169,7 @@ class Maker:
         return text
 
     def _text(self) -> str:
-        """Often made of an earlier one."""
+        """Often derived from an earlier one."""
         kind = self.source.choices(["new", "copy", "near", "eval", "page"], [40, 12, 30, 10, 8])[0]
         old = self.source.choice(self.texts) if self.texts else ""
         if kind == "copy" and old:
@@ -187,16 +187,16 @@ class Maker:
         return self.words(self.source.randint(*self.source.choices(sizes, [2, 8, 10, 3, 0.2])[0]))
 
     def near(self, old: str) -> str:
-        """About as like an earlier one as the threshold asks for."""
+        """A text about as similar to an earlier one as the threshold."""
         own, source = list(ids(old)), self.source
         wanted = self.threshold + source.choice([-0.1, -0.03, -0.01, 0, 0, 0.01, 0.03, 0.1])
         count = max(1, len(own) - 4)
         match source.randrange(4):
-            case 0:  # a part of it: exactly so many of its 5-grams
+            case 0:  # a part of it, with an exact share of its 5-grams
                 left = max(1, round(count * wanted) + 4)
                 at = source.choice([0, len(own) - left]) if left < len(own) else 0
                 return encoding().decode(own[at : at + left])
-            case 1:  # with something behind it
+            case 1:  # with something appended
                 more = round(count / max(wanted, 0.1)) - count
                 return f"{old} {self.words(max(1, more // 3))}"
             case 2:  # words changed here and there
@@ -204,13 +204,13 @@ class Maker:
                 for _ in range(max(1, round(len(parts) * (1 - wanted) / 9))):
                     parts[source.randrange(len(parts))] = source.choice(self._words)
                 return " ".join(parts)
-            case _:  # the same 5-grams in another number, or another form
+            case _:  # the same 5-grams in another number or form
                 return source.choice(
                     [f"{old} {old} {old}", old + "\n", old.capitalize(), f" {old}"]
                 )
 
     def _tainted(self) -> str:
-        """With 12 tokens in a row of an evaluation text, or 13, or more."""
+        """With 12, 13 or more consecutive tokens of an evaluation text."""
         test = ids(self.source.choice(self.said(self.evals)))
         size = self.source.choice([11, 12, 12, 13, 13, 14, 20])
         at = self.source.randrange(max(1, len(test) - size + 1))
@@ -222,7 +222,7 @@ class Maker:
         )
 
     def line(self) -> tuple[bytes, Item]:
-        """A JSON line; how it must end."""
+        """A JSON line, and its outcome."""
         text, source = self.text(), self.source
         plain = json.dumps({self.field: text}, ensure_ascii=source.random() < 0.5).encode()
         if source.random() > 0.12:
@@ -249,7 +249,7 @@ class Maker:
         return data.encode(), item
 
     def file(self, folder: Path, number: int) -> tuple[Path, list[Item]]:
-        """A file of some kind, its items with their places below the name of the file."""
+        """A file of some kind, its items with their places below the file name."""
         source = self.source
         kind = source.choice(["jsonl"] * 4 + ["jsonl.gz", "txt", "md", "py", "html", "utf-16"])
         stem = folder / f"{source.choice('abcZ')}{source.choice(['', '-', '_', ' é'])}{number}"
@@ -269,7 +269,7 @@ class Maker:
             text = text[: len(text) // 2]
         path = stem.with_name(f"{stem.name}.{'txt' if kind == 'utf-16' else kind}")
         item, data = Item(text, place=path.name), text.encode()
-        if kind == "html":  # plain words, so that everybody takes the same for the text
+        if kind == "html":  # plain words, so that all readers agree on the text
             item.text = text = self.words(40)
             data = f"<html><head><title>x</title></head><body><p>{text}</p></body></html>".encode()
             if "<|" in text:
@@ -304,7 +304,7 @@ class Maker:
         return made
 
     def exclude(self, place: Path) -> list[str]:
-        """Evaluation files: records with a text field or others, or plain text."""
+        """Evaluation files: records with a text field or other fields, or plain text."""
         place.mkdir()
         named = []
         for number in range(self.source.randint(1, 2)):

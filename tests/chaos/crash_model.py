@@ -1,8 +1,8 @@
-"""A weak POSIX disk: what may be left of a folder when the power fails after any system call.
+"""A weak POSIX disk: what a folder may contain when the power fails after any system call.
 
-Until its fsync a file may be as it was, empty, half, full of zeros, or complete; until the fsync
-of its folder any subset of the new, changed and removed names may have reached the disk. A process
-that is only killed loses nothing, but what it had not synced stays at risk under its successor.
+Until its fsync a file may be unchanged, empty, half written, full of zeros, or complete; until its
+folder's fsync any subset of the new, changed and removed names may have reached the disk. A killed
+process loses nothing, but what it had not synced stays at risk under its successor.
 """
 
 import copy
@@ -16,7 +16,7 @@ Tree = tuple[tuple[str, "bytes | Tree"], ...]  # sorted (name, content or subtre
 
 
 class File:
-    """Content, and what of it is on the disk for certain."""
+    """Content, and which of it is certain to be on the disk."""
 
     def __init__(self, content: bytes = b"") -> None:
         self.content = content
@@ -32,12 +32,12 @@ class File:
 
 
 class Folder:
-    """Names, and the changes to them that are not yet on the disk for certain."""
+    """Names, and the changes to them that are not yet certain to be on the disk."""
 
     def __init__(self) -> None:
         self.names: dict[str, File | Folder] = {}
         self.synced: dict[str, File | Folder] = {}
-        self.pending: list[dict[str, File | Folder | None]] = []  # each one atomic; None: removed
+        self.pending: list[dict[str, File | Folder | None]] = []  # each is atomic; None: removed
 
     def change(self, names: "dict[str, File | Folder | None]") -> None:
         """One atomic change of names: visible at once, durable later."""
@@ -45,11 +45,11 @@ class Folder:
         self.names = _changed(self.names, names)
 
     def sync(self) -> None:
-        """fsync of the folder: its names, nothing of what they stand for."""
+        """fsync of the folder: its names, not the contents they refer to."""
         self.synced, self.pending = self.names, []
 
     def states(self) -> Iterator[Tree]:
-        """Each tree that a power cut may leave, some of them more than once."""
+        """Each tree that a power cut may leave, some more than once."""
         seen = set()
         for kept in itertools.product((True, False), repeat=len(self.pending)):
             names = self.synced
@@ -71,7 +71,7 @@ def _changed(
 
 
 class Disk:
-    """The folder that a log of operations leaves behind."""
+    """The folder that results from a log of operations."""
 
     def __init__(self, tree: Tree = ()) -> None:
         self.root = _folder(tree)
@@ -82,7 +82,7 @@ class Disk:
         return copy.deepcopy(self)
 
     def _find(self, path: str) -> tuple[Folder, str]:
-        """The folder that holds the last name of `path`, and that name."""
+        """The parent folder of `path`, and its last name."""
         folder, parts = self.root, Path(path).parts
         for part in parts[:-1]:
             below = folder.names[part]
@@ -91,7 +91,7 @@ class Disk:
         return folder, parts[-1] if parts else ""
 
     def apply(self, operation: Operation) -> None:
-        """Do what the log says."""
+        """Apply one operation of the log."""
         match operation:
             case ("create", path, key):
                 self._files[key] = File()
@@ -114,7 +114,7 @@ class Disk:
                 node = old.names[old_name]
                 if old is new:
                     old.change({old_name: None, new_name: node})
-                else:  # two folders, so nothing ties the two changes together
+                else:  # two folders: the two changes are independent
                     old.change({old_name: None})
                     new.change({new_name: node})
             case ("unlink" | "rmdir", path):
@@ -126,11 +126,11 @@ class Disk:
                 raise AssertionError(operation)
 
     def visible(self) -> Tree:
-        """What every process sees as long as the power stays on."""
+        """What every process sees while the power stays on."""
         return _tree(self.root)
 
     def after_power_cut(self) -> Iterator[Tree]:
-        """Each different tree that a power cut may leave now."""
+        """Each distinct tree that a power cut may leave now."""
         seen: set[Tree] = set()
         for tree in self.root.states():
             if tree not in seen:
@@ -164,7 +164,7 @@ def lay_out(tree: Tree, root: Path) -> None:
 
 
 def prefixes(disk: Disk, log: Iterable[Operation]) -> Iterator[tuple[Disk, list[Operation]]]:
-    """The disk after each operation (the same object each time) and the log that far."""
+    """The disk after each operation (always the same object) and the log up to there."""
     done: list[Operation] = []
     yield disk, done
     for operation in log:

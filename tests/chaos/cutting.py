@@ -1,8 +1,8 @@
 """Token data of every kind that `sota` opens, read by plain numpy, and how it has to be cut.
 
-`Side` is a split as the files hold it: ours by docs/format.md, other projects' by their own
-formats. What follows from it (windows of the stream, pieces of best fit, borders of documents) is
-reckoned here from the documents alone, one at a time; nothing of the program's is used.
+`Side` is a split as stored in the files: ours by docs/format.md, other projects' by their own
+formats. What follows from it (windows of the stream, best-fit pieces, document boundaries) is
+computed here from the documents alone, one at a time, without any code of the program.
 `windows.py` makes the data and compares.
 """
 
@@ -26,24 +26,24 @@ LLMC_HEADER = 256  # int32
 
 @dataclass
 class Side:
-    """One split: its tokens and where each document ends, the last of which may be cut off."""
+    """One split: its tokens and where each document ends; the last one may be incomplete."""
 
     tokens: Array
     ends: list[int]
 
     @property
     def documents(self) -> list[Array]:
-        """Each with its end-of-text."""
+        """Each document with its end-of-text."""
         return np.split(self.tokens, self.ends[:-1]) if self.ends else []
 
     @property
     def numbers(self) -> Array:
-        """The number of every token's document."""
+        """The document number of every token."""
         return np.repeat(np.arange(len(self.ends)), np.diff([0, *self.ends]))
 
 
 def prepared(folder: Path, split: str) -> Side:
-    """The shards one behind the other; documents by their .ends files, not by end-of-text."""
+    """The concatenated shards; documents by their .ends files, not by end-of-text."""
     names = sorted(p for p in folder.glob(f"{split}-*.npy") if p.name.count(".") == 1)
     tokens, ends, at = [np.zeros(0, np.int64)], list[int](), 0
     for path in names:
@@ -57,7 +57,7 @@ def prepared(folder: Path, split: str) -> Side:
 
 
 def foreign(folder: Path, split: str) -> Side:
-    """Raw ids of the files by name, those of validation by a word of it; a document ends at EOT."""
+    """Raw ids of the files in name order; validation by name; a document ends at EOT."""
     tokens = [np.zeros(0, np.int64)]
     for path in sorted(folder.iterdir()):
         words = re.split("[^a-z]+", path.name.lower())
@@ -71,7 +71,7 @@ def foreign(folder: Path, split: str) -> Side:
 
 
 def read(folder: Path) -> dict[str, Side]:
-    """Both sides of any folder."""
+    """Both splits of any folder."""
     ours = (folder / "manifest.json").exists()
     sides = {split: (prepared if ours else foreign)(folder, split) for split in SPLITS}
     for split, side in sides.items() if ours else ():
@@ -82,16 +82,16 @@ def read(folder: Path) -> dict[str, Side]:
 
 @dataclass
 class Cut:
-    """Windows (n, T + 1), and for each of its T inputs the number of the document it is of."""
+    """Windows (n, T + 1), and for each of their T inputs its document's number."""
 
     windows: Array
     numbers: Array
     own: int = 0
-    """Targets that are padding of the data's own, which no loss counts and nothing is said of."""
+    """Targets that are padding in the data itself, which no loss counts and no message mentions."""
 
     @property
     def targets(self) -> int:
-        """All that is to be predicted: what is no padding."""
+        """All targets except padding."""
         return int((self.windows[:, 1:] != PAD).sum())
 
 
@@ -104,14 +104,14 @@ def stream(side: Side, length: int) -> Cut:
 
 
 def pieces(side: Side, length: int) -> list[tuple[int, int]]:
-    """Documents as they may stand in a window of T + 1: whole, else in parts that share a token.
+    """Documents as they fit windows of T + 1: whole, otherwise in parts that share a token.
 
-    So each pair of neighbours within a document is in one part and no other.
+    So each pair of neighbors within a document is in exactly one part.
     """
     found = []
     for first, end in zip([0, *side.ends], side.ends, strict=False):
         at = first
-        while end - at > 1:  # a token alone predicts nothing
+        while end - at > 1:  # a single token predicts nothing
             stop = min(end, at + length + 1)
             found.append((at, stop))
             at = stop - 1
@@ -122,7 +122,7 @@ def pieces(side: Side, length: int) -> list[tuple[int, int]]:
 
 
 def filled(lengths: list[int], size: int) -> list[int]:
-    """How full the windows of best fit are: longest first, each into the least room it fits."""
+    """Fill levels of best-fit windows: longest first, each into the smallest room that fits."""
     rooms = np.zeros(len(lengths), np.int64)
     count = 0
     for length in sorted(lengths, reverse=True):
@@ -136,7 +136,7 @@ def filled(lengths: list[int], size: int) -> list[int]:
 
 
 def best_fit(side: Side, length: int, windows: Array) -> tuple[Cut, list[str]]:
-    """The program's windows, in an order of its own, taken apart; what is wrong with them."""
+    """The program's windows in their own order, taken apart; and what is wrong with them."""
     wanted = Counter(side.tokens[at:stop].tobytes() for at, stop in pieces(side, length))
     tail = side.tokens[([0, *side.ends])[-2] :] if side.ends else side.tokens[:0]
     cut_off = len(tail) > 0 and tail[-1] != EOT
@@ -148,7 +148,7 @@ def best_fit(side: Side, length: int, windows: Array) -> tuple[Cut, list[str]]:
         parts = [part for part in parts if len(part)]
         found.update(part.tobytes() for part in parts)
         if parts and parts[-1][-1] != EOT and len(text) <= length and not cut_off:
-            wrong.append(f"window {row} is cut off amid a document, before its end")
+            wrong.append(f"window {row} ends inside a document too early")
         sizes = [len(part) for part in parts]
         numbers[row, : len(text)] = np.repeat(np.arange(len(sizes)), sizes)[:length]
     if found != wanted:
@@ -157,12 +157,12 @@ def best_fit(side: Side, length: int, windows: Array) -> tuple[Cut, list[str]]:
         wrong.append(f"best fit: {len(lost)} pieces lost, {len(strange)} strange: {told}")
     full = sorted((windows != PAD).sum(1).tolist())
     if full != filled([stop - at for at, stop in pieces(side, length)], length + 1):
-        wrong.append(f"best fit: {len(full)} windows, filled otherwise than longest first")
+        wrong.append(f"best fit: {len(full)} windows, not filled longest first")
     return Cut(windows, numbers), wrong
 
 
 def evenly(count: int, wanted: int) -> list[set[int]]:
-    """Which of `count` windows may be the ones that are spread evenly, first and last included."""
+    """Which of `count` windows may be the evenly spread ones, including first and last."""
     if wanted == 1:
         return [{0}]
     exact = [(count - 1) * i / (wanted - 1) for i in range(wanted)]
@@ -170,7 +170,7 @@ def evenly(count: int, wanted: int) -> list[set[int]]:
 
 
 def mask(numbers: Array) -> Array:
-    """Who may look where: (B, T) -> (B, T, T), back to where the own document begins."""
+    """Who may attend to whom: (B, T) -> (B, T, T), back to the start of the own document."""
     size = numbers.shape[-1]
     may = np.zeros((*numbers.shape, size), bool)
     for row, own in enumerate(numbers):
@@ -180,7 +180,7 @@ def mask(numbers: Array) -> Array:
 
 
 def raw(source: random.Random) -> list[list[int]]:
-    """Documents of another project: of no token or thousands, ids of the whole vocabulary."""
+    """Documents of another project: of zero to thousands of tokens, from the whole vocabulary."""
     kind, found = source.choice(["tiny", "giant", "mixed", "mixed", "empty"]), list[list[int]]()
     sizes = {"tiny": [(1, 3)], "giant": [(900, 4000)], "empty": [(0, 0), (0, 5), (20, 40)],
              "mixed": [(1, 9), (5, 60), (60, 300)]}[kind]  # fmt: skip
@@ -191,7 +191,7 @@ def raw(source: random.Random) -> list[list[int]]:
 
 
 def write_foreign(folder: Path, source: random.Random) -> str:
-    """A folder as another program leaves it; its kind."""
+    """A folder as another program leaves it; returns its kind."""
     folder.mkdir()
     kind = source.choice(["nanogpt", "llmc", "megatron", "datatrove"])
     style = source.choice(["behind", "behind", "before", "none", "cut", "cut"])
@@ -205,7 +205,7 @@ def write_foreign(folder: Path, source: random.Random) -> str:
                 own = {"before": [EOT, *document], "none": document}.get(style, [*document, EOT])
                 lengths.append(len(own))
                 made += own
-            if style == "cut":  # as `head -c` leaves it
+            if style == "cut":  # as after `head -c`
                 made = made[: -source.randint(2, 60)]
                 lengths = [len(made)]
             if pads:

@@ -1,8 +1,8 @@
-"""Every kind of damage to the files of a committed folder, one at a time, each one undone again.
+"""Every kind of damage to the files of a committed folder, one at a time, each undone again.
 
-A case is a name and a context manager: inside it the folder is damaged, after it all is as before.
-Exhaustive where that is possible: each byte of a JSON file with several values, each length of it,
-each byte of a tensor file's header; random positions and lengths in the data.
+A case is a name and a context manager: the folder is damaged inside it and restored after it.
+Exhaustive where possible: each byte of a JSON file with several values, each length of it, each
+byte of a tensor file's header; random positions and lengths in the data.
 """
 
 import os
@@ -18,7 +18,7 @@ _TAIL = 4096
 
 
 def cases(folder: Path, other: Path, source: random.Random, positions: int = 64) -> Iterator[Case]:
-    """All damages to `folder`; `other` is a good folder of the same kind to swap files with."""
+    """All kinds of damage to `folder`; `other` is a good folder of the same kind to swap with."""
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
         path = folder / name
@@ -65,7 +65,7 @@ def _resized(data: bytes, size: int) -> bytes:
 
 
 def _kinds(path: Path) -> Iterator[Case]:
-    """Things of another kind in the file's place."""
+    """Other kinds of entries in the file's place."""
     yield f"{path.name} deleted", lambda: _instead(path, lambda: None)
     yield f"{path.name} a folder", lambda: _instead(path, path.mkdir)
     yield f"{path.name} a pipe", lambda: _instead(path, lambda: os.mkfifo(path))

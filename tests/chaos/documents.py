@@ -1,7 +1,7 @@
-"""Malformed documents and files through `sota prepare`, under a cap on memory.
+"""Malformed documents and files through `sota prepare`, under a memory limit.
 
-Nearly all are JSON lines, most with a known fate, so that counts have to add up exactly; one in 25
-is a file of its own: damaged, a bomb, a pipe, a name that no program expects.
+Nearly all are JSON lines, most with a known outcome, so that counts have to add up exactly. One in
+25 is a file of its own: damaged, a bomb, a pipe, a name that no program expects.
 """
 
 import bz2
@@ -33,16 +33,16 @@ from .commands import Finished, sota
 
 CAP = ["bash", "-c", 'ulimit -v 4000000; exec "$0" "$@"']
 SECONDS, FILES_SHARE, ALONE_SHARE = 1800.0, 25, 2500
-KEPT, ANY = "", "*"  # fates that are no reason
+KEPT, ANY = "", "*"  # outcomes other than a reason
 _NOT_JSON, _NO_UTF8, _DEEP = "not a JSON line", "not valid UTF-8", "nested too deep"
 _NO_TEXT, _SURROGATE = "field 'text' is not text", "lone surrogates, not valid Unicode"
 
-Line = tuple[bytes, str, str]  # the line, its fate, its text if it is kept
+Line = tuple[bytes, str, str]  # the line, its outcome, its text if kept
 
 
 @dataclass
 class Tried:
-    """Counts, and in words whatever was wrong."""
+    """Counts, and a description of everything that went wrong."""
 
     documents: int = 0
     files: int = 0
@@ -51,7 +51,7 @@ class Tried:
     wrong: list[str] = field(default_factory=list)
 
     def check(self, good: bool, what: str) -> None:
-        """Remember and say what is not as promised."""
+        """Record and print a broken promise."""
         if not good:
             self.wrong.append(what)
             print(f"WRONG: {what}", flush=True)
@@ -131,7 +131,7 @@ KINDS: list[Callable[[str, random.Random], Line]] = [
 
 
 def lines(folder: Path, count: int, source: random.Random, result: Tried) -> set[str]:
-    """JSON lines in a few dozen files; the texts that have to be kept."""
+    """JSON lines in a few dozen files; returns the texts that have to be kept."""
     kept, fates, some = {"the same again"}, Counter[str](), texts(50, seed=1)
     for at in range(0, count, 2500):
         made = [_good("the same again")] if not at else [_good(f"first line of {at}")]
@@ -157,7 +157,7 @@ def lines(folder: Path, count: int, source: random.Random, result: Tried) -> set
 
 
 def files(folder: Path, count: int, source: random.Random) -> None:
-    """Damaged files of every kind, bombs, and what is no file at all."""
+    """Damaged files of every kind, bombs, and entries that are not files."""
     (folder / "seeds").mkdir(parents=True)
     good = {path.name[1:]: path.read_bytes() for path in seeds(folder / "seeds")}
     for path in (folder / "seeds").iterdir():
@@ -184,7 +184,7 @@ def files(folder: Path, count: int, source: random.Random) -> None:
             case 3:
                 data = bytearray(source.randbytes(source.randint(1, 5000)))
             case _:
-                ending = source.choice(sorted(good))  # what its name says it is not
+                ending = source.choice(sorted(good))  # a name that contradicts the content
         below = folder / f"{number % 40:02d}"
         below.mkdir(exist_ok=True)
         (below / f"{number}{ending}").write_bytes(data)
@@ -220,7 +220,7 @@ def _traps(folder: Path) -> None:
 
 
 def _once(out: Path, manifest: dict[str, Any], result: Tried) -> None:
-    """Id 50256 stands behind each document and nowhere else."""
+    """Id 50256 follows each document and occurs nowhere else."""
     for split in manifest["splits"].values():
         for name in split["shards"]:
             ids = np.load(out / name)
@@ -230,7 +230,7 @@ def _once(out: Path, manifest: dict[str, Any], result: Tried) -> None:
 
 
 def _prepare(root: Path, source: Path, out: Path, result: Tried) -> Finished:
-    """Run the command under the cap; it must not crash, hang, or be unclear."""
+    """Run the command under the limit; it must not crash, hang, or be unclear."""
     words = ["prepare", str(source), "--out", str(out), "--val-fraction", "0.1", "--workers", "2"]
     done = sota(words, root, SECONDS, CAP)
     result.check(not done.crashed, f"{source}: {done.output[-3000:]}")
@@ -267,11 +267,11 @@ def hostile(root: Path, count: int, seed: int = 0) -> Tried:
                 why: n for why, n in expected.items() if why not in (KEPT, ANY, "exact duplicate")
             }
             short = {why: n - refused[why] for why, n in short.items() if refused[why] < n}
-            result.check(not short, f"fewer than there were: {short}")
+            result.check(not short, f"counted too few: {short}")
         result.kept += len(found)
         result.rejects += refused
     singles = sorted(path for path in (root / "files").rglob("*") if path.is_file())
     for number, path in enumerate(source.sample(singles, min(len(singles), count // ALONE_SHARE))):
         _prepare(root, path, root / f"alone-{number}", result)
-    result.check(not (root / "out.txt").exists(), "a member of an archive got out")
+    result.check(not (root / "out.txt").exists(), "an archive member escaped")
     return result

@@ -1,9 +1,9 @@
-"""Kills and errors at every system call that writes, through strace, in the real commands.
+"""Kills and errors at every system call that writes, injected by strace into the real commands.
 
-First one run is watched: each call that writes below its folder is a point, named by the call, the
-file and the how-manieth such call of one thread it is. Then, in one run for each point and fault,
-just that call fails or kills. After each fault the plain command has to finish with the bytes of an
-undisturbed run, and a command that failed has to have said so with exit code 74.
+First an undisturbed run is watched: each call that writes below its folder is a point, identified
+by the call, the file and its ordinal among such calls of one thread. Then, in one run per point and
+fault, only that call fails or kills the process. After each fault the plain command has to finish
+with the bytes of an undisturbed run, and a command that failed has to exit with code 74.
 """
 
 import math
@@ -35,8 +35,8 @@ from .commands import (
 CALLS = ("write", "pwrite64", "fsync", "rename", "mkdir", "unlink", "unlinkat", "rmdir")
 CALLS += ("ftruncate", "openat")
 FAULTS = ("signal=KILL", "error=ENOSPC", "error=EIO")
-START = STEPS - 2  # two steps and two saves before the end
-TRIES = 3  # should another process have taken all the numbers that a worker may get
+START = STEPS - 2  # leaves two steps and two saves
+TRIES = 3  # in case other processes took all the ids expected for the workers
 _LINE = re.compile(r'^(\d+) +(\w+)\((?:\d+<([^>]*)>|(?:AT_FDCWD<[^>]*>, )?"([^"]*)")(.*)', re.M)
 _WRITES = re.compile(r"O_WRONLY|O_RDWR|O_CREAT")
 
@@ -47,12 +47,12 @@ class Point:
 
     call: str
     path: str
-    """With {output} for the standard output and {pid} for a worker's number."""
+    """With {output} for standard output and {pid} for a worker's process id."""
     number: int
-    """Of such calls, by one thread."""
+    """Among such calls of one thread."""
 
     def where(self, output: Path, pid: int) -> list[str]:
-        """strace's options for this path; workers get the numbers after `pid`."""
+        """strace options for this path; workers get the process ids after `pid`."""
         last = pid + 50 if "{pid}" in self.path else pid + 1
         paths = (self.path.format(output=output, pid=n) for n in range(pid + 1, last + 1))
         return [option for path in dict.fromkeys(paths) for option in ("-P", path)]
@@ -60,7 +60,7 @@ class Point:
 
 @dataclass
 class Sweep:
-    """Counts by call and fault, and in words whatever was wrong."""
+    """Counts by call and fault, and a description of everything that went wrong."""
 
     points: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -69,7 +69,7 @@ class Sweep:
     wrong: list[str] = field(default_factory=list)
 
     def check(self, good: bool, what: str) -> None:
-        """Remember and say what is not as promised."""
+        """Record and print a broken promise."""
         if not good:
             self.wrong.append(what)
             print(f"WRONG: {what}", flush=True)
@@ -77,18 +77,18 @@ class Sweep:
 
 @contextmanager
 def _traced(zygote: Zygote, pid: int, options: list[str]) -> Iterator[None]:
-    """strace attached to a command that waits for it."""
+    """Attach strace to a command that waits for it."""
     command = ["strace", "-f", "-qq", "-y", "-o", str(zygote.folder / "strace"), *options]
     quiet = subprocess.DEVNULL
     tracer = subprocess.Popen([*command, "-p", str(pid)], stdout=quiet, stderr=quiet)
     try:
         yield
     finally:
-        tracer.wait(60)  # it goes when the last of the command's processes has gone
+        tracer.wait(60)  # it exits after the command's last process
 
 
 def watch(zygote: Zygote, arguments: list[str]) -> list[Point]:
-    """Every call of an undisturbed command that writes below the zygote's folder, in order."""
+    """All calls of an undisturbed command that write below the zygote's folder, in order."""
     pid = zygote.start(arguments, traced=True)
     with _traced(zygote, pid, ["-e", f"trace={','.join(CALLS)}"]):
         done = zygote.end(pid)
@@ -111,7 +111,7 @@ def _log(zygote: Zygote) -> str:
 
 
 def _faulted(zygote: Zygote, arguments: list[str], point: Point, fault: str) -> Finished:
-    """One command that meets the fault at the point."""
+    """Run one command that hits the fault at the point."""
     pid = zygote.start(arguments, traced=True)
     options = ["-e", f"trace={point.call}", *point.where(zygote.output, pid)]
     options += ["-e", f"inject={point.call}:{fault}:when={point.number}"]
@@ -126,7 +126,7 @@ def _sweep(
     judge: Callable[[Sweep, str, Finished], None],
     part: tuple[int, int],
 ) -> Sweep:
-    """Every point and fault, or about `part[0]` of them, other ones for another `part[1]`."""
+    """All points and faults, or about `part[0]` of them; `part[1]` selects which."""
     result = Sweep()
     begin()
     points = watch(zygote, arguments)
@@ -147,7 +147,7 @@ def _sweep(
             continue
         result.faults[f"{point.call} {fault}"] += 1
         result.codes[f"{fault} -> {done.code}"] += 1
-        crashed = done.crashed and fault != FAULTS[0]  # Python's own helpers may wonder aloud
+        crashed = done.crashed and fault != FAULTS[0]  # Python's own helpers may complain
         result.check(not crashed, f"{what}: traceback: {done.output[-1500:]}")
         if done.code == IO_FAILED:
             line = done.output.strip().splitlines()[-1]
@@ -162,11 +162,11 @@ def _allowed(fault: str) -> tuple[int, ...]:
 
 
 def sweep_train(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Sweep:
-    """Resume, save twice, prune, judge."""
+    """Resume, save twice, prune, validate."""
     out, base = bench.root / "faulted", bench.root / "base"
     arguments = train_arguments(bench.data, out, save_every=1)
     run_at(bench, out, START - START % SAVE_EVERY)
-    first = zygote.run([*arguments, "--train.keep-checkpoints", "9"])  # up to every step
+    first = zygote.run([*arguments, "--train.keep-checkpoints", "9"])  # keeps every step
     assert first.code == 0, first.output
     out.rename(base)
     for path in (base / "checkpoints").iterdir():
@@ -178,17 +178,17 @@ def sweep_train(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Swee
         shutil.copytree(base, out)
 
     def judge(result: Sweep, what: str, done: Finished) -> None:
-        """What was said has to be true, and the same command again has to finish the work."""
+        """What was reported has to be true, and the same command has to finish the work."""
         unmade = done.code == LOCKED and "cannot make" in done.output  # the run's folder itself
         good = done.code in _allowed(what) or unmade
         result.check(good, f"{what}: exit {done.code}: {done.output[-800:]}")
         said = max([0, *(int(n) for n in re.findall(r"saved step (\d+)", done.output))])
         if done.code == 0:
-            result.check(model_of(out) == bench.model, f"{what}: silent, and another model")
+            result.check(model_of(out) == bench.model, f"{what}: exit 0, but the model differs")
         again = zygote.run(arguments)
         result.check(again.code == 0, f"{what}: then exit {again.code}: {again.output[-800:]}")
         if again.code == 0:
-            result.check(model_of(out) == bench.model, f"{what}: then another model")
+            result.check(model_of(out) == bench.model, f"{what}: then the model differs")
             resumed = [int(n) for n in re.findall(r"resuming from step (\d+)", again.output)]
             result.check(not resumed or resumed[0] >= said, f"{what}: lost step {said}")
             result.check("rejected" not in again.output, f"{what}: torn: {again.output[:800]}")
@@ -198,7 +198,7 @@ def sweep_train(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Swee
 
 
 def sweep_prepare(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Sweep:
-    """Units, merge, manifest, final rename: all processes and threads of it."""
+    """Units, merge, manifest and final rename, in all processes and threads."""
     expected, out = contents(bench.data), bench.root / "swept" / "prepared"
     arguments = prepare_arguments(bench.corpus, out, workers=1)
 
@@ -206,14 +206,14 @@ def sweep_prepare(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Sw
         shutil.rmtree(out.parent, ignore_errors=True)
 
     def judge(result: Sweep, what: str, done: Finished) -> None:
-        twice = "died twice" in done.output and "{pid}" in what  # as every worker has to, there
+        twice = "died twice" in done.output and "{pid}" in what  # every worker hits that point
         good = done.code in _allowed(what) or (done.code == BAD_DATA and twice)
         result.check(good, f"{what}: exit {done.code}: {done.output[-1500:]}")
         if out.exists():
             result.check(contents(out) == expected, f"{what}: torn at its final name")
         again = zygote.run(arguments)
         result.check(again.code == 0, f"{what}: then exit {again.code}: {again.output[-800:]}")
-        result.check(contents(out) == expected, f"{what}: then other bytes")
+        result.check(contents(out) == expected, f"{what}: then bytes differ")
         beside = [path.name for path in out.parent.iterdir() if path != out]
         result.check(not beside, f"{what}: left over {beside}")
 

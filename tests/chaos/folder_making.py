@@ -1,7 +1,7 @@
-"""Random folders of Hugging Face models as people have them; for folders.py.
+"""Random Hugging Face model folders like those in use; for folders.py.
 
-Each begins as one of our family and has up to three oddities, of which each says what may come of
-it: some are on the configuration and the tensors (EARLY), others on the files (LATE).
+Each starts as a model of our family and has up to three oddities, each with the outcome it allows:
+some affect the configuration and the tensors (EARLY), others the files (LATE).
 """
 
 import json
@@ -28,11 +28,11 @@ GONE = object()
 
 
 class Fate(IntEnum):
-    """What may come of a folder; of several oddities the last of these."""
+    """Allowed outcome of a folder; with several oddities, the highest."""
 
-    TAKE = 0  # it has to be taken
-    KEEP = 1  # it may be refused; the model is the one from before the oddity
-    OTHER = 2  # it may be refused; the model is what transformers makes of it
+    TAKE = 0  # it has to be accepted
+    KEEP = 1  # it may be refused; the oddity does not change the model
+    OTHER = 2  # it may be refused; the model is as transformers reads it
     NONE = 3  # it has to be refused
 
 
@@ -41,7 +41,7 @@ TAKE, KEEP, OTHER, NONE = Fate
 
 @dataclass
 class Made:
-    """A folder before it is written, and what may come of it."""
+    """A folder before it is written, and its allowed outcome."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -50,7 +50,7 @@ class Made:
 
 
 def base(source: random.Random) -> Made:
-    """A folder of the family, in the words of transformers 4 or 5."""
+    """A folder of the family, in the format of transformers 4 or 5."""
     kind, head = source.choice(["llama", "qwen3"]), source.choice([2, 4, 6, 8, 8, 12, 16])
     kv, groups = source.randint(1, 4), source.choice([1, 1, 2, 3])
     theta = source.choice([100.0, 1e4, 1e4, 5e5, 10_000, 1_000_000])
@@ -66,7 +66,7 @@ def base(source: random.Random) -> Made:
     }  # fmt: skip
     made, dtype = Made({}, {}), source.choice(["float32", "float16", "bfloat16", "mixed"])
     named = "float32" if dtype == "mixed" else dtype
-    if source.random() < 0.06:  # heads of another width than their share
+    if source.random() < 0.06:  # heads wider or narrower than their share
         sizes["head_dim"], made.fate = head + 2, OTHER
         made.oddities.append("head_dim")
     make = LlamaConfig if kind == "llama" else Qwen3Config
@@ -94,7 +94,7 @@ def base(source: random.Random) -> Made:
 def _tensors(
     source: random.Random, sizes: dict[str, Any], kind: str, dtype: str
 ) -> dict[str, Tensor]:
-    """Weights by their names, of a size at which every part of the model tells."""
+    """Weights by name, large enough that every part of the model matters."""
     generator = torch.Generator().manual_seed(source.randrange(1 << 40))
     width, hidden, head = sizes["hidden_size"], sizes["intermediate_size"], sizes["head_dim"]
     queries, keys = (sizes[f"num_{x}_heads"] * head for x in ("attention", "key_value"))
@@ -126,7 +126,7 @@ Change = Callable[[random.Random, Made], object]
 
 
 def some(*choices: dict[str, Any]) -> Change:
-    """One of these goes into the configuration; GONE takes a key out."""
+    """Put one of these into the configuration; GONE removes a key."""
     return lambda source, made: made.config.update(source.choice(choices))
 
 
@@ -135,7 +135,7 @@ def _renamed(key: str, new: Callable[[Any], Any]) -> Change:
 
 
 def _rope(source: random.Random, made: Made) -> None:
-    """Rotary positions that are scaled, in one of the ways in which it is written down."""
+    """Scaled rotary positions, in one of the notations in use."""
     kind = source.choice(["linear", "linear", "dynamic", "yarn", "llama3", "default", "su", None])
     words = {source.choice(["rope_type", "type"]): kind, "factor": source.choice([2.0, 8.0])}
     if kind == "llama3":
@@ -151,7 +151,7 @@ def _named(source: random.Random, made: Made) -> str:
 
 
 def _tensor(change: Callable[[Tensor], Tensor]) -> Change:
-    """Another tensor in the place of one."""
+    """Replace one tensor."""
 
     def work(source: random.Random, made: Made) -> None:
         name = _named(source, made)
@@ -190,7 +190,7 @@ def _biased(source: random.Random, made: Made) -> None:
 
 
 def _norms(_: random.Random, made: Made) -> None:
-    """The other kind's name: norms that are not there, or that nobody asked for."""
+    """The other architecture's name: missing norms, or unexpected ones."""
     made.config["model_type"] = "llama" if made.config["model_type"] == "qwen3" else "qwen3"
 
 
@@ -205,12 +205,12 @@ KINDS = [{"model_type": kind} for kind in ("mistral", "qwen2", "gpt2", "gemma", 
 EARLY: dict[str, tuple[Fate, Change]] = {  # on the configuration and the tensors
     "ids": (TAKE, some(*({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": x} for x in (
         0, None, -1, 50256)), {"eos_token_id": [EOT, 0]}, {"bos_token_id": None})),
-    "ids that are none": (KEEP, some({"pad_token_id": 60_000}, {"eos_token_id": "</s>"})),
+    "invalid ids": (KEEP, some({"pad_token_id": 60_000}, {"eos_token_id": "</s>"})),
     "extra keys": (KEEP, some({"my_note": "x"}, {"auto_map": {}}, {"quantization_config": None})),
     "numbers as text": (KEEP, _renamed("num_hidden_layers", str)),
-    "numbers with a point": (KEEP, _renamed("hidden_size", float)),
-    "a truth as a number": (KEEP, some({"attention_bias": 0}, {"use_cache": 1}, {"mlp_bias": ""})),
-    "a number as a truth": (KEEP, _renamed("num_hidden_layers", lambda n: n == 1 or n)),
+    "numbers as floats": (KEEP, _renamed("hidden_size", float)),
+    "booleans as numbers": (KEEP, some({"attention_bias": 0}, {"use_cache": 1}, {"mlp_bias": ""})),
+    "numbers as booleans": (KEEP, _renamed("num_hidden_layers", lambda n: n == 1 or n)),
     "no head_dim": (KEEP, some({"head_dim": GONE}, {"head_dim": None})),
     "no kv heads": (KEEP, some({"num_key_value_heads": GONE}, {"num_key_value_heads": None})),
     "no eps": (OTHER, some({"rms_norm_eps": GONE}, {"rms_norm_eps": None}, {"rms_norm_eps": 0})),
@@ -221,7 +221,7 @@ EARLY: dict[str, tuple[Fate, Change]] = {  # on the configuration and the tensor
     "rope twice": (OTHER, some({"rope_theta": 300}, {"rope_parameters": {"rope_theta": 300.0}},
         {"rope_parameters": NESTED}, {"rope_parameters": NESTED | {"rope_theta": 70.0}},
         {"rope_scaling": {"rope_type": "default"}, "rope_theta": 50.0})),
-    "part of rope": (OTHER, some({"partial_rotary_factor": 0.5},
+    "partial rope": (OTHER, some({"partial_rotary_factor": 0.5},
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}})),
     "bad rope": (OTHER, some({"rope_parameters": []}, {"rope_parameters": "default"},
         {"rope_parameters": GONE, "rope_theta": "10000"}, {"rope_theta": None})),
@@ -232,7 +232,7 @@ EARLY: dict[str, tuple[Fate, Change]] = {  # on the configuration and the tensor
     "bias": (OTHER, _biased), "kind": (OTHER, some(*KINDS)), "other norms": (OTHER, _norms),
     "architectures": (KEEP, some({"architectures": ["MistralForCausalLM"]},
         {"architectures": None}, {"architectures": GONE})),
-    "no word on ties": (OTHER, some(*({"tie_word_embeddings": x} for x in (
+    "unclear ties": (OTHER, some(*({"tie_word_embeddings": x} for x in (
         GONE, None, 1, False, "true")))),
     "one layer more": (NONE, _longer(1)), "one layer less": (OTHER, _longer(-1)),
     "vocabulary": (OTHER, some({"vocab_size": 32_000}, {"vocab_size": 50_256})),
@@ -263,7 +263,7 @@ def write(made: Made, folder: Path) -> None:
 
 
 def _parts(source: random.Random, folder: Path) -> list[Path]:
-    """The weights in two to four files with an index."""
+    """Split the weights into two to four files with an index."""
     tensors, count = load_file(folder / WEIGHTS), source.randint(2, 4)
     where = {name: source.randrange(count) for name in tensors}
     for number, name in enumerate(source.sample(sorted(tensors), count)):
@@ -279,7 +279,7 @@ def _parts(source: random.Random, folder: Path) -> list[Path]:
 
 
 def _moved(source: random.Random, folder: Path, *, keep: bool, change: float = 1.0) -> None:
-    """A tensor in another file than the index says; also there, or only there."""
+    """Put a tensor into another file than the index says; additionally, or only there."""
     one, two = _parts(source, folder)[:2]
     first, second = load_file(one), load_file(two)
     name = source.choice(sorted(first))
@@ -291,7 +291,7 @@ def _moved(source: random.Random, folder: Path, *, keep: bool, change: float = 1
 
 
 def _index(source: random.Random, folder: Path, change: dict[str, Any], less: bool = False) -> None:
-    """Names more in the index, or one less."""
+    """Extra names in the index, or one missing."""
     _parts(source, folder)
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"] |= {name: index["weight_map"][min(index["weight_map"])] for name in change}
@@ -301,14 +301,14 @@ def _index(source: random.Random, folder: Path, change: dict[str, Any], less: bo
 
 
 def _both(source: random.Random, folder: Path) -> None:
-    """One file and parts, of different weights."""
+    """One file and parts, with different weights."""
     tensors = load_file(folder / WEIGHTS)
     _parts(source, folder)
     save_file({n: t * 1.5 for n, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _beside(_: random.Random, folder: Path) -> None:
-    """What lies beside a model: hidden files, settings of generation, what names no token."""
+    """Other files beside a model: hidden ones, generation settings, files naming no token."""
     (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (folder / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": 5}')
@@ -321,7 +321,7 @@ def _pickled(_: random.Random, folder: Path) -> None:
 
 
 def _linked(name: str) -> Callable[[random.Random, Path], None]:
-    """A file, or the folder, that lies elsewhere; as in Hugging Face's cache."""
+    """A file, or the folder, is a link to elsewhere, as in Hugging Face's cache."""
 
     def change(_: random.Random, folder: Path) -> None:
         path = folder / name
@@ -340,7 +340,7 @@ def _text(change: Callable[[str], str | bytes]) -> Callable[[random.Random, Path
 
 
 def _saved(source: random.Random, folder: Path) -> None:
-    """Written anew by transformers."""
+    """Rewritten by transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     shutil.rmtree(folder)
     model.save_pretrained(folder, max_shard_size=source.choice(["200KB", "5GB"]))
@@ -352,9 +352,9 @@ LATE: dict[str, tuple[Fate, Callable[[random.Random, Path], object]]] = {  # on 
     "folder is a link": (TAKE, _linked("")), "read-only": (TAKE, lambda _, f: f.chmod(0o555)),
     "another tokenizer": (NONE, lambda s, f: (f / "tokenizer.json").write_text(s.choice(OTHERS))),
     "files are links": (KEEP, _linked(WEIGHTS)), "config is a link": (KEEP, _linked("config.json")),
-    "a tensor elsewhere": (KEEP, lambda s, f: _moved(s, f, keep=False)),
+    "a tensor in another file": (KEEP, lambda s, f: _moved(s, f, keep=False)),
     "a tensor twice": (KEEP, lambda s, f: _moved(s, f, keep=True)),
-    "a tensor twice, other": (OTHER, lambda s, f: _moved(s, f, keep=True, change=1.5)),
+    "a tensor twice, different": (OTHER, lambda s, f: _moved(s, f, keep=True, change=1.5)),
     "a part is missing": (NONE, lambda s, f: _parts(s, f)[-1].unlink()),
     "a part is another": (NONE, lambda s, f: shutil.copy(*_parts(s, f)[:2])),
     "more in the index": (KEEP, lambda s, f: _index(s, f, {"model.layers.9.norm": 1})),
@@ -375,13 +375,13 @@ LATE: dict[str, tuple[Fate, Callable[[random.Random, Path], object]]] = {  # on 
 
 
 def _drawn(source: random.Random, table: dict[str, tuple[Fate, Any]], count: int) -> list[str]:
-    """Oddities; those in which something can go wrong unnoticed more often."""
+    """Draw oddities, preferring those where an error can go unnoticed."""
     often = [3 if fate in (TAKE, OTHER) else 1 for fate, _ in table.values()]
     return source.sample(list(table), count, counts=often)
 
 
 def make(number: int, seed: int, place: Path) -> Made:
-    """Folder `number` of a seed, at place/model; as it was before its oddities at place/plain."""
+    """Folder `number` of a seed, at place/model; without its oddities at place/plain."""
     source = random.Random(f"{seed} {number}")
     made, folder = base(source), place / "model"
     write(made, place / "plain")

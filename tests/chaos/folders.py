@@ -1,8 +1,8 @@
-"""Random model folders as people have them, held against `transformers` on the same folder.
+"""Random model folders like those in use, compared with `transformers` on the same folder.
 
-What is taken has to compute what transformers computes, also when it is imported, exported and
-trained on; what is refused is refused in one line with one of two codes, and leaves nothing behind.
-What transformers cannot open may be taken if the oddity leaves the model what it was.
+A folder that is accepted has to compute what transformers computes, also after import, export and
+training. A refusal is one line with one of two exit codes, and leaves nothing behind. A folder that
+transformers cannot open may be accepted if the oddity does not change the model.
 """
 
 import io
@@ -34,8 +34,8 @@ from sota_transformer.training.start import train
 from .commands import Finished, corpus, prepare_arguments, sha256, sota
 from .folder_making import Fate, Made, make
 
-ALLOWED = 1e-4  # largest difference of logits, as a share of their standard deviation; of losses
-EXPORT_EVERY, TRAIN_EVERY, REAL_EVERY = 3, 6, 60  # of the folders that are taken; of all
+ALLOWED = 1e-4  # difference of logits, as a share of their standard deviation; of losses
+EXPORT_EVERY, TRAIN_EVERY, REAL_EVERY = 3, 6, 60  # of accepted folders; of all
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. Nobody looked up."
 TRAINING = "--train.sample-every 0 --train.eval-tokens 64 --optim.dropout-start 0 --threads 1"
 TRAINING += " --device cpu --run.dtype float32 --run.compile off --train.steps 1"
@@ -43,7 +43,7 @@ TRAINING += " --device cpu --run.dtype float32 --run.compile off --train.steps 1
 
 @dataclass
 class Result:
-    """Counts, and in words whatever was wrong."""
+    """Counts, and a description of everything that went wrong."""
 
     folders: int = 0
     taken: int = 0
@@ -52,18 +52,18 @@ class Result:
     commands: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     worst: float = 0.0
-    """Largest difference of logits that was let pass, as a share of their spread."""
+    """Largest accepted difference of logits, as a share of their spread."""
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        text = f"{self.folders:,} folders, {self.taken:,} taken, of these {self.exported:,} "
+        text = f"{self.folders:,} folders, {self.taken:,} accepted, of these {self.exported:,} "
         text += f"exported and {self.trained:,} trained; {self.commands:,} commands; logits differ "
-        text += f"by up to {self.worst:.1e} of their spread; refused, by what was odd:"
+        text += f"by up to {self.worst:.1e} of their spread; refused, by oddity:"
         return text + "".join(f"\n{n:>8,}  {why}" for why, n in self.refused.most_common())
 
 
 def command(*words: object) -> Finished:
-    """The command, in this process; what it says on both streams."""
+    """Run the command in this process; output of both streams."""
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         code = cli.main(list(map(str, words)))
@@ -71,13 +71,13 @@ def command(*words: object) -> Finished:
 
 
 def open_theirs(folder: Path) -> PreTrainedModel | None:
-    """The model as transformers reads it; None if it does not, or makes up what is missing."""
+    """The model as read by transformers; None if it fails, or makes up missing tensors."""
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
-    except Exception:  # it has no list of what it raises
+    except Exception:  # it documents no list of errors
         return None
     return None if told["missing_keys"] or told["mismatched_keys"] else model.eval()
 
@@ -89,7 +89,7 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, as a share of the spread; infinite for other shapes or no number."""
+    """The largest difference as a share of the spread; infinite for other shapes or NaN."""
     if ours.shape != theirs.shape:
         return float("inf")
     share = float((ours - theirs).abs().max() / theirs.std().clamp(min=1e-30))
@@ -103,7 +103,7 @@ def nats(model: PreTrainedModel, windows: Tensor) -> Tensor:
 
 
 def _computed(source: random.Random, folder: Path, theirs: PreTrainedModel) -> tuple[float, bool]:
-    """How far our logits are from theirs, and whether a greedy continuation is one of theirs."""
+    """How far our logits are from theirs, and whether a greedy continuation is among theirs."""
     ours = read_model(folder)
     context, vocab = ours.config.seq_len, ours.config.vocab_size
     ids = torch.tensor([[source.randrange(vocab) for _ in range(context)] for _ in range(2)])
@@ -154,7 +154,7 @@ def _trained(place: Path, data: Path, theirs: PreTrainedModel, context: int) -> 
 
 
 def _exported(source: random.Random, place: Path, theirs: PreTrainedModel) -> str:
-    """Write it for transformers, of the folder or of the run; what is wrong."""
+    """Export the folder or the run for transformers; what is wrong."""
     origin, out = place / source.choice(["model", "run"]), place / "exported"
     done = command("export", origin, "--out", out, "--format", source.choice(["hf", "mlx"]))
     back = None if done.code else open_theirs(out)
@@ -162,7 +162,7 @@ def _exported(source: random.Random, place: Path, theirs: PreTrainedModel) -> st
         return f"export of the {origin.name}: exit {done.code} {done.output}"
     ids = torch.tensor([[source.randrange(GPT2_VOCAB) for _ in range(7)]])
     far = distance(logits_of(back, ids), logits_of(theirs, ids))
-    return "" if far <= ALLOWED else f"the export is another model: {far:.1e}"
+    return "" if far <= ALLOWED else f"the exported model differs by {far:.1e}"
 
 
 def _refusal(done: Finished) -> str:
@@ -175,17 +175,17 @@ def _refusal(done: Finished) -> str:
 def _taken(
     source: random.Random, place: Path, made: Made, evaluated: Finished, result: Result, data: Path
 ) -> list[str]:
-    """What is wrong with a folder that is taken."""
+    """What is wrong with an accepted folder."""
     result.taken += 1
     theirs = open_theirs(place / "model")
     if theirs is None and made.fate <= Fate.KEEP:
         theirs = open_theirs(place / "plain")
     if made.fate == Fate.NONE or theirs is None:
-        return ["taken, and should not be"]
+        return ["accepted, but should be refused"]
     far, greedy = _computed(source, place / "model", theirs)
     result.worst = max(result.worst, far)
-    wrong = [f"its logits are others: {far:.1e}"] if not far <= ALLOWED else []
-    wrong += [] if greedy else ["its continuation is another"]
+    wrong = [f"its logits differ by {far:.1e}"] if not far <= ALLOWED else []
+    wrong += [] if greedy else ["its continuation differs"]
     context = theirs.config.max_position_embeddings
     told, loss = json.loads(evaluated.output)["nats"], _judged(theirs, context)
     if not abs(told - loss) <= ALLOWED * loss:
@@ -236,7 +236,7 @@ def judge(place: Path, made: Made, number: int, seed: int, result: Result, data:
 
 
 def folders(root: Path, count: int, seed: int = 0) -> Result:
-    """`count` folders; those that are wrong are kept beside `root`."""
+    """`count` folders; wrong ones are kept beside `root`."""
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     (root / "text.txt").write_text(TEXT)

@@ -1,4 +1,4 @@
-"""Is every damage noticed? The oracle is `durable.verify`, or any reader that calls it."""
+"""Is all damage detected? The oracle is `durable.verify`, or any reader that calls it."""
 
 import random
 import signal
@@ -19,7 +19,7 @@ HANG_SECONDS = 10
 
 @dataclass
 class Result:
-    """What the damages came to; everything but `cases` should stay empty."""
+    """Results by outcome; everything but `cases` should stay empty."""
 
     cases: int = 0
     silent: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Result:
 
 
 def checkpoint_like(folder: Path, step: int, size: int) -> None:
-    """Commit a folder with the files of a checkpoint, without torch."""
+    """Commit a folder with a checkpoint's files, without torch."""
     source = random.Random(step)
     header = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
     with durable.commit_folder(folder, {"format": 1, "step": step}) as writer:
@@ -52,10 +52,10 @@ def fuzz(
     count: int = 0,
     seed: int = 0,
 ) -> Result:
-    """Damage `folder` in every way; `notices(folder, case)` says whether a reader objected.
+    """Damage `folder` in every way; `notices(folder, case)` tells whether a reader objected.
 
-    `share` picks that part of the cases by chance; `count` goes round again with other positions
-    until so many cases were tried.
+    `share` selects a random part of the cases; `count` repeats them with other positions until that
+    many were tried.
     """
     source, result = random.Random(seed), Result()
     while True:
@@ -81,9 +81,9 @@ def _picked(all_cases: Iterator[Case], source: random.Random, share: float) -> I
 
 
 def verify_notices(folder: Path, case: str) -> bool:
-    """The plain oracle. A problem has to name the file that was damaged.
+    """The plain oracle. A problem has to name the damaged file.
 
-    Another step's manifest is whole in itself: then it is the files that do not fit.
+    Another step's manifest is intact in itself; in that case the files do not match it.
     """
     problems = durable.verify(folder)
     damaged = case.split("[")[0].split(" ")[0]
@@ -93,7 +93,7 @@ def verify_notices(folder: Path, case: str) -> bool:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """TimeoutError after ten seconds, also inside a system call."""
+    """TimeoutError after ten seconds, even inside a system call."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise TimeoutError
@@ -108,7 +108,7 @@ def _alarm() -> Iterator[None]:
 
 
 def run(root: Path, count: int, seed: int = 0) -> tuple[Result, float]:
-    """The whole of it, with figures; `root` lies on the disk to be tried."""
+    """The whole test, with counts and seconds; `root` is on the disk under test."""
     started = time.monotonic()
     for step in (1, 2):
         checkpoint_like(root / f"step-{step}", step, 20_000)

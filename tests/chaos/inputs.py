@@ -1,9 +1,9 @@
-"""Random inputs through the real `sota prepare`, held against what plain readers find in them.
+"""Random inputs through the real `sota prepare`, compared with what plain readers find in them.
 
-Several inputs go into one command, as users give them; each batch is prepared by one worker, and by
-two (which gives the same bytes) or in small units of work. Whole inputs have to come out exactly,
-with the exact number of each reason; of damaged ones what stands before the damage, which has to be
-named.
+Several inputs go into one command, as users give them. Each batch is prepared by one worker, and
+again by two (which gives the same bytes) or in small units of work. Intact inputs have to come out
+exactly, with the exact count of each reason; from damaged ones what precedes the damage has to come
+out, and the damage has to be reported.
 """
 
 import base64
@@ -31,9 +31,9 @@ from . import making, plain
 from .commands import Finished, contents, sota
 from .plain import BROKEN, DAMAGED, NUL, Plain
 
-WHOLE, LOOSE = 24, 4  # inputs a command
+WHOLE, LOOSE = 24, 4  # inputs per command
 EOT, SECONDS = 50256, 300.0
-FATES = {  # kind of input, and how often
+FATES = {  # kind of input, and its weight
     "text": 6, "packed": 8, "tar": 4, "packed tar": 4, "sparse tar": 1, "zip": 5, "table": 7,
     "folder": 4, "glob": 2, "stdin": 2,
 }  # fmt: skip
@@ -46,13 +46,13 @@ class Made:
     number: int
     argument: str
     given: Path | None
-    """What standard input is."""
+    """The content of standard input."""
     plain: Plain
 
 
 @dataclass
 class Result:
-    """Counts, and in words whatever was wrong."""
+    """Counts, and a description of everything that went wrong."""
 
     inputs: int = 0
     damaged: int = 0
@@ -63,12 +63,12 @@ class Result:
 
     def __str__(self) -> str:
         text = f"{self.inputs:,} inputs, {self.damaged:,} of them damaged, {self.documents:,} "
-        text += f"documents, {self.commands:,} commands; not taken:"
+        text += f"documents, {self.commands:,} commands; skipped:"
         return text + "".join(f"\n{n:>8,}  {why}" for why, n in self.losses.most_common())
 
 
 def make(number: int, seed: int, root: Path) -> Made:
-    """Input `number` of a seed, whatever the others are, below a folder of its own."""
+    """Input `number` of a seed, independent of the others, in its own folder."""
     source, place = random.Random(f"{seed} {number}"), root / f"i{number:05d}"
     place.mkdir()
     kind = source.choices(list(FATES), list(FATES.values()))[0]
@@ -84,14 +84,14 @@ def make(number: int, seed: int, root: Path) -> Made:
         path.write_bytes(_damaged(source, path.read_bytes(), again=path.suffix == ".tar"))
     codec = plain.split_name(path.name)[0]
     if kind == "stdin" and codec and not path.read_bytes().startswith(plain.CODECS[codec][0]):
-        path = path.rename(place / "unnamed")  # nothing else says how it is packed
+        path = path.rename(place / "unnamed")  # only its content tells how it is packed
     found = plain.read(path)
     given = path if kind == "stdin" else None
     return Made(number, "-" if given else str(path), given, found)
 
 
 def _matched(paths: list[Path]) -> Plain:
-    """What a glob matches: each file once, nothing that is hidden."""
+    """What a glob matches: each file once, nothing hidden."""
     found, taken = Plain(), set[Path]()
     for path in paths:
         below = path.relative_to(path.parents[len(path.parts) - 2]).parts
@@ -108,7 +108,7 @@ def _matched(paths: list[Path]) -> Plain:
 
 
 def _file(source: random.Random, kind: str, place: Path, name: str) -> Path:
-    """A file of a kind."""
+    """A file of some kind."""
     codec = source.choice(["gz", "zst", "bz2", "xz"])
     if kind == "table":
         path = place / f"{name}.{source.choice(['parquet', 'parquet', 'arrow', 'feather'])}"
@@ -139,7 +139,7 @@ def _file(source: random.Random, kind: str, place: Path, name: str) -> Path:
 
 
 def _damaged(source: random.Random, data: bytes, *, again: bool) -> bytes:
-    """Cut, changed, filled up or with something behind it."""
+    """Truncated, changed, padded, or with something appended."""
     at = source.randrange(len(data) + 1)
     match source.randrange(6):
         case 0:
@@ -158,7 +158,7 @@ def _damaged(source: random.Random, data: bytes, *, again: bool) -> bytes:
 
 
 def batches(made: Iterator[Made]) -> Iterator[list[Made]]:
-    """Whole inputs with whole ones; at most one from standard input."""
+    """Batches of intact inputs; at most one from standard input."""
     waiting: dict[bool, list[Made]] = {False: [], True: []}
     for item in made:
         batch = waiting[item.plain.loose]
@@ -173,7 +173,7 @@ def batches(made: Iterator[Made]) -> Iterator[list[Made]]:
 
 
 def prepare(batch: list[Made], out: Path, workers: int, *, small: bool = False) -> Finished:
-    """The real command; `small` cuts its work into small units."""
+    """Run the real command; `small` splits its work into small units."""
     module = "tests.chaos.small" if small else "sota_transformer"
     words = ["prepare", *(item.argument for item in batch), "--out", str(out)]
     words += ["--val-fraction", "0", "--workers", str(workers)]
@@ -183,32 +183,32 @@ def prepare(batch: list[Made], out: Path, workers: int, *, small: bool = False) 
 
 @cache
 def decoder() -> tiktoken.Encoding:
-    """GPT-2's, from OpenAI's program; the figures of its vocabulary are checked by SHA-256."""
+    """GPT-2's tokenizer from OpenAI's program, its vocabulary checked by SHA-256."""
     pairs = (line.split() for line in _rank_file().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     return tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
 
 
 def taken(out: Path, manifest: dict[str, Any]) -> list[str]:
-    """Every document in order; ValueError if 50256 is not once behind each."""
+    """Every document in order; ValueError unless 50256 follows each exactly once."""
     found = []
     for name in manifest["splits"]["train"]["shards"]:
         ids = np.load(out / name)
         ends = [0, *np.load(out / name.replace(".npy", ".ends.npy")).tolist()]
         if ends[1:] != (np.flatnonzero(ids == EOT) + 1).tolist():
-            raise ValueError("50256 is not once behind each document")
+            raise ValueError("50256 does not follow each document once")
         whole = [ids[first : last - 1].tolist() for first, last in pairwise(ends)]
         found += [decoder().decode_bytes(each).decode() for each in whole]
     return found
 
 
 def short(reason: str) -> str:
-    """A reason without what differs from file to file."""
+    """A reason without the parts that vary between files."""
     return re.sub(r"^damaged .*", DAMAGED, re.split(r"; | \(", reason)[0])
 
 
 def pieces(least: str, most: str, found: list[str]) -> list[str]:
-    """The documents, one behind the other, that a text came out as; [] if it did not."""
+    """The consecutive documents that a text was split into; [] if it was not found."""
     best: list[str] = []
     for first, document in enumerate(found):
         if most.startswith(document):
@@ -223,7 +223,7 @@ def pieces(least: str, most: str, found: list[str]) -> list[str]:
 
 
 def problems(found: list[str], rejects: dict[str, Any], batch: list[Made]) -> list[str]:
-    """What differs between the documents and reasons of a command and what its inputs hold."""
+    """Differences between a command's documents and reasons and what its inputs hold."""
     every, wrong = Plain(), list[str]()
     for item in batch:
         every.add(item.plain)
@@ -242,7 +242,7 @@ def problems(found: list[str], rejects: dict[str, Any], batch: list[Made]) -> li
     if missing := set(every.documents) - came:
         wrong.append(f"lost: {len(missing)} documents, {min(missing)[:80]!r}")
     strange = came - known - set(every.perhaps)
-    if every.loose:  # what is cut where another reader has read on
+    if every.loose:  # cut where another reader reads on
         every.perhaps += every.documents
         strange = {one for one in strange if not any(x.startswith(one) for x in every.perhaps)}
     if strange and not every.blind:
@@ -253,7 +253,7 @@ def problems(found: list[str], rejects: dict[str, Any], batch: list[Made]) -> li
 
 
 def _miscounted(every: Plain, rejects: dict[str, Any], batch: list[Made]) -> list[str]:
-    """Reasons of which there are too few, or too many."""
+    """Reasons with too low or too high a count."""
     wrong, expected, counted = [], Counter[str](), Counter[str]()
     for reason, count in every.losses.items():
         expected[short(reason)] += count
@@ -264,7 +264,7 @@ def _miscounted(every: Plain, rejects: dict[str, Any], batch: list[Made]) -> lis
         few, many = counted[reason] < expected[reason], counted[reason] > expected[reason]
         by_piece = broken and reason in (BROKEN, NUL)
         if few or (many and not every.loose and not by_piece):
-            wrong.append(f"{reason}: {counted[reason]} counted of {expected[reason]}")
+            wrong.append(f"{reason}: counted {counted[reason]}, not {expected[reason]}")
     told = [
         place
         for reason, each in rejects.items()
@@ -275,7 +275,7 @@ def _miscounted(every: Plain, rejects: dict[str, Any], batch: list[Made]) -> lis
     for item in () if crowd else batch:
         name = "stdin" if item.given else f"i{item.number:05d}"
         if item.plain.losses[DAMAGED] and not any(place.startswith(name) for place in told):
-            wrong.append(f"{name}: its damage is not told")
+            wrong.append(f"{name}: its damage is not reported")
     return wrong
 
 
@@ -285,7 +285,7 @@ def judge(root: Path, batch: list[Made], other: str, result: Result) -> list[str
     for way, workers in (("one", 1), (other, 2)):
         done = prepare(batch, root / way, workers, small=way == "small")
         result.commands += 1
-        if done.crashed or done.code != 0:  # None: it never ended
+        if done.crashed or done.code != 0:  # None: it hung
             wrong.append(f"{way}: exit {done.code} {done.output[-600:]}")
         else:
             manifest = json.loads((root / way / "manifest.json").read_text())
@@ -297,7 +297,7 @@ def judge(root: Path, batch: list[Made], other: str, result: Result) -> list[str
         for reason, each in manifest["rejects"].items():
             result.losses[short(reason)] += each["count"]
     if other == "two" and _same(root / "one") != _same(root / "two"):
-        wrong.append("one worker and two gave other bytes")
+        wrong.append("one worker and two gave different bytes")
     for way in ("one", other):
         shutil.rmtree(root / way, ignore_errors=True)
         shutil.rmtree(root / f".{way}.preparing", ignore_errors=True)
@@ -305,14 +305,14 @@ def judge(root: Path, batch: list[Made], other: str, result: Result) -> list[str
 
 
 def _anchor(root: Path) -> Made:
-    """A good file, so that there is always a result to look at."""
+    """A good file, so that there is always a result."""
     path = root / "anchor.txt"
     path.write_text("held fast")
     return Made(-1, str(path), None, Plain(documents=["held fast"]))
 
 
 def alone(root: Path, item: Made, result: Result) -> list[str]:
-    """What is wrong with how an input ends that has no other beside it."""
+    """What is wrong with the outcome of a single input."""
     done = prepare([item], root / "alone", 1)
     result.commands += 1
     some, texts = bool(item.plain.documents), bool(item.plain.texts or item.plain.loose)
@@ -335,7 +335,7 @@ def _same(out: Path) -> Any:
 
 
 def inputs(root: Path, count: int, seed: int = 0) -> Result:
-    """`count` inputs in batches; of a batch that is wrong the first such input is named."""
+    """`count` inputs in batches; for a wrong batch the first wrong input is named."""
     result = Result()
     (root / "made").mkdir()
     made = (make(number, seed, root / "made") for number in range(count))

@@ -1,7 +1,8 @@
-"""What a journey's commands have to keep: a model of one workspace, and what differs from it.
+"""A model of one workspace: what the commands of a journey have to keep, and what differs from it.
 
-The model knows of every path what it is and whether it was spoilt, reads the plain facts of a run
-from its folder, and says for each command whether it is done, refused with which codes, or open.
+The model knows for every path what it is and whether it was damaged, reads the plain facts of a run
+from its folder, and predicts for each command whether it succeeds, fails (and with which codes) or
+may do either.
 """
 
 import json
@@ -23,10 +24,10 @@ from .commands import Finished, Zygote, leftovers, sha256
 DONE, REFUSED = frozenset({0}), frozenset({2, 65, 66, 73, 74})
 EITHER = DONE | REFUSED
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: 137}
-_UNSEEN = {".lock", ".verified.json", "doctor.json"}  # caches and locks, which nobody reads
+_UNSEEN = {".lock", ".verified.json", "doctor.json"}  # caches and locks
 _TIMED = {"run.json", "metrics.jsonl", "samples.txt", "report.html", "comparison.html"}
 LOSS, ROUNDED = 1e-5, 0.02  # nats between copies in float32, and in 16 bits
-MOST_LINES, MOST_LETTERS = 2, 1200  # of what a refusal says; names here are long
+MOST_LINES, MOST_LETTERS = 2, 1200  # of an error message; names here are long
 
 NAMES = ["a b", "neu\nzeile", "über-ß", "-dash", "x'y\"z", "[b]ra[ck]et", "100%", "$HOME", "e",
          "#no", "tab\there", "日本", "\u202egnp", "a,b", "a=b", "~", "{c}", "--steps"]  # fmt: skip
@@ -35,7 +36,7 @@ Tree = dict[str, tuple[int, str]]
 
 
 def tree(place: Path) -> Tree:
-    """Relative path -> mode and content of everything below, links not followed."""
+    """Relative path -> mode and content of everything below, without following links."""
     found = Tree()
     for folder, folders, files in os.walk(place):
         for name in {*folders, *files} - _UNSEEN:
@@ -46,7 +47,7 @@ def tree(place: Path) -> Tree:
 
 
 def lasting(found: Tree) -> Tree:
-    """What has to be the same bytes after an interruption: no times, of checkpoints the newest."""
+    """What has to be byte-identical after an interruption: no times, only the newest checkpoint."""
     newest = dict[str, str]()
     for name in found:
         if at := re.match(r"(.*checkpoints)/(step-\d{8})", name, re.DOTALL):
@@ -60,13 +61,13 @@ def lasting(found: Tree) -> Tree:
 
 
 def changed(before: Tree, after: Tree) -> list[str]:
-    """Paths that came, went or differ."""
+    """Paths that were added, removed or changed."""
     return sorted(name for name, _ in before.items() ^ after.items())
 
 
 @dataclass
 class Result:
-    """Counts, and in words whatever was wrong."""
+    """Counts, and a description of everything that went wrong."""
 
     journeys: int = 0
     commands: int = 0
@@ -78,22 +79,22 @@ class Result:
 
     def __str__(self) -> str:
         told = f"{self.journeys:,} journeys of {self.commands:,} commands, {self.refused:,} "
-        told += f"refused, {self.interrupted:,} interruptions, {self.losses:,} losses held against "
-        told += "a copy's; done and refused by verb:"
+        told += f"refused, {self.interrupted:,} interruptions, {self.losses:,} losses compared "
+        told += "with a copy's; done and refused by verb:"
         each = (f"\n{a:>7,} {b:>7,}  {verb}" for verb, (a, b) in sorted(self.verbs.items()))
         return told + "".join(each)
 
 
 class Workspace:
-    """One folder, what lies in it, and the commands given there."""
+    """One folder, its contents, and the commands given there."""
 
     def __init__(self, root: Path, zygote: Zygote, source: random.Random, result: Result) -> None:
         self.place, self.aside, self.temporary = root / "work", root / "aside", root / "tmp"
         self.zygote, self.source, self.result = zygote, source, result
         self.kinds = dict[Path, str]()  # real path -> texts, data, run, hf, gguf, parts, other
         self.broken, self.frozen = set[Path](), set[Path]()
-        self.origins = dict[str, tuple[str, float]]()  # weights -> whose copy, how near
-        self.losses = dict[tuple[str, str], tuple[float, float]]()  # and how near it is
+        self.origins = dict[str, tuple[str, float]]()  # weights -> original, largest difference
+        self.losses = dict[tuple[str, str], tuple[float, float]]()  # loss, largest difference
         self.known = dict[tuple[Any, ...], Any]()  # what has to be the same each time
         self.told = list[str]()
         self.where = self.place
@@ -106,7 +107,7 @@ class Workspace:
     # ---- what is there
 
     def kind(self, path: Path) -> str:
-        """What lies at a path: one of the kinds, `broken`, `free` or `other`."""
+        """What is at a path: one of the kinds, `broken`, `free` or `other`."""
         real = Path(os.path.realpath(path))
         if any(real == each or each in real.parents for each in self.broken):
             return "broken"
@@ -134,32 +135,32 @@ class Workspace:
         return json.loads((run / f"checkpoints/step-{step:08d}/trainer.json").read_text())
 
     def weights(self, path: Path) -> str:
-        """SHA-256 of a run's newest weights or an export's, or of what they are a copy of."""
+        """SHA-256 of a run's newest weights or an export's, or of their original."""
         steps = self.steps(path)
         folder = path / f"checkpoints/step-{steps[-1]:08d}" if steps else path
         return sha256(folder / "model.safetensors")
 
     def fingerprint(self, data: Path) -> str:
-        """Of prepared data."""
+        """Fingerprint of prepared data."""
         return json.loads((data / "manifest.json").read_text())["fingerprint"]
 
     # ---- what was wrong
 
     def say(self, what: str) -> None:
-        """Remember what is not as promised, with the commands that led to it."""
+        """Record a broken promise and the commands that led to it."""
         self.result.wrong.append(f"{what}\n    after: " + "\n    ".join(self.told))
 
     def same(self, what: str, key: tuple[Any, ...], value: Any) -> None:
-        """What was once found for a key has to be found each time."""
+        """What was found once for a key has to be found each time."""
         if (first := self.known.setdefault(key, value)) != value:
             self.say(f"{what}: {value}, before {first}")
 
     def judged(self, model: Path, text: str, output: str) -> None:
-        """A loss has to be that of whatever these weights are a copy of."""
+        """A loss has to equal that of the original of these weights."""
         told = json.loads(output[output.index("{") :])
         config = json.loads((model / "config.json").read_text())
         if config.get("data", {}).get("document_mask"):
-            return  # an export does not know of it
+            return  # an export does not know it
         weights, nats, allowed = self.weights(model), told["nats"], LOSS
         text = f"{text} {told['context']}"
         while weights in self.origins:
@@ -173,7 +174,7 @@ class Workspace:
     # ---- commands
 
     def word(self, path: Path) -> str:
-        """A path as somebody may write it, from where the command is given."""
+        """A path as a user may write it, from the current folder."""
         way = self.source.random()
         relative = os.path.relpath(path, self.where)
         word = str(path) if way < 0.3 else relative
@@ -183,7 +184,7 @@ class Workspace:
         self, words: list[str], expected: frozenset[int], outs: Sequence[Path] = (),
         interrupt: bool = False,
     ) -> Finished:  # fmt: skip
-        """Give a command, hold all that holds for every one; only `outs` may change."""
+        """Give a command and check all that holds for every one; only `outs` may change."""
         shown = f"cd {shlex.quote(str(self.where))}; {shlex.join(words)}"
         self.told.append(f"{shown}   # {'interrupted' if interrupt else sorted(expected)}")
         if interrupt:
@@ -208,7 +209,7 @@ class Workspace:
         return done
 
     def _holds(self, done: Finished, expected: frozenset[int], words: list[str]) -> None:
-        """The exit code, and what is said."""
+        """Check the exit code and the output."""
         result = self.result
         result.commands += 1
         result.refused += done.code != 0
@@ -225,12 +226,12 @@ class Workspace:
         lines = done.output.splitlines()
         many = len(lines) > MOST_LINES and words[0] not in ("train", "train_sota.py")
         if not last.startswith("sota: ") or many or len(last) > MOST_LETTERS:
-            self.say(f"says too much or little: {done.output[-900:]}")
+            self.say(f"prints too much or too little: {done.output[-900:]}")
         paths = [word.partition("=")[2] or word for word in words[1:]]
         names = {" ".join((Path(word).name or word).split()) for word in paths}
         names |= {repr(word)[1:-1] for word in paths}
         told = any(name in last for name in names if name) or "--" in last
-        if not told and "MB are free" not in last:  # a full disk is named by what is there of it
+        if not told and "MB free" not in last:  # which names the existing part of its path
             self.say(f"names no path and no option: {last}")
 
     def _clean(self, done: Finished) -> None:
@@ -249,7 +250,7 @@ class Workspace:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _again(self, words: list[str], seconds: float, wanted: Tree) -> None:
-        """From the state before, interrupted some times, then not: the same has to come of it."""
+        """From the state before, interrupt a few times, then finish: the same has to result."""
         shutil.rmtree(self.place)
         shutil.copytree(self.aside, self.place, symlinks=True)
         for _ in range(self.source.randint(1, 3)):
@@ -266,14 +267,14 @@ class Workspace:
                 if done.crashed or done.code not in (0, ENDS[sign]):
                     self.say(f"{sign.name}: exit {done.code} {done.output[-1500:]}")
                 if sign == signal.SIGKILL:
-                    time.sleep(0.3)  # for workers that notice it
+                    time.sleep(0.3)  # workers exit once they notice
                 elif left := [path.name for path in self.temporary.iterdir()]:
                     self.say(f"{sign.name} left {left[:5]} in TMPDIR")
                 self.sweep()
         last = self.zygote.end(self.zygote.start(words, where=self.where))
         found = tree(self.place)
         differ = changed(lasting(wanted), lasting(found))
-        done = last.code == 0 or (last.code == 2 and words[0] in ("import", "export"))  # was whole
+        done = last.code == 0 or (last.code == 2 and words[0] in ("import", "export"))  # complete
         if not done or differ:
             self.say(f"interrupted: exit {last.code}, differ {differ[:5]}: {last.output[-500:]}")
         self._clean(last)
@@ -352,7 +353,7 @@ def walk(w: Workspace) -> None:
 
 
 def made(w: Workspace) -> Path:
-    """A path where nothing is, seldom a place that cannot be."""
+    """A free path, rarely one that cannot be created."""
     names = [name for name in NAMES if not os.path.lexists(w.place / name)]
     name = w.source.choice(names) if names else f"n{w.source.randrange(10**6)}"
     return w.place / name

@@ -1,7 +1,7 @@
-"""Random journeys through all commands in one workspace, senseless ones too; see journey.py.
+"""Random journeys through all commands in one workspace, including senseless ones; see journey.py.
 
-A journey makes texts, data, runs and exports, moves, copies, links, spoils and freezes them, gives
-10 to 25 commands on whatever lies there, and interrupts some.
+A journey makes texts, data, runs and exports, moves, copies, links, damages and freezes them, gives
+10 to 25 commands on whatever is there, and interrupts some.
 """
 
 import json
@@ -42,12 +42,12 @@ CHANGES: list[dict[str, Any]] = [
     {"model.qk_norm": True},
 ]  # fmt: skip
 USABLE = ("run", "hf")
-FILES = ["README.md", "manifest.json", "Modelfile"]  # of an export, that name where it came from
+FILES = ["README.md", "manifest.json", "Modelfile"]  # of an export, naming its origin
 CPU = ["--device", "cpu"]
 
 
 def some(w: Workspace, *kinds: str, astray: float = 0.15) -> Path:
-    """Something of these kinds, by itself or by a link; now and then of any kind or nothing."""
+    """Something of these kinds, direct or through a link; sometimes of another kind, or nothing."""
     chosen = w.these(*kinds)
     if not chosen or w.source.random() < astray:
         chosen = [*w.these("texts", "data", "run", "hf", "gguf", "other"), made(w), w.place]
@@ -58,7 +58,7 @@ def some(w: Workspace, *kinds: str, astray: float = 0.15) -> Path:
 
 
 def target(w: Workspace) -> Path:
-    """Where a command shall write: mostly a new place."""
+    """Where a command is to write: mostly a new place."""
     return made(w) if w.source.random() < 0.75 else some(w, "empty", astray=1.0)
 
 
@@ -68,12 +68,12 @@ def free(w: Workspace, out: Path) -> bool:
 
 
 def refused(w: Workspace, *paths: Path) -> frozenset[int]:
-    """Refused, or open where something spoilt may be noticed or not."""
+    """Refused, or either if the damage may go unnoticed."""
     return EITHER if any(w.kind(path) == "broken" for path in paths) else REFUSED
 
 
 def _prepared(w: Workspace, texts: Path, out: Path, share: str, before: str = "") -> None:
-    """Data was made: of the same text it is the same each time, however it was made."""
+    """Data was made: the same text gives the same data each time, however it was made."""
     w.kinds[out.resolve()] = "data"
     text = sorted(path.read_bytes() for path in texts.glob("*.jsonl"))
     w.same("fingerprint", (before, str(text), share), w.fingerprint(out))
@@ -88,7 +88,7 @@ def prepare(w: Workspace) -> None:
     words += ["--workers", w.source.choice("12")] + ["--append"] * append
     good, there = w.kind(texts) == "texts", w.kind(out)
     if append and w.is_frozen(out):
-        return  # the work is kept for another try
+        return  # the work is kept for another attempt
     expected = DONE if good and free(w, out) and not append else refused(w, texts, out)
     if there == "data" or texts == w.place or w.is_frozen(texts) or texts == out:
         expected = EITHER
@@ -135,7 +135,7 @@ def _fields(run: Path) -> dict[str, Any]:
 
 def _fits(w: Workspace, out: Path, data: Path, options: dict[str, Any], how: dict[str, str],
           override: list[str]) -> frozenset[int]:  # fmt: skip
-    """What `sota train` has to say to a run that is there already."""
+    """What `sota train` has to say about a run that already exists."""
     steps, resume = w.steps(out), how.get("--resume", "auto")
     if w.is_frozen(out):
         return EITHER
@@ -204,7 +204,7 @@ def train(w: Workspace) -> None:
 
 def _counted(w: Workspace, out: Path, start: dict[str, Any], options: dict[str, Any],
              how: dict[str, str]) -> None:  # fmt: skip
-    """Steps, rows and tokens behind a training that was not refused."""
+    """Steps, rows and tokens after a training that was not refused."""
     now, end = BASE | options, w.steps(out)[-1]
     if end != max(now["train.steps"], start["step"]) and how.get("--resume", "")[:5] != "step:":
         w.say(f"{out.name} ends at step {end}, not {now['train.steps']}")
@@ -240,7 +240,7 @@ def evaluate(w: Workspace) -> None:
         if w.kind(other) not in USABLE:
             expected = refused(w, model, texts, other)
         elif expected == DONE:
-            expected, name = DONE, ""  # the shorter context of the two
+            expected, name = DONE, ""  # the shorter of the two contexts
     done = w.give(words, expected)
     if done.code == 0 and good and name:
         w.judged(model, name, done.output)
@@ -357,7 +357,7 @@ COMMANDS: list[tuple[Callable[[Workspace], None], int]] = [
 
 
 def journey(w: Workspace) -> None:
-    """10 to 25 commands, the first two of them with sense."""
+    """10 to 25 commands, the first two of them sensible."""
     write_texts(w)
     data, run = made(w), made(w).with_name("first run")
     texts, share = w.these("texts")[0], "--val-fraction=0.2"
@@ -379,7 +379,7 @@ def journey(w: Workspace) -> None:
 
 
 def journeys(root: Path, count: int, seed: int = 0) -> Result:
-    """`count` journeys; the workspaces of those that went wrong are kept beside `root`."""
+    """`count` journeys; the workspaces of failed ones are kept beside `root`."""
     result, temporary = Result(), root / "tmp"
     temporary.mkdir()
     preload = "transformers.models.llama.modeling_llama"

@@ -1,8 +1,8 @@
-"""Random models, and all that the commands say of them, held against `verdicts.py`.
+"""Random models, and everything the commands report about them, compared with `verdicts.py`.
 
-A case is a folder of random weights, perhaps a run that was trained on from it for a step or two,
-and random options of `sota evaluate` (also --against, --lambada, --hellaswag), `generate`, `report`
-of several runs, and of the server's /v1/completions.
+A case is a folder of random weights, perhaps a run that was trained from it for a step or two, and
+random options of `sota evaluate` (also --against, --lambada, --hellaswag), `generate`, `report` on
+several runs, and the server's /v1/completions.
 """
 
 import csv
@@ -29,12 +29,12 @@ from .twins import texts
 from .verdicts import DRAWN, Subject, make_subject
 from .writing import ALLOWED, SELDOM, WORDS, Result, Writing, some_text
 
-SUM = 1e-5  # of a mean over many tokens, the same
-PROTOCOLS = {  # and from which token of the last word on
+SUM = 1e-5  # the same for a mean over many tokens
+PROTOCOLS = {  # and the first token of the last word that counts
     "text": [("lambada_paper", -1), ("lambada_openai", 0)],
     "standard": [("lambada_standard", 0)],
 }
-FIGURES = ("mean", "spread", "difference", "seeds", "text")  # of a report's second table
+FIGURES = ("mean", "spread", "difference", "seeds", "text")  # columns of a report's second table
 
 
 class Judge(Writing):
@@ -49,7 +49,7 @@ class Judge(Writing):
         assert done.code == 0, done.output
 
     def case(self, number: int, source: random.Random) -> None:
-        """One model, often trained on, and what is said of it."""
+        """One model, often trained further, and what is reported about it."""
         place, name = self.root / f"case-{number}", f"case {number}"
         place.mkdir()
         one = self._subject(source, place, "one")
@@ -66,7 +66,7 @@ class Judge(Writing):
         shutil.rmtree(place)
 
     def _subject(self, source: random.Random, place: Path, name: str) -> Subject:
-        """A folder as transformers has them, or a run from it."""
+        """A folder as written by transformers, or a run started from it."""
         if source.random() < 0.4:
             return make_subject(source, place / name, [DRAWN, DRAWN + 1, 50_304])
         made = make_subject(source, place / f"{name}-first", [DRAWN + 1, 50_304])
@@ -86,12 +86,12 @@ class Judge(Writing):
     def _texts(
         self, place: Path, context: int, source: random.Random
     ) -> tuple[list[str], str, list[Array]]:
-        """Arguments behind --text, what is piped in, and the tokens of each text."""
+        """Arguments after --text, what is piped in, and the tokens of each text."""
         names, piped, found = list[str](), "", list[str]()
         for number in range(source.choice([1, 1, 2, 3])):
             kind = source.choice(["txt", "py", "utf-16", "jsonl", "csv", "tsv", "-", "folder"])
             text = some_text(source, source.choice([1, 2, context // 2, context, 3 * context]))
-            if source.random() < 0.3:  # a length that just fits, or just does not
+            if source.random() < 0.3:  # a length that just fits or just does not
                 ids = self.tokenizer.encode(text)
                 at = context * source.choice([1, 2]) + source.choice([-1, 0, 1])
                 text = self.tokenizer.decode(ids[:at]) or "x"
@@ -142,7 +142,7 @@ class Judge(Writing):
         size = sum(len(each) - 1 for each in tokens)
         most = source.choice([0, 1, context, context + 1, source.randint(1, max(1, size)), 60])
         if not most and size > 30 * context and stride < context / 2:
-            most = 10 * context  # or a slow case
+            most = 10 * context  # to limit the time
         words += ["--tokens", most] if most else []
         if other is not None:
             words += ["--against", other.folder]
@@ -176,7 +176,7 @@ class Judge(Writing):
             self._table(case, [one.folder, *words[1:]], figures)
 
     def _table(self, case: str, words: list[Any], figures: dict[str, Any]) -> None:
-        """What people read: the same figures, and in words which model is better."""
+        """The printed table: the same figures, and a statement of which model is better."""
         output, same = command("evaluate", *words).output, self.result.same
         found = re.findall(r"^  (?:loss|perplexity|bits per byte) +(\S+)", output, re.M)
         for key, shown in zip(("nats", "perplexity", "bits_per_byte"), found, strict=True):
@@ -199,7 +199,7 @@ class Judge(Writing):
         self._evaluate(f"{name} against", one, place / "against", source, other)
 
     def _benchmarks(self, name: str, one: Subject, place: Path, source: random.Random) -> None:
-        """LAMBADA in both forms, HellaSwag in both."""
+        """LAMBADA and HellaSwag, both in two forms."""
         lines, pairs = list[dict[str, str]](), {"text": [], "standard": []}
         for _ in range(source.randint(1, 8)):
             kind = source.choice(["text", "text", "standard"])
@@ -220,7 +220,7 @@ class Judge(Writing):
             for protocol, begin in PROTOCOLS[kind] if both else ():
                 right, name_of = [right[begin:] for _, right in scored], f"{protocol} accuracy"
                 expected[name_of] = _mean([all(each) for each in right])
-                if any(None in each for each in right):  # a tie is right or wrong
+                if any(None in each for each in right):  # a tie may be right or wrong
                     expected[name_of] = figures.get(name_of, (0, None))
                 mean, error = _mean([sum(nats[begin:]) for nats, _ in scored])
                 share = error and error * math.exp(mean)
@@ -238,7 +238,7 @@ class Judge(Writing):
                 self.result.same(case, f"{row} {which}", value, other, ALLOWED)
 
     def _hellaswag(self, name: str, one: Subject, place: Path, source: random.Random) -> None:
-        """Endings of several lengths, with the marks of WikiHow."""
+        """Endings of several lengths, with WikiHow's markup."""
         marks, lines, right, normed = [" [title]", "[step]", " [header] a", "  "], [], [], []
         limit = source.choice([0, 0, 2])
         for number in range(source.randint(1, 12)):
@@ -265,7 +265,7 @@ class Judge(Writing):
             asked = [verdicts.asked(one, self.tokenizer, context, " " + e) for e in endings]
             nats = [sum(each) for each, _ in asked]
             by_length = [n / len(e) for n, e in zip(nats, endings, strict=True)]
-            if source.random() < 0.7:  # what is another's winner is told
+            if source.random() < 0.7:  # a different winner is reported
                 label = int(np.argmin(by_length))
                 told["label"] = str(label)
             right.append(int(np.argmin(nats)) == label)
@@ -280,7 +280,7 @@ class Judge(Writing):
             self._rows(f"{name} hellaswag", figures, wanted)
 
     def _report(self, name: str, one: Subject, place: Path, source: random.Random) -> None:
-        """Runs that differ in seed or rate, as if each had come to another loss."""
+        """Runs that differ in seed or rate, with made-up losses."""
         lines = (one.folder / "metrics.jsonl").read_text().splitlines()
         settings: dict[float, list[tuple[float, float]]] = {}
         folders, rates = list[Path](), [1e-3, 2e-3, 3e-3][: source.choice([1, 2, 2, 3])]
@@ -300,7 +300,7 @@ class Judge(Writing):
             text = "".join(json.dumps(line) + "\n" for line in judged)
             (folders[-1] / "metrics.jsonl").write_text(text)
         self.result.asked["report"] += 1
-        with patch.dict(os.environ, COLUMNS="10000"):  # a table is not cut
+        with patch.dict(os.environ, COLUMNS="10000"):  # tables are not truncated
             done = command("report", *folders, "--out", place / "page.html")
         rows = re.findall(r"^((?:seed-\d(?:, )?)+) {2,}(.*)$", done.output, re.M)
         told = [[float(c.strip("<=+ ")) if c != "-" else None for c in re.split(" {2,}", row)[2:]]
@@ -335,9 +335,9 @@ def judging(root: Path, count: int, seed: int = 0) -> Result:
     for number in range(count):
         try:
             judge.case(number, random.Random(f"{seed} {number}"))
-        except Exception as error:  # what nobody thought of, and then the next
+        except Exception as error:  # anything unexpected; go on with the next case
             at = traceback.extract_tb(error.__traceback__)[-1]
             judge.result.wrong.append(f"case {number}: {type(error).__name__}: {error} at {at}")
     if judge.result.even() < SELDOM:
-        judge.result.wrong.append("tokens are not drawn as they should be")
+        judge.result.wrong.append("tokens are not drawn from their distribution")
     return judge.result

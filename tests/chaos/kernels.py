@@ -1,7 +1,7 @@
-"""Silent faults of a device's kernels, each to be put in the place of any operation that it fits.
+"""Silent faults of device kernels, each applicable to any operation that it fits.
 
-They are what backends have shipped: pytorch#109457 (rows from the eighth on), #161640 and #181133
-(strided inputs), #182285 (masks), #193385 (a write that is lost), #195163 (the end of a long sum).
+Backends have shipped such faults: pytorch#109457 (rows from the eighth on), #161640 and #181133
+(strided inputs), #182285 (masks), #193385 (a lost write), #195163 (the end of a long sum).
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 _MAKE_NOTHING = {"_unsafe_view", "_local_scalar_dense", "empty", "empty_like", "new_empty"}
-_BLOCKS = 16  # that an operation's work is cut into
-_SUMS: dict[str, int | None] = {  # where an operation that adds up is told which dimensions
+_BLOCKS = 16  # into which an operation's work is split
+_SUMS: dict[str, int | None] = {  # summing operations: the argument with the dimensions
     "sum": 1, "mean": 1, "logsumexp": 1, "linalg_vector_norm": 2, "_softmax": 1, "_log_softmax": 1,
     "max": 1, "amax": 1, "mm": None, "bmm": None, "_foreach_norm": None, "dot": None,
 }  # fmt: skip
@@ -28,7 +28,7 @@ def name_of(func: Any) -> str:
 
 
 def computes(func: Any) -> bool:
-    """Whether an operation makes or writes numbers, and is not a view of some."""
+    """Whether an operation creates or writes numbers and is not a view."""
     schema = func._schema
     made = any(value.alias_info is None for value in schema.returns)
     return name_of(func) not in _MAKE_NOTHING and (made or bool(_written_to(func)))
@@ -41,7 +41,7 @@ def _written_to(func: Any) -> list[int]:
 
 @dataclass
 class Call:
-    """One call of an operation that has been made: what went in, and what was written."""
+    """One completed call of an operation: its inputs and what it wrote."""
 
     func: Any
     args: tuple[Any, ...]
@@ -49,7 +49,7 @@ class Call:
     result: Any = None
 
     def make(self) -> "Call":
-        """Compute, and remember what was there before."""
+        """Compute, keeping the previous contents."""
         names = [each.name for each in self.func._schema.arguments]
         places = _written_to(self.func)
         given = [self.args[i] if i < len(self.args) else self.kwargs.get(names[i]) for i in places]
@@ -62,7 +62,7 @@ class Call:
         return self
 
     def again(self, change: Callable[[Tensor], Tensor], only: int | None = None) -> None:
-        """Compute with other inputs, all or those of one argument."""
+        """Recompute with changed inputs, all of them or only one argument."""
         for part, before in zip(self.parts, self.before, strict=True):
             part.copy_(before)
 
@@ -74,7 +74,7 @@ class Call:
         self.replace(args, self.kwargs if only is not None else tree_map(changed, self.kwargs))
 
     def replace(self, args: Any, kwargs: Any) -> None:
-        """Have the result of other arguments."""
+        """Replace the result with that of other arguments."""
         made = self.func(*args, **kwargs)
         if not self.parts:
             others = (x for x in tree_leaves(made) if isinstance(x, Tensor))
@@ -84,7 +84,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """When a kernel is wrong, and what it does then."""
+    """When a kernel is wrong, and what it then does."""
 
     name: str
     when: Callable[[Call], bool]
@@ -96,7 +96,7 @@ def _floats(call: Call) -> list[Tensor]:
 
 
 def _flat(change: Callable[[Tensor], Any], tensors: Callable[[Call], list[Tensor]]) -> Any:
-    """Change tensors as if they were of one dimension."""
+    """Change tensors as if they were one-dimensional."""
 
     def harm(call: Call) -> None:
         for x in tensors(call):
@@ -170,7 +170,7 @@ def _lose(call: Call, last: int = 0) -> None:
 
 
 def _cut_sum(call: Call) -> None:
-    """Leave out the last block of what is added up: one input is zero there."""
+    """Leave out the last block of a sum by zeroing it in one input."""
     where = _SUMS[name_of(call.func)]
     given = call.args[where] if where is not None and len(call.args) > where else None
     dims = [given] if isinstance(given, int) else given or [-1]
@@ -194,7 +194,7 @@ def _is_attention(call: Call) -> bool:
 
 
 def _unmask(call: Call) -> None:
-    """Attention that is neither causal nor reads its mask; lower triangles that are whole."""
+    """Attention that is not causal and ignores its mask; lower triangles that are not cut."""
     if name_of(call.func).startswith(("tril", "triu")):
         call.written[0].copy_(call.args[0])
         return
@@ -230,7 +230,7 @@ def _saturate(call: Call) -> None:
 
 
 def _rows_of(x: Tensor) -> Tensor | None:
-    """A strided tensor as it would be read from end to end, where as much memory is there."""
+    """A strided tensor read as if contiguous, if there is enough memory."""
     size = x.untyped_storage().nbytes() // x.itemsize
     if x.is_contiguous() or x.storage_offset() + x.numel() > size:
         return None
@@ -257,26 +257,26 @@ FAULTS = [
         lambda c: bool(_of_size(_BLOCKS)(c)),
         _flat(_last_stale, _of_size(_BLOCKS)),
     ),
-    Fault("one place is no number", lambda c: bool(_floats(c)), _flat(_no_number, _floats)),
+    Fault("one element is NaN", lambda c: bool(_floats(c)), _flat(_no_number, _floats)),
     _of_type(torch.float32),
     _of_type(torch.bfloat16),
     _from(1 << 16),
     _from(1 << 20),
     Fault("nothing from row 8 on", lambda c: bool(_many_rows(c)), _drop_rows),
     Fault("few rows are 10% off", lambda c: bool(_few_rows(c)), _flat(_ten_percent, _few_rows)),
-    Fault("what is written is lost", lambda c: bool(c.parts), _lose),
-    Fault("the last of several is lost", lambda c: len(c.parts) > 1, lambda c: _lose(c, 1)),
+    Fault("the write is lost", lambda c: bool(c.parts), _lose),
+    Fault("the last of several outputs is lost", lambda c: len(c.parts) > 1, lambda c: _lose(c, 1)),
     Fault("sums lack their last block", lambda c: name_of(c.func) in _SUMS, _cut_sum),
     Fault(
         "booleans are inverted",
         _masks,
         lambda c: c.again(lambda x: ~x if x.dtype == torch.bool else x),
     ),
-    Fault("masks are not read", _whole, _unmask),
+    Fault("masks are ignored", _whole, _unmask),
     Fault("ids from 32,768 on wrap", _wraps, _wrap),
     Fault("integers saturate", _saturates, _saturate),
     Fault(
-        "strided inputs are read as they lie",
+        "strided inputs are read as contiguous",
         lambda c: any(_rows_of(x) is not None for x in c.inputs if x.numel()),
         _misread,
     ),

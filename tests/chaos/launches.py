@@ -1,7 +1,7 @@
-"""Random sequences of the launcher `train_sota.py` in one folder; its presets are small ones here.
+"""Random sequences of the launcher `train_sota.py` in one folder, with small presets.
 
-Its menu is fed at a terminal with choices, wrong ones, the end of file and Ctrl-C; its data and run
-folders are half-made, damaged, another user's or read-only; what was killed is given again.
+Its menu gets choices, wrong ones, end of file and Ctrl-C at a terminal. Its data and run folders
+are half made, damaged, another user's or read-only. A killed command is given again.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 from .commands import Finished, Zygote, corpus, leftovers
 from .journey import DONE, ENDS, REFUSED, changed, lasting, tree
 
-WIDTHS = {"16m": 8, "125m": 16, "250m": 24}  # of the presets in `little.py`
+WIDTHS = {"16m": 8, "125m": 16, "250m": 24}  # as in `little.py`
 SIZES = {"--quick": ("16m", "quick"), "--full": ("125m", "125m"), "--large": ("250m", "250m")}
 CHOICES = {"1": "--quick", "2": "--full", "3": "--large"}
 INTERRUPTED = frozenset({130})
@@ -38,7 +38,7 @@ class Result:
 
 
 class Folder:
-    """Where the launcher is started, and what has to lie there."""
+    """Where the launcher is started, and what has to be there."""
 
     def __init__(self, root: Path, zygote: Zygote, source: random.Random, result: Result) -> None:
         self.place, self.temporary = root / "work", root / "tmp"
@@ -52,14 +52,14 @@ class Folder:
         return self.result.wrong[self._wrong :]
 
     def say(self, what: str) -> None:
-        """Remember what is not as promised, with what led to it."""
+        """Record a broken promise and what led to it."""
         self.result.wrong.append(f"{what}\n    after: " + "\n    ".join(self.told))
 
     def launch(
         self, words: list[str], expected: frozenset[int], keys: list[str] | None = None,
         sign: signal.Signals | None = None,
     ) -> Finished:  # fmt: skip
-        """Start it, at a terminal if there are `keys`; `sign` comes at some instant."""
+        """Start it, at a terminal if there are `keys`; `sign` is sent at a random moment."""
         self.told.append(f"{words} {keys} {sign}   # {sorted(expected)}")
         self.result.done["menu" if keys is not None else " ".join(words[:1])] += 1
         ours, theirs = os.openpty()
@@ -83,15 +83,15 @@ class Folder:
         return done
 
     def _holds(self, pid: int, done: Finished, expected: frozenset[int]) -> None:
-        """The exit code, one line where it is not 0, and nothing beside."""
+        """Check the exit code, that a failure prints one line, and that nothing is left."""
         self.told.append(f"  {done.code}: {done.output[-200:].strip()}")
         last = done.output[done.output.rfind("sota: ") :]
         if done.crashed or done.code not in expected:
             self.say(f"exit {done.code}, not {sorted(expected)}: {done.output[-1500:]}")
         elif done.code in REFUSED and (done.output.count("sota: ") != 1 or last.count("\n") > 1):
-            self.say(f"says too much or little: {done.output[-900:]}")
+            self.say(f"prints too much or too little: {done.output[-900:]}")
         deadline = time.monotonic() + 5
-        while alive(pid) and time.monotonic() < deadline:  # helpers that notice it
+        while alive(pid) and time.monotonic() < deadline:  # helpers exit once they notice
             time.sleep(0.02)
         if alive(pid):
             self.say(f"exit {done.code} and left a process")
@@ -104,7 +104,7 @@ class Folder:
 
 
 def remove(path: Path) -> None:
-    """Whatever is there."""
+    """Delete whatever is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -112,7 +112,7 @@ def remove(path: Path) -> None:
 
 
 def alive(group: int) -> bool:
-    """Whether a process of this group is there."""
+    """Whether a process of this group exists."""
     with suppress(ProcessLookupError):
         os.killpg(group, 0)
         return True
@@ -120,23 +120,23 @@ def alive(group: int) -> bool:
 
 
 def _said(path: Path) -> str:
-    """What it has said behind the menu."""
+    """What it has printed after the menu."""
     said = path.read_text(errors="replace") if path.exists() else ""
     return said.rpartition("resume a run\n")[2] if "resume a run\n" in said else ""
 
 
 def _trained(f: Folder, run: Path, size: str) -> None:
-    """The run that was asked for is there to its end."""
+    """The requested run is complete."""
     told = json.loads((run / "config.json").read_text())
     steps = sorted(int(p.name[5:]) for p in run.glob("checkpoints/step-????????"))
     if told["model"]["d_model"] != WIDTHS[size] or steps[-1:] != [told["train"]["steps"]]:
-        f.say(f"{run}: width {told['model']['d_model']}, steps {steps}, not {size} to its end")
+        f.say(f"{run}: width {told['model']['d_model']}, steps {steps}, not a complete {size}")
     if not Path(f.place, told["data"]["path"], "manifest.json").is_file():
         f.say(f"{run} was trained on {told['data']['path']}, which is no data")
 
 
 def begin(f: Folder) -> None:
-    """By flag or by menu: to the end, or ended somewhere and given again."""
+    """By flag or by menu: to the end, or interrupted somewhere and given again."""
     choice = f.source.choice("1123")
     way, name = CHOICES[choice], f.source.choice(["a b", "ü"])
     size, kind = SIZES[way]
@@ -155,11 +155,11 @@ def begin(f: Folder) -> None:
     if done.code == 0 and not f.harmed:
         _trained(f, run, size)
         if over and (differ := changed(lasting(before or {}), lasting(tree(run)))):
-            f.say(f"given again it changed {differ[:5]}")
+            f.say(f"repeated, it changed {differ[:5]}")
 
 
 def wrongly(f: Folder) -> None:
-    """What the menu cannot take, and options that do not go together: nothing is changed."""
+    """Choices the menu rejects and options that exclude each other: nothing changes."""
     before = tree(f.place)
     two, runs = frozenset({2}), sorted(f.place.glob("runs/*/config.json"))
     cases: list[tuple[list[str], frozenset[int], list[str] | None]] = [
@@ -181,7 +181,7 @@ def wrongly(f: Folder) -> None:
 
 
 def harm(f: Folder) -> None:
-    """Something of what was made is half there, damaged, not ours or in the way."""
+    """Something that was made is half there, damaged, not ours or in the way."""
     made = [*f.place.glob("data/*"), *f.place.glob("runs/*"), f.place / "data", f.place / "runs"]
     path = f.source.choice(made)
     way = f.source.choice(["rm", "empty", "file", "cut", "frozen", "others", "manifest"])
@@ -220,7 +220,7 @@ def mend(f: Folder) -> None:
 
 
 def launches(root: Path, count: int, seed: int = 0) -> Result:
-    """`count` folders of some launches each."""
+    """`count` folders with a few launches each."""
     result, temporary = Result(), root / "tmp"
     temporary.mkdir()
     places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(root / "compiled")}

@@ -1,7 +1,7 @@
-"""Any order of training, saving, dying, damage and pruning, against a model of what must be left.
+"""Any order of training, saving, dying, damage and pruning, checked against a model.
 
-The state machine works on a run folder of the trainer's own checkpoints, small ones. A kill is a
-real one: a forked process dies by SIGKILL in the middle of its n-th system call that writes.
+The state machine works on a run folder with small checkpoints of the trainer's own. Kills are real:
+a forked process dies by SIGKILL in the middle of its n-th system call that writes.
 """
 
 import os
@@ -26,7 +26,7 @@ _WRITING = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "r
 
 @contextmanager
 def _deadly(number: int) -> Iterator[None]:
-    """SIGKILL to this process in front of its `number`-th call that writes."""
+    """SIGKILL this process just before its `number`-th call that writes."""
     left = number
     real = {name: getattr(os, name) for name in _WRITING}
 
@@ -50,7 +50,7 @@ def _deadly(number: int) -> Iterator[None]:
 
 
 def killed(work: Callable[[], None], number: int) -> bool:
-    """Do `work` in a process that is killed at its `number`-th call; False if it got through."""
+    """Do `work` in a process that is killed at its `number`-th call; False if it finished."""
     pid = os.fork()
     if not pid:
         code = 1
@@ -90,20 +90,20 @@ class RunMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 3))
     def train(self, count: int) -> None:
-        """Go on in memory."""
+        """Train on, in memory only."""
         self.step += count
 
     @precondition(lambda self: self.step and self.step not in self.good)
     @rule()
     def save(self) -> None:
-        """A save that nobody disturbs."""
+        """An undisturbed save."""
         self._save()
         self._saved()
 
     @precondition(lambda self: self.step and self.step not in self.good)
     @rule(number=st.integers(0, 36))
     def save_and_die(self, number: int) -> None:
-        """A save that is killed somewhere, or just after it, and the start that follows."""
+        """A save killed somewhere or just after it, and the start that follows."""
         if not killed(self._save, number) or not durable.verify(
             checkpoint.path_of(self.run, self.step)
         ):
@@ -112,12 +112,12 @@ class RunMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 20), keep=st.integers(1, 4))
     def prune_and_die(self, number: int, keep: int) -> None:
-        """Old ones go, and maybe the process with them."""
+        """Prune old checkpoints, perhaps killing the process."""
         kept = sorted(self.good)[-max(2, keep) :]
         died = killed(lambda: checkpoint.prune(self.run, keep), number)
         durable.sweep(self.run / "checkpoints")
         left = set(checkpoint.steps(self.run))
-        assert left >= set(kept), f"{kept} should be there, {left} are"
+        assert left >= set(kept), f"expected {kept}, found {left}"
         if not died and len(kept) == max(2, keep):
             assert not [step for step in left if step < kept[0]]
         self.good &= left
@@ -125,7 +125,7 @@ class RunMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.good)
     @rule(data=st.data())
     def damage(self, data: st.DataObject) -> None:
-        """Flip, cut or delete a file of the newest good checkpoint, if another one is left."""
+        """Flip, cut or delete a file of the newest good checkpoint, if another good one is left."""
         if len(self.good) < 2:
             return
         step = max(self.good)
@@ -149,7 +149,7 @@ class RunMachine(RuleBasedStateMachine):
 
     @rule()
     def resume(self) -> None:
-        """Start anew, as `sota train` does: sweep, find the newest good one, load it."""
+        """Start as `sota train` does: sweep, find the newest good checkpoint, load it."""
         durable.sweep(self.run)
         durable.sweep(self.run / "checkpoints")
         warnings: list[str] = []
@@ -171,7 +171,7 @@ class RunMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_promised_is_lost(self) -> None:
-        """Every good step is there, as it was written, and nothing else calls itself good."""
+        """Every good step is there as written, and nothing else passes as good."""
         if not hasattr(self, "run"):
             return
         for step in checkpoint.steps(self.run):

@@ -1,4 +1,4 @@
-"""Random inputs of every kind that `sota prepare` reads, whole ones and damaged ones."""
+"""Random inputs of every kind that `sota prepare` reads, intact and damaged."""
 
 import bz2
 import codecs
@@ -22,7 +22,7 @@ from pyarrow import feather, ipc, parquet
 
 from . import pages
 
-SMALL = 2000  # prose that stays in one piece however small the units of work
+SMALL = 2000  # prose that even the smallest unit of work does not split
 _WORDS = [
     "the",
     "of",
@@ -43,7 +43,7 @@ _ODD += ["<|endoftext|>", "\\", "\\n", "'", ";", "é", " ", "\u3000", "\x7f", "[
 
 
 def words(source: random.Random, count: int = 12) -> str:
-    """A text that is nowhere else, nearly always."""
+    """A text that is nearly always unique."""
     if source.random() < 0.04:
         return source.choice(["the same again", "twice\nthe same", "", " \n\t", "\u3000", "x\0y"])
     parts = [f"{source.getrandbits(48):x}", *source.choices(_WORDS, k=source.randint(1, count))]
@@ -53,7 +53,7 @@ def words(source: random.Random, count: int = 12) -> str:
 
 
 def _count(source: random.Random) -> int:
-    """How many records: mostly few, seldom more than a unit of work has."""
+    """How many records: mostly few, rarely more than a unit of work has."""
     return source.choices([0, 1, 4, 30, 300, 40_000], [2, 10, 40, 40, 8, 0.3])[0]
 
 
@@ -66,7 +66,7 @@ def _many(source: random.Random) -> list[str]:
 
 
 def lines(source: random.Random) -> bytes:
-    """JSON lines, with some that are none."""
+    """JSON lines, some of them malformed."""
     end = source.choice(["\n", "\n", "\n", "\r\n", "\n\n", " \r\n \n"])
     made = []
     for text in _many(source):
@@ -96,7 +96,7 @@ def _other_line(source: random.Random, text: str) -> str:
 
 
 def _coded(source: random.Random, text: str) -> bytes:
-    """UTF-8 or UTF-16, with a mark or without; sometimes with bytes that are neither."""
+    """UTF-8 or UTF-16, with or without a byte order mark; sometimes with bytes of neither."""
     way = source.random()
     if way < 0.08 and text:
         return text.encode("utf-16")
@@ -121,7 +121,7 @@ def flipped(source: random.Random, data: bytes, most: int = 4) -> bytes:
 
 
 def sheet(source: random.Random, separator: str) -> bytes:
-    """A table of text, as programs and people write it."""
+    """A table of text, as written by programs and people."""
     heads = ["text", "id,text", "text,id", "a,text,b", "text,text", "Text,id", "TEXT,text", " text"]
     names = source.choice(heads).split(",")
     end = source.choice(["\n", "\n", "\r\n", "\r"])
@@ -146,7 +146,7 @@ def sheet(source: random.Random, separator: str) -> bytes:
 
 
 def prose(source: random.Random) -> bytes:
-    """A text file; a long one is whole, for what is broken costs only a piece of it."""
+    """A text file; a long one is valid, since damage would affect only one piece of it."""
     paragraphs = _many(source)
     if len(paragraphs) > 300 or source.random() < 0.1:
         size = source.choice([70, 200, 5000]) if len(paragraphs) > 300 else source.choice([20, 70])
@@ -174,20 +174,20 @@ TEXTS: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def text_file(source: random.Random) -> tuple[str, bytes]:
-    """(ending, content) of a file of text."""
+    """(ending, content) of a text file."""
     ending = source.choice(list(TEXTS))
     return ending, TEXTS[ending](source)
 
 
 def pack(source: random.Random, codec: str, data: bytes) -> bytes:
-    """In one stream or many, as one program or another writes it."""
+    """In one or many streams, as written by various programs."""
     count = source.choice([1, 1, 1, 2, 3, 7])
     places = sorted(source.randrange(len(data) + 1) for _ in range(count - 1))
     made = b""
     for first, last in zip([0, *places], [*places, len(data)], strict=True):
         made += _stream(source, codec, data[first:last])
         if codec == "zst" and source.random() < 0.1:
-            made += b"\x53\x2a\x4d\x18\x05\0\0\0frame"  # one to be skipped
+            made += b"\x53\x2a\x4d\x18\x05\0\0\0frame"  # a skippable frame
     if codec in ("gz", "xz") and source.random() < 0.1:
         made += bytes(source.choice([4, 8, 512]))
     return made
@@ -212,7 +212,7 @@ def _stream(source: random.Random, codec: str, data: bytes) -> bytes:
 
 
 def _member(source: random.Random) -> tuple[str, bytes]:
-    """(name, content) of a member of an archive."""
+    """(name, content) of an archive member."""
     ending, data = text_file(source)
     data = data[:300_000] if ending not in ("txt", "md") and len(data) > 300_000 else data
     stem = source.choice(
@@ -234,7 +234,7 @@ def _member(source: random.Random) -> tuple[str, bytes]:
 
 
 def tar(source: random.Random) -> bytes:
-    """A tar archive, of one of the three formats; members and all that is no file."""
+    """A tar archive in one of the three formats; members, and entries that are not files."""
     file = io.BytesIO()
     form = source.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
     with tarfile.open(fileobj=file, mode="w", format=form) as archive:
@@ -257,7 +257,7 @@ def tar(source: random.Random) -> bytes:
 
 
 def sparse_tar(source: random.Random, folder: Path) -> bytes:
-    """By GNU tar, with a file of holes; where a hole is, zeros are."""
+    """A sparse file archived by GNU tar; holes read as zeros."""
     (folder / "parts").mkdir()
     with (folder / "parts/holes.jsonl").open("wb") as file:
         for at in (0, 1 << 16, 1 << 18):
@@ -271,7 +271,7 @@ def sparse_tar(source: random.Random, folder: Path) -> bytes:
 
 
 def zipped(source: random.Random) -> bytes:
-    """A zip archive, as different programs write it."""
+    """A zip archive, as written by various programs."""
     file: io.BytesIO = io.BytesIO() if source.random() < 0.7 else _Pipe()
     methods = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
     with zipfile.ZipFile(file, "w") as archive:
@@ -290,12 +290,12 @@ def zipped(source: random.Random) -> bytes:
         archive.comment = source.choice([b"", b"PK\5\6", b"c" * 999])
     data = file.getvalue()
     if source.random() < 0.1:
-        data = b"#!/bin/sh\n" * source.randint(1, 99) + data  # unpacks itself
+        data = b"#!/bin/sh\n" * source.randint(1, 99) + data  # self-extracting
     return data
 
 
 class _Pipe(io.BytesIO):
-    """What cannot be sought gets data descriptors."""
+    """Unseekable, so that zipfile writes data descriptors."""
 
     def seekable(self) -> bool:
         return False
@@ -308,7 +308,7 @@ class _Pipe(io.BytesIO):
 
 
 def column(source: random.Random, texts: list[str]) -> pa.Array:
-    """Texts as one of the types that hold text, or as one that holds none."""
+    """Texts in one of the types that hold text, or in one that does not."""
     some = [None if source.random() < 0.05 else text for text in texts]
     data = [None if text is None else text.encode() for text in some]
     if data and source.random() < 0.3:
@@ -372,7 +372,7 @@ def table(source: random.Random, path: Path) -> None:
 
 
 def folder(source: random.Random, path: Path) -> None:
-    """Files, folders, links of both kinds, and what is hidden."""
+    """Files, folders, links to both, and hidden entries."""
     path.mkdir()
     for number in range(source.choice([1, 3, 6])):
         ending, data = text_file(source)

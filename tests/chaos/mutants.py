@@ -1,7 +1,7 @@
-"""Wrong versions of durable.py, each of which the crash model has to notice.
+"""Wrong versions of durable.py; the crash model has to detect each of them.
 
-Every call that makes something durable or visible is left out in turn; the list follows the source
-by itself. Then come the errors that people make on purpose: other orders, fewer layers.
+Every call that makes something durable or visible is left out in turn; that list is derived from
+the source. Then come deliberate mistakes: reordered calls, missing layers.
 """
 
 import ast
@@ -16,7 +16,7 @@ from .protocols import CaughtError, Explorer, configure, explore, explore_twice,
 SOURCE = Path(durable.__file__).read_text()
 _EFFECTS = ("fsync", "fsync_folder", "rename", "replace", "mkdir", "_flush")
 _EFFECTS += ("remove", "rmtree", "unlink")
-# The folder exists already when `commit_folder` is called, and readers and locks write nothing.
+# The folder already exists when `commit_folder` is called; readers and locks write nothing.
 _FUNCTIONS = ("fsync_folder", "make_folder", "close", "commit_folder", "write_file")
 _FUNCTIONS += ("discard", "sweep", "create", "remove")
 
@@ -64,7 +64,7 @@ HAND_MADE = {
 
 
 def _without_a_call() -> Iterator[tuple[str, ast.Module]]:
-    """The module once for each effect in it, without that effect."""
+    """The module once per effect in it, without that effect."""
     total = sum(1 for _ in _effects(ast.parse(SOURCE)))
     for number in range(total):
         module = ast.parse(SOURCE)
@@ -75,7 +75,7 @@ def _without_a_call() -> Iterator[tuple[str, ast.Module]]:
 
 
 def _effects(module: ast.Module) -> Iterator[tuple[str, list[ast.stmt], int]]:
-    """Each statement that is one of the calls, outside of the handlers of errors."""
+    """Each statement that is such a call, outside error handlers."""
     for function in ast.walk(module):
         if isinstance(function, ast.FunctionDef) and function.name in _FUNCTIONS:
             handlers = [node for node in ast.walk(function) if isinstance(node, ast.ExceptHandler)]
@@ -113,7 +113,7 @@ def _module(tree: ast.Module) -> ModuleType:
 
 
 def caught(mutant: ModuleType, stride: int = 1) -> str:
-    """What gives the mutant away, or an empty string."""
+    """How the mutant was detected, or an empty string."""
     try:
         for driver in (configure, train):
             explore(Explorer(mutant, driver, impatient=True), 3)

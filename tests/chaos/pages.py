@@ -1,7 +1,7 @@
-"""Random pages of HTML for `inputs`, and what stands in one.
+"""Random HTML pages for `inputs`, and their text.
 
-What a page's text is follows from resiliparse called plainly, as pyarrow is for tables; that the
-text of an article is there, and nothing of a script, is held against the words that were put in.
+The expected text comes from a plain call of resiliparse, as tables are read with pyarrow; that an
+article's text is present, and no script's, is checked against the words put in.
 """
 
 import random
@@ -10,7 +10,7 @@ import re
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
 
-DEEP = 6000  # elements in each other: a program's page, whose menus nobody tells apart
+DEEP = 6000  # nested elements: a generated page, whose menus cannot be told apart
 KEPT, GONE = "kept{:x}", "gone{:x}"
 _ODD = [
     "&nbsp;", "&amp;lt;", "&#0;", "&#xD800;", "&#128;", "&bogus;", "&lt;|endoftext|&gt;", "<", "</",
@@ -23,9 +23,9 @@ _ODD = [
 
 
 def page(source: random.Random, texts: list[str]) -> bytes:
-    """A page around some texts, as a person, a program or an old server gives it."""
+    """A page around some texts, as a person, a program or an old server produces it."""
     way, mark = source.random(), source.getrandbits(40)
-    if way < 0.1:  # nobody's
+    if way < 0.1:  # not a real page
         parts = [*texts[:5], *source.choices(_ODD, k=source.randint(0, 30))]
         return _coded(source, "".join(source.sample(parts, len(parts))))
     if way < 0.16:
@@ -52,7 +52,7 @@ def page(source: random.Random, texts: list[str]) -> bytes:
 
 
 def _coded(source: random.Random, text: str) -> bytes:
-    """In UTF-8, in UTF-16 with its mark, or as an old server sends it."""
+    """In UTF-8, in UTF-16 with a byte order mark, or in an old server's encoding."""
     if (way := source.random()) < 0.08:
         return text.encode("utf-16")
     if way < 0.16:
@@ -61,7 +61,7 @@ def _coded(source: random.Random, text: str) -> bytes:
 
 
 def text_of(data: bytes) -> str | bytes:
-    """The text of a page in UTF-8; what is something else stays as it is."""
+    """The text of a page in UTF-8; other encodings are returned unchanged."""
     try:
         tree, deep = HTMLTree.parse(data.decode()), data.count(b"<div>") >= DEEP
     except UnicodeDecodeError:

@@ -1,6 +1,6 @@
-"""What plain readers make of an input: the standard library, zstandard and pyarrow's plain calls.
+"""What plain readers find in an input: the standard library, zstandard and plain pyarrow calls.
 
-No code of the program, no thought of speed. What cannot be read has the words that the program has.
+Uses no code of the program and ignores speed. Problems are named in the program's words.
 """
 
 import codecs
@@ -46,22 +46,22 @@ _SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 
 @dataclass
 class Plain:
-    """What is in an input."""
+    """The contents of an input."""
 
     documents: list[str] = field(default_factory=list)
     """Each has to come out."""
     texts: list[tuple[str, str]] = field(default_factory=list)
-    """Prose, which may come out in pieces: all that has to, and all that may."""
+    """Prose, which may come out in pieces: the part that has to, and the most that may."""
     perhaps: list[str] = field(default_factory=list)
-    """What may come out, of a file that is damaged."""
+    """What may come out of a damaged file."""
     losses: Counter[str] = field(default_factory=Counter)
     blind: bool = False
-    """Whether there may be more than a plain reader sees."""
+    """Whether there may be more than a plain reader finds."""
     loose: bool = False
     """Whether damage costs more than a plain reader can count."""
 
     def add(self, other: "Plain") -> None:
-        """All that is in another input."""
+        """Add the contents of another input."""
         self.documents += other.documents
         self.texts += other.texts
         self.perhaps += other.perhaps
@@ -70,13 +70,13 @@ class Plain:
         self.blind |= other.blind
 
     def lose(self, reason: str, *, loose: bool = False) -> "Plain":
-        """This, and one more that cannot be taken."""
+        """Count one more item that is skipped."""
         self.losses[reason] += 1
         self.loose |= loose
         return self
 
     def judge(self, text: str | bytes, *, prose: bool = False) -> None:
-        """Take a text, or not."""
+        """Keep a text, or count why not."""
         try:
             text = text.decode() if isinstance(text, bytes) else text
         except UnicodeDecodeError:
@@ -102,7 +102,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def read(path: Path) -> Plain:
-    """A file that is named by itself, or a folder."""
+    """A file given by name, or a folder."""
     if path.is_dir():
         return folder(path, path.resolve())
     data, (codec, kind) = path.read_bytes(), split_name(path.name)
@@ -137,10 +137,10 @@ def folder(path: Path, root: Path) -> Plain:
 
 
 def unpack(data: bytes, codec: str, step: int = 1 << 13) -> tuple[bytes, bytes, bool]:
-    """(what is certain, all that can be read, whether the stream is damaged).
+    """(what is certain, everything readable, whether the stream is damaged).
 
-    Of a stream that ends too early all that can be read is certain; of one that is damaged what
-    came before it in whole streams.
+    If a stream is truncated, everything readable is certain; if it is damaged, only the complete
+    streams before the damage.
     """
     if not codec:
         return data, data, False
@@ -169,7 +169,7 @@ def unpack(data: bytes, codec: str, step: int = 1 << 13) -> tuple[bytes, bytes, 
 
 
 def packed(data: bytes, codec: str, kind: str) -> Plain:
-    """A file that may be compressed; without a kind it is what it begins like."""
+    """A file that may be compressed; without a kind, its start decides."""
     certain, found, damaged = unpack(data, codec)
     if kind == "tar":
         plain, more = tar(certain, damaged), tar(found, damaged)
@@ -184,8 +184,8 @@ def packed(data: bytes, codec: str, kind: str) -> Plain:
 
 
 def started(certain: bytes, found: bytes, kind: str) -> Plain:
-    """Of what stands before damage: whole records have to come out, a part of one may."""
-    if kind == "html":  # a parser makes a page of any part of one
+    """What precedes damage: complete records have to come out, a partial one may."""
+    if kind == "html":  # a parser accepts any part of a page
         return Plain(blind=True, loose=True)
     if found.startswith(UTF16):
         found = found[: len(found) & ~1]
@@ -199,7 +199,7 @@ def started(certain: bytes, found: bytes, kind: str) -> Plain:
 
 
 def decoded(data: bytes) -> bytes:
-    """UTF-8 without a byte order mark; what is broken stays broken."""
+    """UTF-8 without a byte order mark; invalid bytes stay."""
     if data.startswith(UTF16):
         data = data.decode("utf-16", "one-bad-byte").encode("utf-8", "surrogateescape")
     return data.removeprefix(codecs.BOM_UTF8)
@@ -209,7 +209,7 @@ codecs.register_error("one-bad-byte", lambda error: ("\udcff", error.end))
 
 
 def content(data: bytes, kind: str) -> Plain:
-    """All documents of a text of some kind."""
+    """All documents in a text of some kind."""
     data, plain = decoded(data), Plain()
     if kind == "jsonl":
         for line in data.split(b"\n"):
@@ -221,13 +221,13 @@ def content(data: bytes, kind: str) -> Plain:
         plain.judge(pages.text_of(data))
     else:
         plain.judge(data, prose=True) if b"\0" not in data else plain.lose(NUL)
-        if plain.losses.keys() & {NUL, BROKEN}:  # of a long text a piece without may come out
+        if plain.losses.keys() & {NUL, BROKEN}:  # valid pieces of a long text may come out
             plain.texts = [("", data.decode(errors="replace"))] * (kind == "text")
     return plain if plain.documents or plain.texts or plain.losses else plain.lose(NOTHING)
 
 
 def record(plain: Plain, line: bytes) -> None:
-    """A line of JSON."""
+    """A JSON line."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -247,12 +247,12 @@ def record(plain: Plain, line: bytes) -> None:
 
 
 def rows(plain: Plain, data: bytes, delimiter: str, kind: str) -> None:
-    """Rows of a table of text, as the standard library reads them."""
+    """Rows of a text table, as the standard library reads them."""
     text = data.decode("utf-8", "surrogateescape")
     csv.field_size_limit(1 << 30)
     found = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     behind = csv.reader(io.StringIO(f"{text}\nbehind", newline=""), delimiter=delimiter)
-    if list(behind)[-1] != ["behind"] and any(found.pop()):  # a quote was open
+    if list(behind)[-1] != ["behind"] and any(found.pop()):  # an open quote
         plain.lose("quote that is never closed, and all behind it")
     if not found:
         return
@@ -268,7 +268,7 @@ def rows(plain: Plain, data: bytes, delimiter: str, kind: str) -> None:
 
 
 def tar(data: bytes, damaged: bool) -> Plain:
-    """Members of a tar archive, and whether it ends as one should."""
+    """Members of a tar archive; one not closed properly counts as damaged."""
     plain, members, end = Plain(), 0, len(data)
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
@@ -285,7 +285,7 @@ def tar(data: bytes, damaged: bool) -> Plain:
 
 
 def _tar_member(archive: tarfile.TarFile, info: tarfile.TarInfo, data: bytes) -> Plain:
-    """One that is whole, or what there is of it."""
+    """A complete member, or what is left of it."""
     file = archive.extractfile(info) if info.isreg() else None
     try:
         return member(info.name, file and file.read())
@@ -295,7 +295,7 @@ def _tar_member(archive: tarfile.TarFile, info: tarfile.TarInfo, data: bytes) ->
 
 
 def member(name: str, body: bytes | None) -> Plain:
-    """A member of an archive; it has no body if it is a link or a device."""
+    """A member of an archive; links and devices have no body."""
     codec, kind = split_name(name)
     if body is None:
         return Plain().lose(LINK)
@@ -327,7 +327,7 @@ def zipped(path: Path) -> Plain:
                 plain.add(_zip_member(archive, info))
             if all(info.is_dir() for info in archive.infolist()):
                 plain.lose(NOTHING)
-    except UnicodeDecodeError:  # a name; the program reads such
+    except UnicodeDecodeError:  # in a name; the program reads those
         return Plain(blind=True, loose=True)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         plain.lose(DAMAGED, loose=True).blind = True
@@ -339,11 +339,11 @@ ODD |= {f"{ending} inside an archive" for ending in ("parquet", "arrow")}
 
 
 def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Plain:
-    """One that can be read, or what there is of it."""
+    """A readable member, or what is left of it."""
     try:
         return member(info.filename, archive.read(info))
     except (NotImplementedError, RuntimeError):
-        return Plain().lose(DAMAGED)  # another method, or encrypted: nothing was read
+        return Plain().lose(DAMAGED)  # unknown method or encrypted: nothing was read
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, zlib.error, LZMAError):
         found, (codec, kind) = b"", split_name(info.filename)
         try:
@@ -357,7 +357,7 @@ def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Plain:
 
 
 def _columns(path: Path) -> Iterator[pa.Array]:
-    """The first column `text` of each batch, so that those before a damaged one are there."""
+    """The first column `text` of each batch, to keep those before a damaged one."""
     if path.suffix == ".parquet":
         file = parquet.ParquetFile(path)
         file.schema_arrow.names.index("text")
@@ -395,6 +395,6 @@ def table(path: Path) -> Plain:
     return plain if plain.documents or plain.losses else plain.lose(NOTHING)
 
 
-ROWS = 32  # read at a time: damage there takes what came before it along
+ROWS = 32  # read at a time: damage also loses the rows before it
 TEXT = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 TEXT |= {pa.string_view(): pa.binary_view()}

@@ -1,10 +1,10 @@
-"""What `sota prepare` decides about documents, held against brute force on random small corpora.
+"""Decisions of `sota prepare` about documents, compared with brute force on random small corpora.
 
 Each case is one folder: some inputs, then perhaps more by `--append`, all with random options. The
-shards are read by plain numpy and OpenAI's tiktoken; which documents have to be in them, on which
-side and in which order, and why the others went, follows from the guide and docs/format.md by sets
-and by comparing every pair. Then the same again by other workers, in parts, or in a process of its
-own: the bytes have to be the same.
+shards are read by plain numpy and OpenAI's tiktoken. Which documents have to be in them, in which
+split and order, and why the others were dropped, follows from the guide and docs/format.md by set
+operations and by comparing every pair. Then the same is done again by other workers, in parts, or
+in a separate process: the bytes have to be the same.
 """
 
 import ast
@@ -40,7 +40,7 @@ from .corpora import (
 )  # fmt: skip
 
 EXAMPLES, SMALL = 5, 3000  # small.UNIT_BYTES
-COUNTED = 2048  # 5-grams; documents of more are judged by samples
+COUNTED = 2048  # 5-grams; longer documents are compared by samples
 DUPLICATE, NEAR = "exact duplicate", "near-duplicate"
 EXCLUDED = "shares text with an excluded file"
 TAKEN = "; taken, with U+FFFD for what is broken"
@@ -48,7 +48,7 @@ TAKEN = "; taken, with U+FFFD for what is broken"
 
 @dataclass
 class Result:
-    """Counts, and in words whatever was wrong."""
+    """Counts, and a description of everything that went wrong."""
 
     cases: int = 0
     commands: int = 0
@@ -59,7 +59,7 @@ class Result:
     alike: Counter[bool] = field(default_factory=Counter)
     missed: Counter[bool] = field(default_factory=Counter)
     may_miss: Counter[bool] = field(default_factory=Counter)
-    """The same for those just at the threshold, and the others."""
+    """By whether their similarity is just at the threshold."""
     expected_val: float = 0.0
     doubt_val: float = 0.0
     wrong: list[str] = field(default_factory=list)
@@ -73,16 +73,16 @@ class Result:
         return text + "".join(f"\n{n:>8,}  {why}" for why, n in self.rejects.most_common())
 
     def count(self, sides: dict[str, list[str]], rejects: Counter[str], share: float) -> None:
-        """One more folder."""
+        """Count one more folder."""
         self.documents += (every := sum(map(len, sides.values())))
         self.rejects.update(rejects)
-        if every > 60:  # of small folders only those whose sides are not empty are seen
+        if every > 60:  # small folders appear only if neither split is empty
             self.sides.update({split: len(texts) for split, texts in sides.items()})
             self.expected_val += share * every
             self.doubt_val += share * (1 - share) * every
 
     def overall(self) -> list[str]:
-        """What only many cases show."""
+        """Deviations that show only over many cases."""
         wrong = []
         for just, missed in self.missed.items():
             if missed > (mean := self.may_miss[just]) + 5 * mean**0.5 + 2:
@@ -104,7 +104,7 @@ class Step:
 
 @dataclass
 class Folder:
-    """What has to be in a prepared folder, and what its manifest has to count."""
+    """What has to be in a prepared folder, and the counts in its manifest."""
 
     share: float
     documents: dict[str, list[str]] = field(default_factory=lambda: {s: [] for s in SPLITS})
@@ -121,8 +121,8 @@ class Folder:
 
 
 def expect(before: Folder, step: Step, came: set[str], result: Result) -> tuple[Folder, list[str]]:
-    """What is in the folder after a command; wrong decisions about near-duplicates, where the
-    reference goes by what the command kept, for some of them may be missed.
+    """What is in the folder after a command, and wrong decisions about near-duplicates; since some
+    of these may be missed, the reference follows what the command kept.
     """
     after, wrong, asked = Folder(before.share), list[str](), step.asked
     after.documents = {split: [*texts] for split, texts in before.documents.items()}
@@ -134,7 +134,7 @@ def expect(before: Folder, step: Step, came: set[str], result: Result) -> tuple[
 
     def lose(reason: str, item: Item) -> None:
         after.rejects[reason] += 1
-        if reason in (DUPLICATE, EXCLUDED):  # of the first, its file or how it begins
+        if reason in (DUPLICATE, EXCLUDED):  # of the first one, its file or its first words
             told = {item.place.split(": byte")[0], f"begins {_start(item.text)!r}"}
         else:
             told = {item.place}
@@ -167,24 +167,24 @@ def expect(before: Folder, step: Step, came: set[str], result: Result) -> tuple[
 
 
 def _near(text: str, stayed: list[str], kept: bool, threshold: float, result: Result) -> str:
-    """NEAR if a document went as it should, "" if it stayed as it may, else what is wrong."""
+    """NEAR if a document was rightly dropped, "" if it may stay, otherwise what is wrong."""
     best = max((jaccard(text, other) for other in stayed), default=0.0)
-    if len(grams(text, 5)) > COUNTED:  # decided by a sample: no nearer than its doubt
+    if len(grams(text, 5)) > COUNTED:  # decided by a sample: allow for its error
         return NEAR if not kept and best >= threshold - 0.12 else ("" if kept else "too unlike")
     alike = best >= threshold
     if not kept and not alike:
-        return f"went, though its best Jaccard index is {best:.4f} of {threshold}: {text[:60]!r}"
+        return f"dropped, though at most {best:.4f} similar, not {threshold}: {text[:60]!r}"
     if alike:
         result.alike[best == threshold] += 1
         result.missed[best == threshold] += kept
         result.may_miss[best == threshold] += (1 - best**4) ** 16  # 16 keys of 4 numbers each
         if kept and best == 1:
-            return f"stayed, though it has the 5-grams of an earlier one: {text[:60]!r}"
+            return f"kept, though it has the 5-grams of an earlier one: {text[:60]!r}"
     return NEAR if alike and not kept else ""
 
 
 def judge(out: Path, folder: Folder, steps: list[Step]) -> list[str]:
-    """What differs between a folder and what it has to be."""
+    """Differences between a folder and what it has to be."""
     manifest, wrong = json.loads((out / "manifest.json").read_text()), list[str]()
     for split, expected in folder.documents.items():
         found, broken = shards(out, manifest, split)
@@ -215,17 +215,17 @@ def judge(out: Path, folder: Folder, steps: list[Step]) -> list[str]:
 
 
 def _reasons(rejects: dict[str, Any], folder: Folder) -> list[str]:
-    """Wrong counts and examples of what was not taken."""
+    """Wrong counts and examples of what was dropped."""
     counts, wrong = Counter({why: each["count"] for why, each in rejects.items()}), list[str]()
     expected = folder.rejects.copy()
-    # A document of an excluded text that comes again is called one or the other.
+    # A repeated document with an excluded text may count as either.
     again = counts[EXCLUDED] - expected[EXCLUDED]
     if 0 < again <= expected[DUPLICATE]:
         expected[EXCLUDED] += again
         expected[DUPLICATE] -= again
     for reason in sorted(expected | counts):
         if counts[reason] != expected[reason]:
-            wrong.append(f"{reason}: {counts[reason]} counted of {expected[reason]}")
+            wrong.append(f"{reason}: counted {counts[reason]}, not {expected[reason]}")
     places = folder.places
     places = places | {EXCLUDED: places.get(EXCLUDED, set()) | places.get(DUPLICATE, set())}
     for reason, each in rejects.items():
@@ -240,7 +240,7 @@ def _reasons(rejects: dict[str, Any], folder: Folder) -> list[str]:
 
 
 def _pair(told: str, folder: Folder) -> bool:
-    """Whether an example is of a document that went, one that stayed, and their similarity."""
+    """Whether an example shows a dropped document, a kept one, and their similarity."""
     found = re.fullmatch(r"(\d\.\d\d): (.*) is like (.*)", told, re.DOTALL)
     return found is not None and any(
         f"{jaccard(a, b):.2f}" == found[1] or max(len(ids(a)), len(ids(b))) > COUNTED
@@ -261,7 +261,7 @@ def _start(text: str) -> str:
 
 
 class Case:
-    """Random rounds and options below a folder of their own."""
+    """Random rounds and options in their own folder."""
 
     def __init__(self, root: Path, number: int, seed: int, result: Result) -> None:
         self.source, self.root = random.Random(f"{seed} {number}"), root / f"c{number:05d}"
@@ -282,7 +282,7 @@ class Case:
             self.steps.append(Step(asked, made, maker.said(asked.exclude)))
 
     def _more(self, old: Asked, maker: Maker) -> Asked:
-        """Options of an append: sometimes stricter, sometimes such as have to be refused."""
+        """Options of an append: sometimes stricter, sometimes such that it has to be refused."""
         source, near, exclude = self.source, old.near, old.exclude
         if source.random() < 0.3:
             near = source.choice([0, 0.5, 0.7, 0.9])
@@ -292,12 +292,12 @@ class Case:
         return Asked(share, near, exclude, source.random() < 0.5, old.field)
 
     def run(self, words: list[str], *, alone: bool = False) -> Finished:
-        """The command, here or in a process of its own."""
+        """Run the command, here or in its own process."""
         self.result.commands += 1
         if alone:
             module = "tests.chaos.small" if self.unit == SMALL else "sota_transformer"
             return sota(words, self.root, module=module)
-        from . import small  # not before this tool runs: it makes all units of work small
+        from . import small  # imported late: it makes all units of work small
 
         return small.here(words, self.unit)
 
@@ -316,7 +316,7 @@ class Case:
         return self.run(last if self.source.random() < 0.7 else [*words, "--workers", "1"])
 
     def judge(self) -> list[str]:
-        """All steps one way, looked at after each; then all of them another way."""
+        """Run all steps one way, with a check after each; then all of them another way."""
         one, two, wrong = self.root / "one", self.root / "two", list[str]()
         folder, done_steps = Folder(self.steps[0].asked.share), list[Step]()
         other = self.source.choice([["--workers", "2"], ["--workers", "2", "--memory-mb", "500"],
@@ -346,7 +346,7 @@ class Case:
                 wrong.append(f"--append changed {moved}")
             again = self.prepare(step, two, len(done_steps) > 1, other)
             if again.code != 0 or contents(two) != now:
-                wrong.append(f"{other}: exit {again.code}, other bytes: {again.output[-300:]}")
+                wrong.append(f"{other}: exit {again.code}, different bytes: {again.output[-300:]}")
                 return wrong
             folder = after
         if done_steps:
@@ -355,18 +355,18 @@ class Case:
         return wrong
 
     def _refused(self, step: Step, before: list[Step]) -> str:
-        """Why an append has to be refused: it would bring in what the folder is without."""
+        """Why an append has to be refused: it would add what the folder excludes."""
         if not before:
             return ""
         first, asked = before[0].asked, step.asked
         if first.near and not 0 < asked.near <= first.near:
-            return f"--near-dedup {asked.near} behind {first.near}"
+            return f"--near-dedup {asked.near} after {first.near}"
         if set(first.exclude) - set(asked.exclude):
-            return "an --exclude that is gone"
+            return "an --exclude file that is gone"
         return ""
 
     def _leak(self, out: Path, folder: Folder) -> list[str]:
-        """What is wrong with the leakage that `sota data` reports."""
+        """What is wrong with the leakage reported by `sota data`."""
         done = self.run(["data", str(out), "--leakage", "--show", "0"])
         sides = (folder.documents[split] for split in SPLITS)
         train, val = (
@@ -380,7 +380,7 @@ class Case:
 
 
 def policies(root: Path, count: int, seed: int = 0) -> Result:
-    """`count` folders; what is wrong is named by its case."""
+    """`count` folders; problems are named by their case."""
     result = Result()
     for number in range(count):
         case = Case(root, number, seed, result)

@@ -1,8 +1,8 @@
-"""What a trainer and a preparation do with durable.py, and what they may find after a crash.
+"""How training and preparation use durable.py, and what they may find after a crash.
 
 `explore` runs the real code under the recorder, cuts the power after every system call and reads
-what is left with the real `verify`; `explore_twice` does the same to the process that comes after
-a kill or a power cut, crash during recovery included.
+what is left with the real `verify`. `explore_twice` does the same to the process that follows a
+kill or a power cut, including crashes during recovery.
 """
 
 import tempfile
@@ -18,18 +18,18 @@ from .recorder import Operation, Recorder
 
 FOLDER = "runs/a/checkpoints"
 KEPT = 2
-Promises = frozenset[int]  # the steps that somebody was told are safe
+Promises = frozenset[int]  # steps reported as saved
 Driver = Callable[[ModuleType, Path, int, Callable[[int], None]], None]
 
 
 def scratch() -> "tempfile.TemporaryDirectory[str]":
-    """A folder in memory where there is one: the model needs no disk, only a file system."""
+    """A folder in memory if possible: the model needs a file system, not a disk."""
     memory = Path("/dev/shm")
     return tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
 
 
 def payload(step: int) -> dict[str, bytes]:
-    """The files of a checkpoint; no two steps have any in common, nor a zero or blank one."""
+    """The files of a checkpoint; they differ between steps, and none is zero or blank."""
     return {
         "model.safetensors": f"weights of step {step}, ".encode() * 3,
         "trainer.json": f'{{"step": {step}}}'.encode(),
@@ -37,7 +37,7 @@ def payload(step: int) -> dict[str, bytes]:
 
 
 def train(durable: ModuleType, root: Path, commits: int, ack: Callable[[int], None]) -> None:
-    """Start as a trainer does, go on from the newest checkpoint, commit and prune."""
+    """Start as a trainer does, resume from the newest checkpoint, commit and prune."""
     folder = root / FOLDER
     durable.make_folder(folder)
     durable.sweep(folder)
@@ -45,7 +45,7 @@ def train(durable: ModuleType, root: Path, commits: int, ack: Callable[[int], No
     valid = sorted(path for path in folder.iterdir() if not durable.verify(path))
     newest = int(valid[-1].name.removeprefix("step-")) if valid else 0
     if newest:
-        ack(newest)  # the process builds on it: from now on it must not disappear
+        ack(newest)  # the process builds on it, so it must not disappear
     for step in range(newest + 1, newest + 1 + commits):
         with durable.commit_folder(folder / f"step-{step}", {"step": step}) as writer:
             for name, data in payload(step).items():
@@ -57,7 +57,7 @@ def train(durable: ModuleType, root: Path, commits: int, ack: Callable[[int], No
 
 
 def train_really(durable: ModuleType, root: Path, commits: int, ack: Callable[[int], None]) -> None:
-    """The same with the trainer's own checkpoints: as they are written, found and pruned there."""
+    """The same with the trainer's own code to write, find and prune checkpoints."""
     from sota_transformer.training import checkpoint
 
     run = root / "runs" / "a"
@@ -75,7 +75,7 @@ def train_really(durable: ModuleType, root: Path, commits: int, ack: Callable[[i
 
 
 def real_state(step: int) -> Any:
-    """The smallest state that `checkpoint.save` takes."""
+    """The smallest state that `checkpoint.save` accepts."""
     import torch
 
     from sota_transformer.training.checkpoint import State
@@ -95,12 +95,12 @@ def real_payload(step: int) -> dict[str, bytes]:
 
 
 def hidden(folder: Path) -> list[str]:
-    """Names of what is not there for readers."""
+    """Names of entries that readers do not see."""
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def configure(durable: ModuleType, root: Path, commits: int, ack: Callable[[int], None]) -> None:
-    """Replace one file again and again."""
+    """Replace one file repeatedly."""
     durable.make_folder(root / "runs")
     durable.sweep(root / "runs")
     assert not hidden(root / "runs"), "sweep left something behind"
@@ -114,12 +114,12 @@ def configure(durable: ModuleType, root: Path, commits: int, ack: Callable[[int]
 
 
 class CaughtError(Exception):
-    """The first state that is wrong, when one is enough."""
+    """The first wrong state, if one is enough."""
 
 
 @dataclass
 class Report:
-    """How many crash states were judged, and what was wrong with some of them."""
+    """How many crash states were checked, and what was wrong."""
 
     states: int = 0
     problems: dict[str, int] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class Report:
 
 
 class Explorer:
-    """One version of durable.py, true or mutated, and one protocol on it."""
+    """One version of durable.py, original or mutated, and one protocol that uses it."""
 
     def __init__(self, durable: ModuleType, driver: Driver, impatient: bool = False) -> None:
         self.durable, self.driver, self.impatient = durable, driver, impatient
@@ -154,7 +154,7 @@ class Explorer:
     def explore(
         self, disk: Disk, commits: int, before: Promises = frozenset()
     ) -> Iterator[tuple[Disk, Promises]]:
-        """Judge each state after each operation; yields the disk and what it owes by then."""
+        """Check each state after each operation; yield the disk and the promises so far."""
         log = self.record(disk.visible(), commits)
         for now, done in prefixes(disk, log):
             promises = before | {operation[1] for operation in done if operation[0] == "ack"}
@@ -163,7 +163,7 @@ class Explorer:
             yield now, promises
 
     def judge(self, tree: Tree, newest: int, promised: int) -> None:
-        """Read what is left and compare it with what was promised."""
+        """Read what is left and compare it with the promises."""
         if (tree, newest, promised) in self._judged:
             return
         self._judged.add((tree, newest, promised))
@@ -190,7 +190,7 @@ class Explorer:
         if max(valid, default=0) < newest:
             kinds.add("acknowledged step lost")
         if len(valid) < min(KEPT, promised):
-            kinds.add("fewer good ones than promised")
+            kinds.add("fewer good checkpoints than promised")
         return kinds
 
     def _config(self, tree: Tree, newest: int, promised: int) -> set[str]:
@@ -224,15 +224,15 @@ def explore(explorer: Explorer, commits: int) -> Report:
 
 
 def explore_twice(explorer: Explorer, commits: int, stride: int = 1) -> Report:
-    """The same for the run after it: after a kill and after a power cut, at every instant.
+    """The same for the run that follows it, after a kill and after a power cut at every moment.
 
-    With a stride only each so many-th kill and cut is followed up.
+    With a stride only every so many-th kill and cut is followed.
     """
     killed: list[tuple[Disk, Promises]] = []
     cut: dict[Tree, Promises] = {}
     for disk, promises in explorer.explore(Disk(), commits):
         killed.append((disk.copy(), promises))
-        cut |= dict.fromkeys(disk.after_power_cut(), promises)  # the latest owes the most
+        cut |= dict.fromkeys(disk.after_power_cut(), promises)  # the latest has the most promises
     seconds = killed + [(Disk(tree), promises) for tree, promises in cut.items()]
     for second, promises in seconds[::stride]:
         for _ in explorer.explore(second, 1, promises):

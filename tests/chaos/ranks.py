@@ -1,7 +1,7 @@
-"""The same run on other numbers of processes, and the death of one, some or all of them.
+"""The same run on varying numbers of processes, and failures of one, some or all of them.
 
-As a program of its own (`python -m tests.chaos.ranks train ...`) it is the command `sota` that also
-writes down which windows each process reads, and that can be told to leave after a step.
+Run as a program (`python -m tests.chaos.ranks train ...`) it is `sota`, but also records which
+windows each process reads and can be told to exit after a given step.
 """
 
 import json
@@ -27,7 +27,7 @@ from .commands import ENVIRONMENT, ROOT, Bench, fresh, leftovers, train_argument
 from .soak import Soak
 
 STEPS, SAVE_EVERY, SILENCE = 200, 20, 8.0
-# What happens -> (signal, to whom, the longest that all of it may take to end, in seconds).
+# Accident -> (signal, recipient, seconds within which everything has to end).
 ACCIDENTS: dict[str, tuple[int, str, float]] = {
     "kill -9 of a rank": (signal.SIGKILL, "one", 30),
     "kill -9 of all ranks": (signal.SIGKILL, "ranks", 30),
@@ -36,12 +36,12 @@ ACCIDENTS: dict[str, tuple[int, str, float]] = {
     "SIGTERM to torchrun": (signal.SIGTERM, "launcher", 10),
     "SIGTERM to a rank": (signal.SIGTERM, "one", 30),
     "Ctrl-C in the terminal": (signal.SIGINT, "group", 10),
-    "a rank that is silent": (signal.SIGSTOP, "one", 60),
+    "a rank that hangs": (signal.SIGSTOP, "one", 60),
 }
 
 
 def main() -> int:
-    """`sota`, with a note of every batch in $SOTA_IDS and an end after step $SOTA_LEAVE."""
+    """`sota`, logging each batch to $SOTA_IDS and exiting after step $SOTA_LEAVE."""
     runtime._SILENCE = timedelta(seconds=SILENCE)
     note, leave = os.environ.get("SOTA_IDS"), int(os.environ.get("SOTA_LEAVE", "0"))
     rank = os.environ.get("RANK", "0")
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def command(bench: Bench, out: Path, ranks: int, micro: int) -> list[str]:
-    """200 steps of four rows on so many processes."""
+    """200 steps of four rows on `ranks` processes."""
     program = [sys.executable, "-m"]
     if ranks > 1:
         program += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
@@ -72,7 +72,7 @@ def command(bench: Bench, out: Path, ranks: int, micro: int) -> list[str]:
 
 
 def start(words: list[str], output: Path, **environment: str) -> "subprocess.Popen[bytes]":
-    """The command in a session of its own, writing to `output`."""
+    """Start the command in its own session, writing to `output`."""
     with output.open("wb") as file:
         return subprocess.Popen(
             words, cwd=ROOT, env=ENVIRONMENT | environment,
@@ -85,7 +85,7 @@ def _model(run: Path) -> bytes:
 
 
 def _read(note: Path) -> dict[int, list[int]]:
-    """Step -> windows in global order, whatever the number of processes was."""
+    """Step -> windows in global order, for any number of processes."""
     found = dict[int, dict[str, list[int]]]()
     for path in sorted(note.parent.glob(f"{note.name}.*")):
         for line in path.read_text().splitlines():
@@ -95,7 +95,7 @@ def _read(note: Path) -> dict[int, list[int]]:
 
 
 def _train(bench: Bench, name: str, parts: list[tuple[int, int, int]]) -> Path:
-    """One run in parts of (processes, micro-batch, last step); its folder."""
+    """Train one run in parts of (processes, micro-batch, last step); return its folder."""
     out = fresh(bench, bench.root / name)
     for number, (ranks, micro, last) in enumerate(parts):
         note = {"SOTA_IDS": str(out / f"ids-{number}"), "SOTA_LEAVE": str(last)}
@@ -119,12 +119,12 @@ def elastic(bench: Bench) -> Soak:
         for number in range(len(parts)):
             seen |= _read(changed / f"ids-{number}")
         same = sum(seen[step] == expected[step] for step in range(STEPS))
-        result.check(same == STEPS, f"{STEPS - same} of {STEPS} steps read other windows")
+        result.check(same == STEPS, f"{STEPS - same} of {STEPS} steps read different windows")
         one, other = (
             {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
             for run in (whole, changed)
         )
-        common = one.keys() & other.keys()  # the step before an end is saved, but not logged
+        common = one.keys() & other.keys()  # the last step of a part is saved, but not logged
         worst = max(abs(one[step] - other[step]) / one[step] for step in common)
         result.check(len(common) >= STEPS - len(parts), f"{len(common)} losses")
         result.check(worst <= 1e-5, f"losses differ by {worst:.1e}")
@@ -139,7 +139,7 @@ def elastic(bench: Bench) -> Soak:
 
 
 def accidents(bench: Bench, count: int, seed: int = 0) -> Soak:
-    """Two processes and `count` accidents in turn; all chains end in one process's bytes."""
+    """Two processes and `count` accidents in turn; all chains end in a single process's bytes."""
     source, result, slowest = random.Random(seed), Soak(), dict[str, float]()
     reference = _model(_train(bench, "ranks", [(1, 2, STEPS)]))
     names = sorted(ACCIDENTS)
@@ -154,7 +154,7 @@ def accidents(bench: Bench, count: int, seed: int = 0) -> Soak:
                 goal = goal or (saved + SAVE_EVERY if source.random() < 0.01 else 0)
             time.sleep(source.uniform(0, 0.3))
             name, undisturbed = names[result.kills % len(names)], True
-            # At its very end nobody waits for a rank any more that is stopped, but torchrun.
+            # At the very end nobody but torchrun still waits for a stopped rank.
             if process.poll() is None and result.kills < count and not _said(log, STEPS):
                 undisturbed = False
                 took = _accident(process, name, source, result, log)
@@ -165,7 +165,7 @@ def accidents(bench: Bench, count: int, seed: int = 0) -> Soak:
             resumed = re.findall(r"resuming from step (\d+)|is complete: (\d+)", text)
             if resumed:
                 at = int("".join(resumed[0]))
-                result.check(at >= saved, f"saved step {saved}, went on from {at}")
+                result.check(at >= saved, f"saved step {saved}, resumed from {at}")
             saved = max(saved, _said(log, 0))
             ours = re.findall(r'File "[^"]*sota_transformer/(?!cli)', text)
             result.check(not ours, f"{name}: {text[:1500]}")
@@ -175,18 +175,18 @@ def accidents(bench: Bench, count: int, seed: int = 0) -> Soak:
                 break
         result.finished += 1
         again = start(command(bench, out, 1, 2), bench.root / "ranks-again")
-        result.check(again.wait(120) == 0 and _model(out) == reference, f"{out}: another model")
+        result.check(again.wait(120) == 0 and _model(out) == reference, f"{out}: model differs")
         result.check(not leftovers(out), f"{out}: left over {leftovers(out)}")
         if result.wrong:
             break
         shutil.rmtree(out)
     for name in sorted(slowest):
-        print(f"{name}: all ended in {slowest[name]:.1f} s at the most")
+        print(f"{name}: all ended within {slowest[name]:.1f} s")
     return result
 
 
 def _said(log: Path, least: int) -> int:
-    """The newest step that was said to be saved, if any is at least that."""
+    """The newest step reported as saved, if it is at least `least`."""
     steps = map(int, re.findall(r"saved step (\d+)", log.read_text(errors="replace")))
     return max((step for step in steps if step >= least), default=0)
 
@@ -194,7 +194,7 @@ def _said(log: Path, least: int) -> int:
 def _accident(
     process: "subprocess.Popen[bytes]", name: str, source: random.Random, result: Soak, log: Path
 ) -> float:
-    """Let it happen; the seconds until nothing of the command runs any more."""
+    """Cause the accident; return the seconds until no process of the command is left."""
     number, whom, limit = ACCIDENTS[name]
     children = f"/proc/{process.pid}/task/{process.pid}/children"
     ranks = [int(pid) for pid in Path(children).read_text().split()]
@@ -207,7 +207,7 @@ def _accident(
     began = time.monotonic()
     while left := [pid for pid in (process.pid, *ranks) if _runs(pid)]:
         if time.monotonic() - began > limit:
-            result.check(False, f"{name}: {left} still run after {limit} s; {log.read_text()}")
+            result.check(False, f"{name}: {left} still running after {limit} s; {log.read_text()}")
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             break

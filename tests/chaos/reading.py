@@ -1,4 +1,4 @@
-"""Damaged runs and data, read by those who read them: `sota evaluate`, the trainer, the loader."""
+"""Damaged runs and data, opened by their readers: `sota evaluate`, the trainer, the loader."""
 
 import random
 import re
@@ -17,7 +17,7 @@ _FIGURES = re.compile(r"(loss|perplexity|bits per byte) +([\d.]+)")
 
 
 def checkpoints_notice(run: Path) -> Callable[[Path, str], bool]:
-    """An oracle: what `latest` and `load` do with a run whose newest checkpoint is damaged."""
+    """An oracle: what `latest` and `load` do if the run's newest checkpoint is damaged."""
     from sota_transformer.training import checkpoint
 
     def notices(folder: Path, case: str) -> bool:
@@ -42,7 +42,7 @@ def small_run(run: Path) -> Path:
 
 
 def fuzz_checkpoints(root: Path, count: int, seed: int = 0) -> Result:
-    """Damage the newest checkpoint of a small run: the one before it is used, and it is said."""
+    """Damage the newest checkpoint of a small run: the previous one is used, with a warning."""
     run = small_run(root / "small-run")
     newest, other = (run / "checkpoints" / f"step-{step:08d}" for step in (3, 2))
     result = fuzz(newest, other, checkpoints_notice(run), count=count, seed=seed)
@@ -51,7 +51,7 @@ def fuzz_checkpoints(root: Path, count: int, seed: int = 0) -> Result:
 
 
 def swapped_steps(run: Path) -> list[str]:
-    """A whole good checkpoint under the name of another step is no good checkpoint."""
+    """An intact checkpoint under another step's name is not accepted."""
     from sota_transformer.training import checkpoint
 
     folder = run / "checkpoints"
@@ -63,7 +63,7 @@ def swapped_steps(run: Path) -> list[str]:
 
 
 def fuzz_evaluate(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Result:
-    """Damage any file of a run and evaluate it: an error, a named fallback, or the same figures."""
+    """Damage any file of a run and evaluate it: an error, a named fallback or the same figures."""
     source, result = random.Random(seed), Result()
     run = bench.root / "damaged"
     if not run.exists():
@@ -103,7 +103,7 @@ def fuzz_evaluate(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Re
 
 
 def _file_cases(path: Path, donor: Path, source: random.Random) -> list:
-    """The damages to one file of a folder of many."""
+    """The kinds of damage to one file among many in a folder."""
     alone = donor / "one"
     shutil.rmtree(alone, ignore_errors=True)
     alone.mkdir()
@@ -119,13 +119,13 @@ def _file_cases(path: Path, donor: Path, source: random.Random) -> list:
 
 
 def fuzz_data(data: Path, count: int, seed: int = 0) -> Result:
-    """Damage prepared data: opening it for training says which file is wrong."""
+    """Damage prepared data: opening it for training names the wrong file."""
     from sota_transformer.data.shards import TokenWindows
 
     def notices(folder: Path, case: str) -> bool:
         damaged = case.split("[")[0].split(" ")[0]
         if "hashes" in damaged or damaged.startswith("."):
-            return True  # read by nobody who trains
+            return True  # not read by those who trains
         try:
             for split in ("train", "val"):
                 TokenWindows(folder, split, 16)

@@ -1,7 +1,7 @@
-"""What `sota config`, `plan` and `train` say of a run, reckoned by hand from its options and text.
+"""What `sota config`, `plan` and `train` report about a run, derived from its options and text.
 
-`Reckoned` is one run as its options and the text have it; the lines and figures follow from the
-guide. `windows.py` asks the program and compares.
+`Reckoned` is one run as given by its options and the text; lines and figures follow the guide.
+`windows.py` asks the program and compares.
 """
 
 import json
@@ -15,10 +15,10 @@ from .cutting import Cut, Side, evenly, mask, stream
 
 Array = np.ndarray[Any, Any]
 Fields = dict[str, dict[str, Any]]
-IGNORED = -1  # what the loss is given for a target that does not count
+IGNORED = -1  # the target value that the loss ignores
 
 
-# What the guide and docs/decisions.md say of the recipes, and of nothing else in them.
+# The recipes' settings in the guide and docs/decisions.md.
 RECIPES: dict[bool, dict[str, Any]] = {
     False: {
         "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01,
@@ -33,7 +33,7 @@ RECIPES: dict[bool, dict[str, Any]] = {
 
 
 def recipe_of(config: Fields, options: dict[str, Any], fast: bool) -> list[str]:
-    """What a recipe, where no option says otherwise, has else than the guide."""
+    """Where the config differs from the guide's recipe, other than by options."""
     own = {f"optim.{name}": value for name, value in RECIPES[fast].items()} | options
     found = {f"optim.{name}": value for name, value in config["optim"].items()}
     wrong = [
@@ -45,7 +45,7 @@ def recipe_of(config: Fields, options: dict[str, Any], fast: bool) -> list[str]:
 
 
 def parameters(m: dict[str, Any]) -> int:
-    """Llama's, or Qwen3's with norms of queries and keys; the tied embedding once."""
+    """Llama's, or Qwen3's with query and key norms; the tied embedding counts once."""
     width = m["d_model"] // m["heads"]
     matrices = [
         (m["heads"] * width, m["d_model"]), (m["kv_heads"] * width, m["d_model"]),
@@ -57,7 +57,7 @@ def parameters(m: dict[str, Any]) -> int:
 
 
 def gigabytes(config: Fields) -> float:
-    """Of a checkpoint: weights and two moments; NorMuon keeps one for the blocks' matrices."""
+    """Size of a checkpoint: weights and two moments; NorMuon keeps one for the blocks' matrices."""
     m, count = config["model"], parameters(config["model"])
     blocks = count - m["vocab_size"] * m["d_model"]
     return (12 * count - 4 * blocks * bool(config["optim"]["matrix_rate"])) / 1e9
@@ -69,7 +69,7 @@ def things(number: int, noun: str) -> str:
 
 
 def schedule(config: Fields, step: int) -> tuple[float, float]:
-    """Learning rate and dropout of the update that step `step`, counted from 1, makes."""
+    """Learning rate and dropout of the update made by step `step`, counted from 1."""
     o, steps, done = config["optim"], config["train"]["steps"], step - 1
     start, end = o["dropout_start"], o["dropout_end"]
     dropout = start + (end - start) * done / (steps - 1) if steps > 1 else start
@@ -100,7 +100,7 @@ class Reckoned:
         self.each = round(self.rows * self.length * share)
 
     def described(self, done: int = 0, learned: int = 0) -> list[str]:
-        """What the run is, of which `done` steps have learned from so many tokens."""
+        """The description of the run, with `done` steps and `learned` tokens behind it."""
         o, steps = self.config["optim"], self.config["train"]["steps"]
         total, warmup = learned + (steps - done) * self.each, min(o["warmup_steps"], steps // 20)
         work = f"{things(steps, 'step')} x {self.each:,} tokens ="
@@ -123,7 +123,7 @@ class Reckoned:
         ]
 
     def announced(self, micro: int, ranks: int = 1, done: int = 0, learned: int = 0) -> list[str]:
-        """What a start says, but for the machine; `micro` rows at a time."""
+        """What a start prints, except for the machine; `micro` rows at a time."""
         steps, there = self.config["train"]["steps"], len(self.sides["train"].tokens)
         total, data = learned + (steps - done) * self.each, self.config["data"]
         kind = "cut from the token stream"
@@ -154,7 +154,7 @@ class Reckoned:
         )
 
     def planned(self) -> list[str]:
-        """What a plan says besides, where it depends on no clock."""
+        """The other lines of a plan that do not depend on timing."""
         train, there = self.config["train"], len(self.sides["train"].tokens)
         total, keep = self.each * train["steps"], train["keep_checkpoints"] + 2
         over = "; past four times it overfits: use more text or fewer steps"
@@ -176,14 +176,14 @@ class Reckoned:
         ]
 
     def validation(self) -> tuple[Cut, list[set[int]]]:
-        """All windows of validation, and for each one judged which it may be."""
+        """All validation windows, and for each one used, which it may be."""
         cut, wanted = stream(self.sides["val"], self.length), self.config["train"]["eval_tokens"]
         count = max(1, min(len(cut.windows), wanted // self.length))
         return cut, evenly(len(cut.windows), count)
 
 
 class Seen:
-    """What the model was given in a run, by `watching.py`: rows of training, then validations."""
+    """What the model was given in a run, from `watching.py`: training rows, then validations."""
 
     def __init__(self, path: Path) -> None:
         found, self.training, self.judged = list[tuple[int, Array, Array]](), [], []
@@ -207,7 +207,7 @@ class Seen:
 
 
 def fits(row: tuple[Array, Array, Array | None], cut: Cut, at: int, masked: bool) -> str:
-    """What differs between what the model was given and window `at`; "" if nothing."""
+    """Difference between what the model was given and window `at`; "" if none."""
     ids, targets, see = row
     window, pad = cut.windows[at], 50_257
     if (ids != window[:-1]).any():
@@ -219,11 +219,11 @@ def fits(row: tuple[Array, Array, Array | None], cut: Cut, at: int, masked: bool
     if see is not None:
         counted = targets != IGNORED
         if (see[counted] != mask(cut.numbers[at][None])[0][counted]).any():
-            return f"another mask, of documents {np.diff(np.flatnonzero(see[-1]))[:3]}"
+            return f"wrong mask, with documents {np.diff(np.flatnonzero(see[-1]))[:3]}"
     return ""
 
 
 def metrics(out: Path, key: str) -> dict[int, dict[str, Any]]:
-    """Lines of metrics.jsonl that have this key, the last of a step."""
+    """Lines of metrics.jsonl with this key, the last one per step."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line for line in lines if key in line}

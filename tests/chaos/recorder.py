@@ -1,7 +1,7 @@
-"""Watches what durable.py really does to a folder: each system call, in order, as a list.
+"""Records what durable.py really does to a folder: each system call, in order, as a list.
 
-The functions of `os` are replaced by ones that do the same and write down what they did; nothing
-is simulated, so the log is that of the shipped code, whatever it becomes.
+The functions of `os` are wrapped to log their effects; nothing is simulated, so the log always
+reflects the code as shipped.
 """
 
 import os
@@ -16,13 +16,13 @@ _REPLACED += ("rmdir",)
 
 
 class Recorder:
-    """The log of one folder; `ack` puts the caller's own promises into it, in their place."""
+    """The log of one folder; `ack` inserts the caller's own promises at their place."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.log: list[Operation] = []
-        self._paths: dict[int, str] = {}  # of each open descriptor below the root
-        self._files: dict[int, str] = {}  # the identity of each file that is being written
+        self._paths: dict[int, str] = {}  # by open descriptor, below the root
+        self._files: dict[int, str] = {}  # identity of each file being written
         self._real = {name: getattr(os, name) for name in _REPLACED}
 
     def ack(self, promise: Any) -> None:
@@ -30,7 +30,7 @@ class Recorder:
         self.log.append(("ack", promise))
 
     def _name(self, path: Any, dir_fd: int | None = None) -> str | None:
-        """The path below the root, or None for one that is not."""
+        """The path below the root, or None if it is elsewhere."""
         if isinstance(path, int):
             return self._paths.get(path)
         base = Path(self._paths.get(dir_fd, "/outside")) if dir_fd is not None else None
@@ -59,8 +59,8 @@ class Recorder:
         self._real["close"](descriptor)
 
     def _fdopen(self, descriptor: int, *args: Any, **more: Any) -> Any:
-        assert descriptor not in self._files, "writes that do not pass through os.write"
-        self._paths.pop(descriptor, None)  # a reader: it closes without telling us
+        assert descriptor not in self._files, "writes that bypass os.write"
+        self._paths.pop(descriptor, None)  # a reader, whose close is not seen here
         return self._real["fdopen"](descriptor, *args, **more)
 
     def _write(self, descriptor: int, data: Any) -> int:
@@ -95,7 +95,7 @@ class Recorder:
 
     @contextmanager
     def watch(self) -> Iterator["Recorder"]:
-        """Record until the block ends, also when it ends by an exception."""
+        """Record until the block ends, also by an exception."""
         mine = {"open": self._open, "close": self._close, "fdopen": self._fdopen}
         mine |= {
             "write": self._write,

@@ -1,8 +1,9 @@
-"""Random sequences around a running `sota serve`, with `sota doctor` among them.
+"""Random events around a running `sota serve`, with `sota doctor` among them.
 
-A scene has some runs and exports, and servers of them. Runs are trained on, moved, deleted,
-overwritten and spoilt under their servers, which go on answering from what they loaded; servers end
-by Ctrl-C, SIGTERM and kill -9 amid requests and before clients that hang, and leave nothing behind.
+A scene has some runs and exports, and servers for them. Runs are trained further, moved, deleted,
+overwritten and damaged while being served; their servers keep answering from what they loaded.
+Servers end by Ctrl-C, SIGTERM and kill -9, during requests and with hanging clients, and leave
+nothing behind.
 """
 
 import concurrent.futures
@@ -29,14 +30,14 @@ from .journeys import BASE, CPU
 from .launches import Result
 
 LONG = {"model.seq_len": 512, "train.batch_rows": 1, "train.steps": 2}  # a text takes a second
-LEAVE_SECONDS = 20.0  # three for requests under way, ten for what hangs, and a busy machine
+LEAVE_SECONDS = 20.0  # three for open requests, ten for hanging ones, the rest for a busy machine
 PROMPTS = ["kara misil", "Once upon a time", "terdo"]
 SEED = 7
 
 
 @dataclass
 class Server:
-    """A running `sota serve` and the weights it has loaded, if they are known."""
+    """A running `sota serve` and the weights it has loaded, if known."""
 
     pid: int
     port: int
@@ -50,7 +51,7 @@ class Server:
     def ask(
         self, prompt: str, tokens: int = 6, timeout: float = 60, **more: object
     ) -> httpx.Response:
-        """A continuation that other weights would hardly give."""
+        """A completion that other weights would hardly produce."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 1, "seed": SEED} | more
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout)
 
@@ -59,14 +60,14 @@ class Server:
 
 
 class Scene:
-    """One folder, what lies in it, the commands given there and the servers that run."""
+    """One folder, its contents, the commands given there and the running servers."""
 
     def __init__(self, root: Path, zygote: Zygote, source: random.Random, result: Result) -> None:
         self.place, self.temporary = root / "work", root / "tmp"
         self.zygote, self.source, self.result = zygote, source, result
         self.models, self.broken = set[Path](), set[Path]()
         self.servers = list[Server]()
-        self.clients = list[socket.socket]()  # that hang
+        self.clients = list[socket.socket]()  # hanging ones
         self.known = dict[tuple[str, str, int], str]()  # weights, prompt, tokens -> text
         self.told = list[str]()
         self.number, self._wrong = 0, len(result.wrong)
@@ -75,11 +76,11 @@ class Scene:
         return self.result.wrong[self._wrong :]
 
     def say(self, what: str) -> None:
-        """Remember what is not as promised, with what led to it."""
+        """Record a broken promise and what led to it."""
         self.result.wrong.append(f"{what}\n    after: " + "\n    ".join(self.told))
 
     def new(self) -> Path:
-        """A path where nothing is, some of them unusual."""
+        """A free path, sometimes an unusual one."""
         self.number += 1
         name = self.source.choice(["m", "a b", "neu\nzeile", "ü", "-x"])
         return self.place / f"{name}{self.number}"
@@ -92,7 +93,7 @@ class Scene:
         return sha256((steps[-1] if steps else model) / "model.safetensors")
 
     def give(self, words: list[str], expected: frozenset[int]) -> str:
-        """Give a command and wait for it; what it says."""
+        """Give a command and wait for it; return its output."""
         self.told.append(f"{words}   # {sorted(expected)}")
         done = self.zygote.end(self.zygote.start(words, where=self.place))
         self.result.done[words[0]] += 1
@@ -100,19 +101,19 @@ class Scene:
         return done.output
 
     def judge(self, code: int | None, said: str, expected: frozenset[int]) -> None:
-        """The exit code, one line where it is not 0, and nothing beside."""
+        """Check the exit code, that a failure prints one line, and that nothing is left."""
         self.told.append(f"  {code}: {said[-150:].strip()}")
         if "Traceback" in said or code not in expected:
             self.say(f"exit {code}, not {sorted(expected)}: {said[-1500:]}")
         elif code in REFUSED | {75} and len(re.findall("^sota: (?!step .* rej)", said, re.M)) != 1:
-            self.say(f"says too much or little: {said[-900:]}")
+            self.say(f"prints too much or too little: {said[-900:]}")
         if left := [*self.temporary.rglob("*"), *leftovers(self.place)]:
             self.say(f"exit {code} and left {left[:5]}")
 
     # ---- servers
 
     def serve(self, model: Path, port: int, expected: frozenset[int], *more: str) -> Server | None:
-        """Start a server; held against `sota generate` where its weights are new."""
+        """Start a server; new weights are compared with `sota generate`."""
         words = ["serve", str(model), f"--port={port}", *CPU, *more]
         self.told.append(f"{words}   # {sorted(expected)}")
         self.result.done["serve"] += 1
@@ -123,9 +124,9 @@ class Scene:
             if done is not None:
                 self.judge(done.code, done.output, expected)
                 return None
-            assert time.monotonic() < deadline, "the server says nothing"
+            assert time.monotonic() < deadline, "the server prints nothing"
         if 0 not in expected:
-            self.say(f"serves {model.name}, which cannot be")
+            self.say(f"serves {model.name}, which is impossible")
         step = int(more[1]) if more[:1] == ("--step",) else None
         weights = "" if model in self.broken else self.weights(model, step)
         server = Server(pid, int(found[1]), weights, output)
@@ -147,7 +148,7 @@ class Scene:
         try:
             answer = server.ask(prompt)
         except httpx.TransportError as error:
-            self.say(f"no answer: {error!r}; it says {heard_from(server.output)[-900:]}")
+            self.say(f"no answer: {error!r}; it printed {heard_from(server.output)[-900:]}")
             return
         if answer.status_code != 200:
             self.say(f"answer {answer.status_code}: {answer.text[:300]}")
@@ -161,7 +162,7 @@ class Scene:
             self.say(f"{prompt!r}: {text!r}, not {first!r}")
 
     def end(self, server: Server, sign: signal.Signals, again: bool) -> None:
-        """Send a signal, hold the end; `again`: another server takes the port at once."""
+        """Send a signal and check the end; `again`: another server takes the port at once."""
         self.told.append(f"{sign.name} to the server on {server.port}")
         self.result.done[sign.name] += 1
         self.servers.remove(server)
@@ -184,15 +185,15 @@ class Scene:
 
 
 def heard_from(path: Path) -> str:
-    """What a command has said so far."""
+    """What a command has printed so far."""
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-# ---- what is done in a scene
+# ---- events in a scene
 
 
 def start(s: Scene) -> None:
-    """A server: of something good, of nothing good, or on a port that is taken."""
+    """Start a server: for a good model, for a bad one, or on a port in use."""
     bad = [s.place / "data", s.place / "texts", s.place / "nowhere", s.place, *s.broken]
     way = s.source.random()
     if way < 0.25:
@@ -209,7 +210,7 @@ def start(s: Scene) -> None:
 
 
 def train_on(s: Scene) -> None:
-    """Two steps more, into a run that may be served."""
+    """Train two more steps in a run that may be served."""
     if runs := [m for m in sorted(s.models - s.broken) if (m / "run.json").exists()]:
         run = s.source.choice(runs)
         told = json.loads((run / "config.json").read_text())
@@ -222,7 +223,7 @@ def train_on(s: Scene) -> None:
 
 
 def use(s: Scene) -> None:
-    """Another command on what may be served."""
+    """Run another command on what may be served."""
     if not (models := sorted(s.models - s.broken)):
         return
     model, way = s.source.choice(models), s.source.choice(["report", "evaluate", "export"])
@@ -236,7 +237,7 @@ def use(s: Scene) -> None:
 
 
 def harm(s: Scene) -> None:
-    """Move, delete, overwrite, or spoil in place what may be served."""
+    """Move, delete, overwrite or damage in place what may be served."""
     whole = sorted(s.models - s.broken)
     if len(whole) < 2:
         return
@@ -254,13 +255,13 @@ def harm(s: Scene) -> None:
         s.broken.add(model)
         for path in model.rglob("*.safetensors"):
             data = path.read_bytes()
-            with path.open("r+b") as file:  # the very file that was loaded
+            with path.open("r+b") as file:  # the same file that was loaded
                 file.write(bytes(255 - byte for byte in data[: 1 << 18]))
                 file.truncate(len(data) if way == "flip" else len(data) // 2)
 
 
 def crowd(s: Scene) -> None:
-    """More requests at once than there is room for, some of clients that leave."""
+    """More simultaneous requests than there is room for, some from clients that disconnect."""
     if not s.servers:
         return
     server = s.source.choice(s.servers)
@@ -270,7 +271,7 @@ def crowd(s: Scene) -> None:
         if answer.status_code == 200 and server.weights:
             s.heard(server, PROMPTS[number % 3], 6, answer.json()["choices"][0]["text"])
         elif answer.status_code not in (200, 503):
-            s.say(f"answer {answer.status_code} to one of a crowd: {answer.text[:300]}")
+            s.say(f"answer {answer.status_code} to one of many requests: {answer.text[:300]}")
     for _ in range(4):
         with suppress(httpx.TimeoutException):
             server.ask("a", 400, n=4, stream=True, timeout=0.05)
@@ -278,11 +279,11 @@ def crowd(s: Scene) -> None:
     while (busy := server.busy()) and time.monotonic() < deadline:
         time.sleep(0.05)
     if busy:
-        s.say(f"{busy} places are held by clients that left")
+        s.say(f"{busy} slots are held by disconnected clients")
 
 
 def hang(s: Scene) -> None:
-    """A client that says half a request, or does not read its answer."""
+    """A client that sends half a request, or does not read its answer."""
     if s.servers:
         client = socket.create_connection(("127.0.0.1", s.source.choice(s.servers).port))
         body = json.dumps({"prompt": "a", "max_tokens": 400, "stream": True, "logprobs": 20})
@@ -293,7 +294,7 @@ def hang(s: Scene) -> None:
 
 
 def stop(s: Scene) -> None:
-    """End a server, mostly amid requests: each that had begun is answered."""
+    """Stop a server, mostly during requests: each one started is answered."""
     if not s.servers:
         return
     server, sign = s.source.choice(s.servers), s.source.choice(list(ENDS))
@@ -317,7 +318,7 @@ def stop(s: Scene) -> None:
             and answer.status_code == 200
             and not answer.text.endswith("data: [DONE]\n\n")
         ):
-            s.say(f"a stream ends without its end: {answer.text[-300:]}")
+            s.say(f"a stream lacks its last event: {answer.text[-300:]}")
         if answer.status_code == 503 and "stopping" not in answer.text:
             s.say(f"503 at the end, and why: {answer.text[:300]}")
         elif answer.status_code == 200 and not number % 2 and server.weights:
@@ -325,7 +326,7 @@ def stop(s: Scene) -> None:
 
 
 def doctor(s: Scene) -> None:
-    """Look at the machine, where runs could live or not; end it somewhere."""
+    """Run the doctor where runs could or could not live; interrupt it somewhere."""
     folder = s.source.choice([s.place, s.place, s.place / "nowhere", s.place / "texts/000.jsonl"])
     s.told.append(f"{(words := ['doctor', f'--folder={folder}', *CPU])}")
     s.result.done["doctor"] += 1
@@ -350,7 +351,7 @@ EVENTS: list[tuple[Callable[[Scene], None], int]] = [
 
 
 def scene(s: Scene) -> None:
-    """Three models, then 10 to 20 events; behind each every server is asked."""
+    """Three models, then 10 to 20 events; after each, every server is asked."""
     corpus(s.place / "texts", 2, 60)
     s.give(prepare_arguments(s.place / "texts", s.place / "data", 1), DONE)
     for more in ({}, LONG):
@@ -378,7 +379,7 @@ def servings(root: Path, count: int, seed: int = 0) -> Result:
     temporary.mkdir()
     preload = ["sota_transformer.serve.server", "transformers.models.llama.modeling_llama"]
     places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(root / "compiled")}
-    places["CXX"] = "false"  # `sota doctor` compiles nothing, which would take it a minute
+    places["CXX"] = "false"  # keeps `sota doctor` from compiling, for a minute
     with Zygote(root, *preload, **places) as zygote:
         for number in range(count):
             (root / "work").mkdir()

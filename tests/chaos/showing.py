@@ -1,4 +1,4 @@
-"""What `sota data` says of a folder of tokens, held against the tokens as `cutting.py` reads them.
+"""Output of `sota data` on a folder of tokens, compared with the tokens as read by `cutting.py`.
 
 Text is decoded by OpenAI's tiktoken; lengths, shares and histograms are counted one by one.
 """
@@ -23,12 +23,12 @@ Command = Callable[..., Finished]
 
 
 def text_of(ids: Array) -> bytes:
-    """End-of-text and padding stand for no text."""
+    """Text of ids; end-of-text and padding have none."""
     return encoding().decode_bytes([each for each in ids.tolist() if each < EOT])
 
 
 def clean(text: str) -> str:
-    """Control characters, but for tabs and line ends, are shown as question marks."""
+    """Control characters except tabs and line ends are shown as question marks."""
     return "".join(
         "?" if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 else c for c in text
     )
@@ -40,7 +40,7 @@ def lengths(side: Side) -> list[int]:
 
 
 def shown(folder: Path, sides: dict[str, Side], here: Command, source: random.Random) -> list[str]:
-    """All that is wrong."""
+    """Everything that is wrong."""
     count = source.choice([0, 1, 2, 5])
     out = folder.parent / "bins"
     done, wrong = here("data", str(folder), "--show", str(count)), list[str]()
@@ -58,17 +58,17 @@ def shown(folder: Path, sides: dict[str, Side], here: Command, source: random.Ra
             text = text_of(side.documents[int(each.replace(",", ""))][:2000])
             text = clean(text.decode("utf-8", "replace")[:600])
             if f"--- {split} document {each}\n{text}\n" not in done.output:
-                wrong.append(f"--show: another text of {split} document {each}")
+                wrong.append(f"--show: wrong text of {split} document {each}")
         wrong += _listed(folder, split, side, here)
         wrong += _window(folder, split, side, here, source)
         data = (out / f"{split}.bin").read_bytes() if (out / f"{split}.bin").exists() else b""
         if data != side.tokens.astype("<u2").tobytes():
-            wrong.append(f"--export-bin: other ids of {split}")
+            wrong.append(f"--export-bin: wrong ids of {split}")
     return wrong
 
 
 def _figures(split: str, side: Side, said: str) -> Iterator[str]:
-    """The lines of one side."""
+    """The lines about one split."""
     if not len(side.tokens):
         if f"{split}: empty\n" not in said:
             yield "is empty"
@@ -103,7 +103,7 @@ def _figures(split: str, side: Side, said: str) -> Iterator[str]:
 
 
 def _histogram(lines: list[str]) -> dict[int, int]:
-    """The one that stands first: documents by their least length."""
+    """The first histogram: documents by their minimum length."""
     found = dict[int, int]()
     for line in lines:
         if not (bar := re.fullmatch(r" +([\d,]+)\+ +([\d,]+) (#*)", line)):
@@ -130,7 +130,7 @@ def _listed(folder: Path, split: str, side: Side, here: Command) -> Iterator[str
 def _window(
     folder: Path, split: str, side: Side, here: Command, source: random.Random
 ) -> Iterator[str]:
-    """--window, of any and of one behind the last."""
+    """--window, for any window and for one past the last."""
     length = source.choice([1, 7, 64, 512])
     cut, asked = stream(side, length), f"{split}:%d" + f":{length}" * (length != 512)
     done = here("data", str(folder), "--window", asked % len(cut.windows))

@@ -1,6 +1,6 @@
-"""`python -m tests.chaos.small ARGUMENTS`: the command, with units of work of some thousand bytes.
+"""`python -m tests.chaos.small ARGUMENTS`: `sota` with units of work of a few thousand bytes.
 
-So that small inputs are cut at as many places as large ones are. The workers get it from their fork
+Small inputs are then split in as many places as large ones. The workers inherit it from their fork
 server, which loads this module too.
 """
 
@@ -22,8 +22,8 @@ documents._AT_ONCE, documents._BLOCK = 2000, 100
 
 
 def here(words: list[str], unit: int) -> Finished:
-    """The command in this process, so that its fork server and workers need not begin anew, with
-    units of work of another size.
+    """Run the command in this process, with units of work of `unit` bytes, so that the fork server
+    and workers need not be started again.
     """
     from sota_transformer.cli import main as command
 
@@ -35,7 +35,7 @@ def here(words: list[str], unit: int) -> Finished:
 
 
 def main() -> int:
-    """Run the command here."""
+    """Run the command."""
     load = ForkServerContext.set_forkserver_preload
 
     def preload(context: Any, names: list[str]) -> None:

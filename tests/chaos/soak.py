@@ -1,7 +1,7 @@
-"""kill -9 at random instants, again and again, until the command ends by itself.
+"""kill -9 at random moments, repeated until the command finishes by itself.
 
-Then the result has to be that of a run that nobody disturbed, byte for byte; nothing may be left
-over, nothing that was said to be saved may be lost, and nobody has to clean up.
+The result then has to equal that of an undisturbed run, byte for byte. Nothing may be left over,
+no step reported as saved may be lost, and no manual cleanup may be needed.
 """
 
 import os
@@ -34,35 +34,35 @@ HANG_SECONDS = 120.0
 
 @dataclass
 class Soak:
-    """Counts, and in words whatever was wrong."""
+    """Counts, and a description of everything that went wrong."""
 
     kills: int = 0
     finished: int = 0
-    redone: int = 0  # the most steps that one kill cost
+    redone: int = 0  # most steps lost to one kill
     wrong: list[str] = field(default_factory=list)
 
     def check(self, good: bool, what: str) -> None:
-        """Remember and say what is not as promised."""
+        """Record and print a broken promise."""
         if not good:
             self.wrong.append(f"after {self.kills} kills: {what}")
             print(f"WRONG: {self.wrong[-1]}", flush=True)
 
     def end(self, bench: Bench, out: Path) -> None:
-        """A chain of attempts has trained in `out`: the reference's bytes, and nothing else."""
+        """After a chain of attempts in `out`: the reference's bytes, and nothing else."""
         self.finished += 1
-        self.check(model_of(out) == bench.model, f"{out}: another model")
+        self.check(model_of(out) == bench.model, f"{out}: model differs")
         self.check(not leftovers(out), f"{out}: left over {leftovers(out)}")
         if not self.wrong:
             shutil.rmtree(out)
 
 
 def numbers(pattern: str, text: str) -> list[int]:
-    """The numbers that `pattern` finds."""
+    """All numbers matched by `pattern`."""
     return [int(number) for number in re.findall(pattern, text)]
 
 
 def soak_train(bench: Bench, zygote: Zygote, kills: int, seed: int = 0) -> Soak:
-    """Kill `sota train` that many times; each chain of attempts ends in the reference's bytes."""
+    """Kill `sota train` `kills` times; each chain of attempts ends in the reference's bytes."""
     source, result, seconds = random.Random(seed), Soak(), 3.0
     while result.kills < kills:
         out = fresh(bench, bench.root / f"killed-{result.finished}")
@@ -76,13 +76,13 @@ def soak_train(bench: Bench, zygote: Zygote, kills: int, seed: int = 0) -> Soak:
                 done = zygote.end(pid)
             resumed = numbers(r"resuming from step (\d+)", done.output)
             begun = "resuming" in done.output or "starting from scratch" in done.output
-            if begun:  # a kill before that has said nothing yet
+            if begun:  # a kill before that has printed nothing
                 first = resumed[0] if resumed else 0
-                result.check(first >= saved, f"saved step {saved}, went on from {first}")
+                result.check(first >= saved, f"saved step {saved}, resumed from {first}")
                 result.redone = max(result.redone, reached - first)
                 reached = max([first, *numbers(r"step +(\d+)/", done.output)])
             before, saved = saved, max([saved, *numbers(r"saved step (\d+)", done.output)])
-            if saved == before:  # no interval fits into this time on a machine as busy as this
+            if saved == before:  # the machine is too busy to save in time
                 seconds *= 1.1
             result.check(not done.crashed, done.output[-2000:])
             if done.code == 0:
@@ -97,7 +97,7 @@ def soak_train(bench: Bench, zygote: Zygote, kills: int, seed: int = 0) -> Soak:
 
 
 def soak_prepare(corpus: Path, reference: Path, root: Path, kills: int, seed: int = 0) -> Soak:
-    """The same with `sota prepare`: all of it, the parent alone, or one worker alone."""
+    """The same for `sota prepare`: kill all of it, only the parent, or only one worker."""
     source, result, expected, seconds = random.Random(seed), Soak(), contents(reference), 4.0
     while result.kills < kills:
         out = root / f"prepared-{result.finished}"
@@ -124,7 +124,7 @@ def soak_prepare(corpus: Path, reference: Path, root: Path, kills: int, seed: in
             elif done == 0:
                 seconds = max(1.0, 0.7 * seconds + 0.3 * 1.1 * (time.monotonic() - began))
         result.finished += 1
-        result.check(contents(out) == expected, f"{out}: other bytes")
+        result.check(contents(out) == expected, f"{out}: bytes differ")
         beside = [path.name for path in root.iterdir() if path.name.startswith(f".{out.name}")]
         result.check(not leftovers(out) and not beside, f"left over: {beside}")
         if not result.wrong:
@@ -141,7 +141,7 @@ def _start(arguments: list[str], root: Path) -> "subprocess.Popen[bytes]":
 
 
 def _kill(process: "subprocess.Popen[bytes]", which: str, source: random.Random) -> None:
-    """The whole group, the parent alone, or one of its children or grandchildren alone."""
+    """Kill the whole group, only the parent, or only one of its descendants."""
     with suppress(ProcessLookupError):
         if which == "all":
             os.killpg(process.pid, signal.SIGKILL)
@@ -152,7 +152,7 @@ def _kill(process: "subprocess.Popen[bytes]", which: str, source: random.Random)
 
 
 def _reap(process: "subprocess.Popen[bytes]") -> None:
-    """Workers whose parent was killed must leave by themselves; give them ten seconds."""
+    """Workers have to exit by themselves within ten seconds of their parent's death."""
     for _ in range(100):
         if not _alive(process.pid):
             return
@@ -163,7 +163,7 @@ def _reap(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _alive(group: int) -> list[int]:
-    """Processes of a group that still run; one that is dead but not yet buried does not."""
+    """Running processes of a group, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

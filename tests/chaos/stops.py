@@ -1,4 +1,4 @@
-"""SIGTERM at random instants, two runs on one folder, and disks that are really full."""
+"""SIGTERM at random moments, two runs in one folder, and disks that are really full."""
 
 import os
 import random
@@ -32,13 +32,13 @@ LEAVE_SECONDS, SECOND_SECONDS, LOSE_SECONDS = 10.0, 1.0, 2.0
 
 
 class Stops(Soak):
-    """A soak whose `kills` are polite; `slowest` is the longest that one took to leave."""
+    """A soak with SIGTERM instead of kills; `slowest` is the longest time one took to exit."""
 
     slowest = 0.0
 
 
 def stop_train(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Stops:
-    """SIGTERM `count` times, every fourth time twice; all chains end in the reference's bytes."""
+    """Send SIGTERM `count` times, every fourth twice; all chains end in the reference's bytes."""
     source, result, seconds = random.Random(seed), Stops(), 3.0
     while result.kills < count:
         out = fresh(bench, bench.root / f"stopped-{result.finished}")
@@ -54,7 +54,7 @@ def stop_train(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Stops
             found = re.findall(r"resuming from step (\d+)", done.output)
             resumed = int(found[0]) if found else 0
             if found or "starting from scratch" in done.output:
-                result.check(resumed >= saved, f"saved step {saved}, went on from {resumed}")
+                result.check(resumed >= saved, f"saved step {saved}, resumed from {resumed}")
             said = [int(n) for n in re.findall(r"saved step (\d+)", done.output)]
             saved = max([saved, *said])
             result.check(not done.crashed, done.output[-2000:])
@@ -68,7 +68,7 @@ def stop_train(bench: Bench, zygote: Zygote, count: int, seed: int = 0) -> Stops
 
 
 def _stop(zygote: Zygote, pid: int, twice: bool, result: Soak) -> tuple[Finished, float]:
-    """Send one signal, or two, and take the time that the command needs to leave."""
+    """Send one or two signals and time how long the command takes to exit."""
     began, limit = time.monotonic(), LEAVE_SECONDS
     os.kill(pid, signal.SIGTERM)
     if twice:
@@ -90,7 +90,7 @@ def _stop(zygote: Zygote, pid: int, twice: bool, result: Soak) -> tuple[Finished
 
 
 def two_at_once(bench: Bench, zygote: Zygote, count: int) -> Soak:
-    """Races for one folder: one trains, the other names it and leaves; a killed one lets go."""
+    """Race for one folder: one trains, the other names it and exits; a kill releases the lock."""
     result = Soak()
     for number in range(count):
         out = fresh(bench, bench.root / f"raced-{number}")
@@ -101,14 +101,14 @@ def two_at_once(bench: Bench, zygote: Zygote, count: int) -> Soak:
         second = zygote.run(train_arguments(bench.data, out))
         took = time.monotonic() - began
         result.check(second.code == LOCKED, f"loser: exit {second.code}: {second.output[-500:]}")
-        result.check(f'"pid": {first}' in second.output, f"loser names nobody: {second.output}")
+        result.check(f'"pid": {first}' in second.output, f"winner not named: {second.output}")
         result.check(took <= LOSE_SECONDS, f"loser took {took:.1f} s")
         os.killpg(first, signal.SIGKILL)
         result.kills += 1
         zygote.end(first)
         third = zygote.run(train_arguments(bench.data, out))
         result.check(third.code == 0, f"after the kill: {third.code}: {third.output[-500:]}")
-        result.check(model_of(out) == bench.model, f"{out}: another model")
+        result.check(model_of(out) == bench.model, f"{out}: model differs")
         result.finished += 1
         shutil.rmtree(out)
     return result
@@ -116,7 +116,7 @@ def two_at_once(bench: Bench, zygote: Zygote, count: int) -> Soak:
 
 @contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
-    """A file system in memory of that size; needs root. PermissionError where that is missing."""
+    """An in-memory file system of that size; needs root, otherwise PermissionError."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "small", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
@@ -130,7 +130,7 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def full_disks(bench: Bench, zygote: Zygote, sizes: list[int]) -> Soak:
-    """Train on disks that are too small, enlarge them, and train on."""
+    """Train on disks that are too small, enlarge them, and resume."""
     result = Soak()
     for size in sizes:
         with small_disk(bench.root / "small", size) as disk:
@@ -145,14 +145,14 @@ def full_disks(bench: Bench, zygote: Zygote, sizes: list[int]) -> Soak:
             again = zygote.run(train_arguments(bench.data, run))
             result.check(again.code == 0, f"{size}M, then: {again.code} {again.output[-800:]}")
             if again.code == 0:
-                result.check(model_of(run) == bench.model, f"{size}M, then: another model")
+                result.check(model_of(run) == bench.model, f"{size}M, then: model differs")
             result.check(not leftovers(run), f"{size}M: left over {leftovers(run)}")
             result.finished += 1
     return result
 
 
 def full_disks_prepare(bench: Bench, kibibytes: list[int]) -> Soak:
-    """The same for the preparation of data."""
+    """The same for `sota prepare`."""
     result, expected = Soak(), contents(bench.data)
     for size in kibibytes:
         with small_disk(bench.root / "small", 1) as disk:
@@ -167,7 +167,7 @@ def full_disks_prepare(bench: Bench, kibibytes: list[int]) -> Soak:
             _enlarge(disk)
             again = sota(prepare_arguments(bench.corpus, disk / "data"), bench.root)
             result.check(again.code == 0, f"{size}K, then: {again.code} {again.output[-800:]}")
-            result.check(contents(disk / "data") == expected, f"{size}K, then: other bytes")
+            result.check(contents(disk / "data") == expected, f"{size}K, then: bytes differ")
             result.check([p.name for p in disk.iterdir()] == ["data"], f"{size}K: left over")
             result.finished += 1
     return result

@@ -1,4 +1,4 @@
-"""Kernels that are wrong where the doctor did not look: `python -m tests.chaos broken` has more."""
+"""Kernels that are wrong where the doctor once did not look; see `python -m tests.chaos broken`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sota_transformer import doctor, probes
-from tests.pretended import pretended
+from tests.simulated import simulated
 
 from . import broken
 from .kernels import FAULTS
@@ -23,30 +23,30 @@ GENERATION = "generation of uneven rows (pytorch#182285)"
         ("mul_.Tensor", "nothing from element 1,048,576 on", VOCABULARY),
         ("masked_fill.Scalar", "booleans are inverted", VOCABULARY),
         ("gather.default", "float32 is 10% off", VOCABULARY),
-        ("tril.default", "masks are not read", DOCUMENTS),
+        ("tril.default", "masks are ignored", DOCUMENTS),
         ("eq.Tensor", "the last block is zero", DOCUMENTS),
         ("add_.Tensor", "few rows are 10% off", GENERATION),
         ("_fused_adamw_.default", "nothing from element 65,536 on", ADAMW),
         ("linalg_vector_norm.default", "float32 is 10% off", ADAMW),
     ],
 )
-def test_one_wrong_kernel_is_seen(operation: str, name: str, probe: str) -> None:
+def test_one_wrong_kernel_is_detected(operation: str, name: str, probe: str) -> None:
     (fault,) = (fault for fault in FAULTS if fault.name == name)
     case = broken.Breakage("mps", "float32", "seed", f"aten.{operation}", fault, frozenset())
     for compute in (broken.wrong(case), None):
-        with pretended("mps") as device:
+        with simulated("mps") as device:
             machine = broken.machine_of("mps", "float32")
             device.compute = compute or device.compute
             found = doctor._probed(probe, probes.PROBES[probe], machine)
         assert found.passed == (compute is None), found
 
 
-def test_adamw_is_in_float32_beside_bfloat16() -> None:
-    """Its count of steps, 3% off, is less than what rounds in bfloat16."""
+def test_adamw_is_checked_in_float32_even_for_bfloat16() -> None:
+    """A step count that is 3% off is less than bfloat16's rounding."""
     case = broken.Breakage(
         "cuda", "bfloat16", "", "aten._foreach_add_.Scalar", FAULTS[0], frozenset()
     )
-    with pretended("cuda") as device:
+    with simulated("cuda") as device:
         device.compute = broken.wrong(case)
         machine = broken.machine_of("cuda", "bfloat16")
         assert not doctor._probed(ADAMW, probes.PROBES[ADAMW], machine).passed
@@ -54,7 +54,7 @@ def test_adamw_is_in_float32_beside_bfloat16() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 def test_a_fault_changes_something(fault) -> None:
-    """Of the calls below, at least one."""
+    """At least one of the calls below."""
     aten, ids = torch.ops.aten, torch.tensor([1, 40_000])
     square = torch.arange(1.0, 257).view(16, 16)
     calls = [
@@ -79,7 +79,7 @@ def test_a_fault_changes_something(fault) -> None:
 
 
 @pytest.mark.chaos
-def test_some_broken_devices_are_refused(tmp_path: Path, monkeypatch) -> None:
+def test_some_broken_devices_are_rejected(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(broken, "MACHINES", broken.MACHINES[:1])
     result = broken.broken(tmp_path, 12, seed=5)
     assert result.wrong == [] and result.material.total() > 5

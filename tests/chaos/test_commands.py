@@ -1,6 +1,6 @@
-"""Small numbers of everything that is done to the real commands; `python -m tests.chaos` has more.
+"""Small numbers of all tests of the real commands; `python -m tests.chaos` runs more.
 
-These run under the marker `chaos`; the data and checkpoint fuzzers also have a quick share.
+They have the marker `chaos`; the data and checkpoint fuzzers also have a quick sample.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ from .commands import (
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 
 
-def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_skipped_by_name(tmp_path: Path) -> None:
     result = reading.fuzz_checkpoints(tmp_path, 250, seed=3)
     assert result.bad == [] and result.cases >= 250
 
@@ -103,7 +103,7 @@ def test_sigterm(bench: Bench, zygote: Zygote) -> None:
         ("sampling", "--train.sample-every 1", "--- sample"),
     ],
 )
-def test_sigterm_amid(bench: Bench, tmp_path: Path, during, options: str, not_yet: str) -> None:
+def test_sigterm_during(bench: Bench, tmp_path: Path, during, options: str, not_yet: str) -> None:
     words = [*train_arguments(bench.data, fresh(bench, tmp_path / "run")), *options.split()]
     log, caches = tmp_path / "log", {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     process = ranks.start([sys.executable, "-m", "sota_transformer", *words], log, **caches)
@@ -124,7 +124,7 @@ def test_sigterm_amid(bench: Bench, tmp_path: Path, during, options: str, not_ye
 
 
 @pytest.mark.chaos
-def test_other_numbers_of_processes(bench: Bench) -> None:
+def test_changing_numbers_of_processes(bench: Bench) -> None:
     assert ranks.elastic(bench).wrong == []
 
 
@@ -147,7 +147,7 @@ def test_random_inputs_against_plain_readers(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-def test_what_a_preparation_decides_against_brute_force(tmp_path: Path) -> None:
+def test_preparation_decisions_against_brute_force(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     assert policies.policies(tmp_path / "work", 8, seed=4).wrong == []
 
@@ -166,7 +166,7 @@ def test_journeys(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-def test_servers_whose_runs_change_under_them(tmp_path: Path) -> None:
+def test_servers_whose_runs_change_underneath(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     result = servings.servings(tmp_path / "root", 1, seed=1)
     assert result.wrong == [] and result.done["answers"] > 3
@@ -180,19 +180,19 @@ def test_the_launcher_and_its_menu(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-def test_what_is_said_of_a_model_is_what_it_computes(tmp_path: Path) -> None:
+def test_reported_figures_are_what_the_model_computes(tmp_path: Path) -> None:
     result = judging.judging(tmp_path, 2, seed=4)
     assert result.wrong == [] and result.compared > 1000 and result.asked["answers"]
 
 
 @pytest.mark.chaos
-def test_what_a_run_reads_and_says_against_plain_numpy(tmp_path: Path) -> None:
+def test_what_a_run_reads_and_reports_against_plain_numpy(tmp_path: Path) -> None:
     result = windows.windows(tmp_path / "work", 3, seed=4)
     assert result.wrong == [] and result.windows > 100 and result.rows > 20
 
 
 @pytest.mark.chaos
-def test_two_runs_on_one_folder(bench: Bench, zygote: Zygote) -> None:
+def test_two_runs_in_one_folder(bench: Bench, zygote: Zygote) -> None:
     assert stops.two_at_once(bench, zygote, 2).wrong == []
 
 
@@ -235,7 +235,7 @@ def test_evaluate_on_damaged_runs(bench: Bench, zygote: Zygote) -> None:
     assert contents(bench.run) == before
 
 
-def test_no_changed_byte_of_a_configuration_makes_another_model(
+def test_no_changed_byte_of_a_configuration_gives_another_model(
     make_run: Callable[..., RunConfig],
 ) -> None:
     config = make_run(d_model=4, heads=1, kv_heads=1, d_ff=4, layers=1)

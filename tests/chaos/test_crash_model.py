@@ -17,7 +17,7 @@ def test_no_power_cut_loses_or_tears(driver: Callable[..., None], least: int) ->
     assert report.problems == {} and report.states >= least
 
 
-def test_nor_one_amid_a_file_of_many_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_does_one_inside_a_file_of_many_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(durable, "_BUFFER_BYTES", 64)
     report = explore(Explorer(durable, train_really), 3)
     assert report.problems == {} and report.states >= 600
@@ -30,7 +30,7 @@ def test_nor_does_one_during_the_recovery(driver: Callable[..., None]) -> None:
 
 
 @pytest.mark.chaos
-def test_nor_at_any_instant_of_any_recovery() -> None:
+def test_nor_does_one_at_any_moment_of_any_recovery() -> None:
     report = explore_twice(Explorer(durable, train), 4)
     assert report.problems == {} and report.states >= 200_000
 
@@ -54,7 +54,7 @@ def test_the_weak_disk() -> None:
     assert list(folder.states()) == [(("b", file.content),)]
 
 
-def test_what_was_synced_survives_and_nothing_else() -> None:
+def test_only_what_was_synced_survives() -> None:
     disk = Disk()
     log = [("mkdir", "a"), ("create", "a/x", 1), ("write", 1, b"1"), ("fsync", 1)]
     for operation in log:

@@ -1,4 +1,4 @@
-"""No damage to a committed folder goes unnoticed, and none crashes or hangs the reader."""
+"""No damage to a committed folder goes unnoticed, crashes the reader or hangs it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from . import fuzz
 
 
-def test_a_share_of_all_damages(tmp_path: Path) -> None:
+def test_a_sample_of_all_damage(tmp_path: Path) -> None:
     for step in (1, 2):
         fuzz.checkpoint_like(tmp_path / f"step-{step}", step, 5000)
     result = fuzz.fuzz(
@@ -16,7 +16,7 @@ def test_a_share_of_all_damages(tmp_path: Path) -> None:
     assert result.bad == [] and result.cases > 1000
 
 
-def test_the_fuzzer_notices_a_reader_that_does_not(tmp_path: Path) -> None:
+def test_the_fuzzer_detects_a_reader_that_notices_nothing(tmp_path: Path) -> None:
     for step in (1, 2):
         fuzz.checkpoint_like(tmp_path / f"step-{step}", step, 100)
 
@@ -29,6 +29,6 @@ def test_the_fuzzer_notices_a_reader_that_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-def test_fifty_thousand_damages(tmp_path: Path) -> None:
+def test_fifty_thousand_cases_of_damage(tmp_path: Path) -> None:
     result, _ = fuzz.run(tmp_path, 50_000)
     assert result.bad == [] and result.cases >= 50_000

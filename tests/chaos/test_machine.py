@@ -19,10 +19,10 @@ def _run(examples: int, steps: int) -> None:
     )
 
 
-def test_some_lives_of_a_run() -> None:
+def test_a_few_random_histories_of_a_run() -> None:
     _run(5, 8)
 
 
 @pytest.mark.chaos
-def test_many_lives_of_a_run() -> None:
+def test_many_random_histories_of_a_run() -> None:
     _run(100, 30)

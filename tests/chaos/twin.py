@@ -1,10 +1,10 @@
-"""A second training run, from the documents alone, that every figure of the first is held against.
+"""A second trainer, written from the documents alone, to check every figure of the first.
 
 `Twin` reads the shards with numpy and computes in eager float64 what `docs/` and the papers say:
-the model (Llama; Qwen3 with QK-norm) with attention written out, the smoothed loss, clipping,
-AdamW (Loshchilov and Hutter 2019), NorMuon (Li et al. 2025), schedules, validation. Of the program
-it takes only what no document fixes: first weights, the seeded order of windows, the best-fit
-windows and the hash behind dropout, whose properties it checks. `twins.py` makes runs and compares.
+the model (Llama; Qwen3 with QK-norm) with explicit attention, the smoothed loss, clipping, AdamW
+(Loshchilov and Hutter 2019), NorMuon (Li et al. 2025), schedules, validation. From the program it
+takes only what no document specifies, and checks its properties: initial weights, the seeded order
+of windows, the best-fit windows and the hash behind dropout. `twins.py` makes runs and compares.
 """
 
 import copy
@@ -27,8 +27,8 @@ EOT, PAD = 50_256, 50_257
 Array = np.ndarray[Any, Any]
 Weights = dict[str, Tensor]
 Fields = dict[str, dict[str, Any]]
-# The quintics of the Polar Express (Amsel et al. 2025) for singular values from 1/1000 on, and
-# NorMuon's constants, as modded-nanogpt has them.
+# Quintics of the Polar Express (Amsel et al. 2025) for singular values from 1/1000 on, and
+# NorMuon's constants, as in modded-nanogpt.
 POLAR = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -39,7 +39,7 @@ POLAR = (
 
 
 def stream(folder: Path, split: str) -> Array:
-    """All tokens of a split, its shards one behind the other, by their names."""
+    """All tokens of a split: its shards concatenated in name order."""
     names = sorted(p for p in folder.glob(f"{split}-*.npy") if p.name.count(".") == 1)
     tokens = np.concatenate([np.load(path) for path in names]).astype(np.int64)
     told = json.loads((folder / "manifest.json").read_text())["splits"][split]
@@ -48,14 +48,14 @@ def stream(folder: Path, split: str) -> Array:
 
 
 def cut(tokens: Array, length: int) -> Array:
-    """Window i is tokens i x T to i x T + T, both included: (windows, T + 1)."""
+    """Window i is tokens i x T to i x T + T, inclusive: (windows, T + 1)."""
     starts = np.arange((len(tokens) - 1) // length) * length
     return tokens[starts[:, None] + np.arange(length + 1)]
 
 
 def best_fit(folder: Path, tokens: Array, length: int) -> Array:
-    """The program's best-fit windows, once they are seen to hold every prediction within a document
-    exactly once, and no document torn that fits.
+    """The program's best-fit windows, after checking that they hold every prediction within a
+    document exactly once, and split no document that fits.
     """
     windows = np.stack(list(BestFit(folder, "train", length))).astype(np.int64)
     wanted: Counter[bytes] = Counter()
@@ -87,7 +87,7 @@ def rotate(x: Tensor, base: float) -> Tensor:
 
 
 def attention(w: Weights, name: str, m: dict[str, Any], x: Tensor, see: Tensor) -> Tensor:
-    """Softmax attention written out; `see` (B, 1, T, T) says who may look where."""
+    """Softmax attention written out; `see` (B, 1, T, T) tells who may attend to whom."""
     rows, tokens, _ = x.shape
     heads, kv, width = m["heads"], m["kv_heads"], m["d_model"] // m["heads"]
     parts = (x @ w[f"{name}.qkv.weight"].T).split([heads * width, kv * width, kv * width], -1)
@@ -110,7 +110,7 @@ def logits(
     rate: float = 0.0,
     keys: Tensor | None = None,
 ) -> Tensor:
-    """(B, T) -> (B, T, V). Dropout falls on the embeddings and on what each half-block adds."""
+    """(B, T) -> (B, T, V). Dropout applies to the embeddings and to each half-block's output."""
 
     def dropped(x: Tensor, layer: int, site: int) -> Tensor:
         if keys is None:
@@ -135,7 +135,7 @@ def logits(
 
 
 def nats(found: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(smoothed, plain) negative log-likelihood of each target, zero where it is padding: (B, T).
+    """(smoothed, plain) negative log-likelihood of each target, zero at padding: (B, T).
 
     Szegedy et al. 2016: the target's distribution is mixed with the uniform one.
     """
@@ -166,14 +166,14 @@ def judged(w: Weights, config: Fields, windows: list[Array], token_bytes: Array)
 
 
 class Twin:
-    """One run, from its first step or from any state, in float64."""
+    """One run in float64, from its first step or from any state."""
 
     def __init__(self, config: Fields, weights: Weights | None = None) -> None:
         """`config` is config.json; `weights` those of an imported model, else the seed's."""
         self.step = self.updates = self.tokens = self.row = 0
         self.state: dict[str, Weights] = {}
         self.best: float | None = None  # lowest validation loss
-        self.best_before: float | None = None  # the newest: a last step is saved, then judged
+        self.best_before: float | None = None  # before the newest, as the last step is saved first
         self.log: dict[int, dict[str, float]] = {}
         self.validations: dict[int, dict[str, Any]] = {}
         if weights is None:
@@ -186,7 +186,7 @@ class Twin:
         self.change(config)
 
     def change(self, config: Fields, epoch: bool = False) -> None:
-        """Go on under another configuration; `epoch`: at the next beginning of one of its data."""
+        """Continue with another config; `epoch`: from the start of its next epoch."""
         self.config, folder = config, Path(config["data"]["path"])
         length = config["model"]["seq_len"]
         self.windows = cut(train := stream(folder, "train"), length)
@@ -197,11 +197,11 @@ class Twin:
             self.row = -(-self.row // len(self.windows)) * len(self.windows)
 
     def copy(self) -> "Twin":
-        """A branch of its own."""
+        """An independent branch."""
         return copy.deepcopy(self)
 
     def _batch(self) -> tuple[Array, Tensor]:
-        """Windows (B, T + 1) of this step and the keys of their dropout; each once an epoch."""
+        """This step's windows (B, T + 1) and their dropout keys; each window once per epoch."""
         size, rows = len(self.windows), self.config["train"]["batch_rows"]
         seed = self.config["run"]["seed"]
         loader = BatchLoader(self.windows, seed, lambda _: range(self.row, self.row + rows))
@@ -211,7 +211,7 @@ class Twin:
         return self.windows[loader.window_ids(0)], torch.from_numpy(loader.dropout_keys(self.step))
 
     def rate(self) -> float:
-        """AdamW's: linear warm-up (at most 5% of the run), then a cosine or a straight cooldown."""
+        """AdamW's: linear warm-up (at most 5% of the run), then a cosine or a linear cooldown."""
         o, steps = self.config["optim"], self.config["train"]["steps"]
         warmup, peak, final = (
             min(o["warmup_steps"], steps // 20),
@@ -227,7 +227,7 @@ class Twin:
         return peak * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
 
     def train_step(self) -> None:
-        """One update from the mean of the smoothed loss over all targets that are no padding."""
+        """One update with the mean smoothed loss over all targets that are not padding."""
         o, m, steps = self.config["optim"], self.config["model"], self.config["train"]["steps"]
         windows, keys = self._batch()
         start, end = o["dropout_start"], o["dropout_end"]
@@ -253,7 +253,7 @@ class Twin:
         }  # fmt: skip
 
     def _update(self, name: str, gradient: Tensor, lr: float) -> None:
-        """AdamW; with a matrix rate NorMuon for the blocks' matrices, and gains at a tenth."""
+        """AdamW; with a matrix rate, NorMuon for the blocks' matrices, and gains at a tenth."""
         o, weight = self.config["optim"], self.weights[name]
         matrix = weight.ndim == 2
         if o["matrix_rate"] and matrix and name.startswith("blocks"):
@@ -280,9 +280,9 @@ class Twin:
         weight -= lr * mean / (square.sqrt() + o["eps"])
 
     def _normuon(self, name: str, weight: Tensor, gradient: Tensor, lr: float) -> None:
-        """Nesterov momentum, made orthogonal, rows brought to one size, the whole back to its own.
+        """Nesterov momentum, orthogonalized, rows brought to equal norm, then the norm restored.
 
-        The decay is cautious: only where the update shrinks the weight, too (Chen et al. 2025).
+        The decay is cautious: only where the update shrinks the weight as well (Chen et al. 2025).
         """
         state = self.state.setdefault(name, {"momentum": 0 * weight, "rows": 0 * weight[:, :1]})
         mu = 0.85 + 0.1 * min(1.0, self.updates / 300)
@@ -312,7 +312,7 @@ class Twin:
             self.best = result["nats"]
 
     def run(self, steps: int, token_bytes: Array) -> None:
-        """On to this step, with the validations that are due."""
+        """Train up to this step, with the validations that are due."""
         every = self.config["train"]["eval_every"]
         while self.step < steps:
             self.train_step()

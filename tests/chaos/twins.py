@@ -1,8 +1,9 @@
-"""Runs with random options, and their twins (`twin.py`): what differs is a fault, or a document's.
+"""Runs with random options against their twins (`twin.py`): a difference is a bug, or a document's.
 
-Each case is a run of the real command; some go on from a checkpoint in the middle, changed or not,
-or begin with another run's weights, or are two ranks. Compared are all logged figures, validations,
-the best step, the final weights, `sota evaluate` and greedy `sota generate` of the last checkpoint.
+Each case is a run of the real command. Some resume from a checkpoint in the middle, with or without
+changes, start from another run's weights, or use two ranks. Compared are all logged figures,
+validations, the best step, the final weights, and `sota evaluate` and greedy `sota generate` on the
+last checkpoint.
 """
 
 import json
@@ -23,11 +24,11 @@ from sota_transformer.presets import flag
 from .commands import Finished, Zygote, sota
 from .twin import Twin, judged, logits, stream
 
-# The program computes in float32, of 7.2 digits: a loss near 11 nats is good to about 1e-6, and
-# sums over 50,258 words and some steps cost another digit.
+# The program computes in float32, with 7.2 digits: a loss near 11 nats is accurate to about 1e-6,
+# and sums over 50,258 words and several steps cost another digit.
 LOSS, NORM = 1e-4, 2e-3
-# Both optimizers bring a gradient of nothing but rounding to the size of a real one, NorMuon whole
-# rows of it: a twin in float32 was 7% of a matrix's way off. The share of a way that may differ:
+# Both optimizers scale a gradient that is pure rounding up to the size of a real one, NorMuon for
+# whole rows: a float32 twin was 7% off in how far a matrix moved. Allowed share of that distance:
 WEIGHTS, MUON = 0.01, 0.1
 Options = dict[str, Any]
 
@@ -38,7 +39,7 @@ class Result:
 
     runs: int = 0
     compared: int = 0
-    left: int = 0  # runs that skipped a step, which a twin does not do
+    left: int = 0  # runs that skipped a step, which a twin never does
     largest: dict[str, float] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
@@ -48,7 +49,7 @@ class Result:
         return f"{told}; largest differences: {far}"
 
     def same(self, case: str, name: str, value: Any, twin: Any, allowed: float) -> None:
-        """Hold one figure against the twin's, relative to a size of at least 1."""
+        """Compare one figure with the twin's, relative to a magnitude of at least 1."""
         self.compared += 1
         if value is None or twin is None:
             far = 0.0 if value is twin else math.inf
@@ -60,7 +61,7 @@ class Result:
 
 
 def texts(folder: Path) -> list[Path]:
-    """Python sources cut into documents of many lengths: three files of JSON lines."""
+    """Python sources cut into documents of many lengths: three JSON lines files."""
     source = random.Random(11)
     library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     folder.mkdir(parents=True)
@@ -76,7 +77,7 @@ def texts(folder: Path) -> list[Path]:
 
 
 def prepared(root: Path, zygote: Zygote) -> list[Path]:
-    """Data in one shard a split, in two, and so little that a run reads it many times."""
+    """Data with one shard per split, with two, and so little that a run reads it many times."""
     files, folders = texts(root / "texts"), [root / f"data-{name}" for name in "abc"]
     for names, out in ((files[:1], 0), (files[:1], 1), (files[1:2], 1), (files[2:], 2)):
         more = ["--append"] if out == 1 and (folders[1] / "manifest.json").exists() else []
@@ -127,7 +128,7 @@ def command(options: Options, out: Path, *more: str) -> list[str]:
 
 
 def changes(source: random.Random, options: Options, folders: list[Path]) -> tuple[Options, str]:
-    """Fields that differ from a checkpoint in the middle on, and what --data-change says."""
+    """Fields that change at a checkpoint in the middle, and the value of --data-change."""
     steps, tokens = options["train.steps"], options["model.seq_len"]
     new = source.choice([
         {}, {"train.steps": steps + 4},
@@ -151,17 +152,17 @@ class Pairs:
     """Runs and compares, case by case."""
 
     def __init__(self, root: Path, zygote: Zygote, really: float = 0.1) -> None:
-        """`really`: the share of commands that are started as a user does."""
+        """`really`: the share of commands started as a user does."""
         self.root, self.zygote, self.really, self.result = root, zygote, really, Result()
         self.folders, self.tokenizer = prepared(root, zygote), Tokenizer()
         self.bytes = self.tokenizer.token_bytes
-        for folder in self.folders:  # the sizes of tokens are those of the text they came from
+        for folder in self.folders:  # token sizes are those of their source text
             told = json.loads((folder / "manifest.json").read_text())["splits"]
             for split, values in told.items():
                 assert self.bytes[stream(folder, split)].sum() == values["text_bytes"]
 
     def case(self, number: int, source: random.Random) -> None:
-        """One run and its twin, and perhaps another that goes on from it."""
+        """One run and its twin, and perhaps a second run that continues from it."""
         name, out = f"case {number}", self.root / f"run-{number}"
         options, before = draw(source, self.folders), len(self.result.wrong)
         twin = self._begin(name, options, out, source)
@@ -180,7 +181,7 @@ class Pairs:
             shutil.rmtree(out)
 
     def _start(self, name: str, words: list[str], source: random.Random) -> Finished | None:
-        """The command, as a user starts it or out of the zygote."""
+        """Run the command, as a user starts it or from the zygote."""
         self.result.runs += 1
         done = sota(words, self.root) if source.random() < self.really else self.zygote.run(words)
         if done.code != 0:
@@ -191,7 +192,7 @@ class Pairs:
         return done
 
     def _begin(self, name: str, options: Options, out: Path, source: random.Random) -> Twin | None:
-        """The run from its first step, or from imported weights, and a twin in that place."""
+        """The run from its first step or from imported weights, and a twin at the same point."""
         weights = None
         if source.random() < 0.15:
             other = self.root / "other"
@@ -215,7 +216,7 @@ class Pairs:
     def _go_on(
         self, name: str, options: Options, out: Path, twin: Twin, source: random.Random
     ) -> None:
-        """From the checkpoint in the middle, with or without a change."""
+        """Resume from the checkpoint in the middle, with or without a change."""
         new, how = changes(source, options, self.folders)
         changed = [field for field in new if new[field] != options[field]]
         words = command(new, out, "--resume", f"step:{twin.step}", "--data-change", how)
@@ -231,7 +232,7 @@ class Pairs:
         self._compare(name, out, twin)
 
     def _compare(self, name: str, out: Path, twin: Twin) -> None:
-        """Everything that the run left against its twin."""
+        """Compare everything that the run left with its twin."""
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         starts = [i for i, line in enumerate(lines) if line.get("event") == "start"]
         mine = lines[starts[-1] + 1 :]
@@ -251,7 +252,7 @@ class Pairs:
         found = {line["step"]: line for line in mine if "val_loss" in line}
         judgements = {step: v for step, v in twin.validations.items() if step > begun}
         if set(found) != set(judgements):
-            self.result.wrong.append(f"{name}: judged {sorted(found)}, not {sorted(judgements)}")
+            self.result.wrong.append(f"{name}: validated {sorted(found)}, not {sorted(judgements)}")
         names = {"val_loss": "nats", "val_error": "error", "val_perplexity": "perplexity",
                  "val_bits_per_byte": "bits_per_byte", "val_tokens": "tokens"}  # fmt: skip
         for step in sorted(set(found) & set(judgements)):
@@ -273,7 +274,7 @@ class Pairs:
             share = max(0.0, far - rounding) / max(way, 1e-12)
             muon = twin.config["optim"]["matrix_rate"] and value.ndim == 2 and "blocks" in key
             kind = "a NorMuon matrix" if muon else "a matrix" if value.ndim == 2 else "gains"
-            self.result.same(name, f"way of {kind}", share, 0.0, MUON if muon else WEIGHTS)
+            self.result.same(name, f"movement of {kind}", share, 0.0, MUON if muon else WEIGHTS)
         told = json.loads((folder / "trainer.json").read_text())
         for key, value in (("tokens", twin.tokens), ("rows", twin.row), ("updates", twin.updates)):
             self.result.same(name, key, told[key], value, 0.0)
@@ -284,7 +285,7 @@ class Pairs:
             self.result.same(name, "its checkpoint", int(kept), 1, 0.0)
 
     def _used(self, name: str, out: Path, twin: Twin) -> None:
-        """What `sota evaluate` and `sota generate` say of the last checkpoint."""
+        """`sota evaluate` and `sota generate` on the last checkpoint."""
         length, text = twin.config["model"]["seq_len"], twin.held_out
         windows = [text[at : at + length + 1] for at in range(0, len(text) - 1, length)]
         wanted = judged(twin.weights, twin.config, windows, self.bytes)

@@ -1,9 +1,9 @@
-"""What is to be said of a model, in float64 from `docs/` and the papers; `judging.py` asks.
+"""Expected figures for a model, in float64 from `docs/` and the papers; used by `judging.py`.
 
-A `Subject` is a folder with a model in it and its weights, known apart from the program; `twin.py`
-has the model itself. Figures: Cochran's error of a ratio, lm-eval's protocols for LAMBADA and
-HellaSwag, nucleus sampling (Holtzman et al. 2020), the penalty of Keskar et al. 2019. Of the
-program only the tokenizer is taken.
+A `Subject` is a folder with a model and its weights, known independently of the program; the model
+itself is in `twin.py`. Figures: Cochran's error of a ratio, lm-eval's protocols for LAMBADA and
+HellaSwag, nucleus sampling (Holtzman et al. 2020), the penalty of Keskar et al. 2019. Only the
+tokenizer is taken from the program.
 """
 
 import codecs
@@ -25,16 +25,16 @@ from sota_transformer.data.tokenizer import Tokenizer
 
 from .twin import EOT, Array, Weights, logits
 
-DRAWN = 50_257  # ids that may be drawn; what is behind them is no text
-NEAR = 1e-4  # two logits of the program may change places within this, as a share of the largest
+DRAWN = 50_257  # ids that may be drawn; the others are not text
+NEAR = 1e-4  # logits this close, as a share of the largest, may swap order
 
 
 @dataclass
 class Subject:
-    """A model that is judged."""
+    """A model under test."""
 
     folder: Path
-    model: dict[str, Any]  # its fields, as config.json of a run has them
+    model: dict[str, Any]  # its fields, as in a run's config.json
     weights: Weights
     masked: bool = False
     held_out: Array | None = None  # the validation split of its data
@@ -42,12 +42,12 @@ class Subject:
 
     @property
     def context(self) -> int:
-        """Most tokens that it sees."""
+        """The context length."""
         return self.model["seq_len"]
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int], masked: bool = False) -> Tensor:
-        """(T, V) of what follows each."""
+        """(T, V): the prediction after each token."""
         key = (int(masked), *map(int, ids))
         if key not in self._known:
             if len(self._known) > 64:
@@ -57,8 +57,8 @@ class Subject:
         return self._known[key]
 
     def along(self, prompt: Sequence[int], drawn: Sequence[int]) -> Iterator[Tensor]:
-        """(V,) from which each of `drawn` came. Of a long prompt the end is seen, and where the
-        context is full, the newer half goes on.
+        """(V,) logits for each of `drawn`. A long prompt is cut to its end, and when the context is
+        full, its newer half is kept.
         """
         whole, begin, seen = [*prompt, *drawn], max(0, len(prompt) - self.context), dict[int, int]()
         begins = list[int]()
@@ -72,7 +72,7 @@ class Subject:
 
 
 def make_subject(source: random.Random, folder: Path, vocab: Sequence[int]) -> Subject:
-    """A model of random weights and sizes as transformers stores it, some more, some less sure."""
+    """A model with random weights and sizes, as stored by transformers, more or less confident."""
     heads, pick = source.choice([1, 2, 4]), source.choice
     kv, width = pick([n for n in (1, 2, 4) if n <= heads]), pick([4, 6, 8])
     m = {
@@ -114,7 +114,7 @@ def make_subject(source: random.Random, folder: Path, vocab: Sequence[int]) -> S
 
 
 def _joined(stored: Weights, layers: int) -> Weights:
-    """transformers' names to those of a checkpoint, docs/format.md."""
+    """Rename transformers' tensors to those of a checkpoint, docs/format.md."""
     w = {name.removeprefix("model."): value.double() for name, value in stored.items()}
     found = {"embedding.weight": w["embed_tokens.weight"], "norm.weight": w["norm.weight"]}
     plain = {"attention.out": "self_attn.o_proj", "mlp.down": "mlp.down_proj",
@@ -134,7 +134,7 @@ def _joined(stored: Weights, layers: int) -> Weights:
 
 
 def sums(subject: Subject, tokens: Array, context: int, stride: int, sizes: Array) -> Array:
-    """(N, 3) nats, tokens and bytes: target j falls to the first window that reaches it."""
+    """(N, 3) nats, tokens and bytes: each target counts in the first window that reaches it."""
     windows: dict[int, list[int]] = {}
     for j in range(1, len(tokens)):
         windows.setdefault(max(0, -((context - j) // stride)), []).append(j)
@@ -148,7 +148,7 @@ def sums(subject: Subject, tokens: Array, context: int, stride: int, sizes: Arra
 
 
 def figures(rows: Array) -> dict[str, Any]:
-    """Of sums (N, 3): the mean is a ratio of totals, and its error that of a ratio (Cochran)."""
+    """From sums (N, 3): the mean is a ratio of totals, with a ratio's error (Cochran)."""
     total, tokens, size = rows.sum(0)
     mean, n = total / tokens, len(rows)
     rest = rows[:, 0] - mean * rows[:, 1]
@@ -159,7 +159,7 @@ def figures(rows: Array) -> dict[str, Any]:
 
 
 def paired(one: Array, other: Array) -> tuple[float, float | None]:
-    """Of sums over the same windows: a difference and its error; Student's where all are alike."""
+    """From sums over the same windows: a difference and its error; Student's if all are alike."""
     found = figures(np.column_stack([one[:, 0] - other[:, 0], one[:, 1:]]))
     if len(one) > 1 and len(set(one[:, 1])) == 1:
         apart = (one[:, 0] - other[:, 0]) / one[:, 1]
@@ -170,8 +170,8 @@ def paired(one: Array, other: Array) -> tuple[float, float | None]:
 def asked(
     subject: Subject, tokenizer: Tokenizer, context: str, answer: str
 ) -> tuple[list[float], list[bool | None]]:
-    """Nats of each token of an answer, and whether it is the likeliest, None for a tie; the text is
-    cut where lm-eval cuts it.
+    """Nats of each token of an answer and whether it is the most likely (None: a tie); the text is
+    split where lm-eval splits it.
     """
     kept = context.rstrip()
     whole = tokenizer.encode(kept + context[len(kept) :] + answer)
@@ -188,7 +188,7 @@ def asked(
 
 
 def hella(text: str) -> str:
-    """A text of HellaSwag without WikiHow's marks, as lm-eval's `preprocess` has it."""
+    """A HellaSwag text without WikiHow's markup, as in lm-eval's `preprocess`."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -196,10 +196,10 @@ def hella(text: str) -> str:
 def chances(
     found: Tensor, history: Sequence[int], o: dict[str, float], slack: float = 0.0
 ) -> Array:
-    """What may be drawn of logits (V,): penalty, temperature, top-k, top-p, min-p, in this order.
+    """Probabilities from logits (V,): penalty, temperature, top-k, top-p, min-p, in this order.
 
-    Temperature 0 leaves all that is likeliest but for rounding; `slack` also leaves what a rounded
-    edge may.
+    Temperature 0 keeps all that is most likely up to rounding; `slack` also keeps what a rounded
+    threshold may keep.
     """
     z = found[:DRAWN].numpy().copy()
     seen = sorted({i for i in history if i < DRAWN}) if o["repetition-penalty"] != 1 else []
@@ -224,17 +224,17 @@ def chances(
 
 
 def rank(share: Array, token: int, fraction: float) -> float | None:
-    """Where a draw lies among all, the likeliest first: even from 0 to 1 if it was drawn from
-    `share`. None for what may not be drawn.
+    """Where a draw lies among all, most likely first: uniform in 0 to 1 if it was drawn from
+    `share`. None for a token that may not be drawn.
     """
     own = share[token]
     return float(share[share > own].sum() + fraction * own) if own else None
 
 
 def fits(share: Array, drawn: Sequence[int]) -> float:
-    """Pearson's chi-square: how likely draws are as far from the shares as these, or further.
+    """Pearson's chi-square: the probability of draws at least this far from the shares.
 
-    A bin is a token or neighbours in likelihood, and expects at least eight.
+    A bin is a token or neighbors in likelihood, and expects at least eight draws.
     """
     expected, found = share * len(drawn), np.bincount(drawn, minlength=DRAWN)
     bins, wanted, counted = list[tuple[float, float]](), 0.0, 0.0
@@ -251,24 +251,24 @@ def fits(share: Array, drawn: Sequence[int]) -> float:
 
 
 def pearson(found: Array, expected: Array) -> float:
-    """The upper tail of chi-square with one degree less than there are bins."""
+    """Upper tail of chi-square with one degree of freedom fewer than bins."""
     half = torch.tensor([len(found) - 1, ((found - expected) ** 2 / expected).sum()]).double() / 2
     return torch.special.gammaincc(*half).item()
 
 
 @dataclass
 class Said:
-    """A continuation as text: what is shown of it, and whether and when a stop string ended it."""
+    """A continuation as text: what is shown, and whether and when a stop string ended it."""
 
     text: str
-    offsets: list[int]  # whole characters before each token, those of an echoed prompt included
+    offsets: list[int]  # whole characters before each token, including an echoed prompt
     stopped_after: int | None  # tokens
 
 
 def said(
     tokenizer: Tokenizer, echoed: Sequence[int], drawn: Sequence[int], stops: Sequence[str]
 ) -> Said:
-    """Whole characters as they come; nothing from the first stop string on, none in the prompt."""
+    """Whole characters as they arrive, up to the first stop string outside the prompt."""
     decoder, text, offsets = codecs.getincrementaldecoder("utf-8")("replace"), "", list[int]()
     for token in echoed:
         offsets.append(len(text))

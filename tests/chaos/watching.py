@@ -1,8 +1,8 @@
-"""For the zygote of `windows.py`: what a run's model is given is written down beside what it does.
+"""Imported into the zygote of `windows.py`: records what a run's model is given.
 
-Each pass goes behind the others in `watched` of the folder the command was started in: a number (0
-the inputs in training, 1 in validation, 2 and 3 the targets there), then the ids, then for inputs
-the mask.
+Each pass is appended to the file `watched` in the command's working directory: a number (0 and 1
+for inputs in training and validation, 2 and 3 for the targets there), then the ids, then, for
+inputs, the mask.
 """
 
 from pathlib import Path

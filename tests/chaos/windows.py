@@ -1,10 +1,11 @@
-"""What a run reads, and what is said of it, held against plain numpy and a reckoning by hand.
+"""What a run reads and reports, compared with plain numpy and an independent calculation.
 
-Each case is one folder of tokens: made by `sota prepare` of a random small corpus (tiny documents,
-a giant, several shards, parts, --append), or as another program leaves it. `cutting.py` reads it
-and cuts it by docs/format.md; compared are the loader's batches of 1, 2 and 4 ranks over some
-epochs, what `sota data`, `config` and `plan` say, and what `sota train` really gives its model
-(`watching.py`), logs and prints, also from a checkpoint on, and how much `sota evaluate` judges.
+Each case is one folder of tokens, either made by `sota prepare` from a random small corpus (tiny
+documents, a giant one, several shards, parts, --append) or as another program leaves it.
+`cutting.py` reads it and cuts it by docs/format.md. Compared are the loader's batches for 1, 2 and
+4 ranks over some epochs, the output of `sota data`, `config` and `plan`, and what `sota train`
+really gives its model (`watching.py`), logs and prints, also after resuming, and how many tokens
+`sota evaluate` uses.
 """
 
 import json
@@ -37,7 +38,7 @@ SMALL = 3000  # bytes of a unit of work, as in small.py
 
 @dataclass
 class Result:
-    """Counts, and in words whatever was wrong."""
+    """Counts, and a description of everything that went wrong."""
 
     cases: int = 0
     windows: int = 0
@@ -57,7 +58,7 @@ class Result:
 
 
 def corpus(folder: Path, source: random.Random, mark: str) -> list[str]:
-    """Some files of JSON lines; the arguments that name them."""
+    """Some JSON lines files; returns the arguments that name them."""
     folder.mkdir()
     maker = Maker(source, 0.8, "text")
     for number in range(source.randint(1, 3)):
@@ -71,7 +72,7 @@ def corpus(folder: Path, source: random.Random, mark: str) -> list[str]:
 
 
 class Case:
-    """Random data and options below a folder of their own."""
+    """Random data and options in their own folder."""
 
     def __init__(self, root: Path, number: int, seed: int, zygote: Zygote, result: Result) -> None:
         self.source, self.root = random.Random(f"{seed} {number}"), root / f"c{number:05d}"
@@ -83,14 +84,14 @@ class Case:
         self.seed = self.source.choice([0, 1, 1337, 2**31, 2**62, self.source.randrange(10**6)])
 
     def here(self, *words: str) -> Finished:
-        """The command, in this process."""
-        from . import small  # not before this tool runs: it makes all units of work small
+        """Run the command in this process."""
+        from . import small  # imported late: it makes all units of work small
 
         self.result.commands += 1
         return small.here([*words], SMALL)
 
     def judge(self) -> list[str]:
-        """Make the data; everything that is wrong with what is said of it."""
+        """Make the data; return everything that is wrong with what is reported about it."""
         if not self.make():
             return self.wrong
         self.sides = read(self.folder)
@@ -105,7 +106,7 @@ class Case:
         return self.wrong
 
     def make(self) -> bool:
-        """The folder; False where the texts do not make both sides, which was said."""
+        """Make the folder; False if the texts do not fill both splits, which was reported."""
         source = self.source
         if source.random() < 0.4:
             self.result.kinds[write_foreign(self.folder, source)] += 1
@@ -134,7 +135,7 @@ class Case:
         return True
 
     def cut(self, kind: str) -> Cut:
-        """The windows, held against the program's."""
+        """The windows, compared with the program's."""
         of = BestFit if kind == "best-fit" else TokenWindows
         program = of(self.folder, "train", self.length)
         windows = np.stack([program[i] for i in range(len(program))]).astype(np.int64)
@@ -146,7 +147,7 @@ class Case:
                 return cut
         else:
             if (self.sides["train"].tokens == PAD).any():
-                cut = Cut(windows, document_ids(windows[:, :-1]))  # its pads look like ours
+                cut = Cut(windows, document_ids(windows[:, :-1]))  # its padding looks like ours
                 each = pieces(self.sides["train"], self.length)
                 cut.own = sum(stop - at for at, stop in each) - len(windows) - cut.targets
                 return cut
@@ -162,11 +163,11 @@ class Case:
         return cut
 
     def order(self, kind: str, count: int) -> Iterator[str]:
-        """What is wrong with the order of the windows, by rank, batch and epoch."""
+        """Faults in the order of the windows, by rank, batch and epoch."""
         source = self.source
         of = BestFit if kind == "best-fit" else TokenWindows
         program = of(self.folder, "train", self.length)
-        orders, most = [], 4 * (count // 100)  # of steps there are few enough
+        orders, most = [], 4 * (count // 100)  # larger batches where there are many windows
         sizes = [(1, 4 * source.randint(1, 8) + most), (2, 8 + most), (4, 12 + most), (1, 1)]
         for ranks, rows in sizes[: 3 + (count < 99)]:
             steps = -(-3 * count // rows)
@@ -176,21 +177,21 @@ class Case:
             ]
             asked = [[each.window_ids(n) for each in loaders] for n in range(steps)]
             orders.append(np.concatenate([ids for step in asked for ids in step])[: 3 * count])
-            at = source.randrange(steps)  # as after a resume, then the one that was fetched ahead
+            at = source.randrange(steps)  # as after a resume, then the prefetched one
             for n in (at, at + 1, source.randrange(steps)):
                 for each in loaders:
                     wanted = [program[i] for i in each.window_ids(n).tolist()]
                     if (each.batch(n) != np.stack(wanted)).any():
-                        yield f"batch {n} of {ranks} ranks holds other windows"
+                        yield f"batch {n} of {ranks} ranks holds different windows"
             for each in loaders:
                 each.close()
         for other in orders[1:]:
             if (other != orders[0]).any():
-                yield "another order for other ranks or batches"
+                yield "the order depends on ranks or batch size"
         epochs = [*orders[0].reshape(3, count)]
         for number, epoch in enumerate(epochs):
             if sorted(epoch.tolist()) != list(range(count)):
-                yield f"epoch {number} has not each of {count} windows once"
+                yield f"epoch {number} does not have each of {count} windows once"
         if count >= 30:
             again = BatchLoader(program, self.seed + 1, lambda n: range(count))
             epochs.append(again.window_ids(0))
@@ -198,7 +199,7 @@ class Case:
             for a, one in enumerate(epochs):
                 for other in [np.arange(count), *epochs[:a]]:
                     if abs(np.corrcoef(one, other)[0, 1]) > 5 / count**0.5:
-                        yield f"order {a} is like another, or none"
+                        yield f"order {a} equals another, or is not shuffled"
 
     def options(self, kinds: list[str]) -> dict[str, Any]:
         """Fields of a run that takes about a second."""
@@ -225,7 +226,7 @@ class Case:
         }  # fmt: skip
 
     def run(self, cuts: dict[str, Cut]) -> None:
-        """`sota config`, `plan` and `train`, and `train` from a checkpoint on."""
+        """`sota config`, `plan` and `train`, and `train` resumed from a checkpoint."""
         options, out = self.options([*cuts]), self.root / "run"
         recipe = ["--recipe", "fast"] * (self.source.random() < 0.4)
         if recipe:
@@ -267,7 +268,7 @@ class Case:
         done = self.command("train", *words, "--resume", f"step:{begin}")
         again = self._trained(made, out, done, begin, learned)
         if again != whole[begin * made.rows :]:
-            self.wrong.append(f"from step {begin} on it reads other windows")
+            self.wrong.append(f"resumed from step {begin} it reads different windows")
         done = self.command("evaluate", str(out), "--json", "--device", "cpu")
         told = re.search(r'"tokens": (\d+)', done.output)
         judged = int((self.sides["val"].tokens[1:] != PAD).sum())
@@ -275,7 +276,7 @@ class Case:
             self.wrong.append(f"evaluate: {done.code}, not {judged} tokens: {done.output[-600:]}")
 
     def command(self, *words: str) -> Finished:
-        """The command, by the zygote."""
+        """Run the command through the zygote."""
         self.result.commands += 1
         self.watched.unlink(missing_ok=True)
         verdict, out = self.zygote.folder / "doctor.json", self.root / "run"
@@ -288,7 +289,7 @@ class Case:
         return done
 
     def _says(self, what: str, done: Finished, lines: list[str]) -> None:
-        """Each of these has to stand in what a command said."""
+        """Each of these lines has to be in the command's output."""
         if done.code:
             self.wrong.append(f"{what}: {done.code}: {done.output[-900:]}")
         missing = [line for line in lines if line not in done.output]
@@ -302,13 +303,13 @@ class Case:
     def _trained(
         self, made: Reckoned, out: Path, done: Finished, begin: int, learned: int
     ) -> list[bytes]:
-        """What is wrong with a run from step `begin` on; the windows that it read."""
+        """Check a run from step `begin` on; return the windows that it read."""
         if done.code or not self.watched.exists():
             self.wrong.append(f"train: {done.code}: {done.output[-900:]}")
             return []
         seen, config = Seen(self.watched), made.config
         self.result.rows += len(seen.training) + len(seen.judged)
-        micro = config["train"]["micro_rows"] or made.rows  # so few rows keep no processor busy
+        micro = config["train"]["micro_rows"] or made.rows  # a model this small takes them at once
         if seen.sizes != {micro}:
             self.wrong.append(f"micro-batches of {seen.sizes}, not {micro}")
         self._says("train", done, made.announced(micro, 1, begin, learned))
@@ -321,7 +322,7 @@ class Case:
         steps = config["train"]["steps"]
         for step in range(begin + 1, steps + 1):
             if (step in lines) != (step % every == 0 or step == steps):
-                self.wrong.append(f"step {step} is logged, or not")
+                self.wrong.append(f"step {step} is logged and should not be, or the reverse")
             elif step in lines:
                 rate, dropout = schedule(config, step)
                 tokens = learned + self._learned(rows, (step - begin) * made.rows)
@@ -335,7 +336,7 @@ class Case:
         return rows
 
     def _rows(self, made: Reckoned, seen: Seen, begin: int) -> list[bytes]:
-        """The windows that a run was given, each held against the loader's order and the text."""
+        """The windows that a run was given, each compared with the loader's order and the text."""
         config, cut = made.config, made.cut
         count, masked = len(cut.windows), config["data"]["document_mask"]
         wanted = (config["train"]["steps"] - begin) * made.rows
@@ -357,7 +358,7 @@ class Case:
     def _judged(
         self, made: Reckoned, seen: Seen, out: Path, done: Finished, begin: int, masked: bool
     ) -> None:
-        """What is wrong with the validations of a run."""
+        """Check the validations of a run."""
         train, (cut, places) = made.config["train"], made.validation()
         every, steps, lines = train["eval_every"], train["steps"], metrics(out, "val_loss")
         due = [n for n in range(begin + 1, steps) if every and n % every == 0] + [steps]
@@ -376,11 +377,11 @@ class Case:
             if step not in lines or lines[step]["val_tokens"] * len(due) != tokens:
                 self.wrong.append(f"validation of step {step}: {lines.get(step)}")
         if f"over {tokens // len(due):,} tokens" not in done.output:
-            self.wrong.append("the tokens of a validation are not said")
+            self.wrong.append("the number of validation tokens is not printed")
 
 
 def windows(root: Path, count: int, seed: int = 0) -> Result:
-    """`count` folders; what is wrong is named by its case."""
+    """`count` folders; problems are named by their case."""
     result = Result()
     root.mkdir(exist_ok=True)
     with Zygote(root, "tests.chaos.watching") as zygote:

@@ -1,6 +1,6 @@
-"""What `sota generate` and the server write, held against `verdicts.py`: texts, ends, chances.
+"""Output of `sota generate` and the server, compared with `verdicts.py`: text, ends, probabilities.
 
-`judging.py` makes the models and asks for all else that is said of them.
+`judging.py` makes the models and checks everything else.
 """
 
 import io
@@ -29,8 +29,8 @@ from .folders import command
 from .twin import EOT
 from .verdicts import DRAWN, NEAR, Said, Subject, chances, fits, pearson, rank, said
 
-ALLOWED = 1e-4  # of a loss, relative to a size of at least 1
-SELDOM = 1e-8  # a test of draws that is as unlikely as this is wrong
+ALLOWED = 1e-4  # difference of a loss, relative to a magnitude of at least 1
+SELDOM = 1e-8  # p-value below which a test of draws fails
 DRAWS = 400
 WORDS = ["def f(x):", "\n", "  ", "the", " cat", "Ünïcödé", "日本語", "🦊🦊", "x" * 9, "\t", "1234",
          "<b>", "<|endoftext|>", " a", ".", ", and", "it's", "\n\n", "Ωmega", " return None",
@@ -45,23 +45,23 @@ class Result:
     compared: int = 0
     largest: Counter[str] = field(default_factory=Counter)
     ranks: list[float] = field(default_factory=list)
-    """Of every token that was drawn its place in the distribution: even, all together."""
+    """Rank of each drawn token in its distribution; together they have to be uniform."""
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         asked = ", ".join(f"{number:,} {name}" for name, number in sorted(self.asked.items()))
         far = ", ".join(f"{name} {value:.1e}" for name, value in sorted(self.largest.items()))
         text = f"{asked}; {self.compared:,} figures, largest differences: {far}"
-        return f"{text}; the ranks of {len(self.ranks):,} draws are even: p = {self.even():.2g}"
+        return f"{text}; the ranks of {len(self.ranks):,} draws are uniform: p = {self.even():.2g}"
 
     def even(self) -> float:
-        """How likely ranks are this uneven."""
+        """The p-value of ranks this uneven."""
         bins = max(2, min(20, len(self.ranks) // 10))
         counts = np.histogram(self.ranks, bins, (0, 1))[0]
         return pearson(counts, np.full(bins, max(1, len(self.ranks)) / bins))
 
     def same(self, case: str, name: str, value: Any, wanted: Any, allowed: float = 0.0) -> None:
-        """Hold one figure, or anything, against the reference."""
+        """Compare one figure, or anything, with the reference."""
         self.compared += 1
         if value is None or not isinstance(wanted, float):
             far = 0.0 if value == wanted else math.inf
@@ -75,7 +75,7 @@ class Result:
 
 
 def some_text(source: random.Random, words: int) -> str:
-    """Words, signs and space of every kind."""
+    """Words, punctuation and whitespace of every kind."""
     return "".join(source.choice(WORDS) + source.choice(["", " "]) for _ in range(words))
 
 
@@ -96,7 +96,7 @@ class Writing:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def ask(self, name: str, verb: str, *words: object, given: str = "") -> list[Any] | Finished:
-        """The JSON lines of a command, or how it ended if that was no success."""
+        """The JSON lines of a command, or how it ended if it failed."""
         self.result.asked[verb] += 1
         before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(given.encode()))
         try:
@@ -110,14 +110,14 @@ class Writing:
         return [json.loads(line) for line in done.output.split("\n") if line[:1] == "{"]
 
     def _options(self, source: random.Random) -> dict[str, float]:
-        """How to draw."""
+        """Sampling options."""
         pick = source.choice
         return {"temperature": pick([0, 0.3, 0.8, 1.0, 2.5]), "top-k": pick([0, 0, 1, 3, 40]),
                 "top-p": pick([1.0, 1.0, 0.95, 0.5, 0.01]), "min-p": pick([0.0, 0.0, 0.1, 0.5]),
                 "repetition-penalty": pick([1.0, 1.0, 1.3, 0.7])}  # fmt: skip
 
     def _prompt(self, source: random.Random, longest: int) -> str:
-        """A text of at most about so many tokens, which may be none, or just fit."""
+        """A text of at most about `longest` tokens, possibly empty or just fitting."""
         ids = self.tokenizer.encode(some_text(source, longest))
         return self.tokenizer.decode(
             ids[: source.choice([0, 1, longest, source.randint(1, longest)])]
@@ -126,13 +126,13 @@ class Writing:
     def _drawn(
         self, case: str, one: Subject, prompt: list[int], drawn: list[int], o: dict[str, float]
     ) -> None:
-        """Whether each token may be drawn there, and where it lies among those that may."""
+        """Whether each token may be drawn, and its rank among those that may."""
         history = list(prompt)
         for token, found in zip(drawn, one.along(prompt, drawn), strict=True):
             self.result.compared += 1
             place = rank(chances(found, history, o), token, self.noise.random())
             if place is None and not chances(found, history, o, NEAR)[token]:
-                self.result.wrong.append(f"{case}: {token} behind {history} may not be drawn, {o}")
+                self.result.wrong.append(f"{case}: {token} after {history} may not be drawn, {o}")
             if place is not None and o["temperature"]:
                 self.result.ranks.append(place)
             history.append(token)
@@ -140,7 +140,7 @@ class Writing:
     def _ended(
         self, case: str, story: Said, tokens: list[int], reason: str, most: int
     ) -> list[int]:
-        """Hold the end of a continuation against the rules; what was drawn, with end-of-text."""
+        """Check the end of a continuation; return what was drawn, with end-of-text."""
         if story.stopped_after is not None:
             end = ("stop", story.stopped_after)
         else:
@@ -185,7 +185,7 @@ class Writing:
             same(case, "alone", again[0]["tokens"], told[which]["tokens"])
 
     def _likely(self, case: str, best: dict[int, float], found: torch.Tensor, count: int) -> None:
-        """The likeliest tokens and their log-probabilities."""
+        """The most likely tokens and their log-probabilities."""
         wanted = found.log_softmax(-1)[:DRAWN].topk(count).values.tolist()
         self.result.same(case, "alternatives", len(best), count)
         for (token, value), other in zip(best.items(), wanted, strict=True):
@@ -196,7 +196,7 @@ class Writing:
         """One token, drawn many times."""
         o, seed = self._options(source), source.randrange(10**9)
         neutral: dict[str, float] = {"top-k": 0, "top-p": 1.0, "min-p": 0.0}
-        neutral.pop(source.choice(list(neutral)))  # one cut at a time: two hide each other
+        neutral.pop(source.choice(list(neutral)))  # one filter at a time: two mask each other
         o |= neutral | {"temperature": o["temperature"] or 1.0}
         text = self._prompt(source, one.context)
         words = [f"--{key}={value}" for key, value in o.items()] + ["--json", "--device", "cpu"]
@@ -233,7 +233,7 @@ class Writing:
         longest = source.choice([one.context, 1 + one.context // 2])
         prompts: list[Any] = [self._prompt(source, longest) for _ in range(many)]
         ids = [self.tokenizer.encode(each) or [EOT] for each in prompts]
-        if source.random() < 0.4:  # as tokens, of which one ends a text
+        if source.random() < 0.4:  # as tokens, one of them end-of-text
             ids = [
                 [*each[: source.randint(1, 40)], *source.choice([[], [EOT, 318]])] for each in ids
             ]
@@ -256,7 +256,7 @@ class Writing:
         self._streamed(case, client, body, answer.json())
         chosen = source.choice(answer.json()["choices"])
         text, begins = chosen["text"], chosen["logprobs"]["text_offset"]
-        long = source.choice([1, 2, 3, 5])  # all but the end of it is often of the token before
+        long = source.choice([1, 2, 3, 5])  # all but its end often comes from the token before
         at = max(0, source.choice(begins[len(begins) // 2 :]) - source.choice([0, 1, long - 1]))
         stop = text[at : at + long] or "x"
         body["stop"] = source.choice([stop, [stop], [stop, source.choice(["a", "\ufffd"])]])
@@ -277,7 +277,7 @@ class Writing:
         o: dict[str, float],
         answer: dict[str, Any],
     ) -> None:
-        """Every token, its probability, text and end."""
+        """Check every token, its probability, text and end."""
         same, written = self.result.same, 0
         choices, n = answer["choices"], body["n"]
         same(case, "indices", [c["index"] for c in choices], list(range(len(ids) * n)))
@@ -316,7 +316,7 @@ class Writing:
     def _streamed(
         self, case: str, client: TestClient, body: dict[str, Any], whole: dict[str, Any]
     ) -> None:
-        """The pieces of a stream, put together, are the whole answer."""
+        """The pieces of a stream, joined, equal the whole answer."""
         more = {"stream": True, "stream_options": {"include_usage": True}}
         lines = client.post("/v1/completions", json=body | more).text.split("\n\n")
         self.result.same(case, "end of the stream", lines[-2:], ["data: [DONE]", ""])
@@ -334,5 +334,5 @@ class Writing:
 
 
 def _nats(found: torch.Tensor, token: int) -> float:
-    """The log-probability of a token under logits (V,)."""
+    """The log-probability of a token given logits (V,)."""
     return float(found[token] - found.logsumexp(-1))

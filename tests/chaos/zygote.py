@@ -1,8 +1,8 @@
-"""A process that has imported everything and forks one `sota` after the other on request.
+"""A process that has imported everything and forks one `sota` after another on request.
 
-What is forked runs the real command from its first line; only the seconds of importing are saved,
-so that hundreds of kills fit into minutes. Never runs any mathematics itself: a fork of a process
-with threads would hang.
+The fork runs the real command from its first line; it only saves the seconds spent on imports, so
+that hundreds of kills fit into minutes. The zygote itself never computes anything: a fork of a
+process with threads would hang.
 """
 
 import ctypes
@@ -15,14 +15,14 @@ import traceback
 from multiprocessing import util
 from typing import Any
 
-import torch._dynamo  # noqa: F401  (so is this: the optimizer imports it, for seconds)
+import torch._dynamo  # noqa: F401  (likewise: the optimizer imports it, for seconds)
 
 from sota_transformer import cli, durable
 from sota_transformer.training import start  # noqa: F401  (imported here, once, for all children)
 
 
 def _bound() -> None:
-    """Give up root's way past permissions, CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    """Drop root's override of permissions, CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
     libc, version = ctypes.CDLL(None, use_errno=True), 0x20080522
     header, sets = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
     if libc.capget(header, sets):
@@ -38,14 +38,14 @@ def _child(order: dict[str, Any]) -> None:
     os.setsid()
     os.chdir(order["folder"])
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(order["given"], os.O_RDWR), 0)  # a terminal becomes the command's own
+    os.dup2(os.open(order["given"], os.O_RDWR), 0)  # a terminal becomes its controlling one
     os.dup2(output, 1)
     os.dup2(output, 2)
-    status = os.open("/proc/self/status", os.O_RDONLY)  # before strace counts what is opened
+    status = os.open("/proc/self/status", os.O_RDONLY)  # before strace counts opens
     while order["traced"] and b"TracerPid:\t0" in os.pread(status, 4096, 0):
         time.sleep(0.005)
     os.close(status)
-    if order["traced"]:  # names that strace can be told beforehand
+    if order["traced"]:  # predictable names for strace
         durable.secrets.token_hex = lambda count: "00" * count
     code = 1
     try:
@@ -63,13 +63,13 @@ def _child(order: dict[str, Any]) -> None:
     finally:
         try:
             sys.stdout.flush()
-            util._exit_function()  # processes of ours, and what they share
+            util._exit_function()  # our processes and shared resources
         finally:
             os._exit(code)
 
 
 def _wait(pid: int, seconds: float) -> int | None:
-    """The exit status as a shell shows it, or None if it is still running."""
+    """The exit status as in a shell, or None if it is still running."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -82,8 +82,8 @@ def _wait(pid: int, seconds: float) -> int | None:
 
 
 def main() -> None:
-    """Answer orders, one JSON line each, until the end of the input."""
-    durable._BUFFER_BYTES = 4 << 20  # so that small checkpoints take several, as large ones do
+    """Serve orders, one JSON line each, until the input ends."""
+    durable._BUFFER_BYTES = 4 << 20  # small checkpoints take several, like large ones
     for name in sys.argv[1:]:
         importlib.import_module(name)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

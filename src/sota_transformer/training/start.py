@@ -51,7 +51,7 @@ def train(
         runtime, start = _as_the_first(runtime, start)
         verified = not config.run.resume.startswith("step:")  # the first rank found the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
-        trainer = Trainer(config, runtime, stack.enter_context(log))
+        trainer = Trainer(config, runtime, log)
         announce(trainer, state)
         if state is not None:
             changed += changes.of_rate(folder, config, start) if changed else []
@@ -63,6 +63,7 @@ def train(
         differing = changes.of_numerics(state, trainer) if state is not None else []
         if config.run.exact and (found := changed + differing):
             raise SotaError(f"--exact: {'; '.join(found)}. Restore the old values, or drop --exact")
+        stack.enter_context(log)  # only now: a refused start creates no metrics.jsonl
         if state is not None:  # before config.json records this start
             trainer.restore(state)
         del state  # else its weights would stay in memory beside the model's
