@@ -243,7 +243,7 @@ def test_evaluating_on_other_data_than_the_runs_is_reported(
     train(change(begun, path=tmp_path / "data"))
     for told in (False, True):
         run_evaluate(Evaluate(run=begun.run.out, tokens=40, device="cpu"))
-        assert ("is not what" in capsys.readouterr().err) == told
+        assert ("was not trained on" in capsys.readouterr().err) == told
         shutil.rmtree(tmp_path / "data")
         shutil.copytree(other_data, tmp_path / "data")
 
