@@ -121,7 +121,7 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
             raise SotaError(f"{verb}: {flag} is given twice; list all its values after one {flag}")
     boxed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(boxed), _lists():
+        with contextlib.redirect_stderr(boxed), _value_types():
             return tyro.cli(kind, prog=program, args=arguments, config=config, **more)
     except SystemExit as stop:
         if not stop.code:
@@ -134,14 +134,29 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
         raise SotaError(text) from None
 
 
-def _lists() -> Any:
-    """How tyro parses and shows options with several values; its default wraps each in brackets."""
+def _value_types() -> Any:
+    """How tyro parses and shows options with several values, or with none by default; on its own
+    it puts brackets around each value, and offers {None} as one.
+    """
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    def optional(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+        if len(kinds) == len(get_args(info.type)) or kinds not in ([int], [float], [Path]):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kinds[0].__name__.upper(),
+            instance_from_str=lambda words: kinds[0](words[0]),
+            is_instance=lambda value: value is None or isinstance(value, kinds[0]),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.primitive_rule
+    def several(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
         kind = get_args(info.type)[:1]
         if get_origin(info.type) is not tuple or kind not in ((str,), (Path,)):
             return None
@@ -169,10 +184,6 @@ _REWORDED = (  # tyro 1.0's message, our message
     (r"Error parsing (\S+): invalid literal for int\(\) .*?: (.*) Argument helptext.*",
      r"\1 must be a whole number, not \2"),
     (r"Error parsing (\S+): could not convert .* float: (.*) Argument helptext.*",
-     r"\1 must be a number, not \2"),
-    (r"Error parsing (\S+): no type .*\|INT could .* from \[(.*)\]\. Got errors: .*",
-     r"\1 must be a whole number, not \2"),
-    (r"Error parsing (\S+): no type .*\|FLOAT could .* from \[(.*)\]\. Got errors: .*",
      r"\1 must be a number, not \2"),
     (r"Error parsing (\S+: .*) Argument helptext.*", r"\1"),
     (r"Error parsing \S+: (.*)", r"\1"),
