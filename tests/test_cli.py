@@ -325,7 +325,7 @@ def test_generate_names_the_invalid_prompt_line(capsys, tmp_path: Path, line: st
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"prompt": "x"}}\n\n{line}\n')
     code, _, err = run(capsys, "generate", tmp_path, "--file", path)
-    assert (code, err) == (65, f"sota: {path}, line 3: not an object with a string `prompt`\n")
+    assert (code, err) == (65, f"sota: {path}:3: not an object with a string `prompt`\n")
 
 
 def test_an_unexpected_error_is_not_shown_as_a_user_mistake(capsys) -> None:
@@ -344,7 +344,7 @@ def test_no_run_starts_where_its_checkpoints_could_not_be_opened(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "")]
+    ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", ""), ("RANK", "1")]
 )
 def test_an_invalid_launcher_variable_is_named(monkeypatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
