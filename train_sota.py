@@ -203,9 +203,10 @@ def resumed(folder: Path, options: Options, data: Path | None) -> config.RunConf
     kept = read_config(folder)
     recipe = recipe_of(kept)
     if options.recipe not in (None, recipe):
+        over = "" if options.resume else ", or give another --out to start over"
         raise cli.SotaError(
             f"{folder} was started with --recipe {recipe}, not {options.recipe}; leave out "
-            "--recipe, or give another --out to start over"
+            f"--recipe{over}"
         )
     if options.minutes is not None:
         print(f"--minutes is ignored: {folder} keeps the steps and batch size it was started with")

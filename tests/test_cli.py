@@ -141,13 +141,13 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         ),
         (["data", "a  b\n c"], 66, ["a  b c: no such folder", "--out 'a  b c'`"]),
         (["train", "tiny", "--data", "EMPTY"], 65, ["manifest.json"]),
-        (["train", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
-        (["plan", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "sota prepare"]),
+        (["train", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "use its folder"]),
+        (["plan", "tiny", "--data", "DATA/manifest.json"], 66, ["is a file", "use its folder"]),
         (["train", "tiny", "--seed", str(2**64 - 1)], 2, ["run.seed", "below 2**63"]),
         (["config", "tiny", "--model.layers", "9" * 4000], 2, ["model.layers must be below 2**63"]),
         (["data", "DATA", "--window", "val:" + "9" * 5000], 2, ["must be SPLIT:INDEX or"]),
         (["train", "tiny", "--optim.eps", "inf"], 2, ["optim.eps must be below 2**63"]),
-        (["train", "tiny", "--data", "DATA", "--out", "DATA/manifest.json"], 73, ["cannot make"]),
+        (["train", "tiny", "--data", "DATA", "--out", "DATA/manifest.json"], 73, ["cannot create"]),
         (["train", "tiny", "--data", "DATA", "--model.vocab-size", "999"], 2, ["vocab"]),
         (["train", "tiny", "--data", "DATA", "--resume", "step:5"], 66, ["no checkpoint to resum"]),
         (["train", "tiny", "--data", "DATA", "--model.seq-len", "999999"], 65, ["window needs"]),
@@ -159,16 +159,17 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["export", "EMPTY", "--out", "OUT"], 66, ["not a run"]),
         (["generate", "DATA/manifest.json"], 66, ["manifest.json is a file, not a run; give a f"]),
         (["report", "DATA/manifest.json"], 66, ["manifest.json is a file, not a run; give a f"]),
+        (["generate"], 2, ["generate: missing PATH: Run folder"]),
         (["data", "DATA", "--show", "-1"], 2, ["--show -1 must be 0 or more"]),
         (
             ["data", "DATA", "--html", "NOWHERE/x"],
             73,
-            ["cannot be created (", "; give a file in an existing folder"],
+            ["cannot create ", "; give a file in an existing folder"],
         ),
         (
             ["data", "DATA", "--html", "EMPTY"],
             73,
-            ["cannot be created (", "; give a file in an existing folder"],
+            ["cannot create ", "; give a file in an existing folder"],
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
@@ -248,6 +249,10 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     code, printed, err = run(capsys, "evaluate", out, "--text", text)
     assert code == 0, err
     assert "perplexity" in printed
+    code, _, err = run(capsys, "data", text)
+    assert code == 66 and "first run `sota prepare" in err
+    code, _, err = run(capsys, "export", out, "--out", text / "below")
+    assert code == 73 and "sota: cannot create " in err, err
     code, printed, err = run(capsys, "train", "tiny", "--data", data, "--out", out, *options)
     assert code == 0 and "complete" in printed
 
@@ -320,7 +325,7 @@ def test_generate_names_the_invalid_prompt_line(capsys, tmp_path: Path, line: st
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"prompt": "x"}}\n\n{line}\n')
     code, _, err = run(capsys, "generate", tmp_path, "--file", path)
-    assert (code, err) == (65, f"sota: {path}, line 3: not an object with a string `prompt`\n")
+    assert (code, err) == (65, f"sota: {path}:3: not an object with a string `prompt`\n")
 
 
 def test_an_unexpected_error_is_not_shown_as_a_user_mistake(capsys) -> None:
@@ -339,7 +344,7 @@ def test_no_run_starts_where_its_checkpoints_could_not_be_opened(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "")]
+    ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", ""), ("RANK", "1")]
 )
 def test_an_invalid_launcher_variable_is_named(monkeypatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sota_transformer import doctor, plan, probes
+from sota_transformer import doctor, plan, probes, runtime
 from sota_transformer.config import Model, Run, RunConfig
 from sota_transformer.doctor import admit
 from sota_transformer.options import Doctor
@@ -185,7 +185,7 @@ def test_no_process_compiles_if_the_first_does_not(make_run: MakeRun, monkeypatc
         choice = tensor.shape == (2,) and tensor.dtype == torch.int64
         return torch.tensor([-1, 0]) if choice else original(self, tensor)
 
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(runtime, "_launched", lambda name, least: int(name == "RANK") or least)
     monkeypatch.setattr(Runtime, "sum_", told)
     monkeypatch.setattr(torch, "compile", compiler("is wrong"))
     used: list[bool] = []

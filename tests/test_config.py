@@ -71,6 +71,13 @@ def test_a_changed_json_is_a_value_error(change) -> None:
         RunConfig.from_json(json.dumps(value))
 
 
+def test_a_wrong_value_is_named_by_section_and_field() -> None:
+    value = json.loads(PRESETS["tiny"]().to_json())
+    value["model"]["layers"] = "2"
+    with pytest.raises(ValueError, match=r"^model\.layers has the wrong type: '2'$"):
+        RunConfig.from_json(json.dumps(value))
+
+
 def test_all_problems_are_named_together() -> None:
     config = PRESETS["tiny"]()
     with pytest.raises(ValueError) as caught:

@@ -362,5 +362,5 @@ def test_files_that_vanish_or_shrink_are_counted(
     ]
     assert {segment.name for segment in segments} == {"in/a.jsonl", "in/c.jsonl"}
     os.truncate(folder / "c.jsonl", 100)
-    with pytest.raises(OSError, match="cut while it was read"):
+    with pytest.raises(OSError, match="truncated while being read"):
         list(documents(segments[-1], "text", Tables()))

@@ -217,4 +217,4 @@ def test_a_table_that_has_shrunk_is_reported(table: Path) -> None:
     found = list(chain(*(reader.rows(part, "text") for unit in made for part in unit.segments)))
     skipped = [item for item in found if isinstance(item, Skipped)]
     assert [item for item in found if item not in skipped] == rows_of(items)
-    assert skipped and all("fewer rows" in item.where for item in skipped)
+    assert skipped and all("truncated" in item.where for item in skipped)

@@ -148,6 +148,7 @@ def test_options_a_resumed_run_cannot_use_are_reported_or_refused(
         assert launcher.main([*size, "--out", str(config.run.out)]) == 2
         first, second, third = capsys.readouterr().err.splitlines()
         assert f"started with --recipe {recipe}, not {other}" in first and "--out" in second
+        assert "another --out" not in first  # --resume RUN takes no other --out
         assert "parameters, not 125m" in third
 
 

@@ -216,7 +216,9 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     )
     refused(73, "is not a folder", out=tmp_path / "file", inputs=(good,))
     refused(73, "no prepared data", out=tmp_path / "full", inputs=(good,))
-    refused(73, "cannot be written", out=tmp_path / "file" / "below", inputs=(good,))
+    refused(
+        73, "cannot create", "choose another --out", out=tmp_path / "file" / "below", inputs=(good,)
+    )
     refused(66, "--append", out=out, inputs=(good,), append=True)
     for wrong in ({"val_fraction": 1.5}, {"workers": -1}, {"near_dedup": 0.1}, {"part": "3/2"}):
         refused(2, *wrong, out=out, inputs=(good,), **wrong)

@@ -190,7 +190,7 @@ _REWORDED = (  # tyro 1.0's message, our message
     (r"invalid choice ('.*') for argument '(.*?)'\. Expected one of \((.*?)(?:, 'None')?\)\.",
      r"\2 must be one of \3, not \1"),
     (r"Missing value for argument .*?'([-.\w]+)'.*", r"\1 needs a value"),
-    (r"Missing from .*?: (.*?)\.? \(required\).*", r"missing: \1"),
+    (r"Missing from .*?: (\S+) (.*?)\.? \(required\).*", r"missing \1: \2"),
     (r"Unrecognized options: (.*?)(?: (?:Perhaps you meant|Arguments similar to).*)?",
      r"unrecognized arguments: \1"),
 )  # fmt: skip

@@ -283,22 +283,23 @@ _SECTIONS = {"model": Model, "data": Data, "optim": Optim, "train": Train, "run"
 
 def _section(kind: type, values: Any) -> Any:
     """One section from its JSON object; checks each value against its field's type."""
+    section = kind.__name__.lower()
     if not isinstance(values, dict):
-        raise ValueError(f"section {kind.__name__} must be an object")
+        raise ValueError(f"section {section} must be an object")
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
     if unknown := set(values) - set(fields):
-        raise ValueError(f"unknown fields in {kind.__name__}: {', '.join(sorted(unknown))}")
+        raise ValueError(f"unknown fields in {section}: {', '.join(sorted(unknown))}")
     required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     if missing := required - set(values):
-        raise ValueError(f"missing fields in {kind.__name__}: {', '.join(sorted(missing))}")
+        raise ValueError(f"missing fields in {section}: {', '.join(sorted(missing))}")
     accepted: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
     for name, value in values.items():
         allowed = accepted.get(fields[name], (str,))
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise ValueError(f"{kind.__name__}.{name} has the wrong type: {value!r}")
+            raise ValueError(f"{section}.{name} has the wrong type: {value!r}")
         choices = get_args(fields[name])  # of a Literal
         if choices and value not in choices:
-            raise ValueError(f"{kind.__name__}.{name} {value!r} must be one of {choices}")
+            raise ValueError(f"{section}.{name} {value!r} must be one of {choices}")
     paths = {name: Path(value) for name, value in values.items() if fields[name] is Path}
     return kind(**values | paths)
 

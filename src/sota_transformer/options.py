@@ -30,7 +30,7 @@ class Prepare:
     near_dedup: float = 0.0
     """Drop documents this similar to an earlier one (Jaccard index of 5-grams; try 0.8); 0: off."""
     exclude: tuple[str, ...] = ()
-    """Files whose text must not be trained on; drops documents with 13 tokens in a row of it."""
+    """Files whose text must not be trained on; drops documents sharing 13 tokens in a row."""
     append: bool = False
     """Add the inputs to the prepared data in --out; existing data stays in place."""
     part: str = ""

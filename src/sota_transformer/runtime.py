@@ -280,7 +280,8 @@ def _cgroup_memory_left() -> int:
 def _launched(name: str, least: int) -> int:
     """A variable that torchrun sets, or `least` without torchrun. SotaError if invalid."""
     value = os.environ.get(name, str(least))
-    if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
+    good = re.fullmatch("[0-9]{1,9}", value) and int(value) >= least
+    if not good or (name == "RANK" and int(value) >= _launched("WORLD_SIZE", 1)):
         raise SotaError(f"environment variable {name}={value} is not from torchrun; unset it")
     return int(value)
 

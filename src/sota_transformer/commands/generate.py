@@ -144,5 +144,5 @@ def _prompt(path: Path, number: int, line: str) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         prompt = None
     if not isinstance(prompt, str):
-        raise SotaError(f"{path}, line {number}: not an object with a string `prompt`", BAD_DATA)
+        raise SotaError(f"{path}:{number}: not an object with a string `prompt`", BAD_DATA)
     return prompt

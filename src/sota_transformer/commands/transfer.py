@@ -10,6 +10,7 @@ from pathlib import Path
 from sota_transformer import durable
 from sota_transformer.commands.common import Opened, check, open_model
 from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
+from sota_transformer.data.guards import CREATE
 from sota_transformer.data.shards import load_manifest
 from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
 from sota_transformer.inference.export import (
@@ -44,7 +45,13 @@ def run_export(options: Export) -> int:
         raise SotaError(
             f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk space", IO_FAILED
         )
-    durable.make_folder(out.parent)
+    try:
+        durable.make_folder(out.parent)
+    except OSError as error:
+        if error.errno not in CREATE:
+            raise
+        text = f"cannot create {out}: {error.strerror}; choose another --out"
+        raise SotaError(text, LOCKED) from error
     for left in out.parent.glob(
         f".tmp-{glob.escape(out.name)}-????????"
     ):  # left by a killed export
@@ -179,7 +186,8 @@ def run_import(options: Import) -> int:
         checkpoint.check_room(_existing(out), 4 * model.config.parameter_count)
         durable.make_folder(out)
     except OSError as error:
-        raise SotaError(f"cannot create {out}: {error.strerror}", LOCKED) from error
+        text = f"cannot create {out}: {error.strerror}; choose another --out"
+        raise SotaError(text, LOCKED) from error
     with durable.DirectoryLock(out):
         durable.sweep(out)
         durable.sweep(out / "checkpoints")

@@ -209,7 +209,7 @@ def _read(segment: Segment) -> bytes:
 
 def _cut() -> OSError:
     """The error for a file that has become shorter since it was cut into segments."""
-    return OSError(errno.EIO, "it was cut while it was read")
+    return OSError(errno.EIO, "truncated while being read")
 
 
 def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:

@@ -59,7 +59,8 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             _refuse(item)
     for source in sources:
         if source.codec or source.kind in ARCHIVES:
-            raise SotaError(f"--exclude {source.name}: packed file; unpack it first", USAGE)
+            text = f"--exclude {source.name}: compressed or an archive; unpack it first"
+            raise SotaError(text, USAGE)
         if source.kind == "jsonl":
             data = without_mark(Path(source.path).read_bytes())
             for number, line in enumerate(data.decode(errors="replace").split("\n"), 1):

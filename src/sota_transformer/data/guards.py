@@ -58,14 +58,16 @@ def one_line_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or out
-        create, free = error.errno in CREATE, ""
+        if error.errno in CREATE:
+            text = f"cannot create {place}: {error.strerror or error}; choose another --out"
+            raise SotaError(text, LOCKED) from error
+        free = ""
         with suppress(OSError):
             free = f"; {shutil.disk_usage(out.parent).free / 1e6:,.0f} MB free"
-        what = "cannot be written" if create else "writing failed"
         raise SotaError(
-            f"{place}: {what} ({error.strerror or error}){free}; choose another --out or free "
-            "some space, then run the same command again",
-            LOCKED if create else IO_FAILED,
+            f"{place}: writing failed ({error.strerror or error}){free}; choose another --out or "
+            "free some space, then run the same command again",
+            IO_FAILED,
         ) from error
 
 

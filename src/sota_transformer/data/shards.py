@@ -25,7 +25,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from sota_transformer.config import VOCAB
-from sota_transformer.data.foreign import foreign_files, foreign_manifest
+from sota_transformer.data.foreign import ENDINGS, foreign_files, foreign_manifest
 from sota_transformer.durable import (
     MANIFEST,
     canonical_json,
@@ -67,7 +67,9 @@ Split = Literal["train", "val"]
 def check_folder(folder: Path) -> None:
     """SotaError 66 if `folder` is not an existing folder."""
     if folder.is_file():
-        raise SotaError(f"{folder} is a file, not prepared data; {_first(folder)}", NO_INPUT)
+        inside = folder.suffix in ENDINGS or (folder.parent / MANIFEST).exists()
+        advice = f"use its folder, {folder.parent}" if inside else _first(folder)
+        raise SotaError(f"{folder} is a file, not prepared data; {advice}", NO_INPUT)
     if not folder.is_dir():
         here = ";" if folder.is_absolute() else f" in {Path.cwd()}; change directory, or"
         raise SotaError(

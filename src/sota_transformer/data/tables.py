@@ -132,7 +132,7 @@ class Tables:
             if not self._rest:
                 batch = next(self._batches, None)
                 if batch is None:
-                    raise OSError("it has fewer rows than when it was cut into units")
+                    raise OSError("truncated while being read")
                 if self._row + len(batch) <= segment.start:
                     self._row += len(batch)  # another worker's rows: do not convert them
                     continue

@@ -235,7 +235,7 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:
-        text = f"--export-bin {out}: cannot be created ({error.strerror})"
+        text = f"--export-bin: cannot create {out}: {error.strerror}"
         raise SotaError(text, LOCKED) from error
     for split in SPLITS:
         if (stream := _open(folder, split)) is None:

@@ -144,7 +144,7 @@ def check_folders(config: RunConfig) -> Path:
         durable.make_folder(folder)
     except OSError as error:
         raise SotaError(
-            f"cannot make {folder}: {error.strerror}; choose another --out", LOCKED
+            f"cannot create {folder}: {error.strerror}; choose another --out", LOCKED
         ) from error
     return folder
 
