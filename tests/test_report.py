@@ -117,7 +117,7 @@ def test_an_unwritable_page_is_named_as_given(run: Path, capsys) -> None:
     (run / "folder").mkdir()
     for out in (run / "none" / "a.html", run / "folder"):
         assert main(["report", str(run), "--out", str(out)]) == LOCKED
-        assert capsys.readouterr().err.startswith(f"sota: {out}: ")
+        assert capsys.readouterr().err.startswith(f"sota: cannot create {out}: ")
     assert not list(run.glob(".tmp*"))
 
 
@@ -249,8 +249,9 @@ def panel(log: RunLog) -> str:
     return shown
 
 
-def test_the_panel_of_a_resumed_run_starts_where_it_is(tmp_path: Path) -> None:
+def test_the_panel_of_a_resumed_run_starts_where_it_is(tmp_path: Path, monkeypatch) -> None:
     """It shows the latest of each kind, and plain lines continue where it ends."""
+    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal is not redrawn
     with RunLog(tmp_path, 100) as log:
         log.console = Console(file=(file := io.StringIO()), force_terminal=True, width=80)
         log.begin_live(73)
