@@ -10,7 +10,7 @@ from pathlib import Path
 from sota_transformer import durable
 from sota_transformer.commands.common import Opened, check, open_model
 from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
-from sota_transformer.data.guards import CREATE
+from sota_transformer.data.guards import one_line_errors
 from sota_transformer.data.shards import load_manifest
 from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
 from sota_transformer.inference.export import (
@@ -45,16 +45,9 @@ def run_export(options: Export) -> int:
         raise SotaError(
             f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk space", IO_FAILED
         )
-    try:
+    with one_line_errors(out):
         durable.make_folder(out.parent)
-    except OSError as error:
-        if error.errno not in CREATE:
-            raise
-        text = f"cannot create {out}: {error.strerror}; choose another --out"
-        raise SotaError(text, LOCKED) from error
-    for left in out.parent.glob(
-        f".tmp-{glob.escape(out.name)}-????????"
-    ):  # left by a killed export
+    for left in out.parent.glob(f".tmp-{glob.escape(out.name)}-????????"):  # by a killed export
         durable.remove(left)
     with durable.commit_folder(out, {"format": options.format, "dtype": options.dtype}) as writer:
         if options.format == "gguf":

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from itertools import groupby
 from typing import Any, Self
 
 from sota_transformer.data.sources import REPAIRED
@@ -11,6 +12,7 @@ _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.1
 _INPUTS = 20  # rows of the table
 _SUMS = ("documents", "text_bytes", "tokens")
+_HEADINGS = ("skipped:", "repaired:")
 
 
 class Meter:
@@ -104,12 +106,11 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
         lines.append(_row(f"-> {split}", *(manifest["splits"][split][key] for key in _SUMS)))
     rejects = list(manifest["rejects"].items())
     rejects.sort(key=lambda item: (item[0].endswith(REPAIRED), -item[1]["count"]))
-    heading = ""
-    for reason, entry in rejects:
-        if heading != (heading := "repaired:" if reason.endswith(REPAIRED) else "skipped:"):
-            lines.append(heading)
-        example = f"  e.g. {_short(entry['examples'][0], 200)}" if entry["examples"] else ""
-        lines.append(f"  {entry['count']:>9,}  {reason}{example}")
+    for heading, entries in groupby(rejects, lambda item: _HEADINGS[item[0].endswith(REPAIRED)]):
+        lines.append(heading)
+        for reason, entry in entries:
+            example = f"  e.g. {_short(entry['examples'][0], 200)}" if entry["examples"] else ""
+            lines.append(f"  {entry['count']:>9,}  {reason}{example}")
     lines.append(f"fingerprint {manifest['fingerprint'][:16]}  in {folder}")
     return "\n".join(lines)
 
