@@ -20,7 +20,6 @@ HEADER_BYTES = 16 << 10
 UNWANTED_BYTES = 16 << 20  # how much of a rejected body is read
 BODY_BYTES = 1 << 20
 UNFINISHED = 64  # connections whose request has not fully arrived
-_TOO_LARGE = (413, f"the request body may have at most {BODY_BYTES:,} bytes")
 
 
 class Protocol(H11Protocol):
@@ -99,20 +98,15 @@ class Guard:
                 MutableHeaders(scope=message).update(self._headers)
             await send(message)
 
-        refusal = self._refuse(scope, Headers(scope=scope))
-        body = None
-        if refusal:
-            await _body(receive, 0)  # a client that is still sending would not see the answer
-        elif scope["method"] == "POST":
-            body = await _body(receive, BODY_BYTES)
-            refusal = _TOO_LARGE if body is None else None
-        if refusal:
+        # Even if it is refused: a client that is still sending would not see the answer.
+        body = await _body(receive)
+        if refusal := self._refuse(scope, Headers(scope=scope), body):
             status, text = refusal
             headers = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}}
             error = JSONResponse(error_body(status, text), status, headers.get(status))
             await error(scope, receive, answer)
             return
-        pending = [] if body is None else [body]
+        pending = [body]
 
         async def again() -> Message:
             """The body in one piece, then the disconnect that follows it."""
@@ -122,7 +116,7 @@ class Guard:
 
         await self._app(scope, again, answer)
 
-    def _refuse(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
+    def _refuse(self, scope: Scope, headers: Headers, body: bytes | None) -> tuple[int, str] | None:
         """Status and reason, or None for a request that may pass."""
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
             return 431, f"headers may have at most {HEADER_BYTES:,} bytes"
@@ -140,9 +134,8 @@ class Guard:
             kind = headers.get("content-type", "").split(";")[0].strip().lower()
             if scope["path"] == "/v1/completions" and kind != "application/json":
                 return 415, "Content-Type must be application/json"
-            length = headers.get("content-length", "0")
-            if not length.isdecimal() or len(length) > 12 or int(length) > BODY_BYTES:
-                return _TOO_LARGE
+        if body is None:
+            return 413, f"the request body may have at most {BODY_BYTES:,} bytes"
         return None
 
 
@@ -152,8 +145,8 @@ def _without_port(host: str) -> str:
     return host.partition(":")[0]
 
 
-async def _body(receive: Receive, most: int) -> bytes | None:
-    """The whole body, or None if it is larger than `most`; the excess is read and dropped."""
+async def _body(receive: Receive) -> bytes | None:
+    """The whole body, or None if it is too large; the excess is read and dropped."""
     parts: list[bytes] = []
     size = 0
     while size <= UNWANTED_BYTES:
@@ -162,11 +155,11 @@ async def _body(receive: Receive, most: int) -> bytes | None:
             return b""
         part = message.get("body", b"")
         size += len(part)
-        if size <= most:
+        if size <= BODY_BYTES:
             parts.append(part)
         if not message.get("more_body"):
             break
-    return b"".join(parts) if size <= most else None
+    return b"".join(parts) if size <= BODY_BYTES else None
 
 
 def error_body(status: int, text: str) -> dict[str, Any]:
