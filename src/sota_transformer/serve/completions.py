@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.responses import Response, StreamingResponse
@@ -14,7 +15,7 @@ from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.inference.batch import Drawn, Job
 from sota_transformer.inference.generate import make_sampler
 from sota_transformer.model.transformer import Transformer
-from sota_transformer.serve.engine import Deliver, Engine
+from sota_transformer.serve.engine import Engine
 from sota_transformer.serve.guard import error_body
 from sota_transformer.serve.schema import Answer, Choice, Completion, Usage, logprobs_of
 
@@ -22,7 +23,7 @@ SECONDS = 60.0  # time limit of one request
 _LOOK_SECONDS = 0.5  # between checks that the client is still connected
 
 Event = tuple[int, Drawn | None]
-"""The number of a continuation and its next token; None if the engine failed or stops."""
+"""The key of a continuation and its next token; None if the engine failed or stops."""
 
 
 @dataclass
@@ -67,26 +68,30 @@ class Completions:
         seed = wanted.seed if wanted.seed is not None else secrets.randbits(62)
         stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        jobs = []
-        for number, tokens in enumerate(tokens for tokens in prompts for _ in range(wanted.n)):
-            sampler = make_sampler(
-                wanted.temperature,
-                wanted.top_k,
-                wanted.top_p,
-                wanted.min_p,
-                wanted.repetition_penalty,
-                seed + number,
-            )
-            job = Job(
+        jobs = [
+            Job(
                 tokens=tokens,
-                sampler=sampler,
+                sampler=make_sampler(
+                    wanted.temperature,
+                    wanted.top_k,
+                    wanted.top_p,
+                    wanted.min_p,
+                    wanted.repetition_penalty,
+                    seed + number,
+                ),
                 max_tokens=min(wanted.max_tokens, self._context - len(tokens)),
                 alternatives=wanted.logprobs,
                 stops=stops,
                 echo=wanted.echo,
             )
-            jobs.append((job, _deliver(loop, queue, number)))
-        keys = self._engine.submit(jobs)
+            for number, tokens in enumerate(tokens for tokens in prompts for _ in range(wanted.n))
+        ]
+
+        def deliver(*event: Any) -> None:  # from the engine's thread to the event loop
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        keys = self._engine.submit(jobs, deliver)
         if keys is None:
             raise _unavailable("the server is busy; try again in a moment")
         return _Active(wanted, sum(map(len, prompts)), keys, queue)
@@ -114,14 +119,14 @@ class Completions:
         try:
             async with asyncio.timeout(SECONDS):
                 while left:
-                    number, drawn = await active.queue.get()
+                    key, drawn = await active.queue.get()
                     if drawn is None:
                         stopping = self._engine.stopping
                         text = "the server is shutting down" if stopping else "the model failed"
                         raise _unavailable(f"{text}; try again")
                     left -= drawn.reason is not None
                     active.drawn += not drawn.echoed
-                    yield number, drawn
+                    yield active.keys.index(key), drawn
         except TimeoutError:
             raise HTTPException(504, f"not finished after {SECONDS:.0f} seconds") from None
         finally:
@@ -194,16 +199,6 @@ class Completions:
             choices=choices,
             usage=usage,
         )
-
-
-def _deliver(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], number: int) -> Deliver:
-    """A callback that passes tokens from the engine's thread to the event loop's queue."""
-
-    def deliver(drawn: Drawn | None) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(queue.put_nowait, (number, drawn))
-
-    return deliver
 
 
 def _event(data: str) -> str:

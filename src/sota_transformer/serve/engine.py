@@ -13,8 +13,8 @@ from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Batch, Drawn, Job
 from sota_transformer.model.transformer import Transformer
 
-Deliver = Callable[[Drawn | None], Any]
-"""Called in the engine's thread with each token, or with None if the engine failed or stops."""
+Deliver = Callable[[int, Drawn | None], Any]
+"""Called in the engine's thread with a job's key and each token, or None on failure or stopping."""
 
 
 class Engine:
@@ -38,15 +38,14 @@ class Engine:
         """Number of running and waiting jobs."""
         return len(self._deliver)
 
-    def submit(self, jobs: list[tuple[Job, Deliver]]) -> list[int] | None:
+    def submit(self, jobs: list[Job], deliver: Deliver) -> list[int] | None:
         """Keys of the jobs, or None if there is no room for all of them."""
         with self._wake:
             if len(self._deliver) + len(jobs) > self._limit or self.stopping:
                 return None
             keys = [next(self._keys) for _ in jobs]
-            for key, (job, deliver) in zip(keys, jobs, strict=True):
-                self._new.append((key, job))
-                self._deliver[key] = deliver
+            self._new.extend(zip(keys, jobs, strict=True))
+            self._deliver |= dict.fromkeys(keys, deliver)
             self._wake.notify()
         return keys
 
@@ -84,7 +83,7 @@ class Engine:
                     if result.reason:
                         self._deliver.pop(key, None)
                 if deliver is not None:
-                    deliver(result)
+                    deliver(key, result)
         self._fail()
 
     def _take(self) -> list[tuple[int, Job]] | None:
@@ -107,5 +106,5 @@ class Engine:
             self._new.clear()
             self._dropped.clear()
         self._batch = self._make()
-        for deliver in waiting.values():
-            deliver(None)
+        for key, deliver in waiting.items():
+            deliver(key, None)
