@@ -223,9 +223,10 @@ class Writing:
         engine = Engine(model, self.tokenizer, source.choice([1, 3, 8]), 16)
         app = build_app(model, self.tokenizer, "it", Curve(train=[], validation=[]), engine)
         guarded = Guard(app, "127.0.0.1", "", content_policy())
-        with TestClient(guarded, base_url="http://127.0.0.1") as client:
-            for _ in range(5):
-                self._request(name, one, client, source)
+        client = TestClient(guarded, base_url="http://127.0.0.1")
+        for _ in range(5):
+            self._request(name, one, client, source)
+        engine.close()
 
     def _request(self, name: str, one: Subject, client: TestClient, source: random.Random) -> None:
         """One request in several forms: with probabilities, without, as a stream, stopped."""

@@ -13,8 +13,6 @@ import base64
 import hashlib
 import re
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -58,18 +56,11 @@ def build_app(
     model: Transformer, tokenizer: Tokenizer, name: str, curve: Curve, engine: Engine
 ) -> FastAPI:
     """The application without `Guard`."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        engine.close()
-
     app = FastAPI(
         title="sota_transformer",
         version=__version__,
         docs_url=None,  # FastAPI's pages load scripts from other sites
         redoc_url=None,
-        lifespan=lifespan,
     )
     completions = Completions(model, tokenizer, name, engine)
 
@@ -136,6 +127,7 @@ class _Server(uvicorn.Server):
         """Give running requests some time to finish, then end them with an error."""
         asyncio.get_running_loop().call_later(GRACE_SECONDS, self._engine.stop)
         await super().shutdown(sockets)
+        self._engine.close()
 
 
 def content_policy() -> str:
@@ -182,7 +174,7 @@ def serve(
         http=Protocol,
         ws="none",
         loop="asyncio",
-        lifespan="on",
+        lifespan="off",
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=5,
