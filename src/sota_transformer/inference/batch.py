@@ -69,7 +69,7 @@ class Batch:
         self, model: Transformer, tokenizer: Tokenizer, rows: int, size: int | None = None
     ) -> None:
         self._rows, self._tokenizer = Rows(model, rows, size), tokenizer
-        self._running: dict[int, _Running] = {}
+        self.running: dict[int, _Running] = {}
         self._free = list(range(rows))
 
     @property
@@ -87,11 +87,11 @@ class Batch:
         if job.echo:
             assert len(hidden) == len(job.tokens)
             running.echoing = running.echo(self._rows, hidden)
-        self._running[key] = running
+        self.running[key] = running
 
     def drop(self, key: int) -> None:
         """Remove a job and free its row; ignores an unknown key."""
-        if running := self._running.pop(key, None):
+        if running := self.running.pop(key, None):
             self._free.append(running.row)
 
     def step(self) -> list[tuple[int, Drawn]]:
@@ -101,7 +101,7 @@ class Batch:
         """
         drawn: list[tuple[int, Drawn]] = []
         advancing: list[tuple[_Running, Drawn]] = []
-        for key, running in list(self._running.items()):
+        for key, running in list(self.running.items()):
             results = next(running.echoing, None) or [running.draw(self._rows.tokens[running.row])]
             drawn += [(key, result) for result in results]
             if results[-1].reason:

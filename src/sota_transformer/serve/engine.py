@@ -25,7 +25,6 @@ class Engine:
         self._batch = self._make()
         self._limit = rows + waiting
         self._new: deque[tuple[int, Job]] = deque()
-        self._dropped: set[int] = set()
         self._deliver: dict[int, Deliver] = {}
         self._keys = count()
         self._wake = threading.Condition()
@@ -50,12 +49,10 @@ class Engine:
         return keys
 
     def cancel(self, keys: list[int]) -> None:
-        """Drop jobs; ignores those already done."""
+        """Drop jobs before the next token; ignores those already done."""
         with self._wake:
             for key in keys:
-                if self._deliver.pop(key, None) is not None:
-                    self._dropped.add(key)
-            self._wake.notify()
+                self._deliver.pop(key, None)
 
     def stop(self) -> None:
         """Stop after the current token and notify all jobs; returns at once."""
@@ -89,14 +86,13 @@ class Engine:
     def _take(self) -> list[tuple[int, Job]] | None:
         """Wait for work and drop cancelled jobs; returns the jobs to add, None on stopping."""
         with self._wake:
-            while not (self._deliver or self._dropped or self.stopping):
+            while not (self._deliver or self.stopping):
                 self._wake.wait()
             if self.stopping:
                 return None
-            for key in self._dropped:
+            for key in self._batch.running.keys() - self._deliver.keys():
                 self._batch.drop(key)
-            self._new = deque(item for item in self._new if item[0] not in self._dropped)
-            self._dropped.clear()
+            self._new = deque(item for item in self._new if item[0] in self._deliver)
             return [self._new.popleft() for _ in range(min(self._batch.free, len(self._new)))]
 
     def _fail(self) -> None:
@@ -104,7 +100,6 @@ class Engine:
         with self._wake:
             waiting, self._deliver = self._deliver, {}
             self._new.clear()
-            self._dropped.clear()
         self._batch = self._make()
         for key, deliver in waiting.items():
             deliver(key, None)
