@@ -199,6 +199,7 @@ class Text:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
+        self._behind = max((len(stop) - 1 for stop in self._stops), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.length = 0  # whole characters so far, released or not
@@ -221,18 +222,12 @@ class Text:
         return self._release(final=True)
 
     def _release(self, final: bool) -> str:
-        """Release all text that cannot be the beginning of a stop string."""
+        """Release the text up to a stop string, or all that is too far back to begin one."""
         if self.stopped:
             return ""
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         self.stopped = bool(found)
-        keep = min(found, default=len(self._held) - (0 if final else self._partial_stop()))
+        known = len(self._held) if final else max(0, len(self._held) - self._behind)
+        keep = min(found, default=known)
         text, self._held = self._held[:keep], self._held[keep:]
         return text
-
-    def _partial_stop(self) -> int:
-        """Length of the longest suffix of the text that begins a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        sizes = range(min(longest, len(self._held)), 0, -1)
-        begins = (n for n in sizes if any(s.startswith(self._held[-n:]) for s in self._stops))
-        return next(begins, 0)
