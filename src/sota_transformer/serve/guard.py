@@ -84,8 +84,8 @@ class Guard:
     def __init__(self, app: ASGIApp, host: str, key: str, policy: str) -> None:
         self._app, self._key = app, key
         self._headers = self.HEADERS | {"content-security-policy": policy}
-        self._hosts = {"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"}
-        self._any_host = host in ("0.0.0.0", "::") and bool(key)
+        self._hosts = {"localhost", "127.0.0.1", host}
+        self._any_host = host == "0.0.0.0"  # `serve` requires a key for it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -118,7 +118,7 @@ class Guard:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
             return 431, f"headers may have at most {HEADER_BYTES:,} bytes"
         host = headers.get("host", "")
-        if not self._any_host and _without_port(host) not in self._hosts:
+        if not self._any_host and host.partition(":")[0] not in self._hosts:
             return 421, "this server does not serve that host"
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -134,12 +134,6 @@ class Guard:
         if body is None:
             return 413, f"the request body may have at most {BODY_BYTES:,} bytes"
         return None
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0]
 
 
 async def _body(receive: Receive) -> bytes | None:

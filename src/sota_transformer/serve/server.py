@@ -160,9 +160,8 @@ def serve(
         raise SotaError(
             f"--host {host} is reachable from other machines; set --api-key or SOTA_API_KEY"
         )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), backlog=1024)
     except (OSError, OverflowError, UnicodeError) as error:
         raise SotaError(
             f"cannot listen on {host}:{port} ({error}); choose another --port", TEMPORARY
@@ -184,6 +183,5 @@ def serve(
         log_level="warning",
         proxy_headers=False,
     )
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving {name} on http://{shown}:{listener.getsockname()[1]}", flush=True)
+    print(f"serving {name} on http://{host}:{listener.getsockname()[1]}", flush=True)
     _Server(config, engine).run(sockets=[listener])
