@@ -153,8 +153,7 @@ class Completions:
     def _whole(self, active: _Active, drawn: list[list[Drawn]]) -> Response:
         """The response in one piece."""
         choices = [self._choice(active, number, pieces) for number, pieces in enumerate(drawn)]
-        text = self._answer(active, choices, self._usage(active)).model_dump_json()
-        return Response(text, media_type="application/json")
+        return Response(self._answer(active, choices, True), media_type="application/json")
 
     async def _stream(self, active: _Active) -> AsyncIterator[str]:
         """Server-sent events, one per piece of text; the first has the prompt if echoed."""
@@ -168,11 +167,11 @@ class Completions:
                     continue  # part of a character, or possibly of a stop string
                 choice = self._choice(active, number, held[number])
                 held[number] = []
-                yield _event(self._answer(active, [choice], None).model_dump_json())
+                yield _event(self._answer(active, [choice], False))
                 await asyncio.sleep(0)  # notice a disconnect even while tokens are queued
             options = active.wanted.stream_options
             if options is not None and options.include_usage:
-                yield _event(self._answer(active, [], self._usage(active)).model_dump_json())
+                yield _event(self._answer(active, [], True))
         except HTTPException as problem:
             yield _event(json.dumps(error_body(problem.status_code, problem.detail)))
         yield _event("[DONE]")
@@ -184,21 +183,18 @@ class Completions:
         logprobs = logprobs_of(self._tokenizer, drawn) if asked else None
         return Choice(text=text, index=number, logprobs=logprobs, finish_reason=drawn[-1].reason)
 
-    def _usage(self, active: _Active) -> Usage:
-        total = active.prompt_tokens + active.drawn
-        return Usage(
-            prompt_tokens=active.prompt_tokens, completion_tokens=active.drawn, total_tokens=total
-        )
-
-    def _answer(self, active: _Active, choices: list[Choice], usage: Usage | None) -> Answer:
+    def _answer(self, active: _Active, choices: list[Choice], counted: bool) -> str:
+        """A response or an event as JSON, with the number of tokens or without."""
+        read, drawn = active.prompt_tokens, active.drawn
+        usage = Usage(prompt_tokens=read, completion_tokens=drawn, total_tokens=read + drawn)
         return Answer(
             id=active.id,
             object="text_completion",
             created=active.created,
             model=self._name,
             choices=choices,
-            usage=usage,
-        )
+            usage=usage if counted else None,
+        ).model_dump_json()
 
 
 def _event(data: str) -> str:
