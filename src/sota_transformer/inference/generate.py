@@ -250,8 +250,7 @@ def generate(
 
     Ends before an id in `stop_ids`, which is not part of the text.
     """
-    size = min(model.config.seq_len, len(tokens) + max_tokens)
-    rows = Rows(model, 1, size)
+    rows = Rows(model, 1, len(tokens) + max_tokens)
     logits = rows.start(0, tokens)
     for left in range(max_tokens, 0, -1):
         token = sampler(logits, rows.tokens[0])
