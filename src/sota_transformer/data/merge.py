@@ -187,7 +187,7 @@ class Merger:
                     lengths = np.diff(part, prepend=start).astype(np.uint32)
                     ids = tokens.read(start, int(part[-1]))
                     place = Place(folder / name, HEADER_BYTES + 2 * start)
-                    self._similar.add_existing(Batch(ids, lengths, *sketch(ids, lengths), place))
+                    self._similar.add_existing(Batch(lengths, *sketch(ids, lengths), place))
 
     def add(self, encoded: Encoded) -> None:
         """Merge the next unit."""
@@ -222,8 +222,8 @@ class Merger:
     ) -> NDArray[np.bool_]:
         """`fresh` without the near-duplicates of earlier documents."""
         assert self._similar is not None and encoded.place is not None
-        sketched = (encoded.tokens, encoded.lengths, encoded.keys, encoded.marks)
-        stays = self._similar.new(Batch(*sketched, encoded.place), fresh)
+        batch = Batch(encoded.lengths, encoded.keys, encoded.marks, encoded.place)
+        stays = self._similar.new(batch, fresh)
         if dropped := int((fresh & ~stays).sum()):
             self.rejects.add(NEAR_DUPLICATE, "", dropped)
         return stays

@@ -49,9 +49,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive documents, as `sketch` takes them, and what it returns."""
+    """Consecutive documents: their lengths, as `sketch` takes them, and what it returns."""
 
-    tokens: NDArray[np.uint16]
     lengths: NDArray[np.uint32]
     keys: NDArray[np.uint32]
     marks: NDArray[np.uint8]
@@ -75,7 +74,6 @@ class Similar:
         self._where = np.empty((0, 3), np.uint32)  # place, first token, tokens with end-of-text
         self._marks = np.empty((0, MARKS), np.uint8)
         self._count = 0
-        self._tokens = np.empty(0, np.uint16)  # the tokens at the last place
         self._kept: dict[int, Sample] = {}
         self._cached = lru_cache(_CACHED)(self._finer)
         self.examples: list[tuple[float, NDArray[np.uint16], NDArray[np.uint16]]] = []
@@ -123,7 +121,6 @@ class Similar:
         rows[:, 2] = batch.lengths[looked]
         self._marks[start : self._count] = batch.marks[looked]
         self._places.append(batch.place)
-        self._tokens = batch.tokens
 
     def _before(self, keys: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Pairs of a document (numbered from 0) and an earlier one with a common key, packed into
@@ -199,8 +196,6 @@ class Similar:
     def _ids(self, number: int) -> NDArray[np.uint16]:
         """Read a document's tokens, without end-of-text."""
         place, start, count = self._where[number].tolist()
-        if place == len(self._places) - 1:
-            return self._tokens[start : start + count - 1]
         known = self._places[place]
         file = os.open(known.path, os.O_RDONLY)
         try:
@@ -234,7 +229,7 @@ class Similar:
     def _note(self, index: float, a: int, b: int) -> None:
         """Keep the first pairs as examples for the user."""
         if len(self.examples) < EXAMPLES:
-            self.examples.append((index, self._ids(a).copy(), self._ids(b).copy()))
+            self.examples.append((index, self._ids(a), self._ids(b)))
 
     def _remember(self, keys: NDArray[np.uint32], numbers: NDArray[np.int64]) -> None:
         """Make kept documents, by their keys, candidates for later ones."""
