@@ -216,8 +216,7 @@ def test_gram_set_is_a_set() -> None:
     assert len(GramSet(hashes).find_runs(ids[:12], 13)) == 0
 
 
-def test_seen_hashes_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sota_transformer.data.merge._RUN_DOCUMENTS", 50)
+def test_seen_hashes_are_a_set() -> None:
     random, seen, known = np.random.default_rng(7), SeenHashes(), set()
     pool = random.integers(0, 2**64, (3000, 2), dtype=np.uint64)
     pool[:100, 1] = 0  # trailing zero bytes must not be lost

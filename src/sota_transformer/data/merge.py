@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
+from sota_transformer.data.grams import add_run
 from sota_transformer.data.near import Batch, Place, Similar
 from sota_transformer.data.shards import HEADER_BYTES, SPLITS, Shard, load_array, npy_header
 from sota_transformer.data.sketch import sketch
@@ -24,14 +25,13 @@ from sota_transformer.durable import fsync, sha256_file
 from sota_transformer.errors import BAD_DATA, SotaError
 
 SHARD_TOKENS = 1 << 26
-_RUN_DOCUMENTS = 1 << 16
 _KNOWN_DOCUMENTS = 512  # existing documents read at a time for an append
 NEAR_DUPLICATE = "near-duplicate"
 _BEGINNING = 16  # tokens of a document to show as an example
 
 
 class SeenHashes:
-    """A growing set of document hashes in 16 bytes each: sorted runs, merged as they double."""
+    """A growing set of document hashes in 16 bytes each: sorted runs."""
 
     def __init__(self) -> None:
         self._runs: list[NDArray[np.void]] = []
@@ -44,11 +44,7 @@ class SeenHashes:
             at = np.searchsorted(run, keys)
             at[at == len(run)] = 0
             fresh &= run[at] != keys
-        run = np.sort(keys[fresh])
-        while self._runs and len(self._runs[-1]) <= max(len(run), _RUN_DOCUMENTS):
-            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
-        if len(run):
-            self._runs.append(run)
+        add_run(self._runs, np.sort(keys[fresh]))
         return fresh
 
 

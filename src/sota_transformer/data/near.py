@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.grams import distinct, gram_order
+from sota_transformer.data.grams import add_run, distinct, gram_order
 from sota_transformer.data.sketch import BANDS, GRAM, KEY_BITS, MARKS
 from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.errors import BAD_DATA, SotaError
@@ -233,15 +233,10 @@ class Similar:
 
     def _remember(self, keys: NDArray[np.uint32], numbers: NDArray[np.int64]) -> None:
         """Make kept documents, by their keys, candidates for later ones."""
-        if not len(numbers):
-            return
         self._seen[keys >> np.uint32(KEY_BITS - _SEEN_BITS)] = True
         run = (keys.astype(np.int64) << 32 | numbers[:, None]).reshape(-1)
         run.sort()
-        while self._runs and len(self._runs[-1]) <= 4 * len(run):
-            run = np.concatenate([self._runs.pop(), run])
-            run.sort(kind="stable")  # merges the two sorted parts
-        self._runs.append(run)
+        add_run(self._runs, run)
 
 
 def _batches(
