@@ -43,7 +43,8 @@ def describe(options: DataView) -> dict[str, Any]:
         return {}
     manifest = load_manifest(options.folder)
     if options.export_bin is not None:
-        return _export(options.folder, manifest, options.export_bin)
+        _export(options.folder, options.export_bin)
+        return {}
     figures: dict[str, Any] = {split: _figures(options.folder, split) for split in SPLITS}
     if options.leakage:
         figures["leakage"] = leakage(options.folder)
@@ -114,7 +115,7 @@ def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
     return {name: count / scripts.total() for name, count in shown.items()}
 
 
-def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int = 1 << 30) -> str:
+def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int) -> str:
     """Text of a document, at most its first `most` tokens."""
     start, end = int(ends[number - 1]) if number else 0, int(ends[number])
     return Tokenizer().decode(stream.read(start, min(end, start + most)))
@@ -228,10 +229,8 @@ def _print_window(options: DataView) -> None:
     print("\n--- end of text ---\n".join(printable(decode(piece), lines=True) for piece in pieces))
 
 
-def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
+def _export(folder: Path, out: Path) -> None:
     """Write nanoGPT's `train.bin` and `val.bin` into an existing or new folder."""
-    if not out.parent.is_dir():
-        raise SotaError(f"--export-bin {out}: the folder {out.parent} does not exist", LOCKED)
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:
@@ -252,4 +251,3 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
         finally:  # frees the space on a full disk
             temporary.unlink(missing_ok=True)
         print(f"wrote {out / f'{split}.bin'}: {stream.tokens:,} uint16 ids")
-    return manifest["splits"]
