@@ -188,8 +188,6 @@ class Merger:
     def add(self, encoded: Encoded) -> None:
         """Merge the next unit."""
         self.rejects.merge(encoded.rejects)
-        if not len(encoded.lengths):
-            return
         fresh = self._seen.new(encoded.hashes)
         if not fresh.all():
             self._note_duplicates(encoded, np.flatnonzero(~fresh))
