@@ -192,7 +192,11 @@ class Merger:
         if not fresh.all():
             self._note_duplicates(encoded, np.flatnonzero(~fresh))
         if self._similar is not None:
-            fresh = self._without_near_duplicates(encoded, fresh)
+            assert encoded.place is not None
+            batch = Batch(encoded.lengths, encoded.keys, encoded.marks, encoded.place)
+            before, fresh = fresh, self._similar.new(batch, fresh)
+            if dropped := int((before & ~fresh).sum()):
+                self.rejects.add(NEAR_DUPLICATE, "", dropped)
         val = encoded.hashes[:, 0] < self._val_below
         self.splits["train"].add(encoded, fresh & ~val)
         self.splits["val"].add(encoded, fresh & val)
@@ -210,17 +214,6 @@ class Merger:
             start = starts[document]
             ids = encoded.tokens[start : start + encoded.lengths[document] - 1]
             self._again.append(ids[:_BEGINNING].copy())
-
-    def _without_near_duplicates(
-        self, encoded: Encoded, fresh: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
-        """`fresh` without the near-duplicates of earlier documents."""
-        assert self._similar is not None and encoded.place is not None
-        batch = Batch(encoded.lengths, encoded.keys, encoded.marks, encoded.place)
-        stays = self._similar.new(batch, fresh)
-        if dropped := int((fresh & ~stays).sum()):
-            self.rejects.add(NEAR_DUPLICATE, "", dropped)
-        return stays
 
     def close(self) -> dict[str, Any]:
         """Make all files durable; the part of the manifest that describes the documents."""
