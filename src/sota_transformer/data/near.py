@@ -249,9 +249,7 @@ def _batches(
     is the number of the unit's first document.
     """
     flat, done = keys.reshape(-1), 0
-    short = flat >> np.uint32(16)
-    at = np.flatnonzero(np.bincount(short)[short] > 1)  # rules out nearly all unique keys
-    at = at[np.argsort(flat[at], kind="stable")]
+    at = np.argsort(flat, kind="stable")
     flat, rows = flat[at], at // BANDS
     while done < len(keys):
         # How many documents with the same key come before; the first and the last ones are used.
