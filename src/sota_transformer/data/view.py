@@ -45,10 +45,11 @@ def describe(options: DataView) -> dict[str, Any]:
     if options.export_bin is not None:
         _export(options.folder, options.export_bin)
         return {}
-    figures: dict[str, Any] = {split: _figures(options.folder, split) for split in SPLITS}
+    streams = {split: _open(options.folder, split) for split in SPLITS}
+    figures: dict[str, Any] = {split: _figures(stream) for split, stream in streams.items()}
     if options.leakage:
-        figures["leakage"] = leakage(options.folder)
-    samples = list(_samples(options.folder, options.show))
+        figures["leakage"] = _leakage(streams["train"], streams["val"])
+    samples = list(_samples(streams, options.show))
     if options.html is not None:
         save(options.html, page(options.folder, manifest, figures, samples))
         print(f"wrote {options.html}")
@@ -72,9 +73,8 @@ def _open(folder: Path, split: Split) -> TokenWindows | None:
     return TokenWindows(folder, split, 1)
 
 
-def _figures(folder: Path, split: Split) -> dict[str, Any]:
+def _figures(stream: TokenWindows | None) -> dict[str, Any]:
     """Counts, lengths, bytes per token and scripts of one split."""
-    stream = _open(folder, split)
     if stream is None:
         return {"documents": 0, "tokens": 0, "text_bytes": 0}
     ends = document_ends(stream)
@@ -121,10 +121,10 @@ def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int)
     return Tokenizer().decode(stream.read(start, min(end, start + most)))
 
 
-def _samples(folder: Path, count: int) -> Iterator[tuple[str, int, str]]:
+def _samples(streams: dict[str, TokenWindows | None], count: int) -> Iterator[tuple[str, int, str]]:
     """(split, number, text) of documents spread evenly over both splits; deterministic."""
-    for split in SPLITS:
-        if (stream := _open(folder, split)) is None:
+    for split, stream in streams.items():
+        if stream is None:
             continue
         ends = document_ends(stream)
         for i in range(min(count, len(ends))):
@@ -152,10 +152,8 @@ def _lines(split: str, figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def leakage(folder: Path) -> float:
+def _leakage(train: TokenWindows | None, val: TokenWindows | None) -> float:
     """Share of validation's distinct 13-grams that also occur in training; sampled if many."""
-    found = {split: _open(folder, split) for split in SPLITS}
-    train, val = found["train"], found["val"]
     if train is None or val is None:
         return 0.0
     each = 1 + val.tokens // _MOST_GRAMS
