@@ -85,16 +85,17 @@ def test_near_duplicates_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.M
     assert bytes_of(tmp_path / "singly") == bytes_of(tmp_path / "data")
 
 
-def stays_of(a: np.ndarray, b: np.ndarray, threshold: float) -> list[bool]:
-    """Which of two documents stay."""
+def stays_of(folder: Path, a: np.ndarray, b: np.ndarray, threshold: float) -> list[bool]:
+    """Which of two documents stay; `folder` is for their tokens."""
     tokens = np.concatenate([a, [50_256], b, [50_256]]).astype(np.uint16)
     lengths = np.array([len(a) + 1, len(b) + 1], np.uint32)
-    place = near.Place(Path("none"), 0)
-    batch = near.Batch(tokens, lengths, *sketch(tokens, lengths), place)
+    tokens.tofile(folder / "tokens")
+    place = near.Place(folder / "tokens", 0)
+    batch = near.Batch(lengths, *sketch(tokens, lengths), place)
     return near.Similar(threshold).new(batch, np.ones(2, bool)).tolist()
 
 
-def test_long_documents_near_the_threshold_are_decided_by_all_their_grams() -> None:
+def test_long_documents_near_the_threshold_are_decided_by_all_their_grams(tmp_path: Path) -> None:
     random, sides = np.random.default_rng(9), set()
     for changes in range(255, 285, 3):
         a = random.integers(0, 50_000, 12_000).astype(np.uint16)
@@ -102,19 +103,20 @@ def test_long_documents_near_the_threshold_are_decided_by_all_their_grams() -> N
         b[random.choice(len(a), changes, replace=False)] += 1
         sets = [set(map(tuple, np.lib.stride_tricks.sliding_window_view(x, 5))) for x in (a, b)]
         alike = len(sets[0] & sets[1]) >= 0.8 * len(sets[0] | sets[1])
-        assert stays_of(a, b, 0.8) == [True, not alike]
+        assert stays_of(tmp_path, a, b, 0.8) == [True, not alike]
         sides.add(alike)
     assert sides == {True, False}
 
 
-def test_at_a_threshold_of_one_a_single_token_counts() -> None:
+def test_at_a_threshold_of_one_a_single_token_counts(tmp_path: Path) -> None:
     random = np.random.default_rng(10)
     a = random.integers(0, 50_000, 30_000).astype(np.uint16)
-    assert stays_of(a, np.concatenate([a, a]), 1.0) == [True, True]  # at the joint of the copies
+    twice = np.concatenate([a, a])  # they differ at the joint of the copies
+    assert stays_of(tmp_path, a, twice, 1.0) == [True, True]
     for at in range(100, 30_000, 3_000):
         b = a.copy()
         b[at] += 1
-        assert stays_of(a, b, 1.0) == [True, True]
+        assert stays_of(tmp_path, a, b, 1.0) == [True, True]
 
 
 def test_append_finds_near_duplicates_of_existing_documents(tmp_path: Path, monkeypatch) -> None:
@@ -214,8 +216,7 @@ def test_gram_set_is_a_set() -> None:
     assert len(GramSet(hashes).find_runs(ids[:12], 13)) == 0
 
 
-def test_seen_hashes_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sota_transformer.data.merge._RUN_DOCUMENTS", 50)
+def test_seen_hashes_are_a_set() -> None:
     random, seen, known = np.random.default_rng(7), SeenHashes(), set()
     pool = random.integers(0, 2**64, (3000, 2), dtype=np.uint64)
     pool[:100, 1] = 0  # trailing zero bytes must not be lost

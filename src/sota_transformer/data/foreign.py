@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sota_transformer.config import VOCAB
-from sota_transformer.data.tokenizer import EOT, RANKS_SHA256, Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import BAD_DATA, SotaError
 
 ENDINGS = (".bin", ".ds")
 _LLMC_MAGICS = (20240520, 20240801)
 _LLMC_HEADER = 1024
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
-_MEGATRON_UINT16 = 8
+_MEGATRON_COUNT = 18  # offset of the number of sequences, behind version and id type
 _BLOCK = 1 << 24
 _VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")  # a word: not "medieval"
 
@@ -53,17 +53,14 @@ def foreign_manifest(folder: Path) -> dict[str, Any]:
             start = _first_token(path)
             found = _measure(path, start)
             _check_index(path, found["tokens"])
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": found.pop("sha256")}
-            files[path.name]["start"] = start
+            entry = {"bytes": path.stat().st_size, "sha256": found.pop("sha256"), "start": start}
+            files[path.name] = entry
             sums = {key: sums[key] + found[key] for key in sums}
         splits[split] = {"shards": [path.name for path in paths], **sums}
     content = repr([(name, files[name]["sha256"]) for name in sorted(files)])
     return {
-        "format": "foreign",
         "files": files,
         "splits": splits,
-        "vocab_size": VOCAB,
-        "tokenizer": RANKS_SHA256,
         "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
         "inputs": [],
         "rejects": {},
@@ -120,10 +117,7 @@ def _check_index(path: Path, tokens: int) -> None:
         data = index.read_bytes()
         if not data.startswith(_MEGATRON_MAGIC) or len(data) < 34:
             raise SotaError(f"{index}: not a Megatron index", BAD_DATA)
-        version, kind, sequences = struct.unpack_from("<QBQ", data, len(_MEGATRON_MAGIC))
-        if version != 1 or kind != _MEGATRON_UINT16:
-            text = f"{index}: version {version}, id type {kind}; expected version 1, uint16 ids"
-            raise SotaError(text, BAD_DATA)
+        (sequences,) = struct.unpack_from("<Q", data, _MEGATRON_COUNT)
         if len(data) < 34 + 4 * sequences:
             raise SotaError(f"{index}: truncated or damaged", BAD_DATA)
         lengths = np.frombuffer(data, "<i4", sequences, 34)

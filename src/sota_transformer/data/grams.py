@@ -93,6 +93,15 @@ def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
     return numbers[first]
 
 
+def add_run(runs: list[NDArray[Any]], run: NDArray[Any]) -> None:
+    """Add a sorted array to other sorted ones, merging them as they grow, so that there are few."""
+    while runs and len(runs[-1]) <= 4 * len(run):
+        run = np.concatenate([runs.pop(), run])
+        run.sort(kind="stable")  # merges the two sorted parts
+    if len(run):
+        runs.append(run)
+
+
 class GramSet:
     """A set of 64-bit n-gram hashes with fast bulk lookups."""
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
+from sota_transformer.data.grams import add_run
 from sota_transformer.data.near import Batch, Place, Similar
 from sota_transformer.data.shards import HEADER_BYTES, SPLITS, Shard, load_array, npy_header
 from sota_transformer.data.sketch import sketch
@@ -24,14 +25,13 @@ from sota_transformer.durable import fsync, sha256_file
 from sota_transformer.errors import BAD_DATA, SotaError
 
 SHARD_TOKENS = 1 << 26
-_RUN_DOCUMENTS = 1 << 16
 _KNOWN_DOCUMENTS = 512  # existing documents read at a time for an append
 NEAR_DUPLICATE = "near-duplicate"
 _BEGINNING = 16  # tokens of a document to show as an example
 
 
 class SeenHashes:
-    """A growing set of document hashes in 16 bytes each: sorted runs, merged as they double."""
+    """A growing set of document hashes in 16 bytes each: sorted runs."""
 
     def __init__(self) -> None:
         self._runs: list[NDArray[np.void]] = []
@@ -44,11 +44,7 @@ class SeenHashes:
             at = np.searchsorted(run, keys)
             at[at == len(run)] = 0
             fresh &= run[at] != keys
-        run = np.sort(keys[fresh])
-        while self._runs and len(self._runs[-1]) <= max(len(run), _RUN_DOCUMENTS):
-            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
-        if len(run):
-            self._runs.append(run)
+        add_run(self._runs, np.sort(keys[fresh]))
         return fresh
 
 
@@ -187,18 +183,20 @@ class Merger:
                     lengths = np.diff(part, prepend=start).astype(np.uint32)
                     ids = tokens.read(start, int(part[-1]))
                     place = Place(folder / name, HEADER_BYTES + 2 * start)
-                    self._similar.add_existing(Batch(ids, lengths, *sketch(ids, lengths), place))
+                    self._similar.add_existing(Batch(lengths, *sketch(ids, lengths), place))
 
     def add(self, encoded: Encoded) -> None:
         """Merge the next unit."""
         self.rejects.merge(encoded.rejects)
-        if not len(encoded.lengths):
-            return
         fresh = self._seen.new(encoded.hashes)
         if not fresh.all():
             self._note_duplicates(encoded, np.flatnonzero(~fresh))
         if self._similar is not None:
-            fresh = self._without_near_duplicates(encoded, fresh)
+            assert encoded.place is not None
+            batch = Batch(encoded.lengths, encoded.keys, encoded.marks, encoded.place)
+            before, fresh = fresh, self._similar.new(batch, fresh)
+            if dropped := int((before & ~fresh).sum()):
+                self.rejects.add(NEAR_DUPLICATE, "", dropped)
         val = encoded.hashes[:, 0] < self._val_below
         self.splits["train"].add(encoded, fresh & ~val)
         self.splits["val"].add(encoded, fresh & val)
@@ -216,17 +214,6 @@ class Merger:
             start = starts[document]
             ids = encoded.tokens[start : start + encoded.lengths[document] - 1]
             self._again.append(ids[:_BEGINNING].copy())
-
-    def _without_near_duplicates(
-        self, encoded: Encoded, fresh: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
-        """`fresh` without the near-duplicates of earlier documents."""
-        assert self._similar is not None and encoded.place is not None
-        sketched = (encoded.tokens, encoded.lengths, encoded.keys, encoded.marks)
-        stays = self._similar.new(Batch(*sketched, encoded.place), fresh)
-        if dropped := int((fresh & ~stays).sum()):
-            self.rejects.add(NEAR_DUPLICATE, "", dropped)
-        return stays
 
     def close(self) -> dict[str, Any]:
         """Make all files durable; the part of the manifest that describes the documents."""

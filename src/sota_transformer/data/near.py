@@ -10,7 +10,7 @@ Both are functions of the documents and their order, so the result is the same o
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sota_transformer.data.grams import distinct, gram_order
+from sota_transformer.data.grams import add_run, distinct, gram_order
 from sota_transformer.data.sketch import BANDS, GRAM, KEY_BITS, MARKS
 from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.errors import BAD_DATA, SotaError
@@ -49,30 +49,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive documents, as `sketch` takes them, and what it returns."""
+    """Consecutive documents: their lengths, as `sketch` takes them, and what it returns."""
 
-    tokens: NDArray[np.uint16]
     lengths: NDArray[np.uint32]
     keys: NDArray[np.uint32]
     marks: NDArray[np.uint8]
     place: Place
 
 
-@dataclass(slots=True)
-class Text:
-    """A document as the sorted set of its 5-grams' numbers; for a long document a sample of one in
-    `share`, the smallest numbers.
-    """
-
-    number: int
-    grams: NDArray[np.uint32]
-    share: int
-
-    def at(self, share: int) -> NDArray[np.uint32]:
-        """The sample for a `share` that is a multiple of its own."""
-        if share == self.share:
-            return self.grams
-        return self.grams[: int(np.searchsorted(self.grams, _limit(share), "right"))]
+Sample = tuple[NDArray[np.uint32], int]
+"""A document as the sorted set of its 5-grams' numbers; of a long one only one in so many, the
+smallest.
+"""
 
 
 class Similar:
@@ -86,8 +74,7 @@ class Similar:
         self._where = np.empty((0, 3), np.uint32)  # place, first token, tokens with end-of-text
         self._marks = np.empty((0, MARKS), np.uint8)
         self._count = 0
-        self._tokens = np.empty(0, np.uint16)  # the tokens at the last place
-        self._kept: dict[int, Text] = {}
+        self._kept: dict[int, Sample] = {}
         self._cached = lru_cache(_CACHED)(self._finer)
         self.examples: list[tuple[float, NDArray[np.uint16], NDArray[np.uint16]]] = []
 
@@ -106,7 +93,7 @@ class Similar:
             lists = rows.tolist(), others.tolist(), known.tolist()
             for row, other, index in zip(*lists, strict=True):
                 if stayed[row - first] and (other < first or stayed[other - first]):
-                    index = index or self._jaccard(sets[row], sets[other])
+                    index = index or self._jaccard(row, other, sets)
                     if index >= self._threshold:
                         stayed[row - first] = False
                         self._note(index, row, other)
@@ -134,7 +121,6 @@ class Similar:
         rows[:, 2] = batch.lengths[looked]
         self._marks[start : self._count] = batch.marks[looked]
         self._places.append(batch.place)
-        self._tokens = batch.tokens
 
     def _before(self, keys: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Pairs of a document (numbered from 0) and an earlier one with a common key, packed into
@@ -181,21 +167,35 @@ class Similar:
         sure = (share >= self._threshold + error) & (np.maximum(a, b) - GRAM > _FEW)
         return rows[order], others[order], np.where(sure, share, 0.0)[order]
 
-    def _sets(self, numbers: list[int]) -> dict[int, Text]:
-        """Documents as sets of 5-grams; the most recently used stay in memory."""
+    def _sets(self, numbers: list[int]) -> dict[int, Sample]:
+        """What documents are first compared by; the most recently used stay in memory."""
         known = {n: self._kept.pop(n) for n in numbers if n in self._kept}
         missing = [n for n in numbers if n not in known]
-        known |= {text.number: text for text in texts((n, self._ids(n)) for n in missing)}
+        while missing:
+            sizes = np.cumsum(self._where[missing, 2], dtype=np.int64)
+            count = 1 + int(np.searchsorted(sizes, _AT_ONCE))
+            known |= self._hashed(missing[:count])
+            missing = missing[count:]
         self._kept |= known
         for n in list(self._kept)[: max(0, len(self._kept) - _KEPT)]:
             del self._kept[n]
         return known
 
+    def _hashed(self, numbers: list[int]) -> dict[int, Sample]:
+        """The same, computed for all together, which costs less for short documents."""
+        texts, found, at = [self._ids(n) for n in numbers], dict[int, Sample](), 0
+        order = gram_order(np.concatenate(texts), GRAM)
+        for number, ids in zip(numbers, texts, strict=True):
+            # After each document's own 5-grams come those that extend into the next document.
+            count = max(0, len(ids) - GRAM + 1)
+            share = 1 << (max(0, count - 1) // _FEW).bit_length()
+            found[number] = _smallest(order[at : at + count], share), share
+            at += len(ids)
+        return found
+
     def _ids(self, number: int) -> NDArray[np.uint16]:
         """Read a document's tokens, without end-of-text."""
         place, start, count = self._where[number].tolist()
-        if place == len(self._places) - 1:
-            return self._tokens[start : start + count - 1]
         known = self._places[place]
         file = os.open(known.path, os.O_RDONLY)
         try:
@@ -206,44 +206,37 @@ class Similar:
             raise SotaError(f"{known.path} was truncated while in use; prepare again", BAD_DATA)
         return np.frombuffer(data, np.uint16)
 
-    def _grams(self, text: Text, share: int) -> NDArray[np.uint32]:
-        """One in `share` of a long document's 5-grams, cached: repeated requests are common."""
-        small = self._where[text.number, 2] <= _CACHED_TOKENS
-        return (self._cached if small else self._finer)(text.number, share)
-
     def _finer(self, number: int, share: int) -> NDArray[np.uint32]:
-        """The same, computed. Among 8,192 distinct 5-grams, two collide with probability 1/128."""
-        return distinct(_every(gram_order(self._ids(number), GRAM), share))
+        """One in `share` of a long document's 5-grams. Among 8,192 distinct ones, two collide with
+        probability 1/128.
+        """
+        return _smallest(gram_order(self._ids(number), GRAM), share)
 
-    def _jaccard(self, a: Text, b: Text) -> float:
+    def _jaccard(self, a: int, b: int, sets: dict[int, Sample]) -> float:
         """The Jaccard index of two documents' 5-grams, as precisely as the decision needs."""
-        share = max(a.share, b.share)
-        sets = a.at(share), b.at(share)
-        if share == 1 and min(map(len, sets)) < self._threshold * max(map(len, sets)):
-            return 0.0
-        index, union = jaccard(*sets)
+        (first, share), (second, other) = sets[a], sets[b]
+        if share != other:  # the coarser sample is the beginning of the finer one
+            share = max(share, other)
+            first, second = (x[x <= _limit(share)] for x in (first, second))
+        index, union = jaccard(first, second)
         while share > 1 and abs(index - self._threshold) < tolerance(self._threshold, union):
             share = max(1, share // _FINER)
-            sets = self._grams(a, share), self._grams(b, share)
-            index, union = jaccard(*sets)
+            long = self._where[[a, b], 2].max() > _CACHED_TOKENS
+            finer = self._finer if long else self._cached  # repeated requests are common
+            index, union = jaccard(finer(a, share), finer(b, share))
         return index
 
     def _note(self, index: float, a: int, b: int) -> None:
         """Keep the first pairs as examples for the user."""
         if len(self.examples) < EXAMPLES:
-            self.examples.append((index, self._ids(a).copy(), self._ids(b).copy()))
+            self.examples.append((index, self._ids(a), self._ids(b)))
 
     def _remember(self, keys: NDArray[np.uint32], numbers: NDArray[np.int64]) -> None:
         """Make kept documents, by their keys, candidates for later ones."""
-        if not len(numbers):
-            return
         self._seen[keys >> np.uint32(KEY_BITS - _SEEN_BITS)] = True
         run = (keys.astype(np.int64) << 32 | numbers[:, None]).reshape(-1)
         run.sort()
-        while self._runs and len(self._runs[-1]) <= 4 * len(run):
-            run = np.concatenate([self._runs.pop(), run])
-            run.sort(kind="stable")  # merges the two sorted parts
-        self._runs.append(run)
+        add_run(self._runs, run)
 
 
 def _batches(
@@ -256,9 +249,7 @@ def _batches(
     is the number of the unit's first document.
     """
     flat, done = keys.reshape(-1), 0
-    short = flat >> np.uint32(16)
-    at = np.flatnonzero(np.bincount(short)[short] > 1)  # rules out nearly all unique keys
-    at = at[np.argsort(flat[at], kind="stable")]
+    at = np.argsort(flat, kind="stable")
     flat, rows = flat[at], at // BANDS
     while done < len(keys):
         # How many documents with the same key come before; the first and the last ones are used.
@@ -283,38 +274,14 @@ def _batches(
         flat, rows, done = flat[there], rows[there], end
 
 
-def texts(documents: Iterable[tuple[int, NDArray[np.uint16]]]) -> Iterator[Text]:
-    """Hash documents, given as (number, tokens without end-of-text), many at a time."""
-    held: list[tuple[int, NDArray[np.uint16]]] = []
-    size = 0
-    for number, ids in documents:
-        held.append((number, ids))
-        size += len(ids)
-        if size >= _AT_ONCE:
-            yield from _texts(held)
-            held, size = [], 0
-    if held:
-        yield from _texts(held)
-
-
-def _texts(documents: list[tuple[int, NDArray[np.uint16]]]) -> Iterator[Text]:
-    """See `texts`."""
-    order, at = gram_order(np.concatenate([ids for _, ids in documents]), GRAM), 0
-    for number, ids in documents:
-        # After each document's own 5-grams come those that extend into the next document.
-        count = max(0, len(ids) - GRAM + 1)
-        share = 1 << (max(0, count - 1) // _FEW).bit_length()
-        yield Text(number, distinct(_every(order[at : at + count], share)), share)
-        at += len(ids)
-
-
 def _limit(share: int) -> np.uint32:
     """The largest number that belongs to a sample of one in `share`."""
     return np.uint32((1 << 32) // share - 1)
 
 
-def _every(order: NDArray[np.uint32], share: int) -> NDArray[np.uint32]:
-    return order if share == 1 else order[np.flatnonzero(order <= _limit(share))]
+def _smallest(order: NDArray[np.uint32], share: int) -> NDArray[np.uint32]:
+    """The sorted distinct numbers that belong to a sample of one in `share`."""
+    return distinct(order if share == 1 else order[np.flatnonzero(order <= _limit(share))])
 
 
 def jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[float, int]:

@@ -127,15 +127,14 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 def _foreign(folder: Path) -> dict[str, Any]:
     """The manifest of another project's files, cached until they change."""
-    found = {path.name: path.stat() for path in foreign_files(folder)}
-    mark = [[name, status.st_size, status.st_mtime_ns] for name, status in found.items()]
+    found = ((path.name, path.stat()) for path in foreign_files(folder))
+    mark = [[name, status.st_size, status.st_mtime_ns] for name, status in found]
     note = folder / _FOREIGN
     try:
         known = read_manifest(note)
     except SotaError:
         known = {}
-    names = found.keys()
-    if known.get("mark") == mark and not misfit(known, _SHAPE) and known["files"].keys() == names:
+    if known.get("mark") == mark and not misfit(known, _SHAPE):
         return known
     manifest = foreign_manifest(folder) | {"mark": mark}
     with suppress(OSError):  # without a cache, a read-only folder is read in full every time
@@ -264,8 +263,6 @@ class TokenWindows:
 
     def __getitem__(self, index: int) -> NDArray[np.uint16]:
         """Window `index`: (seq_len + 1,) uint16."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         start = index * self.seq_len
         return self.read(start, start + self.seq_len + 1)
 

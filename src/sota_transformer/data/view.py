@@ -43,11 +43,13 @@ def describe(options: DataView) -> dict[str, Any]:
         return {}
     manifest = load_manifest(options.folder)
     if options.export_bin is not None:
-        return _export(options.folder, manifest, options.export_bin)
-    figures: dict[str, Any] = {split: _figures(options.folder, split) for split in SPLITS}
+        _export(options.folder, options.export_bin)
+        return {}
+    streams = {split: _open(options.folder, split) for split in SPLITS}
+    figures: dict[str, Any] = {split: _figures(stream) for split, stream in streams.items()}
     if options.leakage:
-        figures["leakage"] = leakage(options.folder)
-    samples = list(_samples(options.folder, options.show))
+        figures["leakage"] = _leakage(streams["train"], streams["val"])
+    samples = list(_samples(streams, options.show))
     if options.html is not None:
         save(options.html, page(options.folder, manifest, figures, samples))
         print(f"wrote {options.html}")
@@ -71,9 +73,8 @@ def _open(folder: Path, split: Split) -> TokenWindows | None:
     return TokenWindows(folder, split, 1)
 
 
-def _figures(folder: Path, split: Split) -> dict[str, Any]:
+def _figures(stream: TokenWindows | None) -> dict[str, Any]:
     """Counts, lengths, bytes per token and scripts of one split."""
-    stream = _open(folder, split)
     if stream is None:
         return {"documents": 0, "tokens": 0, "text_bytes": 0}
     ends = document_ends(stream)
@@ -114,16 +115,16 @@ def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
     return {name: count / scripts.total() for name, count in shown.items()}
 
 
-def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int = 1 << 30) -> str:
+def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int) -> str:
     """Text of a document, at most its first `most` tokens."""
     start, end = int(ends[number - 1]) if number else 0, int(ends[number])
     return Tokenizer().decode(stream.read(start, min(end, start + most)))
 
 
-def _samples(folder: Path, count: int) -> Iterator[tuple[str, int, str]]:
+def _samples(streams: dict[str, TokenWindows | None], count: int) -> Iterator[tuple[str, int, str]]:
     """(split, number, text) of documents spread evenly over both splits; deterministic."""
-    for split in SPLITS:
-        if (stream := _open(folder, split)) is None:
+    for split, stream in streams.items():
+        if stream is None:
             continue
         ends = document_ends(stream)
         for i in range(min(count, len(ends))):
@@ -151,10 +152,8 @@ def _lines(split: str, figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def leakage(folder: Path) -> float:
+def _leakage(train: TokenWindows | None, val: TokenWindows | None) -> float:
     """Share of validation's distinct 13-grams that also occur in training; sampled if many."""
-    found = {split: _open(folder, split) for split in SPLITS}
-    train, val = found["train"], found["val"]
     if train is None or val is None:
         return 0.0
     each = 1 + val.tokens // _MOST_GRAMS
@@ -228,10 +227,8 @@ def _print_window(options: DataView) -> None:
     print("\n--- end of text ---\n".join(printable(decode(piece), lines=True) for piece in pieces))
 
 
-def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
+def _export(folder: Path, out: Path) -> None:
     """Write nanoGPT's `train.bin` and `val.bin` into an existing or new folder."""
-    if not out.parent.is_dir():
-        raise SotaError(f"--export-bin {out}: the folder {out.parent} does not exist", LOCKED)
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:
@@ -252,4 +249,3 @@ def _export(folder: Path, manifest: dict[str, Any], out: Path) -> dict[str, Any]
         finally:  # frees the space on a full disk
             temporary.unlink(missing_ok=True)
         print(f"wrote {out / f'{split}.bin'}: {stream.tokens:,} uint16 ids")
-    return manifest["splits"]
