@@ -14,9 +14,9 @@ from pathlib import Path
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.data.shards import TokenWindows
-from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
+from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
 from sota_transformer.inference.perplexity import Perplexity
-from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory, stay_awake
+from sota_transformer.runtime import Runtime, is_first_rank, stay_awake
 from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.trainer import Trainer
@@ -77,21 +77,7 @@ def train(
         log.event({"step": max(0, start), "event": "start"}, begun)
         log.begin_live(max(0, start))
         stay_awake()
-        return _fit(trainer)
-
-
-def _fit(trainer: Trainer) -> Perplexity:
-    """Train to the end. SotaError 75 if even small micro-batches do not fit into memory."""
-    try:
         return trainer.fit()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise SotaError(
-            f"out of memory on {trainer.runtime.device}; checkpoints are intact. Try a smaller "
-            "--train.micro-rows, --train.gradient-checkpointing or a smaller preset",
-            TEMPORARY,
-        ) from error
 
 
 def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
