@@ -236,11 +236,8 @@ def _record(trainer: Trainer, start: int, changed: list[str]) -> None:
         config.run, resume="auto", exact=False, override="", data_change="refuse"
     )
     kept = dataclasses.replace(config, run=ordinary)
-    try:
-        durable.write_file(path, durable.canonical_json(record))
-        durable.write_file(folder / "config.json", kept.to_json().encode())
-    except PermissionError as error:
-        raise SotaError(f"cannot write to {folder}: {error.strerror}", LOCKED) from error
+    durable.write_file(path, durable.canonical_json(record))
+    durable.write_file(folder / "config.json", kept.to_json().encode())
 
 
 def _git() -> str | None:
