@@ -56,7 +56,9 @@ def train(
         if state is not None:
             changed += changes.of_rate(folder, config, start) if changed else []
             changed += changes.of_data(config, state, trainer)
-        if start >= config.train.steps and _finished(folder, start, verified):
+        newest = checkpoint.steps(folder)[-1:] == [start]
+        # A signal may have come before the last validation or sample.
+        if start >= config.train.steps and newest and all(judged(folder, start)):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
@@ -86,16 +88,6 @@ def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
     if runtime.compile and not compiled:
         runtime = runtime.without_compiling("in the first process")
     return runtime, start
-
-
-def _finished(folder: Path, step: int, newest: bool) -> bool:
-    """Whether the run ends at `step`, validated and sampled: a signal may have prevented that.
-
-    Unless `step` is known to be the `newest`, that is checked, which reads a checkpoint.
-    """
-    if not newest and checkpoint.latest(folder, lambda _: None) != step:
-        return False
-    return all(judged(folder, step))
 
 
 def check_folders(config: RunConfig) -> Path:
