@@ -149,7 +149,7 @@ def _resume_step(config: RunConfig, say: Callable[[str], None]) -> int:
 def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
     """Print every derived number, before anything slow, of a run that resumes from `state`."""
     config, runtime, log = trainer.config, trainer.runtime, trainer.log
-    done, learned = (state.step, trainer.learned(state)) if state is not None else (0, 0)
+    done, learned = (state.step, state.trainer.get("tokens", 0)) if state else (0, 0)
     total = learned + trainer.step_tokens * max(0, config.train.steps - done)
     there = trainer.windows.tokens
     for line in schedules.describe(config, trainer.windows.padding, done, learned):
