@@ -83,10 +83,7 @@ def load_state_tensors(
     tensors: dict[str, Tensor],
     updates: int,
 ) -> None:
-    """Restore what `state_tensors` gave after `updates` updates.
-
-    KeyError or ValueError if it does not fit.
-    """
+    """Restore what `state_tensors` gave after `updates`. KeyError or ValueError if it is unfit."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         optimizer.state.clear()
