@@ -109,10 +109,11 @@ class RunLog:
     def sample(self, step: int, text: str) -> None:
         """A generated sample, for samples.txt (people) and metrics.jsonl (programs)."""
         self._sample = "\n".join(text.splitlines()[:_SAMPLE_LINES])
-        path = self.folder / "samples.txt"
-        with durable.naming(path), path.open("a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{text}\n\n")
-        self._write({"step": step, "sample": text})
+        if not self.silent:
+            path = self.folder / "samples.txt"
+            with durable.naming(path), path.open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{text}\n\n")
+            self._write({"step": step, "sample": text})
         if self._live is None:
             self.say(f"--- sample at step {step}\n{self._sample}\n---")
 
