@@ -136,7 +136,7 @@ def logits_of(name: str, out: Path, checkout: Path | None) -> Callable[[torch.Te
         return lambda ids: loaded(ids).logits
     from sota_transformer.training import checkpoint
 
-    model, _, _ = checkpoint.load_model(out, cpu, torch.float32, None, print)
+    model, _, _ = checkpoint.load_model(out, cpu, None, print)
     return lambda ids: model.logits(model(ids))
 
 

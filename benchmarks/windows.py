@@ -114,7 +114,7 @@ def outcome(config: RunConfig) -> Outcome:
     own = [line["val_loss"] for line in metrics if "val_loss" in line][-1]
     rates = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
     cpu = torch.device("cpu")
-    model, _, _ = checkpoint.load_model(config.run.out, cpu, torch.float32, None, print)
+    model, _, _ = checkpoint.load_model(config.run.out, cpu, None, print)
     documents = BestFit(config.data.path, "val", config.model.seq_len)
     wanted = max(1, config.train.eval_tokens // config.model.seq_len)
     few = range(0, len(documents), max(1, len(documents) // wanted))

@@ -6,7 +6,7 @@ import pytest
 
 from sota_transformer.config import RunConfig
 from sota_transformer.presets import PRESETS
-from sota_transformer.schedules import describe, dropout, learning_rate, rows, warmup_steps
+from sota_transformer.schedules import describe, dropout, learning_rate, warmup_steps
 
 
 def run(steps: int, **optim: float) -> RunConfig:
@@ -58,11 +58,6 @@ def test_dropout_changes_linearly_from_start_to_end() -> None:
     assert dropout(50, config) == pytest.approx(0.05)
     assert dropout(100, config) == 0.0
     assert dropout(0, run(1, dropout_end=0.1)) == pytest.approx(0.1)
-
-
-def test_rows_of_steps_tile_the_numbers() -> None:
-    config = run(5)
-    assert [row for step in range(5) for row in rows(step, config)] == list(range(40))
 
 
 def test_steps_with_other_batch_sizes_are_distinguished() -> None:

@@ -1,7 +1,6 @@
 """How a run ends and resumes: complete, stopped, killed, refused, from a chosen step."""
 
 import dataclasses
-import errno
 import json
 import shutil
 import signal
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from sota_transformer import durable
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, SotaError
@@ -222,16 +220,6 @@ def test_all_ranks_begin_where_and_as_the_first_has_chosen(monkeypatch) -> None:
         found, step = start._as_the_first(mine, 5)
         assert step == said[0] and found.compile == (compiles and said[1] == 1)
         assert found.compile != compiles or found == mine
-
-
-def test_a_run_that_may_not_be_written_is_locked(make_run: MakeRun, monkeypatch) -> None:
-    def refuse(path: Path, content: bytes) -> None:
-        raise PermissionError(errno.EACCES, "no")
-
-    monkeypatch.setattr(durable, "write_file", refuse)
-    with pytest.raises(SotaError) as caught:
-        train(make_run(steps=1))
-    assert caught.value.code == LOCKED
 
 
 @pytest.mark.parametrize("amid", ["_windows", "sample"])

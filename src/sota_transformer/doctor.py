@@ -2,7 +2,7 @@
 
 The device's arithmetic is compared with the CPU's: the probes of `probes.py`, and a forward and
 backward pass of the model itself. `run_doctor` prints the table; training calls `admit` before it
-trusts a device. torch is imported late, so that a missing torch can be reported.
+trusts a device.
 """
 
 import contextlib
@@ -12,17 +12,18 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from sota_transformer import durable
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sota_transformer import durable, probes
 from sota_transformer.config import Run
 from sota_transformer.errors import DIVERGED, SotaError
 from sota_transformer.options import Doctor
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sota_transformer.runtime import Runtime
+from sota_transformer.runtime import Runtime, in_short
 
 _VERDICT = "doctor.json"
 _MODEL = "model forward and backward"
@@ -42,9 +43,6 @@ class Check(NamedTuple):
 
 def run_doctor(options: Doctor) -> int:
     """Print the table; return 0 if the machine is fit, else 70."""
-    from rich.console import Console
-    from rich.table import Table
-
     checks = check(options)
     table = Table("", "check", "result", "what to do")
     for line in checks:
@@ -61,25 +59,14 @@ def run_doctor(options: Doctor) -> int:
 
 def check(options: Doctor) -> list[Check]:
     """All checks of the device that training would use, in table order."""
-    try:
-        import torch
-
-        from sota_transformer.runtime import Runtime
-    except ImportError as error:
-        advice = "reinstall the package: pip install sota-transformer"
-        return [Check("torch", False, str(error), advice)]
     runtime = Runtime.detect(Run(device=options.device), parameters=16_000_000)
     choices = (Check("choice", True, reason) for reason in runtime.reasons)
     found = [Check("torch", True, torch.__version__), *choices, *arithmetic(runtime)]
     return [*found, _memory(runtime), *_disk(options.folder)]
 
 
-def arithmetic(runtime: "Runtime") -> list[Check]:
+def arithmetic(runtime: Runtime) -> list[Check]:
     """The probes and the whole model, on the runtime's device and in its precision."""
-    import torch
-
-    from sota_transformer import probes
-
     plain = dataclasses.replace(runtime, compile=False)
     cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
     expected = probes.one_step(dataclasses.replace(plain, **cpu), runtime.device.type)
@@ -88,12 +75,8 @@ def arithmetic(runtime: "Runtime") -> list[Check]:
     return [*found, *(_model_check(way, *expected) for way in ways)]
 
 
-def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
+def _probed(name: str, probe: Any, runtime: Runtime) -> Check:
     """Run one probe; its error must be within what the precision explains."""
-    import torch
-
-    from sota_transformer.runtime import in_short
-
     limit = {torch.float32: 1e-4, torch.float16: 1e-2}.get(runtime.dtype, 4e-2)
     advice = f"do not train on {runtime.device}; use --device cpu, or another version of torch"
     try:
@@ -105,13 +88,8 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
     return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
 
 
-def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tensor]") -> Check:
+def _model_check(runtime: Runtime, expected_loss: float, expected: list[Tensor]) -> Check:
     """Compare the loss and all gradients of a small model with the CPU's in float32."""
-    import torch
-
-    from sota_transformer import probes
-    from sota_transformer.runtime import in_short
-
     name = _COMPILED if runtime.compile else _MODEL
     advice = "use --device cpu, or another version of torch"
     if runtime.compile:
@@ -129,7 +107,7 @@ def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tenso
     return Check(name, passed, detail, advice)
 
 
-def _memory(runtime: "Runtime") -> Check:
+def _memory(runtime: Runtime) -> Check:
     """Available memory; the 125M preset needs 16 bytes per parameter and some activations."""
     available = runtime.available_memory()
     detail = f"{available / 1e9:.1f} GB available (125m needs about 4 GB, 16m about 1.5)"
@@ -162,7 +140,7 @@ def _disk(folder: Path) -> list[Check]:
     ]
 
 
-def admit(folder: Path, runtime: "Runtime") -> "Runtime":
+def admit(folder: Path, runtime: Runtime) -> Runtime:
     """The runtime to train with if the device's arithmetic is correct; else SotaError 70.
 
     Compilation is turned off if only compiled code is wrong. The verdict is cached in the run's

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # smallest runs saw about one token per parameter; the law was not fitted below that.
 _E, _A, _B, _ALPHA, _BETA = 1.69, 406.4, 410.7, 0.34, 0.28
 _LAW_ERROR = 0.3  # nats: other text, another tokenizer, another recipe
-_LEAST_RATIO = 1.0
 _BALANCED = 20  # tokens per parameter (Hoffmann et al. 2022)
 
 
@@ -109,7 +108,7 @@ def expected(parameters: int, tokens: int, there: int) -> str:
 def _predicted(parameters: int, tokens: int, there: int) -> float | None:
     """Nats per token after `tokens` of data that has `there`; None where the law does not apply."""
     useful = min(tokens, FRESH_EPOCHS * there) if there else tokens
-    return law(parameters, useful) if useful >= _LEAST_RATIO * parameters else None
+    return law(parameters, useful) if useful >= parameters else None
 
 
 def law(parameters: int, tokens: int) -> float:

@@ -40,12 +40,6 @@ def dropout(step: int, config: RunConfig) -> float:
     return optim.dropout_start + (optim.dropout_end - optim.dropout_start) * progress
 
 
-def rows(step: int, config: RunConfig) -> range:
-    """Global rows (windows in training order) that `step` consumes."""
-    size = config.train.batch_rows
-    return range(step * size, (step + 1) * size)
-
-
 def step_tokens(config: RunConfig, padding: float) -> int:
     """Tokens that a step trains on; an average if `padding`, a share of its targets, is not 0."""
     return round(config.train.batch_rows * config.model.seq_len * (1 - padding))

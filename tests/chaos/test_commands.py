@@ -265,4 +265,4 @@ def test_no_changed_byte_of_a_configuration_gives_another_model(
 
 def load_model(config: RunConfig) -> None:
     cpu = torch.device("cpu")
-    checkpoint.load_model(config.run.out, cpu, torch.float32, None, lambda _: None)
+    checkpoint.load_model(config.run.out, cpu, None, lambda _: None)

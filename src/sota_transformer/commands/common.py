@@ -70,7 +70,7 @@ def open_model(folder: Path, device: str, step: int | None) -> Opened:
         return Opened(folder=folder, model=model.to(runtime.device))
     config = read_config(folder)
     runtime = Runtime.detect(run, config.model.parameter_count)
-    model, config, step = checkpoint.load_model(folder, runtime.device, torch.float32, step, warn)
+    model, config, step = checkpoint.load_model(folder, runtime.device, step, warn)
     return Opened(folder=folder, model=model, config=config, step=step)
 
 

@@ -54,8 +54,6 @@ class NorMuon(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         group = self.param_groups[0]
         parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {

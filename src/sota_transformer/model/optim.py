@@ -83,21 +83,18 @@ def load_state_tensors(
     tensors: dict[str, Tensor],
     updates: int,
 ) -> None:
-    """Restore what `state_tensors` gave after `updates` updates. ValueError if it does not fit."""
+    """Restore what `state_tensors` gave after `updates`. KeyError or ValueError if it is unfit."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         optimizer.state.clear()
     for optimizer in optimizers if updates else ():
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            name, moments = names[parameter], _KEPT[type(optimizer)]
-            if lacking := next((m for m in moments if f"{m}.{name}" not in tensors), None):
-                raise ValueError(
-                    f"no {lacking}.{name}; AdamW and NorMuon (optim.matrix_rate) cannot resume "
-                    "from each other's state; use another --out"
-                )
-            state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in moments}
+            name, row = names[parameter], (len(parameter), 1)
+            state = {
+                moment: tensors[f"{moment}.{name}"].to(parameter.device)
+                for moment in _KEPT[type(optimizer)]
+            }
             for moment, tensor in state.items():
-                row = (len(parameter), 1)
                 if tensor.shape != (row if moment == "row_square" else parameter.shape):
                     raise ValueError(f"optimizer state {moment}.{name} has the wrong shape")
             device = "cpu" if isinstance(optimizer, NorMuon) else parameter.device

@@ -220,20 +220,19 @@ def prune(
 
 
 def load_model(
-    run_folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    step: int | None,
-    warn: Callable[[str], None],
+    run_folder: Path, device: torch.device, step: int | None, warn: Callable[[str], None]
 ) -> tuple[Transformer, RunConfig, int]:
-    """The model of a run, at `step` or the newest good one, in evaluation mode on `device`."""
+    """The model of a run, at `step` or the newest good one, in evaluation mode on `device`.
+
+    Its activations are float32.
+    """
     config = read_config(run_folder)
     found = latest(run_folder, warn) if step is None else step
     if found is None:
         raise SotaError(f"{run_folder} has no checkpoint yet", NO_INPUT)
     state = load(run_folder, found, verified=step is None)
     _same_model(run_folder, config, state)
-    model = Transformer(config.model, dtype)
+    model = Transformer(config.model)
     restore_model(model, state)
     return model.to(device).eval(), config, found
 

@@ -61,8 +61,5 @@ class Guard:
         return dict(vars(self))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned. KeyError or TypeError for anything else."""
-        self.losses = [float(value) for value in state["losses"]]
-        for name in ("bad_in_a_row", "skipped", "returns", "shift"):
-            setattr(self, name, int(state[name]))
-        self.rate = float(state["rate"])
+        """Restore what `state` returned. KeyError if something is missing."""
+        vars(self).update({name: state[name] for name in vars(self)})

@@ -14,9 +14,9 @@ from pathlib import Path
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.data.shards import TokenWindows
-from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
+from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
 from sota_transformer.inference.perplexity import Perplexity
-from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory, stay_awake
+from sota_transformer.runtime import Runtime, is_first_rank, stay_awake
 from sota_transformer.training import changes, checkpoint
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.trainer import Trainer
@@ -56,7 +56,9 @@ def train(
         if state is not None:
             changed += changes.of_rate(folder, config, start) if changed else []
             changed += changes.of_data(config, state, trainer)
-        if start >= config.train.steps and _finished(folder, start, verified):
+        newest = checkpoint.steps(folder)[-1:] == [start]
+        # A signal may have come before the last validation or sample.
+        if start >= config.train.steps and newest and all(judged(folder, start)):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
@@ -77,21 +79,7 @@ def train(
         log.event({"step": max(0, start), "event": "start"}, begun)
         log.begin_live(max(0, start))
         stay_awake()
-        return _fit(trainer)
-
-
-def _fit(trainer: Trainer) -> Perplexity:
-    """Train to the end. SotaError 75 if even small micro-batches do not fit into memory."""
-    try:
         return trainer.fit()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise SotaError(
-            f"out of memory on {trainer.runtime.device}; checkpoints are intact. Try a smaller "
-            "--train.micro-rows, --train.gradient-checkpointing or a smaller preset",
-            TEMPORARY,
-        ) from error
 
 
 def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
@@ -100,16 +88,6 @@ def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
     if runtime.compile and not compiled:
         runtime = runtime.without_compiling("in the first process")
     return runtime, start
-
-
-def _finished(folder: Path, step: int, newest: bool) -> bool:
-    """Whether the run ends at `step`, validated and sampled: a signal may have prevented that.
-
-    Unless `step` is known to be the `newest`, that is checked, which reads a checkpoint.
-    """
-    if not newest and checkpoint.latest(folder, lambda _: None) != step:
-        return False
-    return all(judged(folder, step))
 
 
 def check_folders(config: RunConfig) -> Path:
@@ -171,7 +149,7 @@ def _resume_step(config: RunConfig, say: Callable[[str], None]) -> int:
 def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
     """Print every derived number, before anything slow, of a run that resumes from `state`."""
     config, runtime, log = trainer.config, trainer.runtime, trainer.log
-    done, learned = (state.step, trainer.learned(state)) if state is not None else (0, 0)
+    done, learned = (state.step, state.trainer.get("tokens", 0)) if state else (0, 0)
     total = learned + trainer.step_tokens * max(0, config.train.steps - done)
     there = trainer.windows.tokens
     for line in schedules.describe(config, trainer.windows.padding, done, learned):
@@ -250,11 +228,8 @@ def _record(trainer: Trainer, start: int, changed: list[str]) -> None:
         config.run, resume="auto", exact=False, override="", data_change="refuse"
     )
     kept = dataclasses.replace(config, run=ordinary)
-    try:
-        durable.write_file(path, durable.canonical_json(record))
-        durable.write_file(folder / "config.json", kept.to_json().encode())
-    except PermissionError as error:
-        raise SotaError(f"cannot write to {folder}: {error.strerror}", LOCKED) from error
+    durable.write_file(path, durable.canonical_json(record))
+    durable.write_file(folder / "config.json", kept.to_json().encode())
 
 
 def _git() -> str | None:

@@ -264,10 +264,6 @@ class Trainer:
         """Tokens that a step trains on, without padding: an average for best-fit windows."""
         return schedules.step_tokens(self.config, self.windows.padding)
 
-    def learned(self, state: checkpoint.State) -> int:
-        """Tokens that the run of `state` was trained on; estimated for an old checkpoint."""
-        return state.trainer.get("tokens", state.step * self.step_tokens)
-
     def _first_model(self) -> Transformer:
         """The initial model, on the CPU, where every machine draws the same numbers."""
         model = Transformer(self.config.model, self.runtime.dtype)
@@ -280,8 +276,9 @@ class Trainer:
 
     def _rows(self, step: int) -> range:
         """Global rows of a step, shifted past those that rollbacks skipped."""
-        rows = schedules.rows(step, self.config)
-        return range(rows.start + self.guard.shift, rows.stop + self.guard.shift)
+        size = self.config.train.batch_rows
+        begin = step * size + self.guard.shift
+        return range(begin, begin + size)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -387,7 +384,8 @@ class Trainer:
         self.step = state.step
         self.good.add(state.step)
         try:
-            self.updates, self.tokens = int(state.trainer["updates"]), self.learned(state)
+            self.updates = int(state.trainer["updates"])
+            self.tokens = state.trainer.get("tokens", 0)  # none after an import
             self.guard.restore(state.trainer["guard"])
             self.judge.recall(state)
             if state.trainer.get("scaler"):
