@@ -130,8 +130,7 @@ class Runtime:
 
     def without_compiling(self, why: object) -> "Runtime":
         """The same in eager mode, which is slower but equally correct, with the reason `why`."""
-        reason = f"not compiled: torch.compile failed ({in_short(why)})"
-        return replace(self, compile=False, reasons=(*self.reasons[:2], reason))
+        return replace(self, compile=False, reasons=(*self.reasons[:2], _not_compiled(why)))
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -354,7 +353,7 @@ def activations(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, str]:
-    """Whether to compile, and why; `sota doctor` and the first step see whether it works."""
+    """Whether to compile, and why."""
     if wanted == "off":
         return False, "not compiled, as asked"
     if wanted == "auto":
@@ -365,7 +364,17 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
         compilers = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if device.type == "cpu" and not compilers:
             return False, "not compiled: no C++ compiler found (g++ doubles the speed)"
+    try:
+        probe = torch.compile(lambda x: x.sin() + 1)
+        probe(torch.ones(64, device=device))
+    except Exception as error:  # whatever fails, do without
+        return False, _not_compiled(error)
     return True, "compiled"
+
+
+def _not_compiled(why: object) -> str:
+    """The reason, from the message of a compiler or a check."""
+    return f"not compiled: torch.compile failed ({in_short(why)})"
 
 
 def in_short(error: object) -> str:
