@@ -92,7 +92,7 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
     """Run one probe; its error must be within what the precision explains."""
     import torch
 
-    from sota_transformer.runtime import in_short
+    from sota_transformer.runtime import in_short, out_of_memory
 
     limit = {torch.float32: 1e-4, torch.float16: 1e-2}.get(runtime.dtype, 4e-2)
     advice = f"do not train on {runtime.device}; use --device cpu, or another version of torch"
@@ -100,6 +100,8 @@ def _probed(name: str, probe: Any, runtime: "Runtime") -> Check:
         torch.manual_seed(0)
         error = probe(runtime.device, runtime.dtype)
     except RuntimeError as problem:
+        if out_of_memory(problem):  # another program's; says nothing about the arithmetic
+            raise
         return Check(name, False, in_short(problem), advice)
     passed = error <= limit  # False for NaN
     return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
@@ -110,7 +112,7 @@ def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tenso
     import torch
 
     from sota_transformer import probes
-    from sota_transformer.runtime import in_short
+    from sota_transformer.runtime import in_short, out_of_memory
 
     name = _COMPILED if runtime.compile else _MODEL
     advice = "use --device cpu, or another version of torch"
@@ -120,6 +122,8 @@ def _model_check(runtime: "Runtime", expected_loss: float, expected: "list[Tenso
     try:
         loss, gradients = probes.one_step(runtime, runtime.device.type)
     except Exception as problem:  # a compiler or driver may raise anything
+        if out_of_memory(problem):
+            raise
         return Check(name, False, in_short(problem), advice)
     loss_error = abs(loss - expected_loss) / expected_loss
     gradient_error = probes.farthest(gradients, expected)
