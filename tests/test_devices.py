@@ -367,6 +367,21 @@ def test_the_doctor_checks_again_after_a_macos_update(tmp_path: Path, monkeypatc
     assert len(asked) == 2
 
 
+def test_a_gpu_in_wsl_runs_out_of_its_own_memory(monkeypatch) -> None:
+    """Beyond it, Windows lends the machine's; then nothing would reduce the micro-batch."""
+    limits: list[Any] = []
+    with simulated("cuda"):
+        patch = partial(monkeypatch.setattr, torch.cuda)
+        patch("set_per_process_memory_fraction", lambda *given: limits.append(given))
+        patch("mem_get_info", lambda *_: (9 << 30, 12 << 30))  # Windows shows a desktop on it
+        patch("memory_reserved", lambda *_: 1 << 30)  # by this process, earlier
+        Runtime.detect(Run(), 1)
+        assert limits == []
+        monkeypatch.setattr("platform.release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+        Runtime.detect(Run(), 1)
+    assert limits == [(10 / 12, torch.device("cuda", 0))]
+
+
 @pytest.mark.parametrize(
     "message",
     [
