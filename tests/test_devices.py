@@ -217,17 +217,26 @@ def test_generation_and_evaluation_equal_the_cpus(kind: str, monkeypatch) -> Non
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5)
 
 
-def test_the_doctor_detects_rows_that_read_each_others_masks(monkeypatch) -> None:
+@pytest.mark.parametrize("fault", ["", "masks", "gaps", "length"])
+def test_the_doctor_detects_faults_of_generation(monkeypatch, fault: str) -> None:
+    """Rows that read each other's masks; a cache read as if it had no gaps; many keys."""
     original = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, **options):
-        if attn_mask is not None and q.shape[2] <= 8 and q.dtype == torch.bfloat16:
-            attn_mask = attn_mask[:1].expand_as(attn_mask)
+        if q.is_mps and q.shape[2] <= 8:
+            if fault == "masks" and attn_mask is not None:
+                attn_mask = attn_mask[:1].expand_as(attn_mask)
+            elif fault == "gaps":
+                k = k.as_strided(k.shape, torch.empty(k.shape).stride())
+            elif fault == "length" and k.shape[2] >= 1024:
+                k = k.roll(1, 2)
         return original(q, k, v, attn_mask=attn_mask, **options)
 
-    machine = Runtime.detect(Run(device="cpu", dtype="bfloat16", compile="off"), 1)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    assert not doctor._probed("uneven rows", probes._probe_generation, machine).passed
+    with simulated("mps"):
+        machine = Runtime.detect(Run(device="mps"), 1)
+        check = doctor._probed("generation", probes._probe_generation, machine)
+    assert check.passed == (not fault)
 
 
 def test_float16_keeps_the_direction_of_a_small_gradient() -> None:
