@@ -217,6 +217,28 @@ def test_generation_and_evaluation_equal_the_cpus(kind: str, monkeypatch) -> Non
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5)
 
 
+@pytest.mark.parametrize("left", ["zeros", "the last step"])
+def test_a_step_that_a_mac_dropped_is_skipped(make_run: MakeRun, monkeypatch, left: str) -> None:
+    """torch reports no error then (pytorch#193571), and its sums are whatever the memory held."""
+    config = make_run(device="mps", steps=5, eval_tokens=64, compile="off")
+    original, seen = trainer.Trainer._gradients, []
+
+    def dropped(self: trainer.Trainer, *given: Any) -> torch.Tensor:
+        seen.append(original(self, *given))
+        if self.step != 2:
+            return seen[-1]
+        return seen[-2] if left == "the last step" else torch.zeros_like(seen[-1])
+
+    monkeypatch.setattr(trainer.Trainer, "_gradients", dropped)
+    monkeypatch.setattr(judge, "_SAMPLE_TOKENS", 3)
+    with simulated("mps"):
+        train(config)
+    skipped = [line for line in logged(config, "event") if line["event"] == "skipped"]
+    assert [(line["step"], line["reason"]) for line in skipped] == [
+        (3, "the device did not compute this step")
+    ]
+
+
 @pytest.mark.parametrize("fault", ["", "masks", "gaps", "length"])
 def test_the_doctor_detects_faults_of_generation(monkeypatch, fault: str) -> None:
     """Rows that read each other's masks; a cache read as if it had no gaps; many keys."""
