@@ -136,6 +136,8 @@ class SimulatedDevice(TorchFunctionMode):
                 return _engine_run_backward(
                     loss, one, False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
+        if func is F.linear and self.kind == "mps" and args[0].dtype != torch.float32:
+            assert args[0].ndim == 2, "wrong on an M5"  # pytorch#180776
         sdpa = func is F.scaled_dot_product_attention and isinstance(args[0], DeviceTensor)
         if sdpa and self.kind == "mps":
             leaks = kwargs.get("is_causal") and args[0].dtype != torch.float32  # pytorch#195910

@@ -217,17 +217,48 @@ def test_generation_and_evaluation_equal_the_cpus(kind: str, monkeypatch) -> Non
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5)
 
 
-def test_the_doctor_detects_rows_that_read_each_others_masks(monkeypatch) -> None:
+@pytest.mark.parametrize("left", ["zeros", "the last step"])
+def test_a_step_that_a_mac_dropped_is_skipped(make_run: MakeRun, monkeypatch, left: str) -> None:
+    """torch reports no error then (pytorch#193571), and its sums are whatever the memory held."""
+    config = make_run(device="mps", steps=5, eval_tokens=64, compile="off")
+    original, seen = trainer.Trainer._gradients, []
+
+    def dropped(self: trainer.Trainer, *given: Any) -> torch.Tensor:
+        seen.append(original(self, *given))
+        if self.step != 2:
+            return seen[-1]
+        return seen[-2] if left == "the last step" else torch.zeros_like(seen[-1])
+
+    monkeypatch.setattr(trainer.Trainer, "_gradients", dropped)
+    monkeypatch.setattr(judge, "_SAMPLE_TOKENS", 3)
+    with simulated("mps"):
+        train(config)
+    skipped = [line for line in logged(config, "event") if line["event"] == "skipped"]
+    assert [(line["step"], line["reason"]) for line in skipped] == [
+        (3, "the device did not compute this step")
+    ]
+
+
+@pytest.mark.parametrize("fault", ["", "masks", "gaps", "length"])
+def test_the_doctor_detects_faults_of_generation(monkeypatch, fault: str) -> None:
+    """Rows that read each other's masks; a cache read as if it had no gaps; many keys."""
     original = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, **options):
-        if attn_mask is not None and q.shape[2] <= 8 and q.dtype == torch.bfloat16:
-            attn_mask = attn_mask[:1].expand_as(attn_mask)
+        if q.is_mps and q.shape[2] <= 8:
+            if fault == "masks" and attn_mask is not None:
+                attn_mask = attn_mask[:1].expand_as(attn_mask)
+            elif fault == "gaps":
+                k = k.as_strided(k.shape, torch.empty(k.shape).stride())
+            elif fault == "length" and k.shape[2] >= 1024:
+                k = k.roll(1, 2)
         return original(q, k, v, attn_mask=attn_mask, **options)
 
-    machine = Runtime.detect(Run(device="cpu", dtype="bfloat16", compile="off"), 1)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    assert not doctor._probed("uneven rows", probes._probe_generation, machine).passed
+    with simulated("mps"):
+        machine = Runtime.detect(Run(device="mps"), 1)
+        check = doctor._probed("generation", probes._probe_generation, machine)
+    assert check.passed == (not fault)
 
 
 def test_float16_keeps_the_direction_of_a_small_gradient() -> None:
@@ -365,6 +396,21 @@ def test_the_doctor_checks_again_after_a_macos_update(tmp_path: Path, monkeypatc
             monkeypatch.setattr("platform.mac_ver", lambda version=version: (version, "", ""))
             doctor.admit(tmp_path, Runtime.detect(Run(device="mps"), 1))
     assert len(asked) == 2
+
+
+def test_a_gpu_in_wsl_runs_out_of_its_own_memory(monkeypatch) -> None:
+    """Beyond it, Windows lends the machine's; then nothing would reduce the micro-batch."""
+    limits: list[Any] = []
+    with simulated("cuda"):
+        patch = partial(monkeypatch.setattr, torch.cuda)
+        patch("set_per_process_memory_fraction", lambda *given: limits.append(given))
+        patch("mem_get_info", lambda *_: (9 << 30, 12 << 30))  # Windows shows a desktop on it
+        patch("memory_reserved", lambda *_: 1 << 30)  # by this process, earlier
+        Runtime.detect(Run(), 1)
+        assert limits == []
+        monkeypatch.setattr("platform.release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+        Runtime.detect(Run(), 1)
+    assert limits == [(10 / 12, torch.device("cuda", 0))]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sota_transformer import doctor, durable, probes
 from sota_transformer.cli import main
 from sota_transformer.config import Run, RunConfig
-from sota_transformer.errors import DIVERGED, SotaError
+from sota_transformer.errors import DIVERGED, TEMPORARY, SotaError
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
 from sota_transformer.training.start import train
@@ -126,6 +126,22 @@ def test_training_refuses_a_device_that_failed(
     assert not (config.run.out / "metrics.jsonl").exists()
     assert train(config, doctor.admit) is not None
     assert json.loads(verdict.read_text())["passed"] is True
+
+
+@pytest.mark.parametrize("where", ["_updated", "one_step"])
+def test_a_full_device_is_not_a_wrong_one(monkeypatch, capsys, tmp_path: Path, where: str) -> None:
+    """A GPU whose memory another program has taken: close it, nothing is broken."""
+    original, calls = getattr(probes, where), []
+
+    def full(*given):
+        calls.append(given)
+        if len(calls) == 2:  # the first computes what to expect, on the CPU
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return original(*given)
+
+    monkeypatch.setattr(probes, where, full)
+    assert main(["doctor", "--folder", str(tmp_path), "--device", "cpu"]) == TEMPORARY
+    assert "out of memory; close other programs" in capsys.readouterr().err
 
 
 def test_a_verdict_is_valid_for_its_machine_only(tmp_path: Path, monkeypatch) -> None:

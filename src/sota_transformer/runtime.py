@@ -72,6 +72,11 @@ class Runtime:
         if device.type == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
             # torch's own 1.7 exceeds the machine's memory: a Mac would swap and never run out.
             torch.mps.set_per_process_memory_fraction(1.0)
+        if device.type == "cuda" and "microsoft" in platform.release():
+            # WSL lends the machine's memory instead of running out: at a snail's pace (WSL#10452).
+            free, total = torch.cuda.mem_get_info(device)
+            most = min(1.0, (free + torch.cuda.memory_reserved(device)) / total)
+            torch.cuda.set_per_process_memory_fraction(most, device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # slow for varying shapes: see `optimize`
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -182,10 +187,7 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        torch.get_device_module(self.device).synchronize()
 
     def peak_memory(self) -> int:
         """Peak memory in bytes: of the device, or of this process on the CPU."""
@@ -209,10 +211,8 @@ class Runtime:
         if sys.platform == "linux":
             if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
                 trim(0)
-            fields = dict(
-                line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()
-            )
-            return min(int(fields["MemAvailable"].split()[0]) * 1024, _cgroup_memory_left())
+            left = int(re.findall("MemAvailable: *([0-9]+)", Path("/proc/meminfo").read_text())[0])
+            return min(left * 1024, _cgroup_memory_left())
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def close(self) -> None:

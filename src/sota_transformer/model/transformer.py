@@ -53,6 +53,8 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
         return rows.by_panels(x, weight)
     if x.numel() == weight.shape[1] and x.device.type == "cpu":
         return rows.one_row(x.reshape(1, -1), weight).view(*x.shape[:-1], -1)
+    if x.is_mps:  # in 16 bits more dimensions are wrong on an M5 (pytorch#180776), slow on all Macs
+        return F.linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     return F.linear(x, weight)
 
 

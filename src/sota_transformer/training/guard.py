@@ -1,10 +1,10 @@
 """Divergence: which updates to skip, and when to roll back.
 
-A step is bad if its loss or gradient is not finite, or if its loss is far above those before it.
-A bad step's update is skipped. After `PATIENCE` bad steps in a row the run rolls back to its last
-checkpoint from before them, skips the data that caused them and halves the learning rate; after
-`RETURNS` rollbacks it gives up. This state is part of the checkpoint, so a resumed run decides the
-same.
+A step is bad if its loss or gradient is not finite or was not computed, or if its loss is far above
+those before it. A bad step's update is skipped. After `PATIENCE` bad steps in a row the run rolls
+back to its last checkpoint from before them, skips the data that caused them and halves the
+learning rate; after `RETURNS` rollbacks it gives up. This state is part of the checkpoint, so a
+resumed run decides the same.
 """
 
 import math
@@ -30,10 +30,15 @@ class Guard:
         self.shift = 0
         self.rate = 1.0
 
-    def problem(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step of this mean loss (nats) and gradient norm, or None."""
+    def problem(self, loss: float, norm: float, stale: bool = False) -> str | None:
+        """What is wrong with a step of this mean loss (nats) and gradient norm, or None.
+
+        `stale`: they are not this step's.
+        """
         found = None
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if stale:
+            found = "the device did not compute this step"
+        elif not math.isfinite(loss) or not math.isfinite(norm):
             found = "loss or gradient is not finite"
         elif len(self.losses) >= _KNOWN:
             middle = statistics.median(self.losses)

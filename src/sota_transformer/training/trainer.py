@@ -24,7 +24,7 @@ from sota_transformer.data.packing import BestFit, document_ids
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import BAD_DATA, DIVERGED, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
-from sota_transformer.model.loss import IGNORED, targets_of, token_loss
+from sota_transformer.model.loss import IGNORED, PAD, targets_of, token_loss
 from sota_transformer.model.optim import (
     clip,
     gradient_norm,
@@ -48,19 +48,17 @@ class Trainer:
 
     def __init__(self, config: RunConfig, runtime: Runtime, log: RunLog) -> None:
         self.config, self.runtime, self.log = config, runtime, log
-        seq_len = config.model.seq_len
         cut = BestFit if config.data.windows == "best-fit" else TokenWindows
-        self.windows = cut(config.data.path, "train", seq_len)
+        self.windows = cut(config.data.path, "train", config.model.seq_len)
         self.judge = Judge(config, runtime, log)
         self.micro_rows = micro_rows(config, runtime)
         self.model = self._first_model()
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
         self.model.to(runtime.device)
         self.optimizers = optimizers(self.model, config.optim)
-        half = runtime.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)  # else a no-op
-        self.step = self.updates = 0
-        self.tokens = 0  # trained on; batches of skipped updates do not count
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.half)
+        self.step = self.updates = self.tokens = 0  # without the tokens of skipped updates
+        self.totals: list[float] = []  # of the last step
         self.guard = Guard()
         self.good: set[int] = set()  # checkpoints that this process has written or loaded
 
@@ -124,6 +122,7 @@ class Trainer:
         """One optimizer step over its micro-batches; waits for the GPU once, before the update."""
         self.model.train()
         windows = self.loader.batch(self.step)
+        self.counted = int((windows[:, 1:] != PAD).sum())
         batch = self.runtime.put(windows)  # (B, T+1)
         targets = targets_of(batch)
         count = self.runtime.sum_((targets != IGNORED).sum()).clamp(min=1)  # over all ranks
@@ -191,13 +190,16 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norm = gradient_norm(self.model)
         totals = self.runtime.sum_(torch.stack((*sums, norm.float()))).tolist()
+        # A Mac's GPU drops work without an error (pytorch#193571); this reads what was there.
+        old = totals[:3] == self.totals or not math.isclose(totals[2], self.counted, rel_tol=1e-6)
+        old = old and self.runtime.device.type == "mps"  # with ranks, `counted` is one's own
         totals[2] = max(1.0, totals[2])  # foreign data may have windows that are all padding
         self.totals, self.gradient_norm = totals[:3], totals[3] / self.runtime.world
         self.signals.critical(True)
         if self.scaler.is_enabled() and self._overflowed():
             problem = "float16 gradients overflowed; loss scale halved"
         else:
-            problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0])
+            problem = self.guard.problem(totals[1] / totals[2], self.gradient_norm + totals[0], old)
         if problem is None:
             clip(self.model, self.gradient_norm, self.config.optim.clip_norm)
             update(self.optimizers, self._rate(self.step))
@@ -300,8 +302,7 @@ class Trainer:
         """Stop the clock that measures tokens per second."""
         began = time.monotonic()
         yield
-        spent = time.monotonic() - began
-        self._interval = (self._interval[0] + spent, self._interval[1])
+        self._interval = (self._interval[0] + time.monotonic() - began, self._interval[1])
 
     def _log(self) -> None:
         self.runtime.synchronize()
@@ -391,8 +392,7 @@ class Trainer:
             if state.trainer.get("scaler"):
                 self.scaler.load_state_dict(state.trainer["scaler"])
             if "rows" in state.trainer:  # not from the step: the batch may change
-                rows = int(state.trainer["rows"])
-                self.guard.shift = rows - self.step * self.config.train.batch_rows
+                self.guard.shift += int(state.trainer["rows"]) - self._rows(self.step).start
             load_state_tensors(self.model, self.optimizers, state.optim, self.updates)
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise SotaError(f"optimizer state of step {state.step}: {error}", BAD_DATA) from error
