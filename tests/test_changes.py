@@ -296,7 +296,7 @@ def test_changes_that_may_cost_bit_equality_are_reported_and_exact_refuses_them(
     begun: RunConfig, make_run: MakeRun, monkeypatch, capsys
 ) -> None:
     said = ["micro_rows was 4, is 2", "dtype was float32, is bfloat16", "threads was 1, is 2"]
-    said += ["sota was ", "world was 1, is "]
+    said += ["sota was ", "processes was 1, is "]
     fields = {"save_every_steps": 3, "micro_rows": 2, "dtype": "bfloat16", "threads": 2}
     other = make_run(**fields)
     monkeypatch.setattr(trainer, "__version__", "99.0")

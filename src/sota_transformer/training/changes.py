@@ -111,4 +111,5 @@ def of_numerics(state: checkpoint.State, trainer: Trainer) -> list[str]:
     differing = {name for name in now if name in before and before[name] != now[name]}
     if "micro_rows" not in differing and trainer.config.train.batch_rows <= 2 * trainer.micro_rows:
         differing.discard("world")  # a sum of two terms does not depend on which rank adds
-    return [f"{name} was {before[name]}, is {now[name]}" for name in sorted(differing)]
+    said = {"world": "processes"}  # the log's word
+    return [f"{said.get(n, n)} was {before[n]}, is {now[n]}" for n in sorted(differing)]
