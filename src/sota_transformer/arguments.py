@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -50,13 +51,15 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     if recipe not in RECIPES:
         raise SotaError(f"--recipe must be {' or '.join(RECIPES)}, not {given!r}")
     short = ", ".join([*own, "--recipe NAME", *SHORT, "--override FIELD=VALUE"])
-    words = _lengthen(rest)
+    default = PRESETS[name](recipe)
+    words = _lengthen(rest, default)
     flags = {word.partition("=")[0] for word in words}
     config = parse(
         RunConfig,
         f"{verb} {name}",
         words,
-        default=PRESETS[name](recipe),
+        default=default,
+        others=[*SHORT, "--recipe", "--override", *["--hours"] * (verb == "plan")],
         description=f"Short forms and more options: {short}.",
     )
     data, out = config.data.path, config.run.out
@@ -88,7 +91,7 @@ def taken(flag: str, what: str, arguments: list[str]) -> tuple[str | None, list[
     return found, rest
 
 
-def _lengthen(arguments: list[str]) -> list[str]:
+def _lengthen(arguments: list[str], default: RunConfig) -> list[str]:
     """Expand --steps=5 to --train.steps=5; --override also allows the field to change on resume."""
     long, fields, words = list[str](), list[str](), iter(arguments)
     for word in words:
@@ -99,6 +102,10 @@ def _lengthen(arguments: list[str]) -> list[str]:
                 raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
             flag = SHORT.get(f"--{name}", f"--{name.replace('_', '-')}")
             fields.append(flag.removeprefix("--").replace("-", "_"))
+            if fields[-1] not in default.fields():
+                known = [word.removeprefix("--") for word in (*_flags(RunConfig, default), *SHORT)]
+                guess = _similar(name.replace("_", "-"), known)
+                raise SotaError(f"--override {name}={value}: there is no such field{guess}")
             if value.lower() in ("true", "false"):  # a flag, which takes no value
                 section, _, name = flag.rpartition(".")
                 flag = flag if value.lower() == "true" else f"{section}.no-{name}"
@@ -107,8 +114,12 @@ def _lengthen(arguments: list[str]) -> list[str]:
     return [*long, "--run.override", ",".join(fields)] if fields else long
 
 
-def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) -> _Options:
-    """Options of `kind` from the command line; tyro's boxed error message becomes one line."""
+def parse(
+    kind: type[_Options], verb: str, arguments: list[str], others: Sequence[str] = (), **more: Any
+) -> _Options:
+    """Options of `kind` from the command line; tyro's boxed error message becomes one line, which
+    may suggest `others`.
+    """
     import tyro
 
     marks = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
@@ -127,8 +138,7 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
         if not stop.code:
             raise
         kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # box or ASCII borders
-        own = ["--hours"] if verb.startswith("plan ") else []
-        text = _plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *own])
+        text = _plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *others])
         if not re.match(r"\w+\.\w+ ", text):  # unless it already names the field and its limits
             text = f"{verb}: {text}; `{program} --help` shows all options"
         raise SotaError(text) from None
@@ -171,13 +181,10 @@ def _value_types() -> Any:
     return registry
 
 
-def _flags(kind: type, default: Any) -> list[str]:
-    """Every option of `kind`; if it has a default, those of its sections, and the short forms."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    if default is not None:
-        names = [f"{name}.{field}" for name in names for field in vars(getattr(default, name))]
-    before = [*SHORT, "--recipe", "--override"] if default is not None else []
-    return [*(f"--{name.replace('_', '-')}" for name in names), *before]
+def _flags(kind: type, default: RunConfig | None) -> list[str]:
+    """Every option of `kind`; of a run's configuration those of its sections."""
+    names = default.fields() if default else [field.name for field in dataclasses.fields(kind)]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 _REWORDED = (  # tyro 1.0's message, our message
@@ -206,20 +213,19 @@ def _plain(text: str, known: list[str]) -> str:
     )
     unrecognized = "unrecognized arguments: "
     if unknown := re.match(rf"{unrecognized}(--[^\s,=]+)", text):
-        text += _abbreviated(unknown[1], known) or nearest(unknown[1], known, 0.7)
+        text += _similar(unknown[1], known)
     elif "--override" in known and (change := re.match(rf"{unrecognized}([\w.-]+=\S+)", text)):
         text += f" (did you mean '--override {change[1]}'?)"  # a second value after one --override
     return text
 
 
-def _abbreviated(flag: str, known: list[str]) -> str:
-    """Suggest the option that `flag` abbreviates, as --optim.lr, --temp, --batch-size or --bs do.
-
-    Matches by exact name, initials, prefix, first word or scattered letters, in this order.
+def _similar(flag: str, known: list[str]) -> str:
+    """Suggest the option that `flag` abbreviates, as --optim.lr, --temp, --batch-size or --bs do:
+    by exact name, initials, prefix, first word or scattered letters. Else the nearest, if any.
     """
     section, _, short = flag.removeprefix("--").replace("_", "-").rpartition(".")
     if len(short) < 2:
-        return ""
+        return nearest(flag, known, 0.7)
     letters = ".*".join(map(re.escape, short)) if len(short) < 4 else "$"
     found = list[tuple[int, bool, int]]()
     for place, option in enumerate(known):
@@ -229,7 +235,9 @@ def _abbreviated(flag: str, known: list[str]) -> str:
         ways += (name.startswith(f"{first}-"), bool(re.match(letters, name)))
         if any(ways):
             found.append((ways.index(True), inside != section, place))
-    return f" (did you mean {known[min(found)[-1]]!r}?)" if found else ""
+    if found:
+        return f" (did you mean {known[min(found)[-1]]!r}?)"
+    return nearest(flag, known, 0.7)
 
 
 def nearest(word: str, known: Any, alike: float = 0.6) -> str:

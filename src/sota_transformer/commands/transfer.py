@@ -12,7 +12,7 @@ from sota_transformer.commands.common import Opened, check, open_model
 from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.guards import one_line_errors
 from sota_transformer.data.shards import load_manifest
-from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
+from sota_transformer.errors import IO_FAILED, SotaError
 from sota_transformer.inference.export import (
     probe_logits,
     proof,
@@ -175,12 +175,9 @@ def run_import(options: Import) -> int:
         train=Train(steps=options.steps, batch_rows=16),
         run=Run(out=out),
     )
-    try:  # before anything is written where a retry would find it
+    with one_line_errors(out):  # before anything is written where a retry would find it
         checkpoint.check_room(_existing(out), 4 * model.config.parameter_count)
         durable.make_folder(out)
-    except OSError as error:
-        text = f"cannot create {out}: {error.strerror}; choose another --out"
-        raise SotaError(text, LOCKED) from error
     with durable.DirectoryLock(out):
         durable.sweep(out)
         durable.sweep(out / "checkpoints")
