@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import SotaError
-from sota_transformer.presets import PRESETS, RECIPES
+from sota_transformer.presets import PRESETS, RECIPES, flag
 
 _Options = TypeVar("_Options")
 
@@ -95,22 +95,21 @@ def _lengthen(arguments: list[str], default: RunConfig) -> list[str]:
     """Expand --steps=5 to --train.steps=5; --override also allows the field to change on resume."""
     long, fields, words = list[str](), list[str](), iter(arguments)
     for word in words:
-        flag, equals, value = word.partition("=")
-        if flag == "--override":
-            name, equals, value = (value if equals else next(words, "")).partition("=")
-            if not name or not value:
-                raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
-            flag = SHORT.get(f"--{name}", f"--{name.replace('_', '-')}")
-            fields.append(flag.removeprefix("--").replace("-", "_"))
-            if fields[-1] not in default.fields():
-                known = [word.removeprefix("--") for word in (*_flags(RunConfig, default), *SHORT)]
-                guess = _similar(name.replace("_", "-"), known)
-                raise SotaError(f"--override {name}={value}: there is no such field{guess}")
-            if value.lower() in ("true", "false"):  # a flag, which takes no value
-                section, _, name = flag.rpartition(".")
-                flag = flag if value.lower() == "true" else f"{section}.no-{name}"
-                equals = value = ""
-        long.append(SHORT.get(flag, flag) + equals + value)
+        name, equals, value = word.partition("=")
+        if name != "--override":
+            long.append(SHORT.get(name, name) + equals + value)
+            continue
+        typed = value if equals else next(words, "")
+        name, _, value = typed.partition("=")
+        if not name or not value:
+            raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
+        field = SHORT.get(f"--{name}", name).removeprefix("--").replace("-", "_")
+        if field not in default.fields():
+            known = [other.removeprefix("--") for other in (*_flags(RunConfig, default), *SHORT)]
+            guess = _similar(name.replace("_", "-"), known)
+            raise SotaError(f"--override {typed}: there is no such field{guess}")
+        fields.append(field)
+        long.append(flag(field, {"true": True, "false": False}.get(value.lower(), value)))
     return [*long, "--run.override", ",".join(fields)] if fields else long
 
 
