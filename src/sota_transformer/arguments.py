@@ -152,29 +152,21 @@ def _value_types() -> Any:
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def optional(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
-        if len(kinds) == len(get_args(info.type)) or kinds not in ([int], [float], [Path]):
+    def plain(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        several = get_origin(info.type) is tuple
+        kinds = [kind for kind in get_args(info.type) if kind not in (type(None), ...)]
+        if kinds not in ([int], [float], [str], [Path]):
             return None
+        kind = kinds[0]
+        name = "TEXT" if kind is str else kind.__name__.upper()
         return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=kinds[0].__name__.upper(),
-            instance_from_str=lambda words: kinds[0](words[0]),
-            is_instance=lambda value: value is None or isinstance(value, kinds[0]),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    @registry.primitive_rule
-    def several(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        kind = get_args(info.type)[:1]
-        if get_origin(info.type) is not tuple or kind not in ((str,), (Path,)):
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar=f"{'TEXT' if kind == (str,) else 'PATH'} ...",
-            instance_from_str=lambda words: tuple(map(kind[0], words)),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: list(map(str, value)),
+            nargs="*" if several else 1,
+            metavar=name + " ..." * several,
+            instance_from_str=lambda words: tuple(map(kind, words)) if several else kind(words[0]),
+            is_instance=lambda value: (
+                value is None or isinstance(value, tuple if several else kind)
+            ),
+            str_from_instance=lambda value: list(map(str, value)) if several else [str(value)],
         )
 
     return registry
