@@ -132,7 +132,6 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--threads", "99999"], 2, ["run.threads 99999 must be at most 1024"]),
         (["train", "tiny", "--steps", "100000000"], 2, ["train.steps 100000000 must be below 1"]),
         (["train", "tiny", "--resume", f"step:{10**20}"], 2, ["must be auto, latest, never or s"]),
-        (["train", "tiny", "--bs", "8"], 2, ["(did you mean '--train.batch-rows'?)"]),
         (["train", "tiny", "--steps", "0"], 2, ["sota: train.steps 0 must be at least 1\n"]),
         (["train", "tiny"], 2, ["--data"]),
         (["train", "tiny", "--data", "NOWHERE"], 66, ["NOWHERE", "sota prepare"]),

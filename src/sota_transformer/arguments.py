@@ -211,23 +211,16 @@ def _plain(text: str, known: list[str]) -> str:
 
 
 def _similar(flag: str, known: list[str]) -> str:
-    """Suggest the option that `flag` abbreviates, as --optim.lr, --temp, --batch-size or --bs do:
-    by exact name, initials, prefix, first word or scattered letters. Else the nearest, if any.
+    """Suggest the option that `flag` abbreviates, as --optim.lr, --temp or --batch-size do, by its
+    initials or its beginning; else the nearest, if any is close.
     """
-    section, _, short = flag.removeprefix("--").replace("_", "-").rpartition(".")
-    if len(short) < 2:
-        return nearest(flag, known, 0.7)
-    letters = ".*".join(map(re.escape, short)) if len(short) < 4 else "$"
-    found = list[tuple[int, bool, int]]()
-    for place, option in enumerate(known):
-        inside, _, name = option.removeprefix("--").rpartition(".")
-        first, initials = short.split("-")[0], "".join(word[0] for word in name.split("-"))
-        ways = (name == short, initials == short, name.startswith(short))
-        ways += (name.startswith(f"{first}-"), bool(re.match(letters, name)))
-        if any(ways):
-            found.append((ways.index(True), inside != section, place))
-    if found:
-        return f" (did you mean {known[min(found)[-1]]!r}?)"
+    short = flag.removeprefix("--").rpartition(".")[2].replace("_", "-")
+    first = short.partition("-")[0]
+    for option in known if len(short) > 1 else ():
+        name = option.removeprefix("--").rpartition(".")[2]
+        initials = "".join(word[0] for word in name.split("-"))
+        if initials == short or name.startswith((short, f"{first}-")):
+            return f" (did you mean {option!r}?)"
     return nearest(flag, known, 0.7)
 
 
