@@ -12,7 +12,7 @@ from sota_transformer.commands.common import Opened, check, open_model
 from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.guards import one_line_errors
 from sota_transformer.data.shards import load_manifest
-from sota_transformer.errors import IO_FAILED, SotaError
+from sota_transformer.errors import SotaError
 from sota_transformer.inference.export import (
     probe_logits,
     proof,
@@ -40,16 +40,10 @@ def run_export(options: Export) -> int:
     )
     opened = open_model(options.run, "cpu", options.step)
     model, out = opened.model, options.out.absolute()
-    size = 4 * model.config.parameter_count
-    if shutil.disk_usage(_existing(out)).free < 1.2 * size:
-        raise SotaError(
-            f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk space", IO_FAILED
-        )
-    with one_line_errors(out):
-        durable.make_folder(out.parent)
     for left in out.parent.glob(f".tmp-{glob.escape(out.name)}-????????"):  # by a killed export
         durable.remove(left)
-    with durable.commit_folder(out, {"format": options.format, "dtype": options.dtype}) as writer:
+    made = durable.commit_folder(out, {"format": options.format, "dtype": options.dtype})
+    with one_line_errors(out), made as writer:
         if options.format == "gguf":
             proofs = _gguf(writer, opened, options.dtype)
         else:
