@@ -19,7 +19,6 @@ from sota_transformer.inference.export import (
     prove_huggingface,
     write_huggingface,
 )
-from sota_transformer.inference.folder import read_model
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.options import Export, Import
 from sota_transformer.presets import PRESETS, command
@@ -67,10 +66,6 @@ def _free(out: Path, but: tuple[str, ...] = ()) -> dict[str, bool]:
             checkpoint.is_utf8(out)
         ),
     }
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[str]:
@@ -149,10 +144,7 @@ def run_import(options: Import) -> int:
     """Create a run at step 0 with the folder's weights, to evaluate, use or train further."""
     begun = checkpoint.steps(options.out) in ([], [0])  # an import killed before config.json
     check(_free(options.out, (".lock", ".tmp-", "checkpoints") if begun else ()))
-    if checkpoint.steps(options.model):  # a run of this program
-        model = open_model(options.model, "cpu", None).model
-    else:
-        model = read_model(options.model)
+    model = open_model(options.model, "cpu", None).model
     out = options.out.absolute()
     if options.data and model.config.vocab_size < VOCAB:
         raise SotaError(
@@ -169,9 +161,9 @@ def run_import(options: Import) -> int:
         train=Train(steps=options.steps, batch_rows=16),
         run=Run(out=out),
     )
-    with one_line_errors(out):  # before anything is written where a retry would find it
-        checkpoint.check_room(_existing(out), 4 * model.config.parameter_count)
+    with one_line_errors(out):
         durable.make_folder(out)
+    checkpoint.check_room(out, 4 * model.config.parameter_count)
     with durable.DirectoryLock(out):
         durable.sweep(out)
         durable.sweep(out / "checkpoints")
