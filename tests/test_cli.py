@@ -112,6 +112,7 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--override", "nosuch=3"], 2, ["--override nosuch=3: there is no such"]),
         (["train", "tiny", "--override", "train.stepz=3"], 2, ["(did you mean 'train.steps'?)"]),
         (["train", "tiny", "--override", "steps=9", "seed=2"], 2, ["mean '--override seed=2'?)"]),
+        (["train", "tiny", "--step", "5"], 2, ["--step, 5 (did you mean '--steps'?)"]),
         (["train", "tiny", "--recip=fast"], 2, ["(did you mean '--recipe'?)"]),
         (["report"], 2, ["sota: report needs at least one RUN: a folder made by `sota train`"]),
         (["prepare", "x", "--exclude", "a", "--exclude=b"], 2, ["all its values after one --exc"]),

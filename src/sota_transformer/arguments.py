@@ -105,7 +105,7 @@ def _lengthen(arguments: list[str], default: RunConfig) -> list[str]:
             raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
         field = SHORT.get(f"--{name}", name).removeprefix("--").replace("-", "_")
         if field not in default.fields():
-            known = [other.removeprefix("--") for other in (*_flags(RunConfig, default), *SHORT)]
+            known = [other.removeprefix("--") for other in (*SHORT, *_flags(RunConfig, default))]
             guess = _similar(name.replace("_", "-"), known)
             raise SotaError(f"--override {typed}: there is no such field{guess}")
         fields.append(field)
@@ -137,7 +137,7 @@ def parse(
         if not stop.code:
             raise
         kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # box or ASCII borders
-        text = _plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *others])
+        text = _plain(" ".join(kept.split()), [*others, *_flags(kind, more.get("default"))])
         if not re.match(r"\w+\.\w+ ", text):  # unless it already names the field and its limits
             text = f"{verb}: {text}; `{program} --help` shows all options"
         raise SotaError(text) from None
