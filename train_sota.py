@@ -11,7 +11,6 @@ how long it will take, trains, evaluates and shows a sample. Run again, it resum
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import signal
 import sys
@@ -152,12 +151,13 @@ def prepared(data: str) -> Path:
 
 
 def prepared_from(folder: Path, data: str) -> bool:
-    """Whether a folder was prepared from exactly this input."""
-    try:
-        inputs = json.loads((folder / "manifest.json").read_bytes())["inputs"]
-        return [Path(part["input"]).resolve() for part in inputs] == [Path(data).resolve()]
-    except (OSError, ValueError, KeyError, TypeError):
+    """Whether a folder was prepared from exactly this input. SotaError 65 if it is damaged."""
+    from sota_transformer.data.shards import load_manifest
+
+    if not (folder / "manifest.json").exists():
         return False
+    inputs = load_manifest(folder)["inputs"]
+    return [Path(part["input"]).resolve() for part in inputs] == [Path(data).resolve()]
 
 
 def configure(options: Options, data: Path) -> config.RunConfig:

@@ -109,7 +109,10 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--steps"], 2, ["train tiny: --train.steps needs a value; `sota train"]),
         (["evaluate", "x", "--step", "y"], 2, ["--step must be a whole number, not 'y'; `"]),
         (["plan", "tiny", "--hour", "3"], 2, ["--hour, 3 (did you mean '--hours'?)"]),
+        (["train", "tiny", "--override", "nosuch=3"], 2, ["--override nosuch=3: there is no such"]),
+        (["train", "tiny", "--override", "train.stepz=3"], 2, ["(did you mean 'train.steps'?)"]),
         (["train", "tiny", "--override", "steps=9", "seed=2"], 2, ["mean '--override seed=2'?)"]),
+        (["train", "tiny", "--step", "5"], 2, ["--step, 5 (did you mean '--steps'?)"]),
         (["train", "tiny", "--recip=fast"], 2, ["(did you mean '--recipe'?)"]),
         (["report"], 2, ["sota: report needs at least one RUN: a folder made by `sota train`"]),
         (["prepare", "x", "--exclude", "a", "--exclude=b"], 2, ["all its values after one --exc"]),
@@ -130,7 +133,6 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--threads", "99999"], 2, ["run.threads 99999 must be at most 1024"]),
         (["train", "tiny", "--steps", "100000000"], 2, ["train.steps 100000000 must be below 1"]),
         (["train", "tiny", "--resume", f"step:{10**20}"], 2, ["must be auto, latest, never or s"]),
-        (["train", "tiny", "--bs", "8"], 2, ["(did you mean '--train.batch-rows'?)"]),
         (["train", "tiny", "--steps", "0"], 2, ["sota: train.steps 0 must be at least 1\n"]),
         (["train", "tiny"], 2, ["--data"]),
         (["train", "tiny", "--data", "NOWHERE"], 66, ["NOWHERE", "sota prepare"]),
@@ -155,6 +157,7 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["prepare", "EMPTY", "--out", "OUT"], 66, ["EMPTY"]),
         (["prepare", "CORPUS"], 2, ["--out"]),
         (["generate", "EMPTY"], 66, ["not a run"]),
+        (["evaluate", "DATA"], 66, ["is prepared data, not a run trained on it; give"]),
         (["evaluate", "NOWHERE"], 66, ["not a run"]),
         (["export", "EMPTY", "--out", "OUT"], 66, ["not a run"]),
         (["generate", "DATA/manifest.json"], 66, ["manifest.json is a file, not a run; give a f"]),
@@ -346,10 +349,14 @@ def test_no_run_starts_where_its_checkpoints_could_not_be_opened(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", ""), ("RANK", "1")]
 )
-def test_an_invalid_launcher_variable_is_named(monkeypatch, name: str, value: str) -> None:
+def test_an_invalid_launcher_variable_is_named(
+    monkeypatch, capsys, tmp_path: Path, data: Path, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SotaError, match=f"{name}={value} is not from torchrun"):
         Runtime.detect(Run(), 1)
+    code, _, err = run(capsys, "train", "tiny", "--data", data, "--out", tmp_path / "run")
+    assert code == 2 and "not from torchrun" in err and not (tmp_path / "run").exists()
 
 
 def test_generate_states_the_limit_of_the_temperature(capsys, tmp_path: Path) -> None:

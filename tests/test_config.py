@@ -74,7 +74,7 @@ def test_a_changed_json_is_a_value_error(change) -> None:
 def test_a_wrong_value_is_named_by_section_and_field() -> None:
     value = json.loads(PRESETS["tiny"]().to_json())
     value["model"]["layers"] = "2"
-    with pytest.raises(ValueError, match=r"^model\.layers has the wrong type: '2'$"):
+    with pytest.raises(ValueError, match=r"^model\.layers is invalid: '2'$"):
         RunConfig.from_json(json.dumps(value))
 
 

@@ -1,10 +1,13 @@
 """Where two features meet: the output of one command is valid input of the next."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +78,27 @@ def test_an_import_that_was_killed_can_be_given_again(tmp_path: Path, capsys) ->
     (out / "config.json").unlink()
     assert main(asked) == 2  # the checkpoint of another run
     assert "already exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_is_no_name_that_cannot_be(
+    monkeypatch, capsys, tmp_path: Path, data: Path, number: int
+) -> None:
+    """Creating the run's folder failed with 73 whatever the reason was."""
+    made = Path.mkdir
+
+    def failing(path: Path, *rest: Any, **more: Any) -> None:
+        if path.name == "new":
+            raise OSError(number, os.strerror(number), str(path))
+        made(path, *rest, **more)
+
+    model = write_run(tmp_path / "other", Transformer(SMALL).eval())
+    monkeypatch.setattr(Path, "mkdir", failing)
+    for words in (["train", "tiny", "--data", data], ["import", model]):
+        code = main([str(word) for word in (*words, "--out", tmp_path / "new")])
+        err = capsys.readouterr().err
+        assert code == (74 if number == errno.ENOSPC else 73), err
+        assert os.strerror(number) in err and "choose another --out" in err
 
 
 def test_the_card_of_an_imported_model_does_not_say_how_it_was_trained(

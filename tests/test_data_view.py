@@ -214,6 +214,8 @@ def test_bad_foreign_files_are_refused(folder: Path, tmp_path: Path) -> None:
                 TokenWindows(tmp_path / kind, "train", 8)
             assert caught.value.code == 65 and name in str(caught.value)
     write_foreign(tmp_path / "changed", "nanogpt", {"train": ids})
+    with pytest.raises(SotaError, match=r"0 tokens.*add a file of more tokens"):
+        TokenWindows(tmp_path / "changed", "val", 8)
     before = TokenWindows(tmp_path / "changed", "train", 8).fingerprint
     (tmp_path / "changed" / "train.bin").write_bytes(ids[::-1].tobytes())
     assert TokenWindows(tmp_path / "changed", "train", 8).fingerprint != before

@@ -56,6 +56,15 @@ def test_texts_of_the_same_name_are_kept_apart(launcher: types.ModuleType) -> No
     assert launcher.prepared("a") == Path("data/a-2")
 
 
+def test_damaged_data_is_reported_not_prepared_again(launcher: types.ModuleType) -> None:
+    launcher.prepared("a")
+    Path("data/a/manifest.json").write_text("{")
+    with pytest.raises(SotaError, match="not a readable manifest") as caught:
+        launcher.prepared("a")
+    assert caught.value.code == BAD_DATA and "; move data/a away" in str(caught.value)
+    assert [path.name for path in Path("data").iterdir()] == ["a"]
+
+
 def test_python_means_the_machines_and_no_folder_of_that_name(launcher: types.ModuleType) -> None:
     Path("a").rename("python")
     assert launcher.prepared("python") == Path("data/python")

@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "src" / "sota_transformer"
 ORDER = [
     "errors",
     "words",
+    "shapes",
     "config",
     "options",
     "presets",
     "schedules",
     "durable",
-    "shapes",
     "data",
     "model",
     "runtime",

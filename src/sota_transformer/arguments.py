@@ -9,12 +9,13 @@ import dataclasses
 import difflib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import SotaError
-from sota_transformer.presets import PRESETS, RECIPES
+from sota_transformer.presets import PRESETS, RECIPES, flag
 
 _Options = TypeVar("_Options")
 
@@ -50,13 +51,15 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
     if recipe not in RECIPES:
         raise SotaError(f"--recipe must be {' or '.join(RECIPES)}, not {given!r}")
     short = ", ".join([*own, "--recipe NAME", *SHORT, "--override FIELD=VALUE"])
-    words = _lengthen(rest)
+    default = PRESETS[name](recipe)
+    words = _lengthen(rest, default)
     flags = {word.partition("=")[0] for word in words}
     config = parse(
         RunConfig,
         f"{verb} {name}",
         words,
-        default=PRESETS[name](recipe),
+        default=default,
+        others=[*SHORT, "--recipe", "--override", *["--hours"] * (verb == "plan")],
         description=f"Short forms and more options: {short}.",
     )
     data, out = config.data.path, config.run.out
@@ -88,27 +91,34 @@ def taken(flag: str, what: str, arguments: list[str]) -> tuple[str | None, list[
     return found, rest
 
 
-def _lengthen(arguments: list[str]) -> list[str]:
+def _lengthen(arguments: list[str], default: RunConfig) -> list[str]:
     """Expand --steps=5 to --train.steps=5; --override also allows the field to change on resume."""
     long, fields, words = list[str](), list[str](), iter(arguments)
     for word in words:
-        flag, equals, value = word.partition("=")
-        if flag == "--override":
-            name, equals, value = (value if equals else next(words, "")).partition("=")
-            if not name or not value:
-                raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
-            flag = SHORT.get(f"--{name}", f"--{name.replace('_', '-')}")
-            fields.append(flag.removeprefix("--").replace("-", "_"))
-            if value.lower() in ("true", "false"):  # a flag, which takes no value
-                section, _, name = flag.rpartition(".")
-                flag = flag if value.lower() == "true" else f"{section}.no-{name}"
-                equals = value = ""
-        long.append(SHORT.get(flag, flag) + equals + value)
+        name, equals, value = word.partition("=")
+        if name != "--override":
+            long.append(SHORT.get(name, name) + equals + value)
+            continue
+        typed = value if equals else next(words, "")
+        name, _, value = typed.partition("=")
+        if not name or not value:
+            raise SotaError("--override needs FIELD=VALUE, such as train.steps=2000")
+        field = SHORT.get(f"--{name}", name).removeprefix("--").replace("-", "_")
+        if field not in default.fields():
+            known = [other.removeprefix("--") for other in (*SHORT, *_flags(RunConfig, default))]
+            guess = _similar(name.replace("_", "-"), known)
+            raise SotaError(f"--override {typed}: there is no such field{guess}")
+        fields.append(field)
+        long.append(flag(field, {"true": True, "false": False}.get(value.lower(), value)))
     return [*long, "--run.override", ",".join(fields)] if fields else long
 
 
-def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) -> _Options:
-    """Options of `kind` from the command line; tyro's boxed error message becomes one line."""
+def parse(
+    kind: type[_Options], verb: str, arguments: list[str], others: Sequence[str] = (), **more: Any
+) -> _Options:
+    """Options of `kind` from the command line; tyro's boxed error message becomes one line, which
+    may suggest `others`.
+    """
     import tyro
 
     marks = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
@@ -127,8 +137,7 @@ def parse(kind: type[_Options], verb: str, arguments: list[str], **more: Any) ->
         if not stop.code:
             raise
         kept = re.sub(r"[\u2500-\u257f]|-{4,}", " ", boxed.getvalue())  # box or ASCII borders
-        own = ["--hours"] if verb.startswith("plan ") else []
-        text = _plain(" ".join(kept.split()), [*_flags(kind, more.get("default")), *own])
+        text = _plain(" ".join(kept.split()), [*others, *_flags(kind, more.get("default"))])
         if not re.match(r"\w+\.\w+ ", text):  # unless it already names the field and its limits
             text = f"{verb}: {text}; `{program} --help` shows all options"
         raise SotaError(text) from None
@@ -143,41 +152,30 @@ def _value_types() -> Any:
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def optional(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
-        if len(kinds) == len(get_args(info.type)) or kinds not in ([int], [float], [Path]):
+    def plain(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        several = get_origin(info.type) is tuple
+        kinds = [kind for kind in get_args(info.type) if kind not in (type(None), ...)]
+        if kinds not in ([int], [float], [str], [Path]):
             return None
+        kind = kinds[0]
+        name = "TEXT" if kind is str else kind.__name__.upper()
         return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=kinds[0].__name__.upper(),
-            instance_from_str=lambda words: kinds[0](words[0]),
-            is_instance=lambda value: value is None or isinstance(value, kinds[0]),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    @registry.primitive_rule
-    def several(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        kind = get_args(info.type)[:1]
-        if get_origin(info.type) is not tuple or kind not in ((str,), (Path,)):
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar=f"{'TEXT' if kind == (str,) else 'PATH'} ...",
-            instance_from_str=lambda words: tuple(map(kind[0], words)),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: list(map(str, value)),
+            nargs="*" if several else 1,
+            metavar=name + " ..." * several,
+            instance_from_str=lambda words: tuple(map(kind, words)) if several else kind(words[0]),
+            is_instance=lambda value: (
+                value is None or isinstance(value, tuple if several else kind)
+            ),
+            str_from_instance=lambda value: list(map(str, value)) if several else [str(value)],
         )
 
     return registry
 
 
-def _flags(kind: type, default: Any) -> list[str]:
-    """Every option of `kind`; if it has a default, those of its sections, and the short forms."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    if default is not None:
-        names = [f"{name}.{field}" for name in names for field in vars(getattr(default, name))]
-    before = [*SHORT, "--recipe", "--override"] if default is not None else []
-    return [*(f"--{name.replace('_', '-')}" for name in names), *before]
+def _flags(kind: type, default: RunConfig | None) -> list[str]:
+    """Every option of `kind`; of a run's configuration those of its sections."""
+    names = default.fields() if default else [field.name for field in dataclasses.fields(kind)]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 _REWORDED = (  # tyro 1.0's message, our message
@@ -206,30 +204,24 @@ def _plain(text: str, known: list[str]) -> str:
     )
     unrecognized = "unrecognized arguments: "
     if unknown := re.match(rf"{unrecognized}(--[^\s,=]+)", text):
-        text += _abbreviated(unknown[1], known) or nearest(unknown[1], known, 0.7)
+        text += _similar(unknown[1], known)
     elif "--override" in known and (change := re.match(rf"{unrecognized}([\w.-]+=\S+)", text)):
         text += f" (did you mean '--override {change[1]}'?)"  # a second value after one --override
     return text
 
 
-def _abbreviated(flag: str, known: list[str]) -> str:
-    """Suggest the option that `flag` abbreviates, as --optim.lr, --temp, --batch-size or --bs do.
-
-    Matches by exact name, initials, prefix, first word or scattered letters, in this order.
+def _similar(flag: str, known: list[str]) -> str:
+    """Suggest the option that `flag` abbreviates, as --optim.lr, --temp or --batch-size do, by its
+    initials or its beginning; else the nearest, if any is close.
     """
-    section, _, short = flag.removeprefix("--").replace("_", "-").rpartition(".")
-    if len(short) < 2:
-        return ""
-    letters = ".*".join(map(re.escape, short)) if len(short) < 4 else "$"
-    found = list[tuple[int, bool, int]]()
-    for place, option in enumerate(known):
-        inside, _, name = option.removeprefix("--").rpartition(".")
-        first, initials = short.split("-")[0], "".join(word[0] for word in name.split("-"))
-        ways = (name == short, initials == short, name.startswith(short))
-        ways += (name.startswith(f"{first}-"), bool(re.match(letters, name)))
-        if any(ways):
-            found.append((ways.index(True), inside != section, place))
-    return f" (did you mean {known[min(found)[-1]]!r}?)" if found else ""
+    short = flag.removeprefix("--").rpartition(".")[2].replace("_", "-")
+    first = short.partition("-")[0]
+    for option in known if len(short) > 1 else ():
+        name = option.removeprefix("--").rpartition(".")[2]
+        initials = "".join(word[0] for word in name.split("-"))
+        if initials == short or name.startswith((short, f"{first}-")):
+            return f" (did you mean {option!r}?)"
+    return nearest(flag, known, 0.7)
 
 
 def nearest(word: str, known: Any, alike: float = 0.6) -> str:

@@ -1,4 +1,4 @@
-"""Every option of a training run, as frozen dataclasses; standard library only.
+"""Every option of a training run, as frozen dataclasses; no torch or numpy.
 
 RunConfig has five sections: Model (the network), Data (what it reads), Optim (how it learns), Train
 (how long, how often) and Run (where and on what). A field's docstring is its command-line help.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sota_transformer.errors import OptionError
+from sota_transformer.shapes import misfit
 
 GPT2_VOCAB = 50_257
 VOCAB = GPT2_VOCAB + 1  # with <|pad|>
@@ -279,28 +280,25 @@ class RunConfig:
 
 
 _SECTIONS = {"model": Model, "data": Data, "optim": Optim, "train": Train, "run": Run}
+_JSON: dict[Any, type] = {int: int, float: float, bool: bool}  # everything else is text
 
 
 def _section(kind: type, values: Any) -> Any:
     """One section from its JSON object; checks each value against its field's type."""
-    section = kind.__name__.lower()
-    if not isinstance(values, dict):
-        raise ValueError(f"section {section} must be an object")
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    if unknown := set(values) - set(fields):
-        raise ValueError(f"unknown fields in {section}: {', '.join(sorted(unknown))}")
-    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    if missing := required - set(values):
-        raise ValueError(f"missing fields in {section}: {', '.join(sorted(missing))}")
-    accepted: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+    section, types = kind.__name__.lower(), {f.name: f.type for f in dataclasses.fields(kind)}
+    shape = {
+        field.name + "?" * (field.default is not dataclasses.MISSING): _JSON.get(field.type, str)
+        for field in dataclasses.fields(kind)
+    }
+    if wrong := misfit(values, shape, section):
+        raise ValueError(wrong)
     for name, value in values.items():
-        allowed = accepted.get(fields[name], (str,))
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise ValueError(f"{section}.{name} has the wrong type: {value!r}")
-        choices = get_args(fields[name])  # of a Literal
+        if name not in types:
+            raise ValueError(f"{section} has an unknown field {name}")
+        choices = get_args(types[name])  # of a Literal
         if choices and value not in choices:
             raise ValueError(f"{section}.{name} {value!r} must be one of {choices}")
-    paths = {name: Path(value) for name, value in values.items() if fields[name] is Path}
+    paths = {name: Path(value) for name, value in values.items() if types[name] is Path}
     return kind(**values | paths)
 
 

@@ -21,7 +21,6 @@ from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.benchmarks import Choice, hellaswag_choice
 from sota_transformer.shapes import misfit
 
-_LARGEST = 64 << 20
 _SECONDS = 20
 
 
@@ -142,13 +141,10 @@ def _download(name: str, place: str) -> bytes:
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
             raise OSError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
-            data = answer.read(_LARGEST + 1)
+            return answer.read()
     except (OSError, ValueError, HTTPException) as error:
         why = getattr(error, "reason", None) or error
         raise SotaError(
             f"cannot download {repository} from {host} ({why}); offline, use --{name} FILE",
             NO_INPUT,
         ) from error
-    if len(data) > _LARGEST:
-        raise SotaError(f"{url} is larger than {_LARGEST >> 20} MiB", BAD_DATA)
-    return data

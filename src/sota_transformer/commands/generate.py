@@ -14,8 +14,6 @@ from sota_transformer.inference.batch import Drawn, Job, run_jobs
 from sota_transformer.inference.generate import make_sampler
 from sota_transformer.options import Generate
 
-_PROMPT_BYTES = 64 << 20
-
 
 def run_generate(options: Generate) -> int:
     """Continue prompts: streamed text, or one JSON object per prompt."""
@@ -117,15 +115,10 @@ def _show(
 
 def _prompts(path: Path) -> list[str]:
     """Prompts of a file: one per line, or the field `prompt` of each .jsonl line; - is stdin."""
-    if stdin := str(path) == "-":
-        data = sys.stdin.buffer.read(_PROMPT_BYTES + 1)
-    elif path.is_file():
-        with path.open("rb") as file:
-            data = file.read(_PROMPT_BYTES + 1)
-    else:
+    stdin = str(path) == "-"
+    if not stdin and not path.is_file():
         raise SotaError(f"{path}: no such file", NO_INPUT)
-    if len(data) > _PROMPT_BYTES:
-        raise SotaError(f"{path} is larger than {_PROMPT_BYTES >> 20} MiB", BAD_DATA)
+    data = sys.stdin.buffer.read() if stdin else path.read_bytes()
     text = io.StringIO(decoded(data, path), None).read()  # normalizes line ends to "\n"
     if stdin:
         return [text.removesuffix("\n")]  # `echo` adds one

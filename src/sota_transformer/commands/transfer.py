@@ -12,14 +12,13 @@ from sota_transformer.commands.common import Opened, check, open_model
 from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.guards import one_line_errors
 from sota_transformer.data.shards import load_manifest
-from sota_transformer.errors import IO_FAILED, LOCKED, SotaError
+from sota_transformer.errors import SotaError
 from sota_transformer.inference.export import (
     probe_logits,
     proof,
     prove_huggingface,
     write_huggingface,
 )
-from sota_transformer.inference.folder import read_model
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.options import Export, Import
 from sota_transformer.presets import PRESETS, command
@@ -40,16 +39,10 @@ def run_export(options: Export) -> int:
     )
     opened = open_model(options.run, "cpu", options.step)
     model, out = opened.model, options.out.absolute()
-    size = 4 * model.config.parameter_count
-    if shutil.disk_usage(_existing(out)).free < 1.2 * size:
-        raise SotaError(
-            f"{out}: needs up to {1.2 * size / 1e6:,.0f} MB of free disk space", IO_FAILED
-        )
-    with one_line_errors(out):
-        durable.make_folder(out.parent)
     for left in out.parent.glob(f".tmp-{glob.escape(out.name)}-????????"):  # by a killed export
         durable.remove(left)
-    with durable.commit_folder(out, {"format": options.format, "dtype": options.dtype}) as writer:
+    made = durable.commit_folder(out, {"format": options.format, "dtype": options.dtype})
+    with one_line_errors(out), made as writer:
         if options.format == "gguf":
             proofs = _gguf(writer, opened, options.dtype)
         else:
@@ -73,10 +66,6 @@ def _free(out: Path, but: tuple[str, ...] = ()) -> dict[str, bool]:
             checkpoint.is_utf8(out)
         ),
     }
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _gguf(writer: durable.FolderWriter, opened: Opened, dtype: str) -> list[str]:
@@ -155,10 +144,7 @@ def run_import(options: Import) -> int:
     """Create a run at step 0 with the folder's weights, to evaluate, use or train further."""
     begun = checkpoint.steps(options.out) in ([], [0])  # an import killed before config.json
     check(_free(options.out, (".lock", ".tmp-", "checkpoints") if begun else ()))
-    if checkpoint.steps(options.model):  # a run of this program
-        model = open_model(options.model, "cpu", None).model
-    else:
-        model = read_model(options.model)
+    model = open_model(options.model, "cpu", None).model
     out = options.out.absolute()
     if options.data and model.config.vocab_size < VOCAB:
         raise SotaError(
@@ -175,12 +161,9 @@ def run_import(options: Import) -> int:
         train=Train(steps=options.steps, batch_rows=16),
         run=Run(out=out),
     )
-    try:  # before anything is written where a retry would find it
-        checkpoint.check_room(_existing(out), 4 * model.config.parameter_count)
+    with one_line_errors(out):
         durable.make_folder(out)
-    except OSError as error:
-        text = f"cannot create {out}: {error.strerror}; choose another --out"
-        raise SotaError(text, LOCKED) from error
+    checkpoint.check_room(out, 4 * model.config.parameter_count)
     with durable.DirectoryLock(out):
         durable.sweep(out)
         durable.sweep(out / "checkpoints")

@@ -245,10 +245,12 @@ class TokenWindows:
         self.files = {name: manifest["files"][name]["sha256"] for name in shards}
         if self.tokens < seq_len + 1:
             larger = "prepare again with a larger --val-fraction, " * (split == "val")
+            advice = f"prepare more text, {larger}"
+            if manifest["format"] == "foreign":
+                advice = f"add a file of more tokens named like {split}.bin, "
             raise SotaError(
                 f"{folder}: the {split} split has {counted(self.tokens, 'token')}, but a "
-                f"window needs {seq_len + 1:,}; prepare more text, {larger}or reduce "
-                "--model.seq-len",
+                f"window needs {seq_len + 1:,}; {advice}or reduce --model.seq-len",
                 BAD_DATA,
             )
         _allow_files(_OTHER_FILES + 2 * len(self.files))  # including the other split's

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
+from sota_transformer.data.guards import one_line_errors
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
 from sota_transformer.inference.perplexity import Perplexity
@@ -31,10 +32,11 @@ def train(
     `admit` is called once, with the folder locked and before any computation, and may turn
     compilation off. Raises SotaError for what a user can fix, Stopped on a signal.
     """
+    first = is_first_rank()  # before a folder is created: the launcher's variables may be wrong
     folder = check_folders(config)
     changed: list[str] = []
     with ExitStack() as stack:
-        if is_first_rank():  # before anything slow, so that a second start fails at once
+        if first:  # before anything slow, so that a second start fails at once
             stack.enter_context(durable.DirectoryLock(folder))
             durable.sweep(folder)
             durable.sweep(folder / "checkpoints")
@@ -118,12 +120,8 @@ def check_folders(config: RunConfig) -> Path:
     if not checkpoint.steps(folder):  # else the data was checked at its start; hashing takes time
         for split in ("train", "val"):
             TokenWindows(config.data.path, split, config.model.seq_len)
-    try:
+    with one_line_errors(folder):
         durable.make_folder(folder)
-    except OSError as error:
-        raise SotaError(
-            f"cannot create {folder}: {error.strerror}; choose another --out", LOCKED
-        ) from error
     return folder
 
 
