@@ -158,7 +158,7 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["prepare", "CORPUS"], 2, ["--out"]),
         (["generate", "EMPTY"], 66, ["not a run"]),
         (["evaluate", "DATA"], 66, ["is prepared data, not a run trained on it; give"]),
-        (["evaluate", "NOWHERE"], 66, ["not a run"]),
+        (["evaluate", "NOWHERE"], 66, ["nowhere does not exist; give a folder"]),
         (["export", "EMPTY", "--out", "OUT"], 66, ["not a run"]),
         (["generate", "DATA/manifest.json"], 66, ["manifest.json is a file, not a run; give a f"]),
         (["report", "DATA/manifest.json"], 66, ["manifest.json is a file, not a run; give a f"]),

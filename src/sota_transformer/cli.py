@@ -71,7 +71,7 @@ def guarded(work: Callable[[], int]) -> int:
             from sota_transformer.runtime import out_of_memory
 
             if out_of_memory(error):
-                hint = "close other programs, or try --device cpu"
+                hint = "close other programs, try --device cpu or train with --train.micro-rows 1"
                 return _complain(f"out of memory; {hint}", TEMPORARY)
         traceback.print_exc()
         kind = type(error).__name__

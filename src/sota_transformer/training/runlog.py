@@ -225,8 +225,10 @@ def read_config(run_folder: Path) -> RunConfig:
     try:
         return RunConfig.from_json(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = "is a file, not a run" if run_folder.is_file() else "is not a run (no config.json)"
-        if (run_folder / "train-00000.npy").exists():
+        what = "is not a run (no config.json)" if run_folder.exists() else "does not exist"
+        if run_folder.is_file():
+            what = "is a file, not a run"
+        elif (run_folder / "train-00000.npy").exists():
             what = "is prepared data, not a run trained on it"
         raise SotaError(
             f"{run_folder} {what}; give a folder made by `sota train`", NO_INPUT
