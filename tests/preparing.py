@@ -52,8 +52,7 @@ def jsonl(items: list[str]) -> bytes:
 def run(out: Path, *inputs: Path | str, **options: Any) -> dict[str, Any]:
     """Prepare with one worker and a tenth for validation, unless `options` says otherwise."""
     options = {"val_fraction": 0.1, "workers": 1} | options
-    encoder = options.pop("encoder", "auto")
-    return prepare(Prepare(inputs=tuple(map(str, inputs)), out=out, **options), encoder)
+    return prepare(Prepare(inputs=tuple(map(str, inputs)), out=out, **options))
 
 
 def documents(folder: Path, split: str) -> list[str]:

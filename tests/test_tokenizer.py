@@ -52,7 +52,12 @@ def reference() -> tiktoken.Encoding:
 
 @pytest.fixture(scope="module", params=["gigatoken", "tiktoken"])
 def encoder(request: pytest.FixtureRequest) -> Encoder:
-    return Encoder(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "tiktoken":
+            patch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+        made = Encoder()
+    assert made.kind == request.param
+    return made
 
 
 def test_known_ids() -> None:
@@ -142,7 +147,7 @@ def test_renewing_the_encoder_for_memory_keeps_the_ids(monkeypatch: pytest.Monke
         (0, [0, 0, 0, 0, 0], 2),
     ):
         monkeypatch.setattr(f"{module}._resident", lambda at_start=at_start: at_start)
-        encode = Encoder("gigatoken")
+        encode = Encoder()
         sizes, ids, encoders = iter(at_looks), set(), [encode._encode]
         monkeypatch.setattr(f"{module}._resident", lambda sizes=sizes: next(sizes))
         for _ in range(4):
@@ -183,7 +188,7 @@ def test_a_kill_while_gigatoken_reads_its_ranks_leaves_no_file(
 
     reader = SimpleNamespace(from_tiktoken=from_tiktoken)
     monkeypatch.setattr(gigatoken, "BPETokenizer", reader)
-    assert Encoder("gigatoken")(b"hello world").tolist() == [31373, 995]
+    assert Encoder()(b"hello world").tolist() == [31373, 995]
     assert there == []
 
 

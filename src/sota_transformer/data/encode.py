@@ -85,7 +85,7 @@ class Tools:
     """State that a worker keeps between units."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.encoder, self.tables = job, Encoder(job.encoder), Tables()
+        self.job, self.encoder, self.tables = job, Encoder(), Tables()
         grams = np.load(job.excluded, allow_pickle=False) if job.excluded else None
         self.excluded = None if grams is None else GramSet(grams)
 

@@ -56,11 +56,10 @@ if TYPE_CHECKING:  # numpy loads while the workers start
 _ASKED = "asked.json"
 
 
-def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
+def prepare(options: Prepare) -> dict[str, Any]:
     """Prepare `options.inputs` into `options.out`. Returns the manifest, or {} for a single part.
 
-    `encoder` is for tests and does not affect the result. Every user error and every I/O failure
-    is a SotaError with a documented code.
+    Every user error and every I/O failure is a SotaError with a documented code.
     """
     if problems := options.problems():
         raise SotaError("; ".join(problems), USAGE)
@@ -86,7 +85,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
             LOCKED,
         )
     with one_line_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
-        run = _Run(options, sources, skipped, request, old, work, encoder)
+        run = _Run(options, sources, skipped, request, old, work)
         make_folder(run.own)
         try:
             stack.enter_context(DirectoryLock(run.own))
@@ -211,7 +210,6 @@ class _Run:
     request: str
     old: dict[str, Any] | None
     work: Path
-    encoder: str
 
     def __post_init__(self) -> None:
         self.part, self.parts = map(int, (self.options.part or "1/1").split("/"))
@@ -232,7 +230,6 @@ class _Run:
         job = Job(
             self.work / "units",
             self.options.text_field,
-            self.encoder,
             repair=self.options.bad_text == "replace",
             sketches=self.options.near_dedup > 0,
             excluded=self._excluded(),

@@ -71,7 +71,6 @@ class Job:
     folder: Path
     """Folder for results."""
     text_field: str
-    encoder: str
     repair: bool = False
     """Whether text with encoding errors is kept, with U+FFFD in their place."""
     sketches: bool = False
