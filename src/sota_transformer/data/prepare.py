@@ -12,7 +12,6 @@ for any reason leaves that folder; the same command resumes and reuses the finis
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -381,9 +380,5 @@ class _Run:
         else:
             manifest = joined(self.old, manifest)
             commit_append(shards, out, manifest)
-        try:
-            remove(self.work)
-        except OSError as error:  # another process has started there
-            if error.errno != errno.ENOTEMPTY:
-                raise
+        remove(self.work)
         return manifest
