@@ -95,10 +95,7 @@ class Tables:
     def rows(self, segment: Segment, field: str) -> Iterator[Row | Skipped]:
         """The values of a segment's rows, or the reason why there are none."""
         try:
-            if segment.whole:
-                yield from self._all(segment, field)
-            else:
-                yield from self._range(segment, field)
+            yield from self._rows(segment, field)
         except ImportError:
             hint = "parquet and Arrow need `pip install 'sota-transformer[parquet]'`"
             yield Skipped(hint, segment.name)
@@ -110,28 +107,23 @@ class Tables:
             text = (str(error).splitlines() or [""])[0][:80]
             yield Skipped(_LEFT_OUT, f"{segment.name}: {text}")
 
-    def _all(self, segment: Segment, field: str) -> Iterator[Row]:
-        """Every row of a small file."""
-        row = 0
-        for batch in self._open(segment, field)[1]:
-            for value in batch.to_pylist():
-                yield row, value
-                row += 1
-
-    def _range(self, segment: Segment, field: str) -> Iterator[Row]:
+    def _rows(self, segment: Segment, field: str) -> Iterator[Row]:
         """Rows start..stop, continuing from the reader's position if that is not past `start`."""
         import pyarrow
 
         place = (segment.path, segment.offset)
         if self._place != place or self._row > segment.start:
             self._batches, self._rest = iter(()), []  # free the old batches before reading more
-            pyarrow.default_memory_pool().release_unused()
+            if not segment.whole:
+                pyarrow.default_memory_pool().release_unused()
             self._row, self._batches = self._open(segment, field)
             self._place = place
-        while self._row < segment.stop:
+        while segment.whole or self._row < segment.stop:
             if not self._rest:
                 batch = next(self._batches, None)
                 if batch is None:
+                    if segment.whole:
+                        return
                     raise OSError("truncated while being read")
                 if self._row + len(batch) <= segment.start:
                     self._row += len(batch)  # another worker's rows: do not convert them
