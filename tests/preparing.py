@@ -104,7 +104,7 @@ def read(path: Path, spool: Path) -> tuple[list[str], list[Skipped]]:
     def pieces(source: Source) -> list[tuple[int, int, int]]:
         return probe(source, "text")
 
-    for segments, _ in units.cut(find((str(path),))[0], spool, refused.append, pieces):
+    for segments in units.cut(find((str(path),))[0], spool, refused.append, pieces):
         for segment in segments:
             for document in reading.documents(segment, "text", tables):
                 if isinstance(document, Skipped):

@@ -44,7 +44,7 @@ def units_of(*paths: Path) -> list[Unit]:
     """The units that these files are cut into."""
     sources, _ = find(tuple(map(str, paths)))
     cuts = units.cut(sources, paths[0].parent, print, lambda s: tables.probe(s, "text"))
-    return [Unit(i, segments, str(i)) for i, (segments, _) in enumerate(cuts)]
+    return [Unit(i, segments, str(i)) for i, segments in enumerate(cuts)]
 
 
 def test_a_drive_without_shared_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

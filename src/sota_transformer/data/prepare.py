@@ -296,15 +296,13 @@ class _Run:
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
         cuts = cut(self.sources, self.own / "spool", self.skipped.append, pool.probe)
-        for index, (segments, identity) in enumerate(cuts):
+        for index, segments in enumerate(cuts):
             if index % self.parts != self.part - 1:
                 for path in {segment.path for segment in segments if segment.spooled}:
                     Path(path).unlink(missing_ok=True)
                 continue
-            places = (f"{s.input}:{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
-            ranges = "\n".join(places)
-            text = f"{settings}\0{identity}\0{ranges}".encode("utf-8", "surrogateescape")
-            yield Unit(index, segments, hashlib.sha256(text).hexdigest())
+            text = f"{settings}{[dataclasses.replace(s, path='') for s in segments]}"
+            yield Unit(index, segments, hashlib.sha256(text.encode()).hexdigest())
 
     def _encoded(self, pool: Pool, progress: Progress) -> Iterator[Unit]:
         """This part's units, each once its result is stored."""

@@ -36,6 +36,8 @@ class Segment:
     name: str
     kind: str
     path: str
+    version: tuple[int, int]
+    """Size and modification time of the source, which tell if it was changed."""
     start: int
     stop: int
     whole: bool
@@ -84,37 +86,32 @@ Probe = Callable[[Source], list[tuple[int, int, int]]]
 
 def cut(
     sources: list[Source], folder: Path, refused: Refused, probe: Probe
-) -> Iterator[tuple[tuple[Segment, ...], str]]:
-    """(segments, identity) of each unit in order.
+) -> Iterator[tuple[Segment, ...]]:
+    """The segments of each unit in order.
 
     `folder` is for spool files; `refused` is called for streams that cannot be read; `probe` gives
-    the (group, first row, end row) pieces of a table. The identity consists of the sources' names,
-    sizes and modification times.
+    the (group, first row, end row) pieces of a table.
     """
     spool = _Spool(folder)
     group: list[Segment] = []
-    marks: list[str] = []
     for source in sources:
-        mark = f"{source.name}\0{source.kind}\0{source.codec}\0{source.size}\0{source.modified}"
         packed = bool(source.codec) or source.kind in ARCHIVES or _recode(source)
         splits = source.size > UNIT_BYTES and source.kind in (*_CUT_KINDS, *TABLES)
         size = sum(segment.stop - segment.start for segment in group)
         full = size + source.size > UNIT_BYTES or len(group) >= _UNIT_FILES
         if group and (packed or splits or full):
-            yield tuple(group), "\n".join(marks)
-            group, marks = [], []
+            yield tuple(group)
+            group = []
         if packed:
-            for segments in spool.unpack(source, refused):
-                yield segments, mark
+            yield from spool.unpack(source, refused)
         elif splits:
             rows = source.kind in TABLES
             for segment in _tables(source, probe) if rows else _lines(source, refused):
-                yield (segment,), mark
+                yield (segment,)
         else:
             group.append(whole(source))
-            marks.append(mark)
     if group:
-        yield tuple(group), "\n".join(marks)
+        yield tuple(group)
 
 
 def _recode(source: Source) -> bool:
@@ -128,7 +125,8 @@ def _recode(source: Source) -> bool:
 
 def whole(source: Source) -> Segment:
     """An entire source as one segment."""
-    return Segment(source.input, source.name, source.kind, source.path, 0, source.size, True)
+    place = (source.input, source.name, source.kind, source.path)
+    return Segment(*place, (source.size, source.modified), 0, source.size, whole=True)
 
 
 def _tables(source: Source, probe: Probe) -> Iterator[Segment]:
@@ -270,7 +268,7 @@ class _Spool:
         """Units of a compressed source or an archive."""
         try:
             for name, kind, chunks in streams(source, refused):
-                base = Segment(source.input, name, kind, "", 0, 0, whole=False, spooled=True)
+                base = replace(whole(source), name=name, kind=kind, whole=False, spooled=True)
                 yield from self._stream(base, chunks)
             if self._segments:
                 yield self._unit()
