@@ -196,12 +196,10 @@ def _pieces(data: bytes) -> Iterator[tuple[int, int]]:
 
 def _read(segment: Segment) -> bytes:
     """All bytes of the segment."""
-    with Path(segment.path).open("rb", buffering=0) as file:
+    with Path(segment.path).open("rb") as file:
         file.seek(segment.offset)
         size = segment.stop - segment.start
         data = file.read(size)
-        while data and len(data) < size and (more := file.read(size - len(data))):
-            data += more
         if len(data) < size:
             raise _cut()
         return data
