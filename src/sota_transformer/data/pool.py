@@ -122,8 +122,8 @@ class Pool:
         """The pieces of a table; a worker finds them, since the file may crash its reader."""
         with contextlib.suppress(*_DEAD):
             return self._submit(_probe, source).result()
-        self._one_by_one()
-        return self._alone(_probe, source, source.name).result()
+        self._restart()
+        return self._alone(_probe, source, source.name)
 
     def _head_done(self) -> bool:
         future = self._waiting[0][1] if self._waiting else None
@@ -134,21 +134,20 @@ class Pool:
         try:
             done = (future or self._submit(_encode, run)).result()
         except _DEAD:
-            self._one_by_one()
-            yield from self._next()
+            yield from self._one_by_one()
             return
         self._waiting.popleft()
         yield from zip(run, done, strict=True)
 
-    def _one_by_one(self) -> None:
-        """Encode all pending units again, one by one. SotaError 65 names one that fails again."""
+    def _one_by_one(self) -> Iterator[tuple[Unit, Done]]:
+        """All pending units, encoded one by one. SotaError 65 names one that fails again."""
         self._restart()
-        alone: deque[tuple[Run, Future[list[Done]] | None]] = deque()
-        for unit in (unit for run, _ in self._waiting for unit in run):
+        pending = [unit for run, _ in self._waiting for unit in run]
+        self._waiting.clear()
+        for unit in pending:
             names = ", ".join(dict.fromkeys(part.name for part in unit.segments[:3]))
             place = f"{names} (from byte {unit.segments[0].start:,})"
-            alone.append(((unit,), self._alone(_encode, (unit,), place)))
-        self._waiting = alone
+            yield unit, self._alone(_encode, (unit,), place)[0]
 
     def _restart(self) -> None:
         """Start another pool. A worker that was starting while another died has to be killed here:
@@ -161,15 +160,13 @@ class Pool:
         self._pool = self._start()
 
     def _alone(self, work: Callable[[Any], Any], item: Any, place: str) -> Any:
-        """A finished future of `work(item)`, run with nothing else pending. Retried once, since the
-        first failure may come from a fork server that was already dying.
+        """The result of `work(item)`, run with nothing else pending. Retried once, since the first
+        failure may come from a fork server that was already dying.
         """
         error: BaseException | None = None
         for _ in range(2):
             try:
-                future = self._submit(work, item)
-                future.result()
-                return future
+                return self._submit(work, item).result()
             except _DEAD as caught:
                 error = caught
                 time.sleep(0.2)
