@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from sota_transformer.data.tokenizer import (
     _PATTERN,
+    EOT,
     Encoder,
     Tokenizer,
     _rank_file,
@@ -64,7 +65,7 @@ def test_known_ids() -> None:
     tokenizer = Tokenizer()
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
-    assert (tokenizer.eot, tokenizer.pad) == (50256, 50257)
+    assert (EOT, tokenizer.pad) == (50256, 50257)
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
