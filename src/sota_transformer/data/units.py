@@ -226,7 +226,7 @@ class _Cutter:
     def __init__(self, kind: str) -> None:
         self.rows = _Rows(kind) if kind in ("csv", "tsv") else None
         self._cuts = kind in _CUT_KINDS
-        self._slack = _TEXT_SLACK if kind == "text" else None
+        self._prose = kind == "text"
         self.reset(0)
 
     def reset(self, start: int) -> None:
@@ -241,13 +241,10 @@ class _Cutter:
             return None
         at = min(len(chunk), max(0, self.target - 1 - position))
         line = self.rows.end(chunk, at, position) if self.rows else chunk.find(b"\n", at)
-        if self._slack is not None and (line < 0 or position + line >= self.target + self._slack):
-            return self._hard(chunk, position, self._slack)
-        return position + line + 1 if line >= 0 else None
-
-    def _hard(self, chunk: bytes, position: int, slack: int) -> int | None:
-        """A cut between two characters, past the slack."""
-        at = max(0, self.target + slack - position)
+        last = self.target + _TEXT_SLACK
+        if not self._prose or 0 <= line < last - position:
+            return position + line + 1 if line >= 0 else None
+        at = max(0, last - position)
         while at < len(chunk) and chunk[at] & 0xC0 == 0x80:
             at += 1
         return position + at if at < len(chunk) else None
