@@ -84,13 +84,11 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
 
 
 def recoded(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The chunks of a text; UTF-16 with a byte order mark becomes UTF-8 without one.
+    """The chunks of a text; UTF-16 with a byte order mark, in the first, becomes UTF-8 without one.
 
     Invalid UTF-16 becomes invalid UTF-8, so that both are handled in the same place.
     """
     first = next(chunks, b"")
-    while len(first) == 1 and (more := next(chunks, b"")):
-        first += more
     if not first.startswith(UTF16):
         yield from chain([first] if first else [], chunks)
         return
