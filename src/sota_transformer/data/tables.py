@@ -142,23 +142,21 @@ class Tables:
 
         if self._path != segment.path:
             # Read in small pieces: a column may be larger than memory.
-            how: dict[str, Any] = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
-            self._path, self._file = "", parquet.ParquetFile(segment.path, **how)
+            self._path, self._file = (
+                "",
+                parquet.ParquetFile(segment.path, buffer_size=_BUFFER_BYTES, pre_buffer=False),
+            )
             groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
             self._ends = list(accumulate(group.num_rows for group in groups))
             self._path = segment.path
-        return _parquet(self._file, self._ends, segment, field)
-
-
-def _parquet(file: Any, ends: list[int], segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
-    """The first row of the segment's row groups, and their batches of the column."""
-    if field not in file.schema_arrow.names:
-        raise KeyError(field)
-    last = len(ends) if segment.whole else min(len(ends), bisect_left(ends, segment.stop) + 1)
-    groups = list(range(segment.offset, last))
-    how = {"row_groups": groups, "columns": [field], "use_threads": False}
-    batches = file.iter_batches(_BATCH_ROWS, **how) if groups else ()  # pyarrow 18 fails on none
-    return max(ends[: segment.offset], default=0), (_column(batch, field) for batch in batches)
+        if field not in self._file.schema_arrow.names:
+            raise KeyError(field)
+        ends, first = self._ends, segment.offset
+        last = len(ends) if segment.whole else min(len(ends), bisect_left(ends, segment.stop) + 1)
+        how = {"row_groups": list(range(first, last)), "columns": [field], "use_threads": False}
+        # pyarrow 18 fails on no row groups
+        batches = self._file.iter_batches(_BATCH_ROWS, **how) if first < last else ()
+        return max(ends[:first], default=0), (_column(batch, field) for batch in batches)
 
 
 def _arrow(segment: Segment, field: str) -> Iterator[Any]:
