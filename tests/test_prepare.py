@@ -381,7 +381,7 @@ def test_progress_of_a_table_counts_bytes_not_rows(
     parquet.write_table(pa.table({"text": texts(300)}), path, row_group_size=100)
     (source,), _ = find((str(path),))
     cuts = units.cut([source], tmp_path, lambda _: None, lambda s: tables.probe(s, "text"))
-    sizes = [segment.size for segments in cuts for segment in segments]
+    sizes = [segment.taken for segments in cuts for segment in segments]
     assert len(sizes) > 3
     assert source.size - len(sizes) <= sum(sizes) <= source.size
 

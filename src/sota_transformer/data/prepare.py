@@ -307,7 +307,7 @@ class _Run:
     def _encoded(self, pool: Pool, progress: Progress) -> Iterator[Unit]:
         """This part's units, each once its result is stored."""
         for unit, done in pool.run(self._units(pool)):
-            size = sum(segment.size for segment in unit.segments)
+            size = sum(segment.taken for segment in unit.segments)
             progress.add_unit(done.documents, done.text_bytes, done.tokens, size)
             yield unit
 

@@ -29,17 +29,13 @@ _INSIDE_QUOTES = re.compile(rb'[^"]*+(?:""[^"]*+)*+')
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Source):
     """A piece of one source: bytes start..stop, or rows for a table."""
 
-    input: int
-    name: str
-    kind: str
-    path: str
-    version: tuple[int, int]
-    """Size and modification time of the source, which tell if it was changed."""
     start: int
     stop: int
+    taken: int
+    """Input bytes of this piece, for the progress display; approximate for a table."""
     whole: bool
     """Whether this is the entire source."""
     offset: int = 0
@@ -48,13 +44,6 @@ class Segment:
     """Header row of a CSV or TSV file, needed to read any piece of it; b"" if it is too long."""
     spooled: bool = False
     """Whether the path is a spool file, to be removed once read."""
-    taken: int = 0
-    """For a range of table rows: approximate number of bytes in the file."""
-
-    @property
-    def size(self) -> int:
-        """Input bytes of this piece, for the progress display."""
-        return self.taken or self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ def cut(
     for source in sources:
         packed = bool(source.codec) or source.kind in ARCHIVES or _recode(source)
         splits = source.size > UNIT_BYTES and source.kind in (*_CUT_KINDS, *TABLES)
-        size = sum(segment.stop - segment.start for segment in group)
+        size = sum(segment.size for segment in group)
         full = size + source.size > UNIT_BYTES or len(group) >= _UNIT_FILES
         if group and (packed or splits or full):
             yield tuple(group)
@@ -125,8 +114,8 @@ def _recode(source: Source) -> bool:
 
 def whole(source: Source) -> Segment:
     """An entire source as one segment."""
-    place = (source.input, source.name, source.kind, source.path)
-    return Segment(*place, (source.size, source.modified), 0, source.size, whole=True)
+    size = source.size
+    return Segment(**vars(source), start=0, stop=size, taken=size, whole=True)
 
 
 def _tables(source: Source, probe: Probe) -> Iterator[Segment]:
@@ -162,10 +151,11 @@ def _ranges(source: Source) -> Iterator[Segment]:
                 position += len(chunk)
             if end is None:
                 break
-            yield replace(piece, start=start, stop=end, offset=start)
+            yield replace(piece, start=start, stop=end, taken=end - start, offset=start)
             start = end
     if start < source.size:
-        yield replace(piece, start=start, offset=start, whole=start == 0)
+        rest = source.size - start
+        yield replace(piece, start=start, taken=rest, offset=start, whole=start == 0)
 
 
 class _Rows:
@@ -303,8 +293,9 @@ class _Spool:
 
     def _segment(self, base: Segment, start: int, stop: int, *, whole: bool = False) -> None:
         """Record the bytes just written as a piece of a stream."""
-        place = {"path": os.fspath(self._path), "offset": self._written - (stop - start)}
-        self._segments.append(replace(base, start=start, stop=stop, whole=whole, **place))
+        size, path = stop - start, os.fspath(self._path)
+        place = {"start": start, "stop": stop, "path": path, "offset": self._written - size}
+        self._segments.append(replace(base, taken=size, whole=whole, **place))
 
     def _unit(self) -> tuple[Segment, ...]:
         """Close the spool file; all segments since the last unit."""
