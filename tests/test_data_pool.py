@@ -21,6 +21,7 @@ from sota_transformer.data import forks, tables, units
 from sota_transformer.data.pool import Job, Pool, runs
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.units import Unit
+from sota_transformer.options import Prepare
 from tests.preparing import PrivateMap, bytes_of, everything, jsonl, run, texts
 
 ROWS = (100, 100, 100, 100, 100, 30)  # of the row groups
@@ -128,7 +129,7 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
     held.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))  # type: ignore[arg-type]
     assert [signal.SIGINT in each for each in held] == [True, False]
     (tmp_path / "units").mkdir()
-    pool = Pool(Job(tmp_path / "units", "text"), 2)
+    pool = Pool(Job(tmp_path / "units", Prepare(inputs=("x",), out=tmp_path)), 2)
     try:
         results = pool.run(made)
         found = [next(results)]
@@ -146,7 +147,7 @@ def test_a_worker_that_cannot_be_stopped_blocks_nothing(table: Path, tmp_path: P
     """Like one still starting while another died: when stopped, it ignores even SIGTERM."""
     made, found = units_of(table), []
     (tmp_path / "units").mkdir()
-    pool = Pool(Job(tmp_path / "units", "text"), 2)
+    pool = Pool(Job(tmp_path / "units", Prepare(inputs=("x",), out=tmp_path)), 2)
     results = pool.run(made)
     found.append(next(results))
     deaf, dead = multiprocessing.active_children()

@@ -99,7 +99,7 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
     for segment in unit.segments:
         for document in _guarded(segment, tools):
             if isinstance(document, Skipped):
-                repaired = document.repaired if tools.job.repair else b""
+                repaired = document.repaired if tools.job.options.bad_text == "replace" else b""
                 rejects.add(document.reason + REPAIRED * bool(repaired), document.where)
                 if not repaired:
                     continue
@@ -131,7 +131,7 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
     )
     if tools.excluded:
         _exclude(encoded, tools.excluded, list(hashes.values()))
-    if tools.job.sketches:
+    if tools.job.options.near_dedup:
         encoded.keys, encoded.marks = sketch(encoded.tokens, encoded.lengths)
     return encoded
 
@@ -156,7 +156,7 @@ def _exclude(encoded: Encoded, excluded: GramSet, names: list[str]) -> None:
 def _guarded(segment: Segment, tools: Tools) -> Iterator[Document]:
     """The segment's documents; a missing or unreadable file becomes a reject."""
     try:
-        yield from documents(segment, tools.job.text_field, tools.tables)
+        yield from documents(segment, tools.job.options.text_field, tools.tables)
     except OSError as error:
         yield Skipped(f"cannot be read ({error.strerror})", segment.name)
     except MemoryError:

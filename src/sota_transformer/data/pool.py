@@ -215,7 +215,7 @@ def _watch() -> None:
 def _probe(source: Source) -> list[tuple[int, int, int]]:
     from sota_transformer.data.tables import probe
 
-    return probe(source, _Worker.tools.job.text_field)
+    return probe(source, _Worker.tools.job.options.text_field)
 
 
 def _encode(run: Run) -> list[Done]:

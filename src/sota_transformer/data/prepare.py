@@ -226,14 +226,7 @@ class _Run:
         make_folder(self.work / "units")
         if self.options.part:
             self._save_request()
-        job = Job(
-            self.work / "units",
-            self.options.text_field,
-            repair=self.options.bad_text == "replace",
-            sketches=self.options.near_dedup > 0,
-            excluded=self._excluded(),
-        )
-        pool = Pool(job, workers(self.options))
+        pool = Pool(Job(self.work / "units", self.options, self._excluded()), workers(self.options))
         packed = any(source.codec or source.kind in ARCHIVES for source in self.sources)
         total = sum(source.size for source in self.sources) // self.parts
         progress = Progress(None if packed else total)
@@ -291,8 +284,7 @@ class _Run:
     def _units(self, pool: Pool) -> Iterator[Unit]:
         """This part's units with their keys, numbered across all parts."""
         options = self.options
-        settings = f"13\0{options.text_field}\0{options.near_dedup > 0}"
-        settings += "\0replace" * (options.bad_text == "replace")
+        settings = f"13\0{options.text_field}\0{options.near_dedup > 0}\0{options.bad_text}\0"
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
         cuts = cut(self.sources, self.own / "spool", self.skipped.append, pool.probe)

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from sota_transformer.data.sources import ARCHIVES, TABLES, Skipped, Source
 from sota_transformer.data.streams import UTF16, Refused, streams
+from sota_transformer.options import Prepare
 
 UNIT_BYTES = 4 << 20
 _UNIT_FILES = 500
@@ -57,15 +58,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Job:
-    """Settings for every worker."""
+    """What every worker is told."""
 
     folder: Path
     """Folder for results."""
-    text_field: str
-    repair: bool = False
-    """Whether text with encoding errors is kept, with U+FFFD in their place."""
-    sketches: bool = False
-    """Whether to compute sketches for near-duplicate detection."""
+    options: Prepare
     excluded: Path | None = None
     """File of n-gram hashes; documents that contain one of them are dropped."""
 
