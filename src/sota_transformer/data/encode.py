@@ -167,22 +167,18 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
     """Write a unit's result atomically to `path`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     check, shapes = blake3(), {}
-    try:
-        with open(temporary, "wb") as file:
-            for name, dtype in _ARRAYS:
-                array = np.ascontiguousarray(getattr(encoded, name), dtype)
-                data = array.reshape(-1).view(np.uint8).data
-                file.write(data)
-                check.update(data)
-                shapes[name] = array.shape
-            head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
-            head |= asdict(encoded.rejects)
-            text = json.dumps(head).encode()
-            file.write(text + len(text).to_bytes(8, "little"))
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with open(temporary, "wb") as file:
+        for name, dtype in _ARRAYS:
+            array = np.ascontiguousarray(getattr(encoded, name), dtype)
+            data = array.reshape(-1).view(np.uint8).data
+            file.write(data)
+            check.update(data)
+            shapes[name] = array.shape
+        head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
+        head |= asdict(encoded.rejects)
+        text = json.dumps(head).encode()
+        file.write(text + len(text).to_bytes(8, "little"))
+    temporary.replace(path)
 
 
 def load(path: Path, key: str, *, check: bool) -> Encoded | None:
