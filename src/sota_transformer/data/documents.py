@@ -45,20 +45,18 @@ Document = bytes | Skipped
 
 def documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
     """Documents of a segment in order; `field` names the text in records and tables."""
-    found = _documents(segment, field, tables)
+    found: Iterator[Document]
+    if segment.kind == "jsonl":
+        found = _records(segment, field)
+    elif segment.kind in TABLES:
+        found = _cells(segment, field, tables)
+    elif segment.kind in ("csv", "tsv"):
+        found = _csv(segment, field)
+    else:
+        found = _text(segment)
     if segment.whole:  # a piece may be empty because other pieces hold all the documents
         found = chain([next(found, Skipped(NOTHING, segment.name))], found)
     return found
-
-
-def _documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
-    if segment.kind == "jsonl":
-        return _records(segment, field)
-    if segment.kind in TABLES:
-        return _cells(segment, field, tables)
-    if segment.kind in ("csv", "tsv"):
-        return _csv(segment, field)
-    return _text(segment)
 
 
 def as_document(text: str, where: str, data: bytes | None = None) -> Document:

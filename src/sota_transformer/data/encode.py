@@ -86,8 +86,7 @@ class Tools:
 
     def __init__(self, job: Job) -> None:
         self.job, self.encoder, self.tables = job, Encoder(), Tables()
-        grams = np.load(job.excluded, allow_pickle=False) if job.excluded else None
-        self.excluded = None if grams is None else GramSet(grams)
+        self.excluded = GramSet(np.load(job.excluded)) if job.excluded else None
 
 
 def encode_unit(unit: Unit, tools: Tools) -> Encoded:

@@ -158,10 +158,9 @@ def _matches(pattern: str) -> list[str]:
     if not any(sign in pattern for sign in "*?["):
         return []
     path = Path(pattern)
-    start = Path(path.anchor) if path.anchor else Path()
     try:
-        return sorted(map(str, start.glob(str(path.relative_to(path.anchor)))))
-    except (ValueError, NotImplementedError):
+        return sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+    except ValueError:
         return []
 
 
