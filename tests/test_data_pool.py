@@ -138,7 +138,7 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
     finally:
         pool.close(stop=True)
     assert [unit for unit, _ in found] == made
-    assert sum(done.documents for _, done in found) == sum(ROWS)
+    assert sum(documents for _, (documents, _, _) in found) == sum(ROWS)
     assert len(handed) > 3 and all(arguments == ["sota"] for arguments in handed)
     assert len(sys.argv) > 100_000
 

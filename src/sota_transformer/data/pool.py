@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,15 +37,7 @@ _RECURSION = 3000  # for deep but valid JSON; beyond it the C scanner raises, it
 _RUN_UNITS = 64  # longer row groups are shared after all: a very long run leaves others idle
 
 Run = tuple[Unit, ...]
-
-
-@dataclass(frozen=True)
-class Done:
-    """Counts of an encoded unit."""
-
-    documents: int
-    text_bytes: int
-    tokens: int
+Counts = tuple[int, int, int]  # documents, bytes of text and tokens of an encoded unit
 
 
 def runs(units: Iterable[Unit], workers: int) -> Iterator[Run]:
@@ -90,7 +81,7 @@ class Pool:
 
     def __init__(self, job: Job, workers: int) -> None:
         self._job, self._workers = job, workers
-        self._waiting: deque[tuple[Run, Future[list[Done]] | None]] = deque()
+        self._waiting: deque[tuple[Run, Future[list[Counts]] | None]] = deque()
         self._pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
@@ -101,7 +92,7 @@ class Pool:
         with without_main_module():
             return self._pool.submit(work, item)
 
-    def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Done]]:
+    def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Counts]]:
         """Every unit with its counts, in order; a bounded number is pending at any time."""
         for run in runs(units, self._workers):
             future = None
@@ -129,7 +120,7 @@ class Pool:
         future = self._waiting[0][1] if self._waiting else None
         return future is not None and future.done()
 
-    def _next(self) -> Iterator[tuple[Unit, Done]]:
+    def _next(self) -> Iterator[tuple[Unit, Counts]]:
         run, future = self._waiting[0]
         try:
             done = (future or self._submit(_encode, run)).result()
@@ -139,7 +130,7 @@ class Pool:
         self._waiting.popleft()
         yield from zip(run, done, strict=True)
 
-    def _one_by_one(self) -> Iterator[tuple[Unit, Done]]:
+    def _one_by_one(self) -> Iterator[tuple[Unit, Counts]]:
         """All pending units, encoded one by one. SotaError 65 names one that fails again."""
         self._restart()
         pending = [unit for run, _ in self._waiting for unit in run]
@@ -218,11 +209,11 @@ def _probe(source: Source) -> list[tuple[int, int, int]]:
     return probe(source, _Worker.tools.job.options.text_field)
 
 
-def _encode(run: Run) -> list[Done]:
+def _encode(run: Run) -> list[Counts]:
     return [_encode_one(unit) for unit in run]
 
 
-def _encode_one(unit: Unit) -> Done:
+def _encode_one(unit: Unit) -> Counts:
     """Encode a unit into its result file, unless a valid one exists."""
     from sota_transformer.data.encode import encode_unit, load, store
 
@@ -234,4 +225,4 @@ def _encode_one(unit: Unit) -> Done:
     for path in {segment.path for segment in unit.segments if segment.spooled}:
         Path(path).unlink(missing_ok=True)
     tokens, text_bytes = len(encoded.tokens), int(encoded.text_bytes.sum(dtype="int64"))
-    return Done(len(encoded.lengths), text_bytes, tokens)
+    return len(encoded.lengths), text_bytes, tokens

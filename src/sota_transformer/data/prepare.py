@@ -298,9 +298,8 @@ class _Run:
 
     def _encoded(self, pool: Pool, progress: Progress) -> Iterator[Unit]:
         """This part's units, each once its result is stored."""
-        for unit, done in pool.run(self._units(pool)):
-            size = sum(segment.taken for segment in unit.segments)
-            progress.add_unit(done.documents, done.text_bytes, done.tokens, size)
+        for unit, counts in pool.run(self._units(pool)):
+            progress.add_unit(*counts, sum(segment.taken for segment in unit.segments))
             yield unit
 
     def _merged(self, units: Iterator[Unit]) -> dict[str, Any]:
