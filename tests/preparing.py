@@ -52,8 +52,7 @@ def jsonl(items: list[str]) -> bytes:
 def run(out: Path, *inputs: Path | str, **options: Any) -> dict[str, Any]:
     """Prepare with one worker and a tenth for validation, unless `options` says otherwise."""
     options = {"val_fraction": 0.1, "workers": 1} | options
-    encoder = options.pop("encoder", "auto")
-    return prepare(Prepare(inputs=tuple(map(str, inputs)), out=out, **options), encoder)
+    return prepare(Prepare(inputs=tuple(map(str, inputs)), out=out, **options))
 
 
 def documents(folder: Path, split: str) -> list[str]:
@@ -105,7 +104,7 @@ def read(path: Path, spool: Path) -> tuple[list[str], list[Skipped]]:
     def pieces(source: Source) -> list[tuple[int, int, int]]:
         return probe(source, "text")
 
-    for segments, _ in units.cut(find((str(path),))[0], spool, refused.append, pieces):
+    for segments in units.cut(find((str(path),))[0], spool, refused.append, pieces):
         for segment in segments:
             for document in reading.documents(segment, "text", tables):
                 if isinstance(document, Skipped):

@@ -356,7 +356,7 @@ def test_files_that_vanish_or_shrink_are_counted(
         (folder / name).write_bytes(jsonl(texts(50)))
     sources = find((str(folder),))[0]
     (folder / "b.jsonl").unlink()
-    segments = [s for found, _ in units.cut(sources, tmp_path, refused.append, list) for s in found]
+    segments = [s for found in units.cut(sources, tmp_path, refused.append, list) for s in found]
     assert [(item.where, item.reason) for item in refused] == [
         ("in/b.jsonl", "cannot be read (No such file or directory)")
     ]

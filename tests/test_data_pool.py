@@ -21,6 +21,7 @@ from sota_transformer.data import forks, tables, units
 from sota_transformer.data.pool import Job, Pool, runs
 from sota_transformer.data.sources import Skipped, find
 from sota_transformer.data.units import Unit
+from sota_transformer.options import Prepare
 from tests.preparing import PrivateMap, bytes_of, everything, jsonl, run, texts
 
 ROWS = (100, 100, 100, 100, 100, 30)  # of the row groups
@@ -44,7 +45,7 @@ def units_of(*paths: Path) -> list[Unit]:
     """The units that these files are cut into."""
     sources, _ = find(tuple(map(str, paths)))
     cuts = units.cut(sources, paths[0].parent, print, lambda s: tables.probe(s, "text"))
-    return [Unit(i, segments, str(i)) for i, (segments, _) in enumerate(cuts)]
+    return [Unit(i, segments, str(i)) for i, segments in enumerate(cuts)]
 
 
 def test_a_drive_without_shared_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,7 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
     held.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))  # type: ignore[arg-type]
     assert [signal.SIGINT in each for each in held] == [True, False]
     (tmp_path / "units").mkdir()
-    pool = Pool(Job(tmp_path / "units", "text", "auto"), 2)
+    pool = Pool(Job(tmp_path / "units", Prepare(inputs=("x",), out=tmp_path)), 2)
     try:
         results = pool.run(made)
         found = [next(results)]
@@ -137,7 +138,7 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
     finally:
         pool.close(stop=True)
     assert [unit for unit, _ in found] == made
-    assert sum(done.documents for _, done in found) == sum(ROWS)
+    assert sum(documents for _, (documents, _, _) in found) == sum(ROWS)
     assert len(handed) > 3 and all(arguments == ["sota"] for arguments in handed)
     assert len(sys.argv) > 100_000
 
@@ -146,7 +147,7 @@ def test_a_worker_that_cannot_be_stopped_blocks_nothing(table: Path, tmp_path: P
     """Like one still starting while another died: when stopped, it ignores even SIGTERM."""
     made, found = units_of(table), []
     (tmp_path / "units").mkdir()
-    pool = Pool(Job(tmp_path / "units", "text", "auto"), 2)
+    pool = Pool(Job(tmp_path / "units", Prepare(inputs=("x",), out=tmp_path)), 2)
     results = pool.run(made)
     found.append(next(results))
     deaf, dead = multiprocessing.active_children()

@@ -30,6 +30,18 @@ from sota_transformer.data.tokenizer import EOT
 from sota_transformer.inference.tokenizer_files import huggingface_files
 from tests.preparing import bytes_of, documents, everything, jsonl, refused, run, texts
 
+WITHOUT_GIGATOKEN = """
+import sys
+from pathlib import Path
+from sota_transformer.data import units
+from sota_transformer.data.tokenizer import Encoder
+from tests.preparing import run
+if __name__ == "__main__":
+    assert Encoder().kind == "tiktoken"
+    units.UNIT_BYTES = 8 << 10
+    run(Path(sys.argv[1]), *sys.argv[2:])
+"""
+
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +81,11 @@ def test_same_bytes_for_any_number_of_workers_and_either_encoder(
     run(tmp_path / "one", *inputs)
     for workers in (2, 8):
         run(tmp_path / f"{workers}", *inputs, workers=workers)
-    run(tmp_path / "other", *inputs, encoder="tiktoken")
+    (tmp_path / "none" / "gigatoken").mkdir(parents=True)
+    (tmp_path / "none" / "gigatoken" / "__init__.py").write_text("raise ImportError")
+    path = os.pathsep.join([str(tmp_path / "none"), *sys.path])
+    command = [sys.executable, "-c", WITHOUT_GIGATOKEN, tmp_path / "other", *inputs]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
     reference = bytes_of(tmp_path / "one")
     assert bytes_of(tmp_path / "2") == bytes_of(tmp_path / "8") == reference
     assert bytes_of(tmp_path / "other") == reference
@@ -365,7 +381,7 @@ def test_progress_of_a_table_counts_bytes_not_rows(
     parquet.write_table(pa.table({"text": texts(300)}), path, row_group_size=100)
     (source,), _ = find((str(path),))
     cuts = units.cut([source], tmp_path, lambda _: None, lambda s: tables.probe(s, "text"))
-    sizes = [segment.size for segments, _ in cuts for segment in segments]
+    sizes = [segment.taken for segments in cuts for segment in segments]
     assert len(sizes) > 3
     assert source.size - len(sizes) <= sum(sizes) <= source.size
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from sota_transformer.data.tokenizer import (
     _PATTERN,
+    EOT,
     Encoder,
     Tokenizer,
     _rank_file,
@@ -52,14 +53,19 @@ def reference() -> tiktoken.Encoding:
 
 @pytest.fixture(scope="module", params=["gigatoken", "tiktoken"])
 def encoder(request: pytest.FixtureRequest) -> Encoder:
-    return Encoder(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "tiktoken":
+            patch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+        made = Encoder()
+    assert made.kind == request.param
+    return made
 
 
 def test_known_ids() -> None:
     tokenizer = Tokenizer()
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
-    assert (tokenizer.eot, tokenizer.pad) == (50256, 50257)
+    assert (EOT, tokenizer.pad) == (50256, 50257)
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -142,7 +148,7 @@ def test_renewing_the_encoder_for_memory_keeps_the_ids(monkeypatch: pytest.Monke
         (0, [0, 0, 0, 0, 0], 2),
     ):
         monkeypatch.setattr(f"{module}._resident", lambda at_start=at_start: at_start)
-        encode = Encoder("gigatoken")
+        encode = Encoder()
         sizes, ids, encoders = iter(at_looks), set(), [encode._encode]
         monkeypatch.setattr(f"{module}._resident", lambda sizes=sizes: next(sizes))
         for _ in range(4):
@@ -183,7 +189,7 @@ def test_a_kill_while_gigatoken_reads_its_ranks_leaves_no_file(
 
     reader = SimpleNamespace(from_tiktoken=from_tiktoken)
     monkeypatch.setattr(gigatoken, "BPETokenizer", reader)
-    assert Encoder("gigatoken")(b"hello world").tolist() == [31373, 995]
+    assert Encoder()(b"hello world").tolist() == [31373, 995]
     assert there == []
 
 

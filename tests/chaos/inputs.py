@@ -82,9 +82,6 @@ def make(number: int, seed: int, root: Path) -> Made:
     path = _file(source, kind, place, f"i{number:05d}")
     if source.random() < 0.25 and kind != "text":
         path.write_bytes(_damaged(source, path.read_bytes(), again=path.suffix == ".tar"))
-    codec = plain.split_name(path.name)[0]
-    if kind == "stdin" and codec and not path.read_bytes().startswith(plain.CODECS[codec][0]):
-        path = path.rename(place / "unnamed")  # only its content tells how it is packed
     found = plain.read(path)
     given = path if kind == "stdin" else None
     return Made(number, "-" if given else str(path), given, found)
@@ -116,8 +113,7 @@ def _file(source: random.Random, kind: str, place: Path, name: str) -> Path:
         return path
     if kind == "stdin":
         data = source.choice([making.lines, making.prose])(source) or b"nothing"
-        data = making.pack(source, codec, data) if source.random() < 0.6 else data
-        path = place / (f"{name}.{codec}" if data.startswith(plain.CODECS[codec][0]) else name)
+        path = place / name
     elif kind == "zip":
         path, data = place / f"{name}.zip", making.zipped(source)
     elif kind == "sparse tar":

@@ -30,11 +30,11 @@ KINDS = {
     "tsv": "tsv", "parquet": "table", "arrow": "table", "feather": "table", "tar": "tar",
     "zip": "zip", "html": "html", "htm": "html",
 }  # fmt: skip
-CODECS: dict[str, tuple[bytes, Callable[[], Any]]] = {
-    "gz": (b"\x1f\x8b", lambda: zlib.decompressobj(31)),
-    "bz2": (b"BZh", BZ2Decompressor),
-    "xz": (b"\xfd7zX", lambda: LZMADecompressor(FORMAT_XZ)),
-    "zst": (b"\x28\xb5\x2f\xfd", lambda: zstandard.ZstdDecompressor().decompressobj()),
+CODECS: dict[str, Callable[[], Any]] = {
+    "gz": lambda: zlib.decompressobj(31),
+    "bz2": BZ2Decompressor,
+    "xz": lambda: LZMADecompressor(FORMAT_XZ),
+    "zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
 NOTHING, EMPTY, DAMAGED = "no document inside", "empty file", "damaged"
 LINK = "link or device inside an archive"
@@ -144,7 +144,7 @@ def unpack(data: bytes, codec: str, step: int = 1 << 13) -> tuple[bytes, bytes, 
     """
     if not codec:
         return data, data, False
-    begin, whole, found, at = CODECS[codec][1], 0, bytearray(), 0
+    begin, whole, found, at = CODECS[codec], 0, bytearray(), 0
     while at < len(data):
         if codec == "zst" and int.from_bytes(data[at : at + 4], "little") in _SKIPPABLE:
             at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")

@@ -45,20 +45,18 @@ Document = bytes | Skipped
 
 def documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
     """Documents of a segment in order; `field` names the text in records and tables."""
-    found = _documents(segment, field, tables)
+    found: Iterator[Document]
+    if segment.kind == "jsonl":
+        found = _records(segment, field)
+    elif segment.kind in TABLES:
+        found = _cells(segment, field, tables)
+    elif segment.kind in ("csv", "tsv"):
+        found = _csv(segment, field)
+    else:
+        found = _text(segment)
     if segment.whole:  # a piece may be empty because other pieces hold all the documents
         found = chain([next(found, Skipped(NOTHING, segment.name))], found)
     return found
-
-
-def _documents(segment: Segment, field: str, tables: Tables) -> Iterator[Document]:
-    if segment.kind == "jsonl":
-        return _records(segment, field)
-    if segment.kind in TABLES:
-        return _cells(segment, field, tables)
-    if segment.kind in ("csv", "tsv"):
-        return _csv(segment, field)
-    return _text(segment)
 
 
 def as_document(text: str, where: str, data: bytes | None = None) -> Document:
@@ -196,12 +194,10 @@ def _pieces(data: bytes) -> Iterator[tuple[int, int]]:
 
 def _read(segment: Segment) -> bytes:
     """All bytes of the segment."""
-    with Path(segment.path).open("rb", buffering=0) as file:
+    with Path(segment.path).open("rb") as file:
         file.seek(segment.offset)
         size = segment.stop - segment.start
         data = file.read(size)
-        while data and len(data) < size and (more := file.read(size - len(data))):
-            data += more
         if len(data) < size:
             raise _cut()
         return data

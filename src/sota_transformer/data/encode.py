@@ -85,9 +85,8 @@ class Tools:
     """State that a worker keeps between units."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.encoder, self.tables = job, Encoder(job.encoder), Tables()
-        grams = np.load(job.excluded, allow_pickle=False) if job.excluded else None
-        self.excluded = None if grams is None else GramSet(grams)
+        self.job, self.encoder, self.tables = job, Encoder(), Tables()
+        self.excluded = GramSet(np.load(job.excluded)) if job.excluded else None
 
 
 def encode_unit(unit: Unit, tools: Tools) -> Encoded:
@@ -99,7 +98,7 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
     for segment in unit.segments:
         for document in _guarded(segment, tools):
             if isinstance(document, Skipped):
-                repaired = document.repaired if tools.job.repair else b""
+                repaired = document.repaired if tools.job.options.bad_text == "replace" else b""
                 rejects.add(document.reason + REPAIRED * bool(repaired), document.where)
                 if not repaired:
                     continue
@@ -131,7 +130,7 @@ def encode_unit(unit: Unit, tools: Tools) -> Encoded:
     )
     if tools.excluded:
         _exclude(encoded, tools.excluded, list(hashes.values()))
-    if tools.job.sketches:
+    if tools.job.options.near_dedup:
         encoded.keys, encoded.marks = sketch(encoded.tokens, encoded.lengths)
     return encoded
 
@@ -156,7 +155,7 @@ def _exclude(encoded: Encoded, excluded: GramSet, names: list[str]) -> None:
 def _guarded(segment: Segment, tools: Tools) -> Iterator[Document]:
     """The segment's documents; a missing or unreadable file becomes a reject."""
     try:
-        yield from documents(segment, tools.job.text_field, tools.tables)
+        yield from documents(segment, tools.job.options.text_field, tools.tables)
     except OSError as error:
         yield Skipped(f"cannot be read ({error.strerror})", segment.name)
     except MemoryError:
@@ -167,22 +166,18 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
     """Write a unit's result atomically to `path`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     check, shapes = blake3(), {}
-    try:
-        with open(temporary, "wb") as file:
-            for name, dtype in _ARRAYS:
-                array = np.ascontiguousarray(getattr(encoded, name), dtype)
-                data = array.reshape(-1).view(np.uint8).data
-                file.write(data)
-                check.update(data)
-                shapes[name] = array.shape
-            head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
-            head |= asdict(encoded.rejects)
-            text = json.dumps(head).encode()
-            file.write(text + len(text).to_bytes(8, "little"))
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with open(temporary, "wb") as file:
+        for name, dtype in _ARRAYS:
+            array = np.ascontiguousarray(getattr(encoded, name), dtype)
+            data = array.reshape(-1).view(np.uint8).data
+            file.write(data)
+            check.update(data)
+            shapes[name] = array.shape
+        head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
+        head |= asdict(encoded.rejects)
+        text = json.dumps(head).encode()
+        file.write(text + len(text).to_bytes(8, "little"))
+    temporary.replace(path)
 
 
 def load(path: Path, key: str, *, check: bool) -> Encoded | None:

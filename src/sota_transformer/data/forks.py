@@ -17,8 +17,7 @@ def worker_context() -> BaseContext:
     # On macOS, system libraries do not survive a fork, not even in a small server. The server's
     # socket is in the temporary folder, and its path, which ends in
     # /pymp-xxxxxxxx/listener-xxxxxxxx, may have at most 107 bytes (gh-132124).
-    unfit = sys.platform == "darwin" or len(os.fsencode(tempfile.gettempdir())) > 75
-    if unfit or "forkserver" not in multiprocessing.get_all_start_methods():
+    if sys.platform == "darwin" or len(os.fsencode(tempfile.gettempdir())) > 75:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sota_transformer.data.warm"])

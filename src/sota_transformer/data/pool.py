@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,15 +37,7 @@ _RECURSION = 3000  # for deep but valid JSON; beyond it the C scanner raises, it
 _RUN_UNITS = 64  # longer row groups are shared after all: a very long run leaves others idle
 
 Run = tuple[Unit, ...]
-
-
-@dataclass(frozen=True)
-class Done:
-    """Counts of an encoded unit."""
-
-    documents: int
-    text_bytes: int
-    tokens: int
+Counts = tuple[int, int, int]  # documents, bytes of text and tokens of an encoded unit
 
 
 def runs(units: Iterable[Unit], workers: int) -> Iterator[Run]:
@@ -90,7 +81,7 @@ class Pool:
 
     def __init__(self, job: Job, workers: int) -> None:
         self._job, self._workers = job, workers
-        self._waiting: deque[tuple[Run, Future[list[Done]] | None]] = deque()
+        self._waiting: deque[tuple[Run, Future[list[Counts]] | None]] = deque()
         self._pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
@@ -101,7 +92,7 @@ class Pool:
         with without_main_module():
             return self._pool.submit(work, item)
 
-    def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Done]]:
+    def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Counts]]:
         """Every unit with its counts, in order; a bounded number is pending at any time."""
         for run in runs(units, self._workers):
             future = None
@@ -122,33 +113,32 @@ class Pool:
         """The pieces of a table; a worker finds them, since the file may crash its reader."""
         with contextlib.suppress(*_DEAD):
             return self._submit(_probe, source).result()
-        self._one_by_one()
-        return self._alone(_probe, source, source.name).result()
+        self._restart()
+        return self._alone(_probe, source, source.name)
 
     def _head_done(self) -> bool:
         future = self._waiting[0][1] if self._waiting else None
         return future is not None and future.done()
 
-    def _next(self) -> Iterator[tuple[Unit, Done]]:
+    def _next(self) -> Iterator[tuple[Unit, Counts]]:
         run, future = self._waiting[0]
         try:
             done = (future or self._submit(_encode, run)).result()
         except _DEAD:
-            self._one_by_one()
-            yield from self._next()
+            yield from self._one_by_one()
             return
         self._waiting.popleft()
         yield from zip(run, done, strict=True)
 
-    def _one_by_one(self) -> None:
-        """Encode all pending units again, one by one. SotaError 65 names one that fails again."""
+    def _one_by_one(self) -> Iterator[tuple[Unit, Counts]]:
+        """All pending units, encoded one by one. SotaError 65 names one that fails again."""
         self._restart()
-        alone: deque[tuple[Run, Future[list[Done]] | None]] = deque()
-        for unit in (unit for run, _ in self._waiting for unit in run):
+        pending = [unit for run, _ in self._waiting for unit in run]
+        self._waiting.clear()
+        for unit in pending:
             names = ", ".join(dict.fromkeys(part.name for part in unit.segments[:3]))
             place = f"{names} (from byte {unit.segments[0].start:,})"
-            alone.append(((unit,), self._alone(_encode, (unit,), place)))
-        self._waiting = alone
+            yield unit, self._alone(_encode, (unit,), place)[0]
 
     def _restart(self) -> None:
         """Start another pool. A worker that was starting while another died has to be killed here:
@@ -161,15 +151,13 @@ class Pool:
         self._pool = self._start()
 
     def _alone(self, work: Callable[[Any], Any], item: Any, place: str) -> Any:
-        """A finished future of `work(item)`, run with nothing else pending. Retried once, since the
-        first failure may come from a fork server that was already dying.
+        """The result of `work(item)`, run with nothing else pending. Retried once, since the first
+        failure may come from a fork server that was already dying.
         """
         error: BaseException | None = None
         for _ in range(2):
             try:
-                future = self._submit(work, item)
-                future.result()
-                return future
+                return self._submit(work, item).result()
             except _DEAD as caught:
                 error = caught
                 time.sleep(0.2)
@@ -218,14 +206,14 @@ def _watch() -> None:
 def _probe(source: Source) -> list[tuple[int, int, int]]:
     from sota_transformer.data.tables import probe
 
-    return probe(source, _Worker.tools.job.text_field)
+    return probe(source, _Worker.tools.job.options.text_field)
 
 
-def _encode(run: Run) -> list[Done]:
+def _encode(run: Run) -> list[Counts]:
     return [_encode_one(unit) for unit in run]
 
 
-def _encode_one(unit: Unit) -> Done:
+def _encode_one(unit: Unit) -> Counts:
     """Encode a unit into its result file, unless a valid one exists."""
     from sota_transformer.data.encode import encode_unit, load, store
 
@@ -237,4 +225,4 @@ def _encode_one(unit: Unit) -> Done:
     for path in {segment.path for segment in unit.segments if segment.spooled}:
         Path(path).unlink(missing_ok=True)
     tokens, text_bytes = len(encoded.tokens), int(encoded.text_bytes.sum(dtype="int64"))
-    return Done(len(encoded.lengths), text_bytes, tokens)
+    return len(encoded.lengths), text_bytes, tokens

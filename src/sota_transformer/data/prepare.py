@@ -12,7 +12,6 @@ for any reason leaves that folder; the same command resumes and reuses the finis
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -56,11 +55,10 @@ if TYPE_CHECKING:  # numpy loads while the workers start
 _ASKED = "asked.json"
 
 
-def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
+def prepare(options: Prepare) -> dict[str, Any]:
     """Prepare `options.inputs` into `options.out`. Returns the manifest, or {} for a single part.
 
-    `encoder` is for tests and does not affect the result. Every user error and every I/O failure
-    is a SotaError with a documented code.
+    Every user error and every I/O failure is a SotaError with a documented code.
     """
     if problems := options.problems():
         raise SotaError("; ".join(problems), USAGE)
@@ -86,7 +84,7 @@ def prepare(options: Prepare, encoder: str = "auto") -> dict[str, Any]:
             LOCKED,
         )
     with one_line_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
-        run = _Run(options, sources, skipped, request, old, work, encoder)
+        run = _Run(options, sources, skipped, request, old, work)
         make_folder(run.own)
         try:
             stack.enter_context(DirectoryLock(run.own))
@@ -211,7 +209,6 @@ class _Run:
     request: str
     old: dict[str, Any] | None
     work: Path
-    encoder: str
 
     def __post_init__(self) -> None:
         self.part, self.parts = map(int, (self.options.part or "1/1").split("/"))
@@ -229,15 +226,7 @@ class _Run:
         make_folder(self.work / "units")
         if self.options.part:
             self._save_request()
-        job = Job(
-            self.work / "units",
-            self.options.text_field,
-            self.encoder,
-            repair=self.options.bad_text == "replace",
-            sketches=self.options.near_dedup > 0,
-            excluded=self._excluded(),
-        )
-        pool = Pool(job, workers(self.options))
+        pool = Pool(Job(self.work / "units", self.options, self._excluded()), workers(self.options))
         packed = any(source.codec or source.kind in ARCHIVES for source in self.sources)
         total = sum(source.size for source in self.sources) // self.parts
         progress = Progress(None if packed else total)
@@ -295,26 +284,22 @@ class _Run:
     def _units(self, pool: Pool) -> Iterator[Unit]:
         """This part's units with their keys, numbered across all parts."""
         options = self.options
-        settings = f"13\0{options.text_field}\0{options.near_dedup > 0}"
-        settings += "\0replace" * (options.bad_text == "replace")
+        settings = f"13\0{options.text_field}\0{options.near_dedup > 0}\0{options.bad_text}\0"
         if options.exclude:
             settings += sha256_file(self.own / "excluded.npy")
         cuts = cut(self.sources, self.own / "spool", self.skipped.append, pool.probe)
-        for index, (segments, identity) in enumerate(cuts):
+        for index, segments in enumerate(cuts):
             if index % self.parts != self.part - 1:
                 for path in {segment.path for segment in segments if segment.spooled}:
                     Path(path).unlink(missing_ok=True)
                 continue
-            places = (f"{s.input}:{s.name}:{s.offset}:{s.start}-{s.stop}" for s in segments)
-            ranges = "\n".join(places)
-            text = f"{settings}\0{identity}\0{ranges}".encode("utf-8", "surrogateescape")
-            yield Unit(index, segments, hashlib.sha256(text).hexdigest())
+            text = f"{settings}{[dataclasses.replace(s, path='') for s in segments]}"
+            yield Unit(index, segments, hashlib.sha256(text.encode()).hexdigest())
 
     def _encoded(self, pool: Pool, progress: Progress) -> Iterator[Unit]:
         """This part's units, each once its result is stored."""
-        for unit, done in pool.run(self._units(pool)):
-            size = sum(segment.size for segment in unit.segments)
-            progress.add_unit(done.documents, done.text_bytes, done.tokens, size)
+        for unit, counts in pool.run(self._units(pool)):
+            progress.add_unit(*counts, sum(segment.taken for segment in unit.segments))
             yield unit
 
     def _merged(self, units: Iterator[Unit]) -> dict[str, Any]:
@@ -384,9 +369,5 @@ class _Run:
         else:
             manifest = joined(self.old, manifest)
             commit_append(shards, out, manifest)
-        try:
-            remove(self.work)
-        except OSError as error:  # another process has started there
-            if error.errno != errno.ENOTEMPTY:
-                raise
+        remove(self.work)
         return manifest

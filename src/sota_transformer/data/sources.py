@@ -2,8 +2,7 @@
 
 An input is a file, a folder, a glob, `python:` or `-` (standard input). Every file gets a name
 relative to its input; files are read in the order of (input, name). Whatever is skipped is reported
-with a reason, never silently. Links that leave a folder are not followed, and no folder is visited
-twice.
+with a reason, never silently. Links to folders, and links that leave a folder, are not followed.
 """
 
 import os
@@ -159,10 +158,9 @@ def _matches(pattern: str) -> list[str]:
     if not any(sign in pattern for sign in "*?["):
         return []
     path = Path(pattern)
-    start = Path(path.anchor) if path.anchor else Path()
     try:
-        return sorted(map(str, start.glob(str(path.relative_to(path.anchor)))))
-    except (ValueError, NotImplementedError):
+        return sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+    except ValueError:
         return []
 
 
@@ -185,19 +183,15 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
     if not Path(root).is_dir():
         yield _file(index, root, name, named=True)
         return
-    real_root, seen = os.path.realpath(root), set[tuple[int, int]]()
+    real_root = os.path.realpath(root)
     waiting = [(root, name)]
     while waiting:
         folder, below = waiting.pop()
         try:
-            status = Path(folder).stat()
             entries = list(os.scandir(folder))
         except OSError as error:
             yield Skipped(f"cannot be read ({error.strerror})", below)
             continue
-        if (key := (status.st_dev, status.st_ino)) in seen:
-            continue
-        seen.add(key)
         if made := _made(Path(folder)):
             yield Skipped(made, below)
             continue

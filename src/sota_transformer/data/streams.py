@@ -48,7 +48,8 @@ Stream = tuple[str, str, Iterator[bytes]]  # name, kind, chunks
 def streams(source: Source, refused: Refused) -> Iterator[Stream]:
     """Every text stream of a packed source, in order; each must be consumed before the next."""
     if source.codec == "stdin":
-        yield from _standard_input(source, refused)
+        chunks = _guarded(unpacked(sys.stdin.buffer, ""), source.name, 1 << 50, refused)
+        yield from _unnamed(source.name, chunks)
     elif source.kind == "zip":
         yield from _zip(source, refused)
     elif source.kind == "tar":
@@ -83,13 +84,11 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
 
 
 def recoded(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The chunks of a text; UTF-16 with a byte order mark becomes UTF-8 without one.
+    """The chunks of a text; UTF-16 with a byte order mark, in the first, becomes UTF-8 without one.
 
     Invalid UTF-16 becomes invalid UTF-8, so that both are handled in the same place.
     """
     first = next(chunks, b"")
-    while len(first) == 1 and (more := next(chunks, b"")):
-        first += more
     if not first.startswith(UTF16):
         yield from chain([first] if first else [], chunks)
         return
@@ -183,17 +182,6 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the stream ends before its end marker")
 
 
-def _standard_input(source: Source, refused: Refused) -> Iterator[Stream]:
-    """Standard input, compressed or not: JSON lines if it looks like it, else plain text."""
-    raw = sys.stdin.buffer
-    head = raw.read(4)
-    magic = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zX": "xz"}
-    codec = next((codec for start, codec in magic.items() if head.startswith(start)), "")
-    whole: Any = _Reader(chain([head], unpacked(raw, "")))
-    chunks = _guarded(unpacked(whole, codec), source.name, 1 << 50, refused)
-    yield from _unnamed(source.name, chunks)
-
-
 def _unnamed(name: str, chunks: Iterator[bytes]) -> Iterator[Stream]:
     """The stream, with its kind determined from its first bytes."""
     if first := next(chunks, b""):
@@ -274,7 +262,7 @@ def _tar(source: Source, refused: Refused) -> Iterator[Stream]:
     """Members of a tar archive, compressed or not, read in one pass."""
     try:
         with Path(source.path).open("rb") as file:
-            raw: Any = _Ending(unpacked(file, source.codec))
+            raw: Any = _Reader(unpacked(file, source.codec))
             with tarfile.open(fileobj=raw, mode="r|", tarinfo=_Header) as archive:
                 members, nothing = vars(archive)["members"], True
                 for info in iter(archive.next, None):
@@ -321,13 +309,15 @@ def _failing(error: BaseException) -> Iterator[bytes]:
 
 
 class _Reader:
-    """A file-like reader over chunks."""
+    """A file-like reader over chunks that raises EOFError on reads past the end: tarfile would
+    otherwise read missing data block by block, up to whatever size a member claims.
+    """
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._held = chunks, bytearray()
+        self._chunks, self._held, self._ended = chunks, bytearray(), False
 
     def read(self, size: int) -> bytes:
-        """Exactly `size` bytes; fewer only at the end, or once before an error is raised."""
+        """Exactly `size` bytes; fewer at the end, b"" once, or once before an error is raised."""
         try:
             while len(self._held) < size and (chunk := next(self._chunks, b"")):
                 self._held += chunk
@@ -337,19 +327,6 @@ class _Reader:
             self._chunks = _failing(error)
         data = bytes(self._held[:size])
         del self._held[:size]
-        return data
-
-
-class _Ending(_Reader):
-    """A reader that raises EOFError on reads past the end: tarfile would otherwise read missing
-    data block by block, up to whatever size a member claims.
-    """
-
-    _ended = False
-
-    def read(self, size: int) -> bytes:
-        """The next bytes; b"" once, at the end."""
-        data = super().read(size)
         if not data and self._ended:
             raise EOFError("unexpected end of data")
         self._ended = not data

@@ -95,10 +95,7 @@ class Tables:
     def rows(self, segment: Segment, field: str) -> Iterator[Row | Skipped]:
         """The values of a segment's rows, or the reason why there are none."""
         try:
-            if segment.whole:
-                yield from self._all(segment, field)
-            else:
-                yield from self._range(segment, field)
+            yield from self._rows(segment, field)
         except ImportError:
             hint = "parquet and Arrow need `pip install 'sota-transformer[parquet]'`"
             yield Skipped(hint, segment.name)
@@ -110,28 +107,23 @@ class Tables:
             text = (str(error).splitlines() or [""])[0][:80]
             yield Skipped(_LEFT_OUT, f"{segment.name}: {text}")
 
-    def _all(self, segment: Segment, field: str) -> Iterator[Row]:
-        """Every row of a small file."""
-        row = 0
-        for batch in self._open(segment, field)[1]:
-            for value in batch.to_pylist():
-                yield row, value
-                row += 1
-
-    def _range(self, segment: Segment, field: str) -> Iterator[Row]:
+    def _rows(self, segment: Segment, field: str) -> Iterator[Row]:
         """Rows start..stop, continuing from the reader's position if that is not past `start`."""
         import pyarrow
 
         place = (segment.path, segment.offset)
         if self._place != place or self._row > segment.start:
             self._batches, self._rest = iter(()), []  # free the old batches before reading more
-            pyarrow.default_memory_pool().release_unused()
+            if not segment.whole:
+                pyarrow.default_memory_pool().release_unused()
             self._row, self._batches = self._open(segment, field)
             self._place = place
-        while self._row < segment.stop:
+        while segment.whole or self._row < segment.stop:
             if not self._rest:
                 batch = next(self._batches, None)
                 if batch is None:
+                    if segment.whole:
+                        return
                     raise OSError("truncated while being read")
                 if self._row + len(batch) <= segment.start:
                     self._row += len(batch)  # another worker's rows: do not convert them
@@ -150,23 +142,21 @@ class Tables:
 
         if self._path != segment.path:
             # Read in small pieces: a column may be larger than memory.
-            how: dict[str, Any] = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
-            self._path, self._file = "", parquet.ParquetFile(segment.path, **how)
+            self._path, self._file = (
+                "",
+                parquet.ParquetFile(segment.path, buffer_size=_BUFFER_BYTES, pre_buffer=False),
+            )
             groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
             self._ends = list(accumulate(group.num_rows for group in groups))
             self._path = segment.path
-        return _parquet(self._file, self._ends, segment, field)
-
-
-def _parquet(file: Any, ends: list[int], segment: Segment, field: str) -> tuple[int, Iterator[Any]]:
-    """The first row of the segment's row groups, and their batches of the column."""
-    if field not in file.schema_arrow.names:
-        raise KeyError(field)
-    last = len(ends) if segment.whole else min(len(ends), bisect_left(ends, segment.stop) + 1)
-    groups = list(range(segment.offset, last))
-    how = {"row_groups": groups, "columns": [field], "use_threads": False}
-    batches = file.iter_batches(_BATCH_ROWS, **how) if groups else ()  # pyarrow 18 fails on none
-    return max(ends[: segment.offset], default=0), (_column(batch, field) for batch in batches)
+        if field not in self._file.schema_arrow.names:
+            raise KeyError(field)
+        ends, first = self._ends, segment.offset
+        last = len(ends) if segment.whole else min(len(ends), bisect_left(ends, segment.stop) + 1)
+        how = {"row_groups": list(range(first, last)), "columns": [field], "use_threads": False}
+        # pyarrow 18 fails on no row groups
+        batches = self._file.iter_batches(_BATCH_ROWS, **how) if first < last else ()
+        return max(ends[:first], default=0), (_column(batch, field) for batch in batches)
 
 
 def _arrow(segment: Segment, field: str) -> Iterator[Any]:

@@ -12,7 +12,6 @@ import hashlib
 import re
 import resource
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from itertools import pairwise
@@ -44,18 +43,14 @@ _FIRST_LOOK_BYTES, _LOOK_BYTES, _BLIND_BYTES = 8 << 20, 16 << 20, 96 << 20  # se
 _GROWN_BYTES = 64 << 20
 
 Ids = NDArray[np.integer[Any]]
+Encode = Callable[[bytes], NDArray[np.uint32]]
 
 
 @cache
 def _token_table() -> list[bytes]:
     """Bytes of each of the 50,256 text tokens, by id."""
-    try:
-        with np.load(_TABLE, allow_pickle=False) as table:
-            alphabet, left, right = table["alphabet"], table["left"], table["right"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise SotaError(
-            f"{_TABLE} is damaged ({error}); reinstall the package", BAD_DATA
-        ) from error
+    with np.load(_TABLE, allow_pickle=False) as table:
+        alphabet, left, right = table["alphabet"], table["left"], table["right"]
     tokens = [bytes([byte]) for byte in alphabet.tolist()]
     for a, b in zip(left.tolist(), right.tolist(), strict=True):
         tokens.append(tokens[a] + tokens[b])
@@ -72,8 +67,8 @@ def _rank_file() -> bytes:
     return text
 
 
-def _gigatoken() -> Callable[[Any], NDArray[np.uint32]]:
-    """Encoder of str or UTF-8. It reads its ranks from a file, so they are written to a temporary
+def _gigatoken() -> Encode:
+    """Encoder of UTF-8. It reads its ranks from a file, so they are written to a temporary
     one, which has no name: a process killed meanwhile leaves nothing behind.
     """
     from gigatoken.gigatoken_rs import BPETokenizer
@@ -84,7 +79,7 @@ def _gigatoken() -> Callable[[Any], NDArray[np.uint32]]:
         return BPETokenizer.from_tiktoken(f"/dev/fd/{file.fileno()}", "gpt2", {}).encode
 
 
-def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:
+def _tiktoken() -> Encode:
     """The same encoder from tiktoken."""
     from tiktoken import Encoding
 
@@ -93,8 +88,8 @@ def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:
     core = Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
     plain = partial(core.encode_to_numpy, disallowed_special=())
 
-    def encode(text: str | bytes) -> NDArray[np.uint32]:
-        text = text.decode() if isinstance(text, bytes) else text
+    def encode(data: bytes) -> NDArray[np.uint32]:
+        text = data.decode()
         try:
             return plain(text)
         except ValueError:  # its regex hits the backtracking limit on a million spaces
@@ -104,13 +99,6 @@ def _tiktoken() -> Callable[[Any], NDArray[np.uint32]]:
             return np.concatenate([plain(text[a:b]) for a, b in pairwise(cuts)])
 
     return encode
-
-
-def _passes_self_test(encode: Callable[[Any], NDArray[np.uint32]]) -> bool:
-    """Whether the encoder gives the known ids, from str and from bytes."""
-    return all(
-        encode(given).tolist() == ids for text, ids in _KNOWN for given in (text, text.encode())
-    )
 
 
 class Encoder:
@@ -124,9 +112,8 @@ class Encoder:
     that rebuilding the cache costs little by comparison.
     """
 
-    def __init__(self, kind: str = "auto") -> None:
-        """`kind` is auto, gigatoken or tiktoken; auto picks the first that passes its self-test."""
-        self.kind, self._encode = _ready.pop() if kind == "auto" and _ready else _choose(kind)
+    def __init__(self) -> None:
+        self.kind, self._encode = _ready.pop() if _ready else _choose()
         self._seen, self._look = 0, _FIRST_LOOK_BYTES
         self._limit: int | None = None  # resident bytes; 0 if unknown, which is always exceeded
 
@@ -154,21 +141,20 @@ def _resident() -> int:
         return 0
 
 
-_ready: list[tuple[str, Callable[[Any], NDArray[np.uint32]]]] = []
+_ready: list[tuple[str, Encode]] = []
 
 
 def warm_up() -> None:
     """Create the encoder for the next `Encoder()` in this process or a child forked from it."""
-    _ready.append(_choose("auto"))
+    _ready.append(_choose())
 
 
-def _choose(kind: str) -> tuple[str, Callable[[Any], NDArray[np.uint32]]]:
-    """The encoder to use and its name. SotaError 65 if none gives the right ids."""
-    makers = {"gigatoken": _gigatoken, "tiktoken": _tiktoken}
-    for name in makers if kind == "auto" else (kind,):
+def _choose() -> tuple[str, Encode]:
+    """The first encoder that gives the right ids, and its name. SotaError 65 if none does."""
+    for name, make in (("gigatoken", _gigatoken), ("tiktoken", _tiktoken)):
         try:
-            encode = makers[name]()
-            works = _passes_self_test(encode)
+            encode = make()
+            works = all(encode(text.encode()).tolist() == ids for text, ids in _KNOWN)
         except (ImportError, OSError, TypeError, ValueError, AttributeError):
             continue  # not installed, no space for its file, or a changed API (gigatoken#42)
         if works:
@@ -181,7 +167,6 @@ def _choose(kind: str) -> tuple[str, Callable[[Any], NDArray[np.uint32]]]:
 class Tokenizer:
     """GPT-2's 50,257 ids and one more for padding."""
 
-    eot = EOT
     pad = VOCAB - 1
 
     @cached_property

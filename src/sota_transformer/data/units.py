@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from sota_transformer.data.sources import ARCHIVES, TABLES, Skipped, Source
 from sota_transformer.data.streams import UTF16, Refused, streams
+from sota_transformer.options import Prepare
 
 UNIT_BYTES = 4 << 20
 _UNIT_FILES = 500
@@ -29,15 +30,13 @@ _INSIDE_QUOTES = re.compile(rb'[^"]*+(?:""[^"]*+)*+')
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Source):
     """A piece of one source: bytes start..stop, or rows for a table."""
 
-    input: int
-    name: str
-    kind: str
-    path: str
     start: int
     stop: int
+    taken: int
+    """Input bytes of this piece, for the progress display; approximate for a table."""
     whole: bool
     """Whether this is the entire source."""
     offset: int = 0
@@ -46,13 +45,6 @@ class Segment:
     """Header row of a CSV or TSV file, needed to read any piece of it; b"" if it is too long."""
     spooled: bool = False
     """Whether the path is a spool file, to be removed once read."""
-    taken: int = 0
-    """For a range of table rows: approximate number of bytes in the file."""
-
-    @property
-    def size(self) -> int:
-        """Input bytes of this piece, for the progress display."""
-        return self.taken or self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -66,16 +58,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Job:
-    """Settings for every worker."""
+    """What every worker is told."""
 
     folder: Path
     """Folder for results."""
-    text_field: str
-    encoder: str
-    repair: bool = False
-    """Whether text with encoding errors is kept, with U+FFFD in their place."""
-    sketches: bool = False
-    """Whether to compute sketches for near-duplicate detection."""
+    options: Prepare
     excluded: Path | None = None
     """File of n-gram hashes; documents that contain one of them are dropped."""
 
@@ -85,37 +72,32 @@ Probe = Callable[[Source], list[tuple[int, int, int]]]
 
 def cut(
     sources: list[Source], folder: Path, refused: Refused, probe: Probe
-) -> Iterator[tuple[tuple[Segment, ...], str]]:
-    """(segments, identity) of each unit in order.
+) -> Iterator[tuple[Segment, ...]]:
+    """The segments of each unit in order.
 
     `folder` is for spool files; `refused` is called for streams that cannot be read; `probe` gives
-    the (group, first row, end row) pieces of a table. The identity consists of the sources' names,
-    sizes and modification times.
+    the (group, first row, end row) pieces of a table.
     """
     spool = _Spool(folder)
     group: list[Segment] = []
-    marks: list[str] = []
     for source in sources:
-        mark = f"{source.name}\0{source.kind}\0{source.codec}\0{source.size}\0{source.modified}"
         packed = bool(source.codec) or source.kind in ARCHIVES or _recode(source)
         splits = source.size > UNIT_BYTES and source.kind in (*_CUT_KINDS, *TABLES)
-        size = sum(segment.stop - segment.start for segment in group)
+        size = sum(segment.size for segment in group)
         full = size + source.size > UNIT_BYTES or len(group) >= _UNIT_FILES
         if group and (packed or splits or full):
-            yield tuple(group), "\n".join(marks)
-            group, marks = [], []
+            yield tuple(group)
+            group = []
         if packed:
-            for segments in spool.unpack(source, refused):
-                yield segments, mark
+            yield from spool.unpack(source, refused)
         elif splits:
             rows = source.kind in TABLES
             for segment in _tables(source, probe) if rows else _lines(source, refused):
-                yield (segment,), mark
+                yield (segment,)
         else:
             group.append(whole(source))
-            marks.append(mark)
     if group:
-        yield tuple(group), "\n".join(marks)
+        yield tuple(group)
 
 
 def _recode(source: Source) -> bool:
@@ -129,7 +111,8 @@ def _recode(source: Source) -> bool:
 
 def whole(source: Source) -> Segment:
     """An entire source as one segment."""
-    return Segment(source.input, source.name, source.kind, source.path, 0, source.size, True)
+    size = source.size
+    return Segment(**vars(source), start=0, stop=size, taken=size, whole=True)
 
 
 def _tables(source: Source, probe: Probe) -> Iterator[Segment]:
@@ -165,10 +148,11 @@ def _ranges(source: Source) -> Iterator[Segment]:
                 position += len(chunk)
             if end is None:
                 break
-            yield replace(piece, start=start, stop=end, offset=start)
+            yield replace(piece, start=start, stop=end, taken=end - start, offset=start)
             start = end
     if start < source.size:
-        yield replace(piece, start=start, offset=start, whole=start == 0)
+        rest = source.size - start
+        yield replace(piece, start=start, taken=rest, offset=start, whole=start == 0)
 
 
 class _Rows:
@@ -229,7 +213,7 @@ class _Cutter:
     def __init__(self, kind: str) -> None:
         self.rows = _Rows(kind) if kind in ("csv", "tsv") else None
         self._cuts = kind in _CUT_KINDS
-        self._slack = _TEXT_SLACK if kind == "text" else None
+        self._prose = kind == "text"
         self.reset(0)
 
     def reset(self, start: int) -> None:
@@ -244,13 +228,10 @@ class _Cutter:
             return None
         at = min(len(chunk), max(0, self.target - 1 - position))
         line = self.rows.end(chunk, at, position) if self.rows else chunk.find(b"\n", at)
-        if self._slack is not None and (line < 0 or position + line >= self.target + self._slack):
-            return self._hard(chunk, position, self._slack)
-        return position + line + 1 if line >= 0 else None
-
-    def _hard(self, chunk: bytes, position: int, slack: int) -> int | None:
-        """A cut between two characters, past the slack."""
-        at = max(0, self.target + slack - position)
+        last = self.target + _TEXT_SLACK
+        if not self._prose or 0 <= line < last - position:
+            return position + line + 1 if line >= 0 else None
+        at = max(0, last - position)
         while at < len(chunk) and chunk[at] & 0xC0 == 0x80:
             at += 1
         return position + at if at < len(chunk) else None
@@ -271,7 +252,7 @@ class _Spool:
         """Units of a compressed source or an archive."""
         try:
             for name, kind, chunks in streams(source, refused):
-                base = Segment(source.input, name, kind, "", 0, 0, whole=False, spooled=True)
+                base = replace(whole(source), name=name, kind=kind, whole=False, spooled=True)
                 yield from self._stream(base, chunks)
             if self._segments:
                 yield self._unit()
@@ -309,8 +290,9 @@ class _Spool:
 
     def _segment(self, base: Segment, start: int, stop: int, *, whole: bool = False) -> None:
         """Record the bytes just written as a piece of a stream."""
-        place = {"path": os.fspath(self._path), "offset": self._written - (stop - start)}
-        self._segments.append(replace(base, start=start, stop=stop, whole=whole, **place))
+        size, path = stop - start, os.fspath(self._path)
+        place = {"start": start, "stop": stop, "path": path, "offset": self._written - size}
+        self._segments.append(replace(base, taken=size, whole=whole, **place))
 
     def _unit(self) -> tuple[Segment, ...]:
         """Close the spool file; all segments since the last unit."""
