@@ -1,6 +1,7 @@
 """Resource limits and errors of a preparation, reported as one actionable line."""
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -103,12 +104,14 @@ def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) ->
 
 
 def _workable_fraction(shards: Path) -> str:
-    """A --val-fraction that puts up to eight of these documents into validation and at least as
-    many into training. With so few documents it depends on their hashes.
+    """The shortest --val-fraction that puts up to eight of these documents into validation and at
+    least as many into training. With so few documents it depends on their hashes.
     """
     import numpy as np
 
     hashes = [np.load(path, allow_pickle=False)[:, 0] for path in shards.glob("*.hashes.npy")]
     places = np.sort(np.concatenate(hashes)) / 2**64
     count = min(8, len(places) // 2)
-    return f"{(places[count - 1] + places[count]) / 2}"
+    below, above = float(places[count - 1]), float(places[count])
+    texts = (f"{math.ceil(below * 10**n) / 10**n:.{n}f}" for n in range(1, 18))
+    return next((text for text in texts if below < float(text) < above), f"{above}")
