@@ -220,7 +220,7 @@ def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, monkeypatch, cap
     (damaged / "run.json").write_text("{")
     out = str(tmp_path / "none" / "page.html")
     for arguments, code, said in [
-        ([cold, str(tmp_path / "nothing")], NO_INPUT, "nothing is not a run"),
+        ([cold, str(tmp_path / "nothing")], NO_INPUT, "nothing does not exist"),
         ([cold, str(tmp_path)], NO_INPUT, "is not a run (no config.json)"),
         ([cold, f"{cold}/config.json"], NO_INPUT, "is a file, not a run"),
         ([cold, hot, f"{cold}/"], USAGE, "cold is given twice"),

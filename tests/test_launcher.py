@@ -201,7 +201,7 @@ def test_a_signal_ends_it_like_ctrl_c(
 def test_the_menu_can_be_left_and_expands_the_home_folder(tmp_path: Path) -> None:
     assert ask(tmp_path, "\x04") == (INTERRUPTED, "interrupted")
     code, said = ask(tmp_path, "4\n", "~/none\n")
-    assert code == 66 and f"{tmp_path}/none is not a run" in said
+    assert code == 66 and f"{tmp_path}/none does not exist" in said
 
 
 def ask(home: Path, *keys: str) -> tuple[int, str]:

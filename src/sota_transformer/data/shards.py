@@ -246,7 +246,7 @@ class TokenWindows:
         if self.tokens < seq_len + 1:
             larger = "prepare again with a larger --val-fraction, " * (split == "val")
             advice = f"prepare more text, {larger}"
-            if manifest["format"] == "foreign":
+            if "mark" in manifest:  # of another project
                 advice = f"add a file of more tokens named like {split}.bin, "
             raise SotaError(
                 f"{folder}: the {split} split has {counted(self.tokens, 'token')}, but a "
