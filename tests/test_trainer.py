@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from sota_transformer import runtime, schedules
 from sota_transformer.config import Run
 from sota_transformer.data.shards import TokenWindows
+from sota_transformer.data.tokenizer import EOT
 from sota_transformer.errors import DIVERGED, TEMPORARY, SotaError
+from sota_transformer.model.loss import PAD
 from sota_transformer.presets import RECIPES
 from sota_transformer.report import write_report
 from sota_transformer.runtime import Runtime
@@ -48,6 +51,19 @@ def test_resumed_equals_undisturbed_bit_for_bit(make_run: MakeRun, few: Path, re
     assert 9 * whole.train.batch_rows < epoch < 21 * whole.train.batch_rows
     assert final_hash(whole) == final_hash(broken)
     assert losses(whole) == losses(broken)
+
+
+def test_a_step_of_nothing_but_padding_learned_from_no_token(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """It counted as one, the number that its loss is divided by."""
+    ids = np.array([EOT, 1, 2, 3] * 8 + [PAD] * 32, "<u2")
+    for name in ("train", "val"):
+        ids.tofile(tmp_path / f"{name}.bin")
+    config = make_run(path=tmp_path, seq_len=8, batch_rows=1, steps=7, eval_tokens=8)
+    train(config)
+    assert read_metrics(config.run.out)[-1]["val_loss"] > 0  # the run has ended
+    assert max(line.get("tokens", 0) for line in read_metrics(config.run.out)) == 31
 
 
 def test_evaluation_and_samples_change_nothing(make_run: MakeRun) -> None:
