@@ -193,8 +193,8 @@ class Trainer:
         # A Mac's GPU drops work without an error (pytorch#193571); this reads what was there.
         old = totals[:3] == self.totals or not math.isclose(totals[2], self.counted, rel_tol=1e-6)
         old = old and self.runtime.device.type == "mps"  # with ranks, `counted` is one's own
-        learned = int(totals[2])
-        totals[2] = max(1.0, totals[2])  # foreign data may have windows that are all padding
+        learned = totals[2]
+        totals[2] = max(1.0, learned)  # foreign data may have windows that are all padding
         self.totals, self.gradient_norm = totals[:3], totals[3] / self.runtime.world
         self.signals.critical(True)
         if self.scaler.is_enabled() and self._overflowed():
@@ -205,7 +205,7 @@ class Trainer:
             clip(self.model, self.gradient_norm, self.config.optim.clip_norm)
             update(self.optimizers, self._rate(self.step))
             self.updates += 1
-            self.tokens += learned
+            self.tokens += int(learned)
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         self.signals.critical(False)
