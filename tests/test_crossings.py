@@ -101,6 +101,28 @@ def test_a_full_disk_is_no_name_that_cannot_be(
         assert os.strerror(number) in err and "choose another --out" in err
 
 
+@pytest.mark.parametrize(
+    ("place", "error", "code", "said"),
+    [
+        ("training.judge.Judge.validate", RuntimeError("MPS backend out of memory"), 75, "memory"),
+        ("durable.write_file", PermissionError(errno.EACCES, "no", "run.json"), 74, "run.json: no"),
+    ],
+    ids=["out of memory outside a step", "a run that may not be written"],
+)
+def test_what_ends_training_is_one_line(
+    monkeypatch, capsys, data: Path, tmp_path: Path, place: str, error: Exception, code: int,
+    said: str,
+) -> None:  # fmt: skip
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(f"sota_transformer.{place}", failing)
+    words = ["train", "tiny", "--data", data, "--out", tmp_path / "run", "--steps", "1"]
+    assert main([*map(str, words), "--device", "cpu"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sota: ") and said in line
+
+
 def test_the_card_of_an_imported_model_does_not_say_how_it_was_trained(
     tmp_path: Path, capsys
 ) -> None:

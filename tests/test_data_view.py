@@ -307,8 +307,9 @@ def test_best_fit_loses_no_pair_and_starts_at_documents(folder: Path, seq_len: i
     if seq_len == 200:
         assert firsts == len(windows), "every document fits, so every window starts with one"
         assert windows.padding < 0.03
-    with pytest.raises(IndexError):
-        windows[len(windows)]
+    for i in (-1, len(windows)):
+        with pytest.raises(IndexError):
+            windows[i]
 
 
 def test_best_fit_has_no_window_without_a_target(tmp_path: Path) -> None:

@@ -106,6 +106,11 @@ def test_row_numbers_are_this_ranks_slice() -> None:
     assert loader(rank=1, world=4).row_numbers(2).tolist() == [18, 19]
 
 
+def test_rows_must_divide() -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        loader(world=3).batch(0)
+
+
 def test_a_read_error_is_raised() -> None:
     class Broken(Numbered):
         def __getitem__(self, index: int) -> np.ndarray:

@@ -89,8 +89,9 @@ def test_windows_are_slices_of_the_stream(folder: Path, split: shards.Split, seq
     assert len(ids) - len(windows) * seq_len <= seq_len  # less than a window is dropped
     for i in range(len(windows)):
         assert np.array_equal(windows[i], ids[i * seq_len : i * seq_len + seq_len + 1])
-    with pytest.raises(IndexError):
-        windows[len(windows)]
+    for i in (-1, len(windows)):
+        with pytest.raises(IndexError):
+            windows[i]
     assert windows.tokens == len(ids) and len(windows.fingerprint) == 64
 
 

@@ -66,6 +66,8 @@ class BatchLoader:
     def row_numbers(self, step: int) -> NDArray[np.int64]:
         """Global rows of this rank at `step`: (B,)."""
         rows = self._rows(step)
+        if len(rows) % self._world:
+            raise ValueError(f"{len(rows)} rows do not divide among {self._world} ranks")
         size = len(rows) // self._world
         return np.array(rows[self._rank * size : (self._rank + 1) * size], np.int64)
 

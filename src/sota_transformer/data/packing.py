@@ -66,6 +66,8 @@ class BestFit:
 
     def __getitem__(self, index: int) -> NDArray[np.uint16]:
         """Window `index`: (seq_len + 1,) uint16, padded with the pad id."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         window = np.full(self.seq_len + 1, Tokenizer.pad, np.uint16)
         at = 0
         for piece in range(self._offsets[index], self._offsets[index + 1]):

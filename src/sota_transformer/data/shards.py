@@ -265,6 +265,8 @@ class TokenWindows:
 
     def __getitem__(self, index: int) -> NDArray[np.uint16]:
         """Window `index`: (seq_len + 1,) uint16."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         start = index * self.seq_len
         return self.read(start, start + self.seq_len + 1)
 
