@@ -54,14 +54,18 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Ids of both, split so that together they are the ids of the whole text, as in lm-eval.
 
     Trailing spaces of the context move to the continuation; an empty context becomes end-of-text.
+    ValueError if there is nothing to score.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
+    if not continuation:
+        raise ValueError(f"nothing to score after {context[-40:]!r}")
     if not kept:
         return [EOT], tokenizer.encode(continuation)
     start = tokenizer.encode(kept)
-    whole = tokenizer.encode(kept + continuation)
-    return start, whole[len(start) :]
+    rest = tokenizer.encode(kept + continuation)[len(start) :]
+    # Where one token spans both, that may leave nothing (lm-evaluation-harness#1297).
+    return start, rest or tokenizer.encode(continuation)
 
 
 @torch.no_grad()

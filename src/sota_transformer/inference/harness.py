@@ -16,6 +16,8 @@ from sota_transformer.inference.generate import make_sampler
 from sota_transformer.inference.perplexity import sliding_sums
 from sota_transformer.model.transformer import Transformer
 
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
 
 class Harness(LM):
     """lm-eval's interface to a model; every request carries its text in `args`."""
@@ -45,14 +47,15 @@ class Harness(LM):
         jobs = []
         for request in requests:
             context, options = request.args
-            if options.get("do_sample") or options.get("temperature"):
+            if options.get("do_sample", options.get("temperature")):  # without sampling no effect
                 raise ValueError("lm-eval tasks that sample are not supported; use greedy ones")
             stops = options.get("until") or []
+            lengths = (options[name] for name in _LENGTHS if options.get(name) is not None)
             jobs.append(
                 Job(
                     tokens=self._tokenizer.encode(context) or [EOT],
                     sampler=make_sampler(0.0),
-                    max_tokens=int(options.get("max_gen_toks", 256)),
+                    max_tokens=int(next(lengths, 256)),
                     stops=[stops] if isinstance(stops, str) else list(stops),
                 )
             )
