@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -183,6 +184,21 @@ def test_the_kind_of_windows_is_printed_and_fixed(make_run: MakeRun, capsys) -> 
     assert "% padding, which no loss counts" in said and "stays within a document" in said
     with pytest.raises(SotaError, match=r"data\.windows was best-fit, is stream"):
         train(make_run(steps=2, document_mask=True))
+
+
+@pytest.mark.parametrize("packed", [{"document_mask": True}, {"windows": "best-fit"}, {}])
+def test_ids_that_end_no_document_are_pointed_out(
+    packed: dict[str, Any], make_run: MakeRun, tmp_path: Path, capsys
+) -> None:
+    """As Megatron writes them by default: the mask would do nothing, and best-fit cut anywhere."""
+    for last in (5, EOT):
+        folder = tmp_path / str(last)
+        folder.mkdir()
+        for split in ("train", "val"):
+            np.array([*range(600), last], "<u2").tofile(folder / f"{split}.bin")
+        train(change(make_run(str(last), steps=1, **packed), path=folder))
+        said = "no end-of-text token in the training ids" in capsys.readouterr().out
+        assert said == (last != EOT and bool(packed))
 
 
 @pytest.mark.parametrize(("here", "taken"), [("2", "lo"), ("1", None)])

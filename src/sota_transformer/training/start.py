@@ -158,6 +158,12 @@ def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
         f"{trainer.judge.windows.tokens:,} validation tokens"
     )
     log.say(_windows(trainer))
+    apart = config.data.document_mask or config.data.windows == "best-fit"
+    if apart and not trainer.windows.documents:  # an index beside the ids is not consulted
+        log.say(
+            "note: no end-of-text token in the training ids, so they count as one document; other "
+            "programs add it only if asked to (Megatron: --append-eod)"
+        )
     log.say(
         f"machine: {'; '.join(runtime.reasons)}; {counted(runtime.threads, 'thread')}; "
         f"{runtime.world} process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
