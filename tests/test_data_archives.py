@@ -35,6 +35,18 @@ def test_an_archive_ends_where_it_says(tmp_path: Path) -> None:
         assert [len(read(path, tmp_path)[i]) for i in (0, 1)] == [2, 0]
 
 
+def test_a_long_name_is_no_folder_where_it_is_cut(tmp_path: Path) -> None:
+    """In tars of the oldest kind a folder is a name that ends in a slash; GNU cuts names at 100."""
+    names = ["a.txt", "b" * 99 + "/" + "c" * 9 + ".txt", "d.txt"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        for name in ("empty/", *names):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = tarfile.AREGTYPE, 999 * (name != "empty/")
+            archive.addfile(info, io.BytesIO(name[:1].encode() * 999))
+    found, refused = read(tmp_path / "a.tar", tmp_path)
+    assert (found, refused) == ([letter * 999 for letter in "abd"], [])
+
+
 def test_what_precedes_damage_in_an_archive_is_kept(tmp_path: Path) -> None:
     """In a zip member, and in a compressed tar, which tarfile reads in blocks of 10 KiB."""
     lines = b"".join(b'{"text": "%d"}\n' % number for number in range(3000))

@@ -292,6 +292,16 @@ class _Header(tarfile.TarInfo):
     """A member's header; tarfile treats a damaged or missing one as the end of the archive."""
 
     @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block. A file of the oldest kind is one even if its name ends in a slash:
+        with content it is no directory, but a long name cut there (cpython#141707).
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.size and buf[156:157] == tarfile.AREGTYPE:
+            header.type = tarfile.AREGTYPE
+        return header
+
+    @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:  # type: ignore[override]
         """The next header. ReadError if there is neither a header nor the end's zero blocks."""
         try:
