@@ -62,8 +62,8 @@ def test_the_error_is_that_of_the_differences(runs, data: Path, capsys) -> None:
 
 def test_the_table_names_a_better_model_only_if_the_text_shows_it(runs, capsys) -> None:
     one, other = runs
-    assert table(capsys, other, against=one).endswith("better")
-    assert table(capsys, one, against=other).endswith("worse")
+    assert table(capsys, other, against=one).endswith("better on this text")
+    assert table(capsys, one, against=other).endswith("worse on this text")
     assert table(capsys, one, against=one).endswith("no significant difference on this text")
     assert table(capsys, one, against=other, tokens=FULL.seq_len).split() == [
         "difference",
