@@ -245,7 +245,7 @@ def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path)
     assert "perplexity" in printed and "bits per byte" in printed
     hidden = data.rename(tmp_path / "hidden")
     code, _, err = run(capsys, "evaluate", out)
-    assert code == 66 and "the run's data, does not exist; give --text" in err
+    assert code == 66 and f"does not exist; correct data.path in {out / 'config.json'}" in err
     hidden.rename(data)
     text = tmp_path / "other.txt"
     text.write_text("The captain saw the river while the storm carried 12 others. " * 30)

@@ -219,7 +219,11 @@ def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, monkeypatch, cap
     damaged = write_run(tmp_path / "damaged", 4.0)
     (damaged / "run.json").write_text("{")
     out = str(tmp_path / "none" / "page.html")
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "model.gguf").touch()
     for arguments, code, said in [
+        ([cold, str(exported)], NO_INPUT, "exported is a GGUF export"),
         ([cold, str(tmp_path / "nothing")], NO_INPUT, "nothing does not exist"),
         ([cold, str(tmp_path)], NO_INPUT, "is not a run (no config.json)"),
         ([cold, f"{cold}/config.json"], NO_INPUT, "is a file, not a run"),

@@ -62,8 +62,8 @@ def test_the_error_is_that_of_the_differences(runs, data: Path, capsys) -> None:
 
 def test_the_table_names_a_better_model_only_if_the_text_shows_it(runs, capsys) -> None:
     one, other = runs
-    assert table(capsys, other, against=one).endswith("better")
-    assert table(capsys, one, against=other).endswith("worse")
+    assert table(capsys, other, against=one).endswith("better on this text")
+    assert table(capsys, one, against=other).endswith("worse on this text")
     assert table(capsys, one, against=one).endswith("no significant difference on this text")
     assert table(capsys, one, against=other, tokens=FULL.seq_len).split() == [
         "difference",
@@ -86,3 +86,22 @@ def test_an_export_can_be_compared_with_a_run_and_lists_what_it_does_not_know(
     assert "the training data of" in printed.err
     with pytest.raises(SotaError, match="no-such"):
         run_evaluate(Evaluate(run=one, against=tmp_path / "no-such"))
+
+
+def test_data_that_has_moved_is_found_by_correcting_its_path(
+    runs, data: Path, tmp_path: Path, capsys
+) -> None:
+    """A run copied to a machine where its data lies elsewhere."""
+    run, gone = write_run(tmp_path / "run", ONE, data), tmp_path / "gone"
+    recorded = (run / "config.json").read_text()
+    (run / "config.json").write_text(recorded.replace(str(data), str(gone)))
+    with pytest.raises(SotaError, match=r"gone, the run's data, .* correct data\.path in .*/run/"):
+        judged(capsys, run)
+    (run / "config.json").write_text(recorded)
+    assert judged(capsys, run)["nats"] == judged(capsys, runs[0])["nats"]
+
+
+def test_a_run_is_not_taken_for_raw_text(tmp_path: Path) -> None:
+    (tmp_path / "run.json").touch()
+    with pytest.raises(SotaError, match="is a run, not prepared data"):
+        TokenWindows(tmp_path, "train", 8)

@@ -297,6 +297,7 @@ def test_junk_is_reported_and_the_rest_kept(tmp_path: Path) -> None:
     with zipfile.ZipFile(junk / "nested.zip", "w") as archive:
         archive.writestr("inner.zip", b"PK")
         archive.writestr("ok.txt", "text in a zip")
+    (junk / "story.gz").write_bytes(gzip.compress(b"a text"))
     (junk / "bad.zip").write_bytes(b"PK\x03\x04 nothing")
     (junk / "loop").symlink_to(junk)
     (junk / "out.txt").symlink_to("/etc/hostname")
@@ -319,6 +320,7 @@ def test_junk_is_reported_and_the_rest_kept(tmp_path: Path) -> None:
         "JSON, but not an object": 1,
         "empty file": 1,
         ".png file is not a text format": 1,
+        "file without an ending before .gz is not a text format": 1,
         "archive inside an archive; unpack it first": 1,
         "damaged archive": 1,
         "damaged stream; only its readable start was taken": 2,

@@ -210,6 +210,7 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     refused(66, "no text found", out=out, inputs=(tmp_path / "empty",))
     refused(66, "no text found", ".png", out=out, inputs=(tmp_path / "pictures",))
     refused(65, "1 document is too few", "several files", out=out, inputs=(one,))
+    refused(65, "too few", "skipped: 5 x not a JSON line", out=out, inputs=(one, bad))
     refused(65, "no usable text", "5 x not a JSON line", out=out, inputs=(bad,))
     refused(
         65, "val split would be empty", "--val-fraction", out=out, inputs=(good,), val_fraction=1e-9

@@ -189,6 +189,12 @@ def test_other_sites_are_refused(server: Server, headers: dict[str, str], status
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
+def test_a_chat_client_is_told_that_there_is_no_chat(server: Server) -> None:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": []})
+    assert answer.status_code == 404
+    assert "/v1/completions" in answer.json()["error"]["message"]
+
+
 def test_the_page_loads_nothing_from_elsewhere(server: Server) -> None:
     answer = httpx.get(server.url)
     policy = answer.headers["content-security-policy"]

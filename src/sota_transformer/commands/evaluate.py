@@ -114,9 +114,11 @@ def _validation_split(opened: Opened, context: int) -> TokenWindows:
         kind = "exported" if opened.config is None else "imported"
         raise SotaError(f"an {kind} model has no validation split; give --text FILE")
     if not opened.data.is_dir():
-        here = "" if opened.data.is_absolute() else "change to the folder it was started from, or "
+        here = "" if opened.data.is_absolute() else "change to the folder it was started from, "
         raise SotaError(
-            f"{opened.data}, the run's data, does not exist; {here}give --text FILE", NO_INPUT
+            f"{opened.data}, the run's data, does not exist; {here}correct data.path in "
+            f"{opened.folder / 'config.json'}, or give --text FILE",
+            NO_INPUT,
         )
     return TokenWindows(opened.data, "val", context)
 
@@ -240,7 +242,7 @@ def _print_difference(other: dict[str, Any]) -> None:
         return
     verdict = "no significant difference on this text"
     if abs(other["difference"]) > 2 * other["paired_error"]:
-        verdict = "worse" if other["difference"] > 0 else "better"
+        verdict = f"{'worse' if other['difference'] > 0 else 'better'} on this text"
     print(
         f"{line} +- {other['error']:.4f}\n  difference      {other['difference']:+.4f} +- "
         f"{other['paired_error']:.4f} (paired standard error): {verdict}"

@@ -86,8 +86,8 @@ def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) ->
     """SotaError 65 if a split would be empty; prints a note if validation is very short."""
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     documents = train["documents"] + val["documents"]
+    reasons = "; ".join(f"{v['count']} x {k}" for k, v in manifest["rejects"].items())
     if not documents:
-        reasons = "; ".join(f"{v['count']} x {k}" for k, v in manifest["rejects"].items())
         raise SotaError(f"no usable text in the inputs: {reasons}", BAD_DATA)
     for split, part in (("train", train), ("val", val)):
         if not part["documents"] and (split == "train" or val_fraction):
@@ -95,7 +95,8 @@ def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) ->
             if documents > 1:
                 what = f"{documents:,} documents are"
                 advice = f"add text, or use --val-fraction {_workable_fraction(shards)}"
-            raise SotaError(f"{what} too few: the {split} split would be empty; {advice}", BAD_DATA)
+            text = f"{what} too few: the {split} split would be empty; {advice}"
+            raise SotaError(f"{text}; skipped: {reasons}" if reasons else text, BAD_DATA)
     if val_fraction and val["tokens"] < _FEW_TOKENS:
         more, advice = min(0.5, max(2 * val_fraction, 8 / documents)), "add text"
         if more > val_fraction and documents >= 16:

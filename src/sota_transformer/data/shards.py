@@ -102,6 +102,9 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         if foreign_files(folder):
             return _foreign(folder)
+        if (folder / "run.json").exists():  # `sota prepare` would not read it
+            text = f"{folder} is a run, not prepared data; give the data it was trained on"
+            raise SotaError(text, BAD_DATA)
         advice = _first(folder) if any(folder.iterdir()) else ""
         raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
     try:

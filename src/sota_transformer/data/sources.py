@@ -263,5 +263,9 @@ def format_of(name: str) -> tuple[str, str]:
 
 def _ending(path: str) -> str:
     """The extension of a file, as part of a reason that many files share."""
-    suffix = Path(path).suffix.lower()
+    name = Path(path)
+    suffix = name.suffix.lower()
+    if suffix.removeprefix(".") in CODECS:  # .gz alone would name a supported ending as the reason
+        inner = Path(name.stem).suffix.lower()
+        return f"{inner[:12]}{suffix} file" if inner else f"file without an ending before {suffix}"
     return f"{suffix[:12]} file" if suffix else "file without an ending"

@@ -98,7 +98,10 @@ def _explain(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _refused(_: Request, error: HTTPException) -> JSONResponse:
-        body = error_body(error.status_code, str(error.detail))
+        said = str(error.detail)
+        if error.status_code == 404:  # most often a chat client
+            said = "no such path; the model continues text at /v1/completions, it has no chat"
+        body = error_body(error.status_code, said)
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)

@@ -230,6 +230,8 @@ def read_config(run_folder: Path) -> RunConfig:
             what = "is a file, not a run"
         elif (run_folder / "train-00000.npy").exists():
             what = "is prepared data, not a run trained on it"
+        elif (run_folder / "model.gguf").exists():
+            what = "is a GGUF export, which only llama.cpp and Ollama read"
         raise SotaError(
             f"{run_folder} {what}; give a folder made by `sota train`", NO_INPUT
         ) from error
