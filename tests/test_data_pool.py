@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -67,6 +68,28 @@ def test_a_temporary_folder_too_long_for_the_fork_servers_socket(
     for length, method in ((75, "forkserver"), (76, "spawn")):
         monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
         assert forks.worker_context().get_start_method() == method
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there it is always so")
+def test_what_a_mac_would_do_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Spawned workers, no /proc, no O_DIRECT, another fsync, and one that a drive refuses."""
+    lines = tmp_path / "in.jsonl"
+    lines.write_bytes(jsonl(texts(100)))
+    said = "import sys; from sota_transformer import durable, runtime; print(runtime.sys.platform)"
+    command = f"{said}; from sota_transformer.cli import main; sys.exit(main())"
+    path = os.pathsep.join([str(Path(__file__).with_name("darwin")), *filter(None, sys.path)])
+    for number, refusal in enumerate(("", "ENOTSUP")):
+        out = tmp_path / str(number)
+        done = subprocess.run(
+            [sys.executable, "-c", command, "prepare", lines, "--out", out, "--workers", "2",
+             "--val-fraction", "0.1"],
+            env=os.environ | {"PYTHONPATH": path, "NO_FULLFSYNC": refusal},
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0 and done.stdout.startswith("darwin"), done.stderr
+    run(tmp_path / "here", lines, workers=2)
+    assert bytes_of(tmp_path / "0") == bytes_of(tmp_path / "1") == bytes_of(tmp_path / "here")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
