@@ -1,7 +1,7 @@
 # `make quick` and `make test` set up everything they need on a machine that has only Python.
-# A Mac's own python3 may be too old, so newer versions installed beside it are tried, too.
+# python3 may be too old (a Mac's own) or too new (for torch), so others beside it are tried, too.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14; do \
-	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && \
 	echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ types: $(VENV)/.installed-dev
 check: test lint types
 
 $(VENV)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or give its path:" \
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.14 found: install one, or give its path:" \
 		"make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -69,6 +70,28 @@ def test_a_temporary_folder_too_long_for_the_fork_servers_socket(
         assert forks.worker_context().get_start_method() == method
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="there it is always so")
+def test_what_a_mac_would_do_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Spawned workers, no /proc, no O_DIRECT, another fsync, and one that a drive refuses."""
+    lines = tmp_path / "in.jsonl"
+    lines.write_bytes(jsonl(texts(100)))
+    said = "import sys; from sota_transformer import durable, runtime; print(runtime.sys.platform)"
+    command = f"{said}; from sota_transformer.cli import main; sys.exit(main())"
+    path = os.pathsep.join([str(Path(__file__).with_name("darwin")), *filter(None, sys.path)])
+    for number, refusal in enumerate(("", "ENOTSUP")):
+        out = tmp_path / str(number)
+        done = subprocess.run(
+            [sys.executable, "-c", command, "prepare", lines, "--out", out, "--workers", "2",
+             "--val-fraction", "0.1"],
+            env=os.environ | {"PYTHONPATH": path, "NO_FULLFSYNC": refusal},
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0 and done.stdout.startswith("darwin"), done.stderr
+    run(tmp_path / "here", lines, workers=2)
+    assert bytes_of(tmp_path / "0") == bytes_of(tmp_path / "1") == bytes_of(tmp_path / "here")
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_a_row_group_is_one_run_unless_little_follows_it(table: Path, workers: int) -> None:
     made = units_of(table)
@@ -110,24 +133,21 @@ def test_a_table_in_runs_gives_the_bytes_of_lines(table: Path, tmp_path: Path) -
 
 def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, monkeypatch) -> None:
     made, handed = units_of(table), list[list[str]]()  # what a process is started with
+    held = list[bool]()  # Ctrl-C in a starting server, and in a starting worker, printed tracebacks
     prepared = spawn.get_preparation_data
 
-    def preparation(name: str) -> dict[str, Any]:
+    def note() -> None:
         handed.append(sys.argv)
+        held.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    def preparation(name: str) -> dict[str, Any]:
+        note()
         return prepared(name)
 
     monkeypatch.setattr(spawn, "get_preparation_data", preparation)
-    held = list[set[signal.Signals]]()  # Ctrl-C in a starting server printed a traceback
-
-    def ensure_running() -> None:
-        handed.append(sys.argv)
-        held.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))  # type: ignore[arg-type]
-
-    monkeypatch.setattr(forkserver, "ensure_running", ensure_running)
+    monkeypatch.setattr(forkserver, "ensure_running", note)
     monkeypatch.setattr(sys, "argv", ["sota", *map(str, range(100_000))])  # gh-144503
     forks.warm_up()
-    held.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))  # type: ignore[arg-type]
-    assert [signal.SIGINT in each for each in held] == [True, False]
     (tmp_path / "units").mkdir()
     pool = Pool(Job(tmp_path / "units", Prepare(inputs=("x",), out=tmp_path)), 2)
     try:
@@ -140,7 +160,9 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
     assert [unit for unit, _ in found] == made
     assert sum(documents for _, (documents, _, _) in found) == sum(ROWS)
     assert len(handed) > 3 and all(arguments == ["sota"] for arguments in handed)
-    assert len(sys.argv) > 100_000
+    assert all(held)
+    note()
+    assert len(sys.argv) > 100_000 and not held[-1]
 
 
 def test_a_worker_that_cannot_be_stopped_blocks_nothing(table: Path, tmp_path: Path) -> None:

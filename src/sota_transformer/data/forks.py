@@ -25,19 +25,24 @@ def worker_context() -> BaseContext:
 
 
 @contextmanager
-def without_main_module() -> Iterator[None]:
+def starting() -> Iterator[None]:
     """Start processes without passing them the main module and arguments, which they do not need.
 
     Importing the main module fails if it is standard input, and runs a script again that has no
     `__main__` guard. Python 3.13.12 and 3.14.3 pass all arguments to a fork server as a single one,
     which cannot hold a folder's worth of file names (gh-144503).
+
+    Ctrl-C reaches a new process too, which ignores it only once it runs: a process inherits that
+    it is blocked until then.
     """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     main, arguments = sys.modules["__main__"], sys.argv
     sys.modules["__main__"], sys.argv = ModuleType("__main__"), arguments[:1]
     try:
         yield
     finally:
         sys.modules["__main__"], sys.argv = main, arguments
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def warm_up() -> None:
@@ -46,10 +51,5 @@ def warm_up() -> None:
         # numpy's BLAS, unused here, would start threads: in the server they make forking unsafe,
         # and in this process they spin on cores that the workers need.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        # Ctrl-C reaches the server too, which ignores it only once it runs: block it until then.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            with without_main_module():
-                forkserver.ensure_running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with starting():
+            forkserver.ensure_running()

@@ -24,7 +24,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sota_transformer.data.forks import without_main_module, worker_context
+from sota_transformer.data.forks import starting, worker_context
 from sota_transformer.data.sources import Source
 from sota_transformer.data.units import Job, Unit
 from sota_transformer.errors import BAD_DATA, SotaError
@@ -89,7 +89,7 @@ class Pool:
 
     def _submit(self, work: Callable[[Any], Any], item: Any) -> Any:
         """A future of `work(item)`; may start a worker."""
-        with without_main_module():
+        with starting():
             return self._pool.submit(work, item)
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Counts]]:
