@@ -126,8 +126,9 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _foreign(folder: Path) -> dict[str, Any]:
-    """The manifest of another project's files, cached until they change."""
-    found = ((path.name, path.stat()) for path in foreign_files(folder))
+    """The manifest of another project's files, cached until they or their indexes change."""
+    beside = sorted(path for path in folder.glob("*.i*x") if path.is_file())  # .idx, .index
+    found = ((path.name, path.stat()) for path in (*foreign_files(folder), *beside))
     mark = [[name, status.st_size, status.st_mtime_ns] for name, status in found]
     note = folder / _FOREIGN
     try:
