@@ -126,3 +126,19 @@ def test_a_target_inside_its_input_gives_the_same_when_resumed(tmp_path: Path) -
     run(tmp_path / "data", tmp_path, part="1/1")
     run(tmp_path / "data", tmp_path)
     assert bytes_of(tmp_path / "data") == whole
+
+
+def test_text_repaired_by_an_older_version_is_listed_as_repaired(tmp_path: Path, capsys) -> None:
+    """An append keeps the reasons in the manifest, which were worded differently."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(300)) + b'{"text": "caf\xe9"}\n')
+    (tmp_path / "b.jsonl").write_bytes(jsonl(texts(300, seed=1)))
+    manifest = run(tmp_path / "data", tmp_path / "a.jsonl", bad_text="replace")
+    ((reason, entry),) = manifest["rejects"].items()
+    before = "not valid UTF-8; taken, with U+FFFD for what is broken"
+    assert reason != before
+    older = canonical_json(seal(manifest | {"rejects": {before: entry}}))
+    (tmp_path / "data" / "manifest.json").write_bytes(older)
+    capsys.readouterr()
+    run(tmp_path / "data", tmp_path / "b.jsonl", append=True)
+    out = capsys.readouterr().out
+    assert f"repaired:\n          1  {before}" in out and "skipped:" not in out
