@@ -70,6 +70,9 @@ def check_folder(folder: Path) -> None:
         inside = folder.suffix in ENDINGS or (folder.parent / MANIFEST).exists()
         advice = f"use its folder, {folder.parent}" if inside else _first(folder)
         raise SotaError(f"{folder} is a file, not prepared data; {advice}", NO_INPUT)
+    if folder.is_symlink() and not folder.is_dir():
+        text = f"{folder} is a link to {folder.readlink()}, which is no folder; check the link"
+        raise SotaError(text, NO_INPUT)
     if not folder.is_dir():
         here = ";" if folder.is_absolute() else f" in {Path.cwd()}; change directory, or"
         raise SotaError(
@@ -103,6 +106,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         if foreign_files(folder):
             return _foreign(folder)
         advice = _first(folder) if any(folder.iterdir()) else ""
+        if (folder / "config.json").exists():  # a run or a model, which is no text
+            advice = "give a folder created by `sota prepare`"
         raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
     try:
         manifest = read_manifest(folder / MANIFEST)
