@@ -92,3 +92,13 @@ def make_run(
         return change(PRESETS["tiny"](recipe), **(defaults | changes))
 
     return make
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """About 400 units of work of 4 KiB: enough to be seen in progress on a busy machine."""
+    from tests.preparing import jsonl, texts
+
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(jsonl(texts(5000)))
+    return path

@@ -5,6 +5,7 @@ MPS, NumPy on a device tensor. Everything else is computed, so whole runs can be
 CPU's. It tells nothing about a device's own kernels, memory or speed.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,12 +19,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
+from sota_transformer.config import Model
+from sota_transformer.model.transformer import Transformer
+
+SHAPE = Model(layers=2, d_model=128, heads=2, kv_heads=1, d_ff=64, seq_len=24, vocab_size=300)
 aten = torch.ops.aten
 _CROSSING = (aten.copy_.default, aten._to_copy.default, aten._copy_from.default)
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _PRODUCTS = [getattr(aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")]
 _PRODUCTS.append(aten.mm.out)
 _INDEXING = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+def small() -> Transformer:
+    model = Transformer(dataclasses.replace(SHAPE, qk_norm=True))
+    model.init_weights(torch.Generator().manual_seed(1))
+    return model.eval()
 
 
 class DeviceTensor(Tensor):

@@ -259,6 +259,7 @@ def test_only_the_model_of_an_imported_run_has_to_match(
         with monkeypatch.context() as patch, pytest.raises(SotaError, match="the same command"):
             patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
             run_import(Import(model=source, out=out, data=data))
+        assert not out.exists()
         run_import(Import(model=source, out=out, data=data))
         imported = checkpoint.load(out, 0).model
         assert all(torch.equal(imported[name], tensor) for name, tensor in weights.items())

@@ -213,6 +213,12 @@ def test_bad_foreign_files_are_refused(folder: Path, tmp_path: Path) -> None:
             with pytest.raises(SotaError) as caught:
                 TokenWindows(tmp_path / kind, "train", 8)
             assert caught.value.code == 65 and name in str(caught.value)
+    write_foreign(tmp_path / "signed", "megatron", {"train": ids})
+    index = (tmp_path / "signed" / "train.idx").read_bytes()
+    assert TokenWindows(tmp_path / "signed", "train", 8).tokens == len(ids)  # then from the cache
+    (tmp_path / "signed" / "train.idx").write_bytes(index[:17] + b"\3" + index[18:])
+    with pytest.raises(SotaError, match=r"train\.idx: ids of Megatron's type 3; expected 8"):
+        TokenWindows(tmp_path / "signed", "train", 8)
     write_foreign(tmp_path / "changed", "nanogpt", {"train": ids})
     with pytest.raises(SotaError, match=r"0 tokens.*add a file of more tokens"):
         TokenWindows(tmp_path / "changed", "val", 8)

@@ -39,12 +39,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def found(*inputs: str) -> tuple[list[str], set[str]]:
     """Paths that are used, and the reasons for the others."""
     sources, skipped = find(inputs)
-    return [source.path for source in sources], {item.reason.split(",")[0] for item in skipped}
+    return [source.path for source in sources], {item.reason.split(";")[0] for item in skipped}
 
 
 @pytest.mark.parametrize("given", ["runs/mine", "runs/*", "models/m", "models/m/*", "./runs/mine/"])
 def test_a_run_or_a_model_is_no_text_however_it_is_given(here: Path, given: str) -> None:
-    with pytest.raises(SotaError, match=r"m(ine)?(/\S+)?: a (run|model), whose"):
+    with pytest.raises(SotaError, match=r"m(ine)?(/\S+)?: a (run|model); its"):
         find((given,))
     assert found(given, "a.txt") == (["a.txt"], {"a run" if "runs" in given else "a model"})
     assert found("runs/mine/samples.txt")[0] == ["runs/mine/samples.txt"]

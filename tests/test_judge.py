@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from sota_transformer.training import checkpoint, judge
 from sota_transformer.training.runlog import RunLog
 from sota_transformer.training.start import train
 from sota_transformer.training.trainer import Trainer
-from tests.training_runs import MakeRun, change, train_until
+from tests.simulated import simulated
+from tests.training_runs import MakeRun, change, logged, train_until
 
 LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
 
@@ -116,3 +118,39 @@ def test_padding_in_foreign_files_does_not_change_the_validation_tokens(
         trainer.judge.recall(state)
     assert "no longer counts" not in capsys.readouterr().out
     assert trainer.judge.best_step == 0
+
+
+@pytest.mark.parametrize(("device", "left"), [("cpu", math.nan), ("cpu", math.inf), ("mps", 0.0)])
+def test_a_validation_that_was_not_computed_is_never_the_lowest(
+    make_run: MakeRun, monkeypatch, capsys, device: str, left: float
+) -> None:
+    """A Mac's GPU may drop some of its work, even the first validation's, without an error."""
+    config = make_run(device=device, compile="off", steps=4, eval_every=1, eval_tokens=512)
+    original, calls = judge.sequence_sums, []
+
+    def sums(*given, **options):
+        calls.append(original(*given, **options))
+        if len(calls) in (1, 5):  # the first of two batches, in steps 1 and 3
+            calls[-1][3:, 0] = left
+        return calls[-1]
+
+    monkeypatch.setattr(judge, "sequence_sums", sums)
+    if device == "mps":
+        with simulated("mps"):
+            train(config)
+    else:
+        train(config)
+    assert len(calls) == 8
+    found = {line["step"]: line["val_loss"] for line in logged(config, "val_loss")}
+    assert [step for step, nats in found.items() if nats is None] == [1, 3]
+    assert best_of(config, 4)["step"] in (2, 4)
+    assert capsys.readouterr().out.count("does not count as the lowest") == 2
+
+
+def test_nor_is_one_that_repeats_the_previous_one(make_run: MakeRun, tmp_path: Path) -> None:
+    config = make_run(eval_tokens=512)
+    judging = judge.Judge(config, Runtime.detect(config.run, 1), RunLog(tmp_path, 1, silent=True))
+    model = Transformer(config.model).eval()
+    first = judging.validate(model, 1)
+    assert judging.validate(model, 2) == first
+    assert judging.best_step == 1

@@ -216,7 +216,7 @@ def test_broken_encodings_are_dropped_or_repaired(tmp_path: Path) -> None:
     taken = [*(f"caf\ufffd {number}" for number in numbers), "lone \ufffd two", "caf six\ufffd"]
     assert everything(tmp_path / "replaced") == sorted([*taken, *good])
     counts = {reason: entry["count"] for reason, entry in manifest["rejects"].items()}
-    told = "; taken, with U+FFFD for what is broken"
+    told = "; kept, with U+FFFD for the invalid parts"
     assert counts == {
         f"not valid UTF-8{told}": 8,
         f"lone surrogates, not valid Unicode{told}": 1,
@@ -320,13 +320,13 @@ def test_junk_is_reported_and_the_rest_kept(tmp_path: Path) -> None:
         "JSON, but not an object": 1,
         "empty file": 1,
         ".png file is not a text format": 1,
-        "file without an ending before .gz is not a text format": 1,
+        "file without an extension, in .gz is not a text format": 1,
         "archive inside an archive; unpack it first": 1,
         "damaged archive": 1,
-        "damaged stream; only its readable start was taken": 2,
-        "damaged table; only its readable start was taken": 2,
+        "damaged stream; only its readable start was kept": 2,
+        "damaged table; only its readable start was kept": 2,
         "link to a folder": 1,
-        "link that leaves the folder, or leads nowhere": 1,
+        "broken link, or a link out of the folder": 1,
         "not a regular file": 1,
     }.items():
         assert reasons.get(reason, 0) == count, (reason, reasons)
@@ -371,7 +371,7 @@ def test_a_model_folder_among_the_texts_is_skipped(tmp_path: Path) -> None:
         (model / name).write_bytes(data)
     manifest = run(tmp_path / "data", tmp_path / "texts")
     assert everything(tmp_path / "data") == sorted(texts(60))
-    assert manifest["rejects"]["a model, whose merges are no text"]["count"] == 1
+    assert manifest["rejects"]["a model; its merges are not text"]["count"] == 1
 
 
 def test_progress_of_a_table_counts_bytes_not_rows(

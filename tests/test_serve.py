@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvicorn
 
 from sota_transformer.commands.serve import run_serve
 from sota_transformer.data.tokenizer import Tokenizer
@@ -28,6 +30,7 @@ from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.options import Serve
 from sota_transformer.serve.completions import Completions, _Active
 from sota_transformer.serve.schema import Completion
+from sota_transformer.serve.server import _Server
 from tests.inference_models import FULL, small_model, write_run
 from tests.serving import Server
 
@@ -259,6 +262,13 @@ def test_the_key_is_needed_and_a_signal_lets_open_requests_finish(
     assert (whole.result().status_code, "is shutting down" in whole.result().text) == (503, True)
     assert "is shutting down" in stream.result().text
     assert stream.result().text.endswith("data: [DONE]\n\n")
+
+
+def test_a_ctrl_c_that_the_parent_ignores_stays_ignored(monkeypatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    with _Server(uvicorn.Config("unused"), SimpleNamespace()).capture_signals():  # type: ignore
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_fifty_clients_at_once_get_200_or_503(server: Server) -> None:

@@ -55,7 +55,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_reported_before_the_first_step(
         with pytest.raises(SotaError, match="a checkpoint needs") as caught:
             train(config)
         assert caught.value.code == IO_FAILED
-        assert not losses(config)
+        assert not config.run.out.exists()
     train(config)
     assert "GB more, and" not in capsys.readouterr().out
     patched = types.SimpleNamespace(free=int(1.2 * size))
@@ -98,6 +98,24 @@ def test_a_refused_start_creates_no_log(make_run: MakeRun, tmp_path: Path) -> No
         train(change(config, path=tmp_path, steps=3, override="train.steps"))
     assert caught.value.code == BAD_DATA
     assert not (config.run.out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"MASTER_PORT": "x"}, {"GLOO_SOCKET_IFNAME": "x"}, {"LOCAL_WORLD_SIZE": "x"}]
+)
+def test_a_start_refused_for_its_launcher_leaves_no_folder(
+    make_run: MakeRun, monkeypatch, tmp_path: Path, mistake: dict[str, str]
+) -> None:
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (launched | mistake).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SotaError, match="unset"):
+        train(change(make_run(), out=tmp_path / "runs" / "refused"))
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SotaError, match="unset"):
+        train(change(make_run(), out=tmp_path / "mine"))
+    assert (tmp_path / "mine").is_dir(), "it was there before"
 
 
 def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun) -> None:

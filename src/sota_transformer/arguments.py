@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def resolve(arguments: list[str], verb: str) -> RunConfig:
         out = Path.cwd()
     if out == Path() and data != Path():
         kind = name if recipe == RECIPES[0] else f"{name}-{recipe}"
-        out = Path("runs") / f"{kind}-{data.resolve().name}"
+        out = Path("runs") / f"{kind}-{Path(os.path.realpath(data)).name}"
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=data),
@@ -174,7 +175,8 @@ def _value_types() -> Any:
 
 def _flags(kind: type, default: RunConfig | None) -> list[str]:
     """Every option of `kind`; of a run's configuration those of its sections."""
-    names = default.fields() if default else [field.name for field in dataclasses.fields(kind)]
+    fields = (field for field in dataclasses.fields(kind) if field.default != dataclasses.MISSING)
+    names = default.fields() if default else [field.name for field in fields]
     return [f"--{name.replace('_', '-')}" for name in names]
 
 

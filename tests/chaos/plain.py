@@ -123,13 +123,13 @@ def folder(path: Path, root: Path) -> Plain:
         if entry.name.startswith("."):
             plain.lose("hidden")
         elif entry.is_symlink() and not (real.exists() and real.is_relative_to(root)):
-            plain.lose("link that leaves the folder, or leads nowhere")
+            plain.lose("broken link, or a link out of the folder")
         elif entry.is_dir():
             plain.add(
                 Plain().lose("link to a folder") if entry.is_symlink() else folder(entry, root)
             )
         elif not split_name(entry.name)[1]:
-            ending = f"{entry.suffix} file" if entry.suffix else "file without an ending"
+            ending = f"{entry.suffix} file" if entry.suffix else "file without an extension"
             plain.lose(f"{ending} is not a text format")
         else:
             plain.add(read(entry))
@@ -253,7 +253,7 @@ def rows(plain: Plain, data: bytes, delimiter: str, kind: str) -> None:
     found = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     behind = csv.reader(io.StringIO(f"{text}\nbehind", newline=""), delimiter=delimiter)
     if list(behind)[-1] != ["behind"] and any(found.pop()):  # an open quote
-        plain.lose("quote that is never closed, and all behind it")
+        plain.lose("quote that is never closed, and everything after it")
     if not found:
         return
     if "text" not in found[0]:

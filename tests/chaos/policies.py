@@ -43,7 +43,7 @@ EXAMPLES, SMALL = 5, 3000  # small.UNIT_BYTES
 COUNTED = 2048  # 5-grams; longer documents are compared by samples
 DUPLICATE, NEAR = "exact duplicate", "near-duplicate"
 EXCLUDED = "shares text with an excluded file"
-TAKEN = "; taken, with U+FFFD for what is broken"
+TAKEN = "; kept, with U+FFFD for the invalid parts"
 
 
 @dataclass

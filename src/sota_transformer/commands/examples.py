@@ -80,7 +80,8 @@ def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, A
     """The file that `place` refers to, and the objects in its JSON lines."""
     path = _fetch(name) if str(place) == "hub" else place
     if not path.is_file():
-        raise SotaError(f"{path}: no such file", NO_INPUT)
+        what = "not a regular file" if path.exists() else "no such file"
+        raise SotaError(f"{path}: {what}", NO_INPUT)
     examples = []
     for number, line in enumerate(decoded(path.read_bytes(), path).split("\n"), 1):
         if not line.strip():

@@ -117,7 +117,8 @@ def _prompts(path: Path) -> list[str]:
     """Prompts of a file: one per line, or the field `prompt` of each .jsonl line; - is stdin."""
     stdin = str(path) == "-"
     if not stdin and not path.is_file():
-        raise SotaError(f"{path}: no such file", NO_INPUT)
+        what = "not a regular file" if path.exists() else "no such file"
+        raise SotaError(f"{path}: {what}", NO_INPUT)
     data = sys.stdin.buffer.read() if stdin else path.read_bytes()
     text = io.StringIO(decoded(data, path), None).read()  # normalizes line ends to "\n"
     if stdin:

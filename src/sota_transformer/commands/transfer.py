@@ -161,9 +161,9 @@ def run_import(options: Import) -> int:
         train=Train(steps=options.steps, batch_rows=16),
         run=Run(out=out),
     )
+    checkpoint.check_room(out, 4 * model.config.parameter_count)
     with one_line_errors(out):
         durable.make_folder(out)
-    checkpoint.check_room(out, 4 * model.config.parameter_count)
     with durable.DirectoryLock(out):
         durable.sweep(out)
         durable.sweep(out / "checkpoints")

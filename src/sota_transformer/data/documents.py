@@ -307,14 +307,14 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         try:
             cells = next(rows)
         except csv.Error as error:
-            yield Skipped(f"not a {segment.kind} row ({error}), and all behind it", where)
+            yield Skipped(f"not a {segment.kind} row ({error}), and everything after it", where)
             return
         if cells and cells[-1].endswith(_END):
             if over:
-                why = "perhaps a quote that is never closed; left out from here on"
-                yield Skipped(f"no row ends within {LINE_BYTES >> 20} MiB, {why}", where)
+                why = "perhaps a quote is never closed; nothing after it was kept"
+                yield Skipped(f"no row ends within {LINE_BYTES >> 20} MiB; {why}", where)
             elif cells != [_END]:
-                yield Skipped("quote that is never closed, and all behind it", where)
+                yield Skipped("quote that is never closed, and everything after it", where)
             return
         if row == 1:
             if field not in cells:

@@ -159,7 +159,7 @@ def _guarded(segment: Segment, tools: Tools) -> Iterator[Document]:
     except OSError as error:
         yield Skipped(f"cannot be read ({error.strerror})", segment.name)
     except MemoryError:
-        yield Skipped("needs more memory than there is", segment.name)
+        yield Skipped("not enough memory", segment.name)
 
 
 def store(encoded: Encoded, path: Path, key: str) -> None:

@@ -26,7 +26,8 @@ ENDINGS = (".bin", ".ds")
 _LLMC_MAGICS = (20240520, 20240801)
 _LLMC_HEADER = 1024
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
-_MEGATRON_COUNT = 18  # offset of the number of sequences, behind version and id type
+_MEGATRON_UINT16 = 8  # its code for the type of the ids, in byte 17, behind the version
+_MEGATRON_COUNT = 18  # offset of the number of sequences
 _BLOCK = 1 << 24
 _VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")  # a word: not "medieval"
 
@@ -117,6 +118,9 @@ def _check_index(path: Path, tokens: int) -> None:
         data = index.read_bytes()
         if not data.startswith(_MEGATRON_MAGIC) or len(data) < 34:
             raise SotaError(f"{index}: not a Megatron index", BAD_DATA)
+        if (code := data[_MEGATRON_COUNT - 1]) != _MEGATRON_UINT16:
+            text = f"{index}: ids of Megatron's type {code}; expected {_MEGATRON_UINT16}, uint16"
+            raise SotaError(text, BAD_DATA)
         (sequences,) = struct.unpack_from("<Q", data, _MEGATRON_COUNT)
         if len(data) < 34 + 4 * sequences:
             raise SotaError(f"{index}: truncated or damaged", BAD_DATA)

@@ -120,5 +120,5 @@ def save(path: Path, text: str) -> None:
     except OSError as error:
         if error.errno not in CREATE:
             raise
-        text = f"cannot create {path}: {error.strerror}; give a file in an existing folder"
+        text = f"cannot create {path}: {error.strerror}; give --out a file in an existing folder"
         raise SotaError(text, LOCKED) from error

@@ -106,7 +106,7 @@ def merge(options: Merge) -> dict[str, Any]:
 
     SotaError 66 if parts are missing, 65 if their inputs have changed.
     """
-    out = options.out.resolve()
+    out = Path(os.path.realpath(options.out))  # `resolve` raises RuntimeError for a loop
     work = _work_folder(out)
     if (out / MANIFEST).exists() and not (work / _ASKED).exists():
         from sota_transformer.data.shards import load_manifest

@@ -13,6 +13,7 @@ _LIVE_SECONDS = 0.1
 _INPUTS = 20  # rows of the table
 _SUMS = ("documents", "text_bytes", "tokens")
 _HEADINGS = ("skipped:", "repaired:")
+_REPAIRED = (REPAIRED, "; taken, with U+FFFD for what is broken")  # the latter in older data
 
 
 class Meter:
@@ -105,8 +106,8 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
     for split in ("train", "val"):
         lines.append(_row(f"-> {split}", *(manifest["splits"][split][key] for key in _SUMS)))
     rejects = list(manifest["rejects"].items())
-    rejects.sort(key=lambda item: (item[0].endswith(REPAIRED), -item[1]["count"]))
-    for heading, entries in groupby(rejects, lambda item: _HEADINGS[item[0].endswith(REPAIRED)]):
+    rejects.sort(key=lambda item: (item[0].endswith(_REPAIRED), -item[1]["count"]))
+    for heading, entries in groupby(rejects, lambda item: _HEADINGS[item[0].endswith(_REPAIRED)]):
         lines.append(heading)
         for reason, entry in entries:
             example = f"  e.g. {_short(entry['examples'][0], 200)}" if entry["examples"] else ""

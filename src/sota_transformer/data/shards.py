@@ -70,6 +70,9 @@ def check_folder(folder: Path) -> None:
         inside = folder.suffix in ENDINGS or (folder.parent / MANIFEST).exists()
         advice = f"use its folder, {folder.parent}" if inside else _first(folder)
         raise SotaError(f"{folder} is a file, not prepared data; {advice}", NO_INPUT)
+    if folder.is_symlink() and not folder.is_dir():
+        text = f"{folder} is a link to {folder.readlink()}, which is no folder; check the link"
+        raise SotaError(text, NO_INPUT)
     if not folder.is_dir():
         here = ";" if folder.is_absolute() else f" in {Path.cwd()}; change directory, or"
         raise SotaError(
@@ -106,6 +109,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
             text = f"{folder} is a run, not prepared data; give the data it was trained on"
             raise SotaError(text, BAD_DATA)
         advice = _first(folder) if any(folder.iterdir()) else ""
+        if (folder / "config.json").exists():  # a run or a model, which is no text
+            advice = "give a folder created by `sota prepare`"
         raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
     try:
         manifest = read_manifest(folder / MANIFEST)
@@ -129,8 +134,9 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _foreign(folder: Path) -> dict[str, Any]:
-    """The manifest of another project's files, cached until they change."""
-    found = ((path.name, path.stat()) for path in foreign_files(folder))
+    """The manifest of another project's files, cached until they or their indexes change."""
+    beside = sorted(path for path in folder.glob("*.i*x") if path.is_file())  # .idx, .index
+    found = ((path.name, path.stat()) for path in (*foreign_files(folder), *beside))
     mark = [[name, status.st_size, status.st_mtime_ns] for name, status in found]
     note = folder / _FOREIGN
     try:

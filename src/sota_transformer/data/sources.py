@@ -68,12 +68,12 @@ class Source:
 
 _RECORD = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\s\0]*\{")  # NUL: UTF-16
 _MADE = (  # folders written by `sota train`, `sota export` and similar tools
-    (("config.json", "run.json", "metrics.jsonl"), "a run, whose samples a model wrote"),
-    (("tokenizer_config.json", "merges.txt"), "a model, whose merges are no text"),
+    (("config.json", "run.json", "metrics.jsonl"), "a run; its samples were written by a model"),
+    (("tokenizer_config.json", "merges.txt"), "a model; its merges are not text"),
 )
 
 EXAMPLES = 5  # skipped items to list per reason
-REPAIRED = "; taken, with U+FFFD for what is broken"  # appended to the reason if text was repaired
+REPAIRED = "; kept, with U+FFFD for the invalid parts"  # appended to the reason of repaired text
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _walk(index: int, root: str, name: str, only: str) -> Iterator[Source | Skip
             elif only and entry.name == "site-packages":
                 continue  # inside the standard library's folder, but a root of its own
             elif entry.is_symlink() and not _stays(entry.path, real_root):
-                yield Skipped("link that leaves the folder, or leads nowhere", inside)
+                yield Skipped("broken link, or a link out of the folder", inside)
             elif entry.is_symlink() and entry.is_dir():
                 yield Skipped("link to a folder", inside)
             elif entry.is_dir():
@@ -235,7 +235,7 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
     if not kind and not named:
         return Skipped(f"{_ending(path)} is not a text format", name)
     if codec and kind in TABLES:
-        return Skipped(f"compressed {kind}, which compresses by itself; unpack it", name)
+        return Skipped(f"compressed {kind}; unpack it first", name)
     if not status.st_size:
         return Skipped("empty file", name)
     if not kind and not codec:
@@ -265,7 +265,7 @@ def _ending(path: str) -> str:
     """The extension of a file, as part of a reason that many files share."""
     name = Path(path)
     suffix = name.suffix.lower()
-    if suffix.removeprefix(".") in CODECS:  # .gz alone would name a supported ending as the reason
+    if suffix.removeprefix(".") in CODECS:  # .gz alone would name a supported one as the reason
         inner = Path(name.stem).suffix.lower()
-        return f"{inner[:12]}{suffix} file" if inner else f"file without an ending before {suffix}"
-    return f"{suffix[:12]} file" if suffix else "file without an ending"
+        return f"{inner[:12]}{suffix} file" if inner else f"file without an extension, in {suffix}"
+    return f"{suffix[:12]} file" if suffix else "file without an extension"

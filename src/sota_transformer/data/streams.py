@@ -38,7 +38,7 @@ NOTHING = "no document inside"
 _DECOMPRESSORS = {"bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
 _PACKED = 8 << 10  # fed to a decompressor at a time: damage also loses what precedes it in a block
 _LINK = "link or device inside an archive"
-_STARTED = "only its readable start was taken"
+_STARTED = "only its readable start was kept"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Refused = Callable[[Skipped], None]
@@ -73,7 +73,7 @@ def _guarded(chunks: Iterator[bytes], name: str, packed: int, refused: Refused) 
             yield chunk
             total += len(chunk)
             if total > _BOMB_BYTES and total > _BOMB_RATIO * max(1, packed):
-                reason = f"expands over {_BOMB_RATIO} to 1; only its start was taken"
+                reason = f"expands over {_BOMB_RATIO} to 1; only its start was kept"
                 refused(Skipped(reason, name))
                 return
         if not total:

@@ -18,7 +18,7 @@ from sota_transformer.data.units import UNIT_BYTES, Segment
 _BATCH_ROWS = 32
 _BUFFER_BYTES = 1 << 20
 _BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
-_LEFT_OUT = "damaged table; only its readable start was taken"
+_LEFT_OUT = "damaged table; only its readable start was kept"
 
 Row = tuple[int, Any]  # row number, value
 

@@ -138,7 +138,7 @@ def summarise(sums: Array) -> Perplexity:
         raise ValueError("no tokens to evaluate")
     nats = total / tokens
     error = None
-    if count > 1:
+    if count > 1 and math.isfinite(nats):
         spread = float(np.square(sums[:, 0] - nats * sums[:, 1]).sum())
         error = math.sqrt(count / (count - 1) * spread) / float(tokens)
     bits = total / math.log(2) / size if size else math.nan

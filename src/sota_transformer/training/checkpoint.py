@@ -92,8 +92,9 @@ def save(run_folder: Path, state: State, own: Collection[int] = ()) -> Path:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """SotaError 74 if a checkpoint of `needed` bytes does not fit."""
-    free = shutil.disk_usage(folder).free
+    """SotaError 74 if a checkpoint of `needed` bytes does not fit; `folder` need not exist yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if free < 1.1 * needed:
         raise SotaError(
             f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB "

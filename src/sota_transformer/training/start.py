@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sota_transformer import __version__, durable, schedules
@@ -32,12 +32,11 @@ def train(
     `admit` is called once, with the folder locked and before any computation, and may turn
     compilation off. Raises SotaError for what a user can fix, Stopped on a signal.
     """
-    first = is_first_rank()  # before a folder is created: the launcher's variables may be wrong
-    folder = check_folders(config)
+    folder, first = check_folders(config), is_first_rank()
     changed: list[str] = []
     with ExitStack() as stack:
         if first:  # before anything slow, so that a second start fails at once
-            stack.enter_context(durable.DirectoryLock(folder))
+            stack.enter_context(_locked(folder))
             durable.sweep(folder)
             durable.sweep(folder / "checkpoints")
             check_room(config)
@@ -51,6 +50,7 @@ def train(
                 runtime = admit(folder, runtime)
             start = _resume_step(config, log.say)
         runtime, start = _as_the_first(runtime, start)
+        durable.make_folder(folder)  # exists, unless this is another machine
         verified = not config.run.resume.startswith("step:")  # the first rank found the newest
         state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
         trainer = Trainer(config, runtime, log)
@@ -84,6 +84,24 @@ def train(
         return trainer.fit()
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create the run's folder and lock it; what is new and still empty goes if the start fails."""
+    with one_line_errors(folder):
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        durable.make_folder(folder)
+    with durable.DirectoryLock(folder) as lock:
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if new and [*folder.iterdir()] == [lock.path]:
+                    lock.path.unlink()
+                    for path in new:
+                        path.rmdir()
+            raise
+
+
 def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
     """Whether to compile and the step to resume from, as the first rank has chosen."""
     start, compiled = runtime.of_first(start, int(runtime.compile))
@@ -93,9 +111,7 @@ def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:
 
 
 def check_folders(config: RunConfig) -> Path:
-    """The run's folder, created if missing once everything else has been checked.
-    SotaError for what cannot work.
-    """
+    """The run's folder, not created yet. SotaError for what cannot work."""
     if config.data.path == Path():
         raise SotaError("no training data: give --data FOLDER (made by `sota prepare`)")
     if config.run.out == Path():
@@ -120,8 +136,6 @@ def check_folders(config: RunConfig) -> Path:
     if not checkpoint.steps(folder):  # else the data was checked at its start; hashing takes time
         for split in ("train", "val"):
             TokenWindows(config.data.path, split, config.model.seq_len)
-    with one_line_errors(folder):
-        durable.make_folder(folder)
     return folder
 
 

@@ -103,7 +103,7 @@ class Trainer:
             self._save()
         result = self._evaluate(self.judge.validate)
         self._evaluate(self.judge.sample)
-        if self.judge.best_step != self.step:
+        if self.judge.best_step not in (None, self.step):
             self.log.say(self.judge.advice())
         return result
 
