@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,24 @@ def test_a_measured_step_takes_a_plausible_time() -> None:
     assert 0 < speed.seconds < 60
     assert speed.tokens == 8 * 64
     assert math.isfinite(speed.tokens_per_second)
+
+
+def test_a_step_is_its_micro_batches_and_one_update(monkeypatch) -> None:
+    """Eight windows take 2 s, 0.5 of them for the update: three times 1.5 s and the update."""
+    monkeypatch.setattr(plan, "step_seconds", lambda _config, _runtime, rows: (rows / 4, 0.5))
+    config = change(PRESETS["tiny"](), device="cpu", compile="off", batch_rows=24, micro_rows=8)
+    speed = plan.measure(config)
+    assert (speed.seconds, speed.tokens) == (3 * 1.5 + 0.5, 24 * 64)
+
+
+def test_work_that_the_device_still_has_to_do_counts(monkeypatch) -> None:
+    """One that takes a second for the passes and another for the update."""
+    config = change(PRESETS["tiny"](), device="cpu", compile="off")
+    machine = Runtime.detect(config.run, 1)
+    clock = [0.0]
+    monkeypatch.setattr(Runtime, "synchronize", lambda _: clock.append(clock[-1] + 1))
+    monkeypatch.setattr(plan, "time", types.SimpleNamespace(perf_counter=lambda: clock[-1]))
+    assert plan.step_seconds(config, machine, 1, steps=1) == (2, 1)
 
 
 @pytest.mark.parametrize(("recipe", "drops"), [("seed", True), ("fast", False)])
