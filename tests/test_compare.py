@@ -209,6 +209,29 @@ def test_curves_are_over_tokens_and_distinguishable(tmp_path: Path) -> None:
         assert page.count(look) == 4
 
 
+def test_tokens_between_logged_steps_are_those_of_that_time(tmp_path: Path) -> None:
+    """The batch was doubled since: step 50 still had 50 x 8 x 64 tokens, not twice as many."""
+    runs = [write_run(tmp_path / name, 4.0, run__seed=ord(name)) for name in "ab"]
+    for run in runs:
+        config = json.loads((run / "config.json").read_text())
+        config["train"]["batch_rows"] = 16
+        (run / "config.json").write_text(json.dumps(config))
+    write_comparison(runs, tmp_path / "page.html")
+    assert "<title>a tokens 25,600: 7.0000</title>" in (tmp_path / "page.html").read_text()
+
+
+def test_what_counts_is_the_last_validation(tmp_path: Path) -> None:
+    """An earlier one, over fewer tokens, makes no run incomparable."""
+    first = write_run(tmp_path / "a", 4.0)
+    lines = (first / "metrics.jsonl").read_text().splitlines(keepends=True)
+    early = json.dumps(judgement(50, 7.0, 640)) + "\n"
+    at = next(n for n, line in enumerate(lines) if json.loads(line).get("val_loss") == 7.0)
+    (first / "metrics.jsonl").write_text("".join([*lines[:at], early, *lines[at + 1 :]]))
+    text = write_comparison([first, write_run(tmp_path / "b", 3.5, run__seed=2)], tmp_path / "page")
+    assert "NOT COMPARABLE" not in text
+    assert cells(text)["a, b"][1:3] == ["200", "3.7500"]
+
+
 def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     cold, hot = map(str, two)

@@ -75,3 +75,17 @@ def test_steps_with_other_batch_sizes_are_distinguished() -> None:
         (10, 1024, "10 steps, 1,024 tokens"),
     ]:
         assert f"run: {said}, " in describe(run(10), 0, done, learned)[1]
+
+
+def test_padding_is_not_trained_on() -> None:
+    assert "run: 10 steps x 384 tokens = 3,840 tokens, " in describe(run(10), padding=0.25)[1]
+
+
+def test_the_schedule_in_words() -> None:
+    seed = describe(run(1000, warmup_steps=50))[2]
+    assert ", 50 warm-up steps, cosine decay to 10%; dropout 0.1 -> 0; label" in seed
+    config = run(1000, warmup_steps=51, cooldown=0.6, matrix_rate=0.02, final_fraction=0.0)
+    fast = describe(config)[2]
+    assert ", NorMuon 0.02 on the blocks' matrices, 50 warm-up steps (capped at 5%" in fast
+    assert "; 51 configured), linear decay over the last 60% to 0%; " in fast
+    assert "NorMuon" not in seed and "linear" not in seed
