@@ -107,7 +107,7 @@ def test_what_is_no_run_is_refused_before_its_folder_is_made(
 
 
 def test_what_a_killed_start_left_is_removed(make_run: MakeRun) -> None:
-    config = make_run(steps=1)
+    config = make_run(steps=1, resume="never")
     kept, left = ("mine.txt", "checkpoints/mine"), (".tmp-run.json-0123abcd", ".trash-x-0123abcd")
     for name in (*kept, *left, *(f"checkpoints/{name}" for name in left)):
         (config.run.out / name).mkdir(parents=True)

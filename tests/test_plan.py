@@ -66,6 +66,20 @@ def test_a_step_is_its_micro_batches_and_one_update(monkeypatch) -> None:
     assert (speed.seconds, speed.tokens) == (3 * 1.5 + 0.5, 24 * 64)
 
 
+def test_a_micro_batch_that_does_not_fit_is_halved_as_in_training(monkeypatch) -> None:
+    tried = []
+
+    def step_seconds(_config, _runtime, rows) -> tuple[float, float]:
+        tried.append(rows)
+        if rows > 2:
+            raise RuntimeError("CUDA out of memory") if rows == 8 else MemoryError
+        return 0.5, 0.25
+
+    monkeypatch.setattr(plan, "step_seconds", step_seconds)
+    config = change(PRESETS["tiny"](), device="cpu", compile="off", batch_rows=24, micro_rows=8)
+    assert plan.measure(config).seconds == 12 * 0.25 + 0.25 and tried == [8, 4, 2]
+
+
 def test_work_that_the_device_still_has_to_do_counts(monkeypatch) -> None:
     """One that takes a second for the passes and another for the update."""
     config = change(PRESETS["tiny"](), device="cpu", compile="off")
@@ -184,7 +198,7 @@ def test_the_verb_refuses_a_folder_that_is_no_data(capsys, tmp_path) -> None:
 
 def test_token_files_of_other_projects_count_too(tmp_path) -> None:
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    assert plan.training_tokens(tmp_path) == 1000
+    assert plan.training_tokens(tmp_path) == 1000 and plan.training_tokens(Path()) == 0
 
 
 def test_other_presets_are_measured_like_the_run(monkeypatch) -> None:
