@@ -85,8 +85,9 @@ def test_a_chosen_step_is_verified_too(make_run: MakeRun) -> None:
 
 
 def test_what_is_no_run_is_refused_before_its_folder_is_made(
-    make_run: MakeRun, tmp_path: Path
+    make_run: MakeRun, tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where a run without a folder would go
     config = make_run()
     short = tmp_path / "short"
     lines = "".join(f'{{"text": "{"word " * 40}{n}"}}\n' for n in range(60))
