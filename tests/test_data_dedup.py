@@ -250,6 +250,8 @@ def test_seen_hashes_are_a_set() -> None:
         expected = [row.tobytes() not in known for row in batch]
         assert seen.new(batch).tolist() == expected
         known |= {row.tobytes() for row in batch}
+    one, alone = merge.SeenHashes(), np.array([[5, 7]], np.uint64)
+    assert one.new(alone).tolist() == [True] and one.new(alone).tolist() == [False]
 
 
 @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])
