@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
+from sota_transformer.config import VOCAB
 from sota_transformer.data.prepare import prepare
-from sota_transformer.errors import BAD_DATA, SotaError
+from sota_transformer.errors import BAD_DATA, LOCKED, USAGE, SotaError
 from sota_transformer.options import Prepare
 from sota_transformer.training import checkpoint
 from sota_transformer.training.start import train
@@ -65,3 +67,51 @@ def test_a_complete_run_is_not_called_complete_on_other_data(
         train(other)
     assert caught.value.code == BAD_DATA
     assert train(config) is None
+
+
+def test_a_chosen_step_is_verified_too(make_run: MakeRun) -> None:
+    """The search for the newest has not read it."""
+    config = make_run(steps=2, save_every_steps=1)
+    train(config)
+    path = checkpoint.path_of(config.run.out, 1) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SotaError, match=r"model\.safetensors.*sha256") as caught:
+        train(resumed(config, "step:1"))
+    assert caught.value.code == BAD_DATA
+    with pytest.raises(SotaError, match=r"model\.safetensors.*sha256"):
+        checkpoint.load_model(config.run.out, torch.device("cpu"), 1, print)
+
+
+def test_what_is_no_run_is_refused_before_its_folder_is_made(
+    make_run: MakeRun, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a run without a folder would go
+    config = make_run()
+    short = tmp_path / "short"
+    lines = "".join(f'{{"text": "{"word " * 40}{n}"}}\n' for n in range(60))
+    (tmp_path / "a.jsonl").write_text(lines)
+    prepare(Prepare(inputs=(str(tmp_path / "a.jsonl"),), out=short, val_fraction=0.1, workers=1))
+    for fields, code, said in [
+        ({"path": Path()}, USAGE, "no training data"),
+        ({"out": Path()}, USAGE, "no folder for the run"),
+        ({"vocab_size": VOCAB - 1}, USAGE, "is less than the 50258 ids"),
+        ({"out": config.data.path}, LOCKED, "holds prepared data"),
+        ({"path": short, "seq_len": 1024}, BAD_DATA, "the val split has"),
+        ({"path": short, "seq_len": 1 << 15}, BAD_DATA, "the train split has"),
+    ]:
+        with pytest.raises(SotaError, match=said) as caught:
+            train(change(config, **fields))
+        assert caught.value.code == code
+    assert not config.run.out.exists()
+
+
+def test_what_a_killed_start_left_is_removed(make_run: MakeRun) -> None:
+    config = make_run(steps=1, resume="never")
+    kept, left = ("mine.txt", "checkpoints/mine"), (".tmp-run.json-0123abcd", ".trash-x-0123abcd")
+    for name in (*kept, *left, *(f"checkpoints/{name}" for name in left)):
+        (config.run.out / name).mkdir(parents=True)
+    train(config)
+    found = {str(path.relative_to(config.run.out)) for path in config.run.out.rglob("*")}
+    assert set(kept) <= found and not [name for name in found if "0123abcd" in name]

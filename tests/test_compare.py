@@ -116,7 +116,8 @@ def test_seeds_are_one_line_with_mean_spread_and_error(tmp_path: Path) -> None:
     found = ["1, 2, 3", "200", "3.2000", "0.2646", "-0.9000", f"{error:.4f}", "<= 0.0200"]
     assert rows["0.003-1, 0.003-2, 0.003-3"] == found
     assert rows["one"] == ["9", "200", "3.0000", "-", "-1.1000", "-", "<= 0.0200"]
-    assert page.read_text().count("<polygon") == 2
+    bands = re.findall(r'<polygon points="([^"]+)"', page.read_text())
+    assert len(bands) == 2 and all(len(set(band.split())) == 8 for band in bands)  # with an area
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,40 @@ def test_curves_are_over_tokens_and_distinguishable(tmp_path: Path) -> None:
     assert len(set(looks)) == 10 and all("stroke-dasharray" in look for look in looks)
     for look in looks:  # in both legends and on the lines of both charts
         assert page.count(look) == 4
+
+
+def test_tokens_between_logged_steps_are_those_of_that_time(tmp_path: Path) -> None:
+    """The batch was doubled since: step 50 still had 50 x 8 x 64 tokens, not twice as many."""
+    runs = [write_run(tmp_path / name, 4.0, run__seed=ord(name)) for name in "ab"]
+    for run in runs:
+        config = json.loads((run / "config.json").read_text())
+        config["train"]["batch_rows"] = 16
+        (run / "config.json").write_text(json.dumps(config))
+    write_comparison(runs, tmp_path / "page.html")
+    assert "<title>a tokens 25,600: 7.0000</title>" in (tmp_path / "page.html").read_text()
+
+
+def test_what_counts_is_the_last_validation(tmp_path: Path) -> None:
+    """An earlier one, over fewer tokens, makes no run incomparable."""
+    first = write_run(tmp_path / "a", 4.0)
+    lines = (first / "metrics.jsonl").read_text().splitlines(keepends=True)
+    early = json.dumps(judgement(50, 7.0, 640)) + "\n"
+    at = next(n for n, line in enumerate(lines) if json.loads(line).get("val_loss") == 7.0)
+    (first / "metrics.jsonl").write_text("".join([*lines[:at], early, *lines[at + 1 :]]))
+    text = write_comparison([first, write_run(tmp_path / "b", 3.5, run__seed=2)], tmp_path / "page")
+    assert "NOT COMPARABLE" not in text
+    assert cells(text)["a, b"][1:3] == ["200", "3.7500"]
+
+
+def test_seeds_never_validated_at_the_same_step_are_lines_of_their_own(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, 4.0, run__seed=ord(name)) for name in "ab"]
+    for run, only in zip(runs, (200, 150), strict=True):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        kept = [line for line in lines if line.get("val_loss") is None or line["step"] == only]
+        kept.sort(key=lambda line: line["step"])
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    rows = cells(write_comparison(runs, tmp_path / "page.html"))
+    assert rows["a"][1:3] == ["200", "4.0000"] and rows["b"][1:3] == ["150", "5.0000"]
 
 
 def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sota_transformer.config import Model, RunConfig
+from sota_transformer.config import Model, Run, RunConfig
 from sota_transformer.presets import PRESETS
 
 OPTIONS = {
@@ -55,6 +55,7 @@ def test_json_round_trip(name: str) -> None:
     [
         lambda value: value["model"].pop("layers"),
         lambda value: value["model"].update(hidden=3),
+        lambda value: value["run"].update(hidden=3),
         lambda value: value["train"].update(steps="many"),
         lambda value: value["train"].update(steps=True),
         lambda value: value["train"].update(steps=0),
@@ -88,6 +89,14 @@ def test_all_problems_are_named_together() -> None:
         )
     for part in ("optim.learning_rate", "optim.dropout_start", "train.steps"):
         assert part in str(caught.value)
+
+
+def test_a_step_to_resume_from_is_given_in_one_form() -> None:
+    """`--resume 5` was accepted, and resumed from the newest checkpoint."""
+    for resume in ("auto", "latest", "never", "step:0", "step:5", "step:00000005"):
+        assert not Run(resume=resume).problems()
+    for resume in ("5", "step", "step:", "step:-1", "step:5.0", "step:000000005", "at:5", "Auto"):
+        assert "run.resume" in str(Run(resume=resume).problems()), resume
 
 
 def test_heads_and_vocabulary_must_fit() -> None:

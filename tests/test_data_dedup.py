@@ -1,5 +1,6 @@
 """Near-duplicates against brute force, excluded texts, gram hashes and the set of seen hashes."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,30 @@ def test_long_documents_near_the_threshold_are_decided_by_all_their_grams(tmp_pa
         assert stays_of(tmp_path, a, b, 0.8) == [True, not alike]
         sides.add(alike)
     assert sides == {True, False}
+
+
+def test_documents_hashed_together_have_the_grams_they_have_alone(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Texts of three words share many 5-grams; the last two are compared by unequal samples."""
+    monkeypatch.setattr(near, "_AT_ONCE", 2000)  # tokens: about ten documents
+    random = np.random.default_rng(4)
+    texts = [random.integers(0, 3, n).astype(np.uint16) for n in random.integers(20, 400, 60)]
+    long = random.integers(0, 50_000, 2300).astype(np.uint16)
+    texts += [long[:2000], long]
+    lengths = np.array([len(text) + 1 for text in texts], np.uint32)
+    tokens = np.concatenate([x for text in texts for x in (text, [50_256])]).astype(np.uint16)
+    tokens.tofile(tmp_path / "tokens")
+    place = near.Place(tmp_path / "tokens", 0)
+    similar = near.Similar(0.5)
+    similar.add_existing(near.Batch(lengths, *sketch(tokens, lengths), place))
+    sets = similar._sets(list(range(62)))
+    windows = np.lib.stride_tricks.sliding_window_view
+    grams = [set(map(tuple, windows(text, 5).tolist())) for text in texts]
+    for a, b in itertools.combinations(range(60), 2):
+        exact = len(grams[a] & grams[b]) / len(grams[a] | grams[b])
+        assert similar._jaccard(a, b, sets) == pytest.approx(exact)
+    assert similar._jaccard(60, 61, sets) == pytest.approx(1996 / 2296, abs=0.05)
 
 
 def test_at_a_threshold_of_one_a_single_token_counts(tmp_path: Path) -> None:
@@ -225,6 +250,8 @@ def test_seen_hashes_are_a_set() -> None:
         expected = [row.tobytes() not in known for row in batch]
         assert seen.new(batch).tolist() == expected
         known |= {row.tobytes() for row in batch}
+    one, alone = merge.SeenHashes(), np.array([[5, 7]], np.uint64)
+    assert one.new(alone).tolist() == [True] and one.new(alone).tolist() == [False]
 
 
 @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16"])

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import re
 import tarfile
@@ -192,3 +193,29 @@ def test_repaired_text_is_not_listed_as_skipped(
     run(tmp_path / "data", folder, val_fraction=0, bad_text="replace")
     _, skipped, repaired = re.split("skipped:\n|repaired:\n", capsys.readouterr().out)
     assert "empty file" in skipped and "not valid UTF-8" in repaired
+
+
+@pytest.mark.parametrize("name", ["text_field", "bad_text", "near_dedup", "exclude", "a file"])
+def test_what_an_interrupted_preparation_left_serves_no_other(tmp_path: Path, name: str) -> None:
+    """Its units are all there, but were made with another option or from another text."""
+    items = [f"{i} " + " ".join(f"w{i * j % 97}" for j in range(80)) for i in range(30)]
+    source, held = tmp_path / "a.jsonl", tmp_path / "held.txt"
+    lines = [{"text": item, "body": f"The body of {item}"} for item in [*items, items[5] + " z"]]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9 " * 20)
+    held.write_text(items[7])
+    now = {"text_field": "body", "bad_text": "replace", "near_dedup": 0.8, "exclude": (str(held),)}
+    options = {name: now[name]} if name in now else {}
+    split = {"val_fraction": 0.0}
+    inputs = source, tmp_path / "b.txt"
+    run(tmp_path / "data", *inputs, part="1/1", **split)
+    plain = sorted((tmp_path / ".data.preparing" / "units").iterdir())
+    if not options:
+        source.write_text(source.read_text().replace("w1", "v1"))  # of the same size
+        os.utime(source, ns=(1, 1))
+    run(tmp_path / "data", *inputs, **options, **split)
+    run(tmp_path / "fresh", *inputs, **options, **split)
+    assert plain and not (tmp_path / ".data.preparing").exists()
+    assert everything(tmp_path / "data") == everything(tmp_path / "fresh")
+    run(tmp_path / "plain", *inputs, **split)
+    assert (everything(tmp_path / "plain") != everything(tmp_path / "fresh")) == bool(options)

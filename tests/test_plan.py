@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,38 @@ def test_a_measured_step_takes_a_plausible_time() -> None:
     assert 0 < speed.seconds < 60
     assert speed.tokens == 8 * 64
     assert math.isfinite(speed.tokens_per_second)
+
+
+def test_a_step_is_its_micro_batches_and_one_update(monkeypatch) -> None:
+    """Eight windows take 2 s, 0.5 of them for the update: three times 1.5 s and the update."""
+    monkeypatch.setattr(plan, "step_seconds", lambda _config, _runtime, rows: (rows / 4, 0.5))
+    config = change(PRESETS["tiny"](), device="cpu", compile="off", batch_rows=24, micro_rows=8)
+    speed = plan.measure(config)
+    assert (speed.seconds, speed.tokens) == (3 * 1.5 + 0.5, 24 * 64)
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_as_in_training(monkeypatch) -> None:
+    tried = []
+
+    def step_seconds(_config, _runtime, rows) -> tuple[float, float]:
+        tried.append(rows)
+        if rows > 2:
+            raise RuntimeError("CUDA out of memory") if rows == 8 else MemoryError
+        return 0.5, 0.25
+
+    monkeypatch.setattr(plan, "step_seconds", step_seconds)
+    config = change(PRESETS["tiny"](), device="cpu", compile="off", batch_rows=24, micro_rows=8)
+    assert plan.measure(config).seconds == 12 * 0.25 + 0.25 and tried == [8, 4, 2]
+
+
+def test_work_that_the_device_still_has_to_do_counts(monkeypatch) -> None:
+    """One that takes a second for the passes and another for the update."""
+    config = change(PRESETS["tiny"](), device="cpu", compile="off")
+    machine = Runtime.detect(config.run, 1)
+    clock = [0.0]
+    monkeypatch.setattr(Runtime, "synchronize", lambda _: clock.append(clock[-1] + 1))
+    monkeypatch.setattr(plan, "time", types.SimpleNamespace(perf_counter=lambda: clock[-1]))
+    assert plan.step_seconds(config, machine, 1, steps=1) == (2, 1)
 
 
 @pytest.mark.parametrize(("recipe", "drops"), [("seed", True), ("fast", False)])
@@ -165,7 +198,7 @@ def test_the_verb_refuses_a_folder_that_is_no_data(capsys, tmp_path) -> None:
 
 def test_token_files_of_other_projects_count_too(tmp_path) -> None:
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    assert plan.training_tokens(tmp_path) == 1000
+    assert plan.training_tokens(tmp_path) == 1000 and plan.training_tokens(Path()) == 0
 
 
 def test_other_presets_are_measured_like_the_run(monkeypatch) -> None:

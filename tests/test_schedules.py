@@ -48,8 +48,13 @@ def test_a_cooldown_is_a_straight_line_to_the_end() -> None:
     assert learning_rate(40, config) == learning_rate(400, config) == 1e-3
     assert learning_rate(700, config) == pytest.approx(5e-4)
     assert learning_rate(999, config) == pytest.approx(1e-3 / 600)
-    low = run(1000, cooldown=0.5, final_fraction=0.2)
-    assert learning_rate(1000, low) == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize("cooldown", [0.0, 0.5])
+def test_the_rate_past_the_end_is_the_final_one(cooldown: float) -> None:
+    config = run(1000, cooldown=cooldown, final_fraction=0.2)
+    for step in (1000, 1001, 1500, 2000, 5000):
+        assert learning_rate(step, config) == pytest.approx(2e-4)
 
 
 def test_dropout_changes_linearly_from_start_to_end() -> None:
@@ -58,6 +63,7 @@ def test_dropout_changes_linearly_from_start_to_end() -> None:
     assert dropout(50, config) == pytest.approx(0.05)
     assert dropout(100, config) == 0.0
     assert dropout(0, run(1, dropout_end=0.1)) == pytest.approx(0.1)
+    assert dropout(1, run(2)) == 0.0
 
 
 def test_steps_with_other_batch_sizes_are_distinguished() -> None:
@@ -69,3 +75,17 @@ def test_steps_with_other_batch_sizes_are_distinguished() -> None:
         (10, 1024, "10 steps, 1,024 tokens"),
     ]:
         assert f"run: {said}, " in describe(run(10), 0, done, learned)[1]
+
+
+def test_padding_is_not_trained_on() -> None:
+    assert "run: 10 steps x 384 tokens = 3,840 tokens, " in describe(run(10), padding=0.25)[1]
+
+
+def test_the_schedule_in_words() -> None:
+    seed = describe(run(1000, warmup_steps=50))[2]
+    assert ", 50 warm-up steps, cosine decay to 10%; dropout 0.1 -> 0; label" in seed
+    config = run(1000, warmup_steps=51, cooldown=0.6, matrix_rate=0.02, final_fraction=0.0)
+    fast = describe(config)[2]
+    assert ", NorMuon 0.02 on the blocks' matrices, 50 warm-up steps (capped at 5%" in fast
+    assert "; 51 configured), linear decay over the last 60% to 0%; " in fast
+    assert "NorMuon" not in seed and "linear" not in seed

@@ -336,6 +336,10 @@ def test_after_bad_steps_the_run_returns_and_skips_them(
     state = checkpoint.load(config.run.out, steps)
     assert state.trainer["guard"]["rate"] == 0.5 and state.trainer["guard"]["skipped"] == 11
     assert state.trainer["best"] is None
+    if not stopped:  # a resumed run stays past what was skipped
+        before = final_hash(config)
+        train(change(config, resume="step:24"))
+        assert final_hash(config) == before
 
 
 def test_a_loss_spike_is_not_applied() -> None:

@@ -262,7 +262,7 @@ def _notes(runs: Sequence[_Run]) -> Iterator[str]:
         if changes := _changes(run):
             yield f"{run.name} was changed during training, {'; '.join(changes)}"
     for members in _grouped(runs):
-        for repeat in members[1:]:
+        for repeat in members:
             first = next(run for run in members if run.config.run.seed == repeat.config.run.seed)
             if first is not repeat:
                 yield f"{repeat.name} repeats {first.name} with the same seed: only one counts."

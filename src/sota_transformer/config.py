@@ -209,8 +209,8 @@ class Run:
         found = at_least(self, 0, "seed", "threads")
         if self.threads > _MOST_THREADS:
             found.append(f"run.threads {self.threads} must be at most {_MOST_THREADS}")
-        step = self.resume.removeprefix("step:")
-        number = step.isdecimal() and len(step) <= STEP_DIGITS
+        word, _, step = self.resume.partition(":")
+        number = word == "step" and step.isdecimal() and len(step) <= STEP_DIGITS
         if self.resume not in ("auto", "latest", "never") and not number:
             found.append(f"run.resume {self.resume!r} must be auto, latest, never or step:N")
         return found

@@ -25,18 +25,19 @@ def learning_rate(step: int, config: RunConfig) -> float:
     optim, warmup, steps = config.optim, warmup_steps(config), config.train.steps
     if step < warmup:
         return optim.learning_rate * (step + 1) / warmup
+    step = min(step, steps)  # past the end of a run that has been shortened
     if optim.cooldown:
         high = min(1.0, (steps - step) / (optim.cooldown * steps))
     else:
-        progress = (step - warmup) / max(1, steps - warmup)
-        high = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        progress = (step - warmup) / (steps - warmup)
+        high = 0.5 * (1 + math.cos(math.pi * progress))
     return optim.learning_rate * (optim.final_fraction + (1 - optim.final_fraction) * high)
 
 
 def dropout(step: int, config: RunConfig) -> float:
     """Dropout rate at `step`: linear from start to end."""
     optim = config.optim
-    progress = min(1.0, step / max(1, config.train.steps - 1))
+    progress = step / max(1, config.train.steps - 1)
     return optim.dropout_start + (optim.dropout_end - optim.dropout_start) * progress
 
 
