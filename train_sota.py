@@ -177,14 +177,15 @@ def configure(options: Options, data: Path) -> config.RunConfig:
         print(f"{out} exists: resuming it (remove the folder to start over)")
         return kept
     from sota_transformer import plan
-    from sota_transformer.training.start import check_folders, check_room
+    from sota_transformer.training.start import check_folders, check_room, locked
 
     if options.quick:
         model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)
         train = dataclasses.replace(resolved.train, eval_tokens=QUICK_EVAL_TOKENS)
         resolved = dataclasses.replace(resolved, model=model, train=train)
     check_folders(resolved)  # fail now rather than after minutes of measuring
-    check_room(resolved)
+    with locked(resolved.run.out):
+        check_room(resolved)
     print("measuring this machine", flush=True)
     if not options.quick:
         for line in plan.estimates(resolved, plan.measure(resolved), plan.training_tokens(data)):

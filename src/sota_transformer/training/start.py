@@ -36,7 +36,7 @@ def train(
     changed: list[str] = []
     with ExitStack() as stack:
         if first:  # before anything slow, so that a second start fails at once
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
             durable.sweep(folder)
             durable.sweep(folder / "checkpoints")
             check_room(config)
@@ -85,7 +85,7 @@ def train(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Create the run's folder and lock it; what is new and still empty goes if the start fails."""
     with one_line_errors(folder):
         new = [path for path in (folder, *folder.parents) if not path.exists()]
