@@ -324,7 +324,7 @@ def test_no_excluded_text_is_silently_skipped(
     assert "--exclude ignores 4 files; the first is" in said
     assert "/bench.json: .json file is not a text format\n" in said
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(SotaError, match=r"gone\.txt: link that"):
+    with pytest.raises(SotaError, match=r"gone\.txt: broken link"):
         write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
 
 

@@ -102,6 +102,6 @@ def test_data_that_has_moved_is_found_by_correcting_its_path(
 
 
 def test_a_run_is_not_taken_for_raw_text(tmp_path: Path) -> None:
-    (tmp_path / "run.json").touch()
-    with pytest.raises(SotaError, match="is a run, not prepared data"):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(SotaError, match="give a folder created by `sota prepare`"):
         TokenWindows(tmp_path, "train", 8)

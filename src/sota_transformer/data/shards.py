@@ -105,11 +105,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         if foreign_files(folder):
             return _foreign(folder)
-        if (folder / "run.json").exists():  # `sota prepare` would not read it
-            text = f"{folder} is a run, not prepared data; give the data it was trained on"
-            raise SotaError(text, BAD_DATA)
         advice = _first(folder) if any(folder.iterdir()) else ""
-        if (folder / "config.json").exists():  # a run or a model, which is no text
+        if (folder / "config.json").exists():  # a run or a model, which is not text
             advice = "give a folder created by `sota prepare`"
         raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
     try:
