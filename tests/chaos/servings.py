@@ -319,7 +319,7 @@ def stop(s: Scene) -> None:
             and not answer.text.endswith("data: [DONE]\n\n")
         ):
             s.say(f"a stream lacks its last event: {answer.text[-300:]}")
-        if answer.status_code == 503 and "stopping" not in answer.text:
+        if answer.status_code == 503 and "shutting down" not in answer.text:
             s.say(f"503 at the end, and why: {answer.text[:300]}")
         elif answer.status_code == 200 and not number % 2 and server.weights:
             s.heard(server, "kara", 400, answer.json()["choices"][0]["text"][:100])
