@@ -149,7 +149,7 @@ def test_reported_tokens_count_past_and_future_steps_at_their_batch_size(
     assert f"run: 2,000 steps, 6 with {first:,} tokens and 1,994 x {cut.step_tokens:,}" in said
     assert f" = {expected:,} tokens, " in said
     assert f"training tokens, {expected / there:.2f} epochs" in said
-    assert f"note: {expected / there:.0f} epochs over the data" in said
+    assert f"note: {expected / there:.1f} epochs over the data" in said
     write_report(begun.run.out, tmp_path / "page.html")
     expected = now + 1993 * cut.step_tokens
     page = (tmp_path / "page.html").read_text()

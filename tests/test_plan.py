@@ -35,7 +35,7 @@ def test_no_prediction_where_the_law_was_not_fitted() -> None:
     for there in (0, 10_000_000):
         said = plan.expected(123_552_000, 10_000_000, there)
         assert "no prediction" in said and "repeats" not in said
-    assert "repeats past 4 epochs add nothing" in plan.expected(16_000_000, 10**9, there=1_000_000)
+    assert "repeats past 4 epochs do not count" in plan.expected(16_000_000, 10**9, there=1_000_000)
     assert "nats" in plan.expected(123_552_000, 2_500_000_000, 0)
 
 
@@ -136,12 +136,14 @@ def test_presets_with_too_slow_steps_are_not_measured(monkeypatch) -> None:
 
 
 def test_time_beyond_four_readings_of_the_data_is_not_planned(monkeypatch) -> None:
-    """A step is 32,768 tokens: 24 steps read 200,000 tokens 3.93 times, 25 read them 4.1 times."""
+    """A step is 32,768 tokens: 244 steps read 2,000,000 tokens 3.998 times, 61 read them once."""
     monkeypatch.setattr(plan, "measure", lambda config: SPEED)
     config = PRESETS["16m"]()
-    lines = list(plan.compare(config, "16m", SPEED, hours=8, there=200_000))
-    assert all("24 steps" in line and "4 epochs" in line for line in lines[:3])
-    assert lines[-1].endswith("--steps 24")
+    lines = list(plan.compare(config, "16m", SPEED, hours=8, there=2_000_000))
+    assert "244 steps" in lines[0] and "all that 4 epochs" in lines[0]
+    # Under a tenth of a token per parameter: soon memorized.
+    assert all("61 steps" in line and "all that 1 epoch " in line for line in lines[1:3])
+    assert lines[-1].endswith("--steps 244")
     lines = list(plan.compare(config, "16m", SPEED, hours=8, there=200_000_000))
     assert "900 steps" in lines[0] and "4 epochs" not in lines[0]
 
@@ -218,7 +220,7 @@ def test_the_best_command_is_the_run_that_was_measured(monkeypatch, capsys, data
     folder = tmp_path / "my data"
     folder.symlink_to(data)
     monkeypatch.setattr(plan, "step_seconds", lambda *more: (2.0, 1.0))
-    monkeypatch.setattr(plan, "FRESH_EPOCHS", 10_000)  # otherwise the small text would end the run
+    monkeypatch.setattr(plan, "useful_epochs", lambda *more: 10_000)  # else the text ends the run
     asked = ["16m", "--recipe", "fast", "--data", str(folder), "--device", "cpu"]
     asked += ["--run.compile", "off", "--train.batch-rows", "4", "--data.document-mask"]
     assert main(["plan", *asked, "--hours", "0.1"]) == 0
@@ -255,7 +257,7 @@ def test_padding_does_not_count_as_data_as_in_training(monkeypatch, capsys, make
     train_until(config, 1)
     trained = capsys.readouterr().out
     (run,) = re.findall("^run: .*", trained, re.M)
-    (epochs,) = re.findall(r"([0-9.]+) epochs", trained)
+    (epochs,) = re.findall(r"([0-9.]+) epochs;", trained)
     assert float(re.findall("([0-9.]+)% padding", trained)[0]) > 1
     assert run in planned.splitlines()
     assert f"read {epochs} times" in planned

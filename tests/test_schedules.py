@@ -6,7 +6,14 @@ import pytest
 
 from sota_transformer.config import RunConfig
 from sota_transformer.presets import PRESETS
-from sota_transformer.schedules import describe, dropout, learning_rate, warmup_steps
+from sota_transformer.schedules import (
+    describe,
+    dropout,
+    learning_rate,
+    repetition,
+    useful_epochs,
+    warmup_steps,
+)
 
 
 def run(steps: int, **optim: float) -> RunConfig:
@@ -89,3 +96,17 @@ def test_the_schedule_in_words() -> None:
     assert ", NorMuon 0.02 on the blocks' matrices, 50 warm-up steps (capped at 5%" in fast
     assert "; 51 configured), linear decay over the last 60% to 0%; " in fast
     assert "NorMuon" not in seed and "linear" not in seed
+
+
+def test_text_that_is_read_too_often() -> None:
+    """Four times at most, or once below a tenth of a token per parameter; the advice is exact."""
+    config = PRESETS["16m"]()
+    little = config.model.parameter_count // 10
+    for there, most in ((1000, 1), (little, 1), (little + 1, 4), (10 * little, 4)):
+        assert useful_epochs(config.model.parameter_count, there) == most
+        assert repetition(config, there, most * there) == ""
+        assert repetition(config, there, most * there + 1)
+    tokens = config.train.batch_rows * config.model.seq_len
+    for there, every in ((3 * tokens - 1, 2), (3 * tokens, 3), (1, 1)):
+        said = repetition(config, there, 10 * tokens)
+        assert said.endswith(f"(--train.eval-every {every})")

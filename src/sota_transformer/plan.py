@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING
 from sota_transformer.config import RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
 from sota_transformer.presets import PRESETS, command, recipe_of
-from sota_transformer.schedules import FRESH_EPOCHS, describe, step_tokens
+from sota_transformer.schedules import (
+    FRESH_EPOCHS,
+    describe,
+    repetition,
+    step_tokens,
+    useful_epochs,
+)
 from sota_transformer.words import counted
 
 if TYPE_CHECKING:
@@ -82,9 +88,9 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
     yield f"time: {_span(seconds)} for {counted(steps, 'step')}, without validation and samples"
     if there:
         epochs = total / there
-        over = "; past four times it overfits: use more text or fewer steps"
+        over = repetition(config, there, total)
         read = f"data: {there:,} training tokens, read {epochs:.2f} times"
-        yield read + over * (epochs > FRESH_EPOCHS)
+        yield f"{read}; {over}" if over else read
     keep = config.train.most_checkpoints
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
     yield f"balance: {total / parameters:.1f} tokens per parameter; about {_BALANCED} is balanced"
@@ -97,7 +103,7 @@ def expected(parameters: int, tokens: int, there: int) -> str:
     if loss is None:
         reason = "the scaling law was not fitted below one token per parameter"
         repeated = there and tokens > FRESH_EPOCHS * there
-        more = f", and repeats past {FRESH_EPOCHS} epochs add nothing" * bool(repeated)
+        more = f", and repeats past {FRESH_EPOCHS} epochs do not count" * bool(repeated)
         return f"expected loss: no prediction; {reason}{more}"
     return (
         f"expected loss: {loss:.2f} +- {_LAW_ERROR} nats on web text (Chinchilla's law, annealed, "
@@ -136,8 +142,9 @@ def compare(
             yield f"  {name:>5}: {error}"
             continue
         steps = int(hours * 3600 / taken.seconds)
-        enough = max(1, FRESH_EPOCHS * there // taken.tokens) if there else steps
-        limited = f" (all that {FRESH_EPOCHS} epochs of the data allow)" * (enough < steps)
+        epochs = useful_epochs(parameters, there)
+        enough = max(1, epochs * there // taken.tokens) if there else steps
+        limited = f" (all that {counted(epochs, 'epoch')} of the data allow)" * (enough < steps)
         steps = min(steps, enough)  # more would overfit, as `estimates` warns
         tokens = steps * taken.tokens
         loss = _predicted(parameters, tokens, there)

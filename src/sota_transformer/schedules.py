@@ -8,7 +8,8 @@ import math
 from sota_transformer.config import RunConfig
 from sota_transformer.words import counted
 
-FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new
+FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new, but
+_LITTLE = 0.1  # tokens per parameter below which it is soon memorized (docs/results.md)
 _WARMUP_SHARE = 0.05  # the original's 4,000 of 100,000 steps are 4%; short runs stay close to that
 
 
@@ -39,6 +40,25 @@ def dropout(step: int, config: RunConfig) -> float:
     optim = config.optim
     progress = step / max(1, config.train.steps - 1)
     return optim.dropout_start + (optim.dropout_end - optim.dropout_start) * progress
+
+
+def useful_epochs(parameters: int, there: int) -> int:
+    """How many times a text of `there` tokens can be read before repeats do harm."""
+    return FRESH_EPOCHS if there >= _LITTLE * parameters else 1
+
+
+def repetition(config: RunConfig, there: int, total: int) -> str:
+    """What to do if a run of `total` tokens reads `there` tokens too often; "" if it does not."""
+    epochs = useful_epochs(config.model.parameter_count, there)
+    if total <= epochs * there:
+        return ""
+    if epochs == FRESH_EPOCHS:
+        return f"beyond {epochs} epochs the model overfits: add text or lower --steps"
+    every = max(1, there // step_tokens(config, 0))
+    return (
+        "so little text is soon memorized: add text, lower --steps, or keep the best checkpoint by "
+        f"validating in every epoch (--train.eval-every {every})"
+    )
 
 
 def step_tokens(config: RunConfig, padding: float) -> int:

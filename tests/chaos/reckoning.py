@@ -140,9 +140,18 @@ class Reckoned:
             f"windows: {len(self.cut.windows):,} {kind}{sees}",
             f"micro-batch {micro} x {self.length}, accumulated {self.rows // micro // ranks}x",
         ]
-        if total > 4 * there:
-            lines.append(f"note: {total / there:.0f} epochs over the data; beyond four the model")
+        if more := self.repeated(total, there):
+            lines.append(f"note: {total / there:.1f} epochs over the data; {more}")
         return lines
+
+    def repeated(self, total: int, there: int) -> str:
+        """What is said of reading the text too often."""
+        if 10 * there >= self.count:
+            return "beyond 4 epochs the model overfits" * (total > 4 * there)
+        text = "so little text is soon memorized: add text, lower --steps, or keep the best "
+        text += "checkpoint by validating in every epoch (--train.eval-every "
+        text += f"{max(1, there // (self.rows * self.length))})"
+        return text * (total > there)
 
     def memory(self) -> str:
         """Weights, gradients and moments."""
@@ -157,7 +166,6 @@ class Reckoned:
         """The other lines of a plan that do not depend on timing."""
         train, there = self.config["train"], len(self.sides["train"].tokens)
         total, keep = self.each * train["steps"], train["keep_checkpoints"] + 2
-        over = "; past four times it overfits: use more text or fewer steps"
         useful, law = min(total, 4 * there), "expected loss: no prediction; the scaling law was not"
         if useful >= self.count:  # Hoffmann et al. 2022, approach 3
             nats = 1.69 + 406.4 / self.count**0.34 + 410.7 / useful**0.28
@@ -168,7 +176,7 @@ class Reckoned:
             *self.described(),
             f"measured here over {self.each:,} tokens;",
             f"for {things(train['steps'], 'step')}, without validation and samples",
-            read + over * (total > 4 * there),
+            f"{read}; {more}" if (more := self.repeated(total, there)) else read,
             f"disk: {keep * gigabytes(self.config):.2f} GB for {keep} checkpoints",
             f"balance: {total / self.count:.1f} tokens per parameter; about 20 is balanced",
             law,

@@ -183,11 +183,8 @@ def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
         f"{runtime.world} process{'es' * (runtime.world > 1)}; micro-batch {trainer.micro_rows} x "
         f"{config.model.seq_len}, accumulated {rounds}x"
     )
-    if total > schedules.FRESH_EPOCHS * there:
-        log.say(
-            f"note: {total / there:.0f} epochs over the data; beyond four the model overfits: add "
-            "text or lower --steps"
-        )
+    if repeated := schedules.repetition(config, there, total):
+        log.say(f"note: {total / there:.1f} epochs over the data; {repeated}")
     folder, free = config.run.out, shutil.disk_usage(config.run.out).free
     more = config.train.most_checkpoints - len(checkpoint.steps(folder))
     if free < (needed := more * config.state_bytes):
