@@ -99,11 +99,12 @@ def test_the_schedule_in_words() -> None:
 
 
 def test_text_that_is_read_too_often() -> None:
-    """Four times at most, or once below a tenth of a token per parameter; the advice is exact."""
-    config = PRESETS["16m"]()
-    little = config.model.parameter_count // 10
+    """Four times at most, or by `fast` once below a 30th of a token per parameter."""
+    assert useful_epochs(PRESETS["16m"](), 1000) == 4
+    config = PRESETS["16m"]("fast")
+    little = config.model.parameter_count // 30
     for there, most in ((1000, 1), (little, 1), (little + 1, 4), (10 * little, 4)):
-        assert useful_epochs(config.model.parameter_count, there) == most
+        assert useful_epochs(config, there) == most
         assert repetition(config, there, most * there) == ""
         assert repetition(config, there, most * there + 1)
     tokens = config.train.batch_rows * config.model.seq_len

@@ -142,7 +142,7 @@ def compare(
             yield f"  {name:>5}: {error}"
             continue
         steps = int(hours * 3600 / taken.seconds)
-        epochs = useful_epochs(parameters, there)
+        epochs = useful_epochs(other, there)
         enough = max(1, epochs * there // taken.tokens) if there else steps
         limited = f" (all that {counted(epochs, 'epoch')} of the data allow)" * (enough < steps)
         steps = min(steps, enough)  # more would overfit, as `estimates` warns

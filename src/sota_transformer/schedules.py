@@ -9,7 +9,7 @@ from sota_transformer.config import RunConfig
 from sota_transformer.words import counted
 
 FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new, but
-_LITTLE = 0.1  # tokens per parameter below which it is soon memorized (docs/results.md)
+_LITTLE = 1 / 30  # tokens per parameter below which NorMuon soon memorizes it (docs/results.md)
 _WARMUP_SHARE = 0.05  # the original's 4,000 of 100,000 steps are 4%; short runs stay close to that
 
 
@@ -42,22 +42,23 @@ def dropout(step: int, config: RunConfig) -> float:
     return optim.dropout_start + (optim.dropout_end - optim.dropout_start) * progress
 
 
-def useful_epochs(parameters: int, there: int) -> int:
+def useful_epochs(config: RunConfig, there: int) -> int:
     """How many times a text of `there` tokens can be read before repeats do harm."""
-    return FRESH_EPOCHS if there >= _LITTLE * parameters else 1
+    little = config.optim.matrix_rate > 0 and there < _LITTLE * config.model.parameter_count
+    return 1 if little else FRESH_EPOCHS
 
 
 def repetition(config: RunConfig, there: int, total: int) -> str:
     """What to do if a run of `total` tokens reads `there` tokens too often; "" if it does not."""
-    epochs = useful_epochs(config.model.parameter_count, there)
+    epochs = useful_epochs(config, there)
     if total <= epochs * there:
         return ""
     if epochs == FRESH_EPOCHS:
         return f"beyond {epochs} epochs the model overfits: add text or lower --steps"
     every = max(1, there // step_tokens(config, 0))
     return (
-        "so little text is soon memorized: add text, lower --steps, or keep the best checkpoint by "
-        f"validating in every epoch (--train.eval-every {every})"
+        "this recipe soon memorizes so little text: add text, lower --steps, or keep the best "
+        f"checkpoint by validating in every epoch (--train.eval-every {every})"
     )
 
 

@@ -146,10 +146,10 @@ class Reckoned:
 
     def repeated(self, total: int, there: int) -> str:
         """What is said of reading the text too often."""
-        if 10 * there >= self.count:
+        if not self.config["optim"]["matrix_rate"] or 30 * there >= self.count:
             return "beyond 4 epochs the model overfits" * (total > 4 * there)
-        text = "so little text is soon memorized: add text, lower --steps, or keep the best "
-        text += "checkpoint by validating in every epoch (--train.eval-every "
+        text = "this recipe soon memorizes so little text: add text, lower --steps, or keep the "
+        text += "best checkpoint by validating in every epoch (--train.eval-every "
         text += f"{max(1, there // (self.rows * self.length))})"
         return text * (total > there)
 
