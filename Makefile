@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos"
 
 slow: $(VENV)/.installed-peers
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or peers"
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m chaos

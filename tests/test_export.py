@@ -198,6 +198,7 @@ def test_llama_cpp_writes_the_same_text(model: Transformer, run: Path, tmp_path:
         assert theirs == greedy(model, prompt)
 
 
+@pytest.mark.peers
 def test_mlx_lm_writes_the_same_text(model: Transformer, exported: Path) -> None:
     pytest.importorskip("mlx_lm")
     import mlx.core as mx

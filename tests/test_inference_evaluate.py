@@ -115,6 +115,7 @@ def harness_tasks(lambada: Path, hellaswag: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.peers
 def test_lm_eval_agrees(
     run: Path, lambada_file: Path, hellaswag_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -9,6 +9,7 @@ from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.benchmarks import encode_pair, score
 from tests.inference_models import FULL, small_model
 
+pytestmark = pytest.mark.peers
 MODEL = small_model(FULL)
 TOKENIZER = Tokenizer()
 
