@@ -167,12 +167,12 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (
             ["data", "DATA", "--html", "NOWHERE/x"],
             73,
-            ["cannot create ", "; give --out a file in an existing folder"],
+            ["cannot create ", "; give --html a file in an existing folder"],
         ),
         (
             ["data", "DATA", "--html", "EMPTY"],
             73,
-            ["cannot create ", "; give --out a file in an existing folder"],
+            ["cannot create ", "; give --html a file in an existing folder"],
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

@@ -117,7 +117,9 @@ def test_an_unwritable_page_is_named_as_given(run: Path, capsys) -> None:
     (run / "folder").mkdir()
     for out in (run / "none" / "a.html", run / "folder"):
         assert main(["report", str(run), "--out", str(out)]) == LOCKED
-        assert capsys.readouterr().err.startswith(f"sota: cannot create {out}: ")
+        said = capsys.readouterr().err
+        assert said.startswith(f"sota: cannot create {out}: ")
+        assert said.endswith("; give --out a file in an existing folder\n")
     assert not list(run.glob(".tmp*"))
 
 

@@ -163,7 +163,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> str:
     body += [table(rows[0], rows[1:]), *_charts(runs, settings)]
     body.append(section("Last validation", _COLUMNS, compared))
     body += [f"<p>{escape(line)}</p>" for line in notes]
-    save(out, document(f"Runs: {', '.join(rows[0][1:])}", body))
+    save(out, document(f"Runs: {', '.join(rows[0][1:])}", body), "--out")
     tables = [_text(rows), _text([_COLUMNS, *compared])] if compared else [_text(rows)]
     return "\n\n".join([*tables, *map(printable, (*mismatches, *notes))])
 

@@ -62,7 +62,7 @@ def write_report(folder: Path, out: Path) -> Path:
         *_samples(metrics),
         f"<details><summary>Configuration</summary><pre>{text}</pre></details>",
     ]
-    save(out, document(f"Run: {folder}", body))
+    save(out, document(f"Run: {folder}", body), "--out")
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.data.documents import without_mark
-from sota_transformer.errors import BAD_DATA, SotaError
+from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.folder import is_model_folder, read_model
 from sota_transformer.model.decode import lay_for_rows
 from sota_transformer.model.transformer import Transformer
@@ -72,6 +72,13 @@ def open_model(folder: Path, device: str, step: int | None) -> Opened:
     runtime = Runtime.detect(run, config.model.parameter_count)
     model, config, step = checkpoint.load_model(folder, runtime.device, step, warn)
     return Opened(folder=folder, model=model, config=config, step=step)
+
+
+def check_file(path: Path) -> None:
+    """SotaError 66 if `path` is not a file that can be read to its end."""
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "no such file"
+        raise SotaError(f"{path}: {what}", NO_INPUT)
 
 
 def decoded(data: bytes, path: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer import durable
-from sota_transformer.commands.common import decoded
+from sota_transformer.commands.common import check_file, decoded
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
 from sota_transformer.inference.benchmarks import Choice, hellaswag_choice
 from sota_transformer.shapes import misfit
@@ -79,9 +79,7 @@ def _choice(path: Path, example: dict[str, Any]) -> Choice:
 def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, Any]]]:
     """The file that `place` refers to, and the objects in its JSON lines."""
     path = _fetch(name) if str(place) == "hub" else place
-    if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise SotaError(f"{path}: {what}", NO_INPUT)
+    check_file(path)
     examples = []
     for number, line in enumerate(decoded(path.read_bytes(), path).split("\n"), 1):
         if not line.strip():

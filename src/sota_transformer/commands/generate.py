@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sota_transformer.commands.common import check, decoded, open_to_generate, warn
+from sota_transformer.commands.common import check, check_file, decoded, open_to_generate, warn
 from sota_transformer.data.tokenizer import EOT, Tokenizer
-from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.inference.batch import Drawn, Job, run_jobs
 from sota_transformer.inference.generate import make_sampler
 from sota_transformer.options import Generate
@@ -116,9 +116,8 @@ def _show(
 def _prompts(path: Path) -> list[str]:
     """Prompts of a file: one per line, or the field `prompt` of each .jsonl line; - is stdin."""
     stdin = str(path) == "-"
-    if not stdin and not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise SotaError(f"{path}: {what}", NO_INPUT)
+    if not stdin:
+        check_file(path)
     data = sys.stdin.buffer.read() if stdin else path.read_bytes()
     text = io.StringIO(decoded(data, path), None).read()  # normalizes line ends to "\n"
     if stdin:

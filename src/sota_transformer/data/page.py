@@ -109,8 +109,8 @@ def _histogram(bars: list[list[int]]) -> str:
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
-def save(path: Path, text: str) -> None:
-    """Write a page. SotaError 73 if the file cannot be created."""
+def save(path: Path, text: str, option: str) -> None:
+    """Write a page. SotaError 73, naming the option for `path`, if the file cannot be created."""
     data = text.encode(errors="replace")  # file names in it may hold any bytes
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -120,5 +120,5 @@ def save(path: Path, text: str) -> None:
     except OSError as error:
         if error.errno not in CREATE:
             raise
-        text = f"cannot create {path}: {error.strerror}; give --out a file in an existing folder"
-        raise SotaError(text, LOCKED) from error
+        text = f"cannot create {path}: {error.strerror}"
+        raise SotaError(f"{text}; give {option} a file in an existing folder", LOCKED) from error

@@ -51,7 +51,7 @@ def describe(options: DataView) -> dict[str, Any]:
         figures["leakage"] = _leakage(streams["train"], streams["val"])
     samples = list(_samples(streams, options.show))
     if options.html is not None:
-        save(options.html, page(options.folder, manifest, figures, samples))
+        save(options.html, page(options.folder, manifest, figures, samples), "--html")
         print(f"wrote {options.html}")
         return figures
     if manifest["inputs"]:
