@@ -18,7 +18,7 @@ from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.runtime import Runtime, is_first_rank, stay_awake
-from sota_transformer.training import changes, checkpoint
+from sota_transformer.training import changes, checkpoint, ranks
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.trainer import Trainer
 from sota_transformer.words import counted
@@ -51,16 +51,19 @@ def train(
             start = _resume_step(config, log.say)
         runtime, start = _as_the_first(runtime, start)
         durable.make_folder(folder)  # exists, unless this is another machine
-        verified = not config.run.resume.startswith("step:")  # the first rank found the newest
-        state = checkpoint.load(folder, start, verified=verified) if start >= 0 else None
+        ranks.first_has_the_newest(runtime, folder)
         trainer = Trainer(config, runtime, log)
+        ranks.agree(config, runtime, trainer.windows.fingerprint)
+        verified = not config.run.resume.startswith("step:")  # the first rank found the newest
+        state = ranks.load(runtime, folder, start, verified=verified) if start >= 0 else None
         announce(trainer, state)
         if state is not None:
             changed += changes.of_rate(folder, config, start) if changed else []
             changed += changes.of_data(config, state, trainer)
         newest = checkpoint.steps(folder)[-1:] == [start]
         # A signal may have come before the last validation or sample.
-        if start >= config.train.steps and newest and all(judged(folder, start)):
+        done = start >= config.train.steps and newest and all(judged(folder, start))
+        if any(runtime.of_first(done)):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
@@ -128,7 +131,8 @@ def check_folders(config: RunConfig) -> Path:
             "--out",
             LOCKED,
         )
-    if config.run.resume not in ("auto", "never") and not checkpoint.steps(folder):
+    wanted = config.run.resume not in ("auto", "never")
+    if wanted and is_first_rank() and not checkpoint.steps(folder):
         raise SotaError(f"{folder} has no checkpoint to resume from", NO_INPUT)
     if not checkpoint.is_utf8(folder):
         name = folder.absolute()

@@ -35,7 +35,7 @@ from sota_transformer.model.optim import (
 )
 from sota_transformer.model.transformer import Dropout, Transformer, same_document
 from sota_transformer.runtime import PeerLostError, Runtime, out_of_memory
-from sota_transformer.training import checkpoint
+from sota_transformer.training import checkpoint, ranks
 from sota_transformer.training.guard import PATIENCE, RETURNS, Guard
 from sota_transformer.training.judge import Judge
 from sota_transformer.training.micro_batch import dividing, micro_rows
@@ -239,7 +239,7 @@ class Trainer:
             self.optimizers = optimizers(self.model, self.config.optim)
             self.step = self.updates = self.tokens = 0
         else:
-            self.restore(checkpoint.load(self.config.run.out, target, verified=True))
+            self.restore(ranks.load(self.runtime, self.config.run.out, target, verified=True))
         self.guard, self.good = guard, {step for step in self.good if step <= self.step}
         guard.go_back((found - self.step) * self.config.train.batch_rows)
         self.signals.critical(False)

@@ -1,0 +1,146 @@
+"""What the processes of a run have in common: threads stand for them here, but for one test."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sota_transformer.config import Run
+from sota_transformer.errors import SotaError
+from sota_transformer.runtime import Runtime
+from sota_transformer.training import checkpoint, ranks
+from sota_transformer.training.checkpoint import State
+from sota_transformer.training.start import train
+
+from .training_runs import MakeRun, change, command, final_hash, losses, train_until
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thread(Runtime):
+    """One of two processes; every collective function of `Runtime` goes through `sum_`."""
+
+    sent: list[Tensor | None]
+    barrier: threading.Barrier = field(compare=False)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        self.sent[self.rank] = tensor.clone()
+        self.barrier.wait(10)
+        first, second = self.sent
+        assert first is not None and second is not None and first.shape == second.shape
+        tensor.copy_(first + second)
+        self.barrier.wait(10)
+        return tensor
+
+
+def together(work: Callable[[Runtime], Any]) -> list[Any]:
+    """What `work` returned or raised in each of two processes."""
+    plain = vars(Runtime.detect(Run(device="cpu"), 1)) | {"world": 2}
+    shared = {"sent": [None, None], "barrier": threading.Barrier(2)}
+    results: list[Any] = [AssertionError(), AssertionError()]
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(Thread(**(plain | {"rank": rank} | shared)))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_processes_with_other_options_or_data_are_refused_in_all(make_run: MakeRun) -> None:
+    """They trained to the end, on the sum of what belonged to two different models."""
+    one = make_run()
+
+    def refused(data: str = "d", **changes: object) -> list[str]:
+        other = change(one, path=Path("/elsewhere"), out=Path("/mine"), micro_rows=2, **changes)
+        both = [(one, "d"), (other, data)]
+        found = together(lambda r: ranks.agree(both[r.rank][0], r, both[r.rank][1]))
+        return [str(error) for error in found if error is not None]
+
+    assert refused() == []
+    for number, said in enumerate(refused(learning_rate=0.5, seed=7)):
+        given = (one.optim.learning_rate, 0.5)[number], (one.run.seed, 7)[number]
+        assert f"process {number}: " in said
+        assert f"run.seed (here {given[1]})" in said
+        assert f"optim.learning_rate (here {given[0]})" in said
+    assert [said.count("data fingerprint") for said in refused("e")] == [1, 1]
+
+
+def test_processes_of_other_versions_are_refused(make_run: MakeRun, monkeypatch) -> None:
+    config, fields = make_run(), type(make_run()).fields
+    second = threading.local()
+    monkeypatch.setattr(
+        type(config), "fields", lambda c: fields(c) | ({"new": 1} if vars(second) else {})
+    )
+
+    def work(runtime: Runtime) -> None:
+        if runtime.rank == 1:
+            second.yes = True
+        ranks.agree(config, runtime, "d")
+
+    assert all(isinstance(e, SotaError) and "differ in options" in str(e) for e in together(work))
+
+
+def test_the_first_process_sends_the_state_it_has_read(tmp_path: Path) -> None:
+    """To the last bit: the others' machines may have no such checkpoint, or another run's."""
+    model = {"w": torch.tensor([[1.5, -0.0], [1e-42, 3.0]]), "b": torch.randn(3)}
+    optim = {"exp_avg.w": torch.randn(2, 2)}
+    trainer = {"updates": 3, "best": None, "rows": 12}
+    checkpoint.save(tmp_path / "0", State(step=3, model=model, optim=optim, trainer=trainer))
+    other = State(step=3, model={"w": torch.ones(2)}, optim={}, trainer={"updates": 9})
+    checkpoint.save(tmp_path / "1", other)
+    found = together(lambda r: ranks.load(r, tmp_path / str(r.rank), 3, verified=True))
+    first, second = found
+    assert isinstance(first, State) and isinstance(second, State)
+    for state in (first, second):
+        assert {**state.model, **state.optim}.keys() == {**model, **optim}.keys()
+        for name, tensor in (model | optim).items():
+            mine = (state.model | state.optim)[name]
+            assert mine.shape == tensor.shape
+            assert np.array_equal(mine.view(torch.int32), tensor.view(torch.int32))
+    assert first.trainer == second.trainer and first.manifest == second.manifest
+
+
+@pytest.mark.parametrize(("steps", "refused"), [((4, 4), 0), ((4, 2), 0), ((4, 6), 2), ((0, 6), 2)])
+def test_a_run_does_not_begin_again_beside_its_checkpoints(
+    tmp_path: Path, steps: tuple[int, int], refused: int
+) -> None:
+    """Seen with two machines and a rendezvous: the one without a checkpoint came first."""
+    for rank, step in enumerate(steps):
+        if step:
+            checkpoint.path_of(tmp_path / str(rank), step).mkdir(parents=True)
+    found = together(lambda r: ranks.first_has_the_newest(r, tmp_path / str(r.rank)))
+    said = [str(error) for error in found if error is not None]
+    assert len(said) == refused
+    assert not refused or (steps[0] == 0) == ("no checkpoint" in said[0])
+
+
+@pytest.mark.slow
+def test_machines_without_a_shared_disk_resume_to_the_same_bytes(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """The second process had no checkpoint to read, so such a run could not be resumed."""
+    one, two = (make_run(name, micro_rows=2, save_every_steps=5) for name in ("one", "two"))
+    train(one)
+    train_until(two, 6)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    own = f'[ "$RANK" = 0 ] || set -- "$@" --out {tmp_path / "other"}; exec "$@"'
+    words = [*launcher, "--no-python", "sh", "-c", own, "sh", *command(two)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step 5" in done.stdout
+    assert final_hash(one) == final_hash(two) and losses(one) == losses(two)
+    assert not [*(tmp_path / "other").rglob("*.safetensors")]
