@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sota_transformer import doctor, plan, runtime
+from sota_transformer import doctor, plan
 from sota_transformer.cli import guarded
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.errors import TEMPORARY, SotaError
@@ -21,6 +21,7 @@ from sota_transformer.model.muon import NorMuon
 from sota_transformer.model.optim import optimizers
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, out_of_memory
+from sota_transformer.training import start
 from sota_transformer.training.micro_batch import micro_rows
 from tests.simulated import SHAPE, simulated, small
 from tests.training_runs import MakeRun
@@ -146,7 +147,7 @@ def test_a_mac_stays_awake_as_long_as_the_run(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     for platform in ("linux", "darwin"):
         monkeypatch.setattr(sys, "platform", platform)
-        runtime.stay_awake()
+        start._stay_awake()
     deadline = time.monotonic() + 20
     while not (calls.exists() and calls.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)

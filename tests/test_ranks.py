@@ -1,8 +1,10 @@
 """What the processes of a run have in common: threads stand for them here, but for one test."""
 
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sota_transformer import launcher
 from sota_transformer.config import Run
 from sota_transformer.errors import SotaError
 from sota_transformer.runtime import Runtime
@@ -91,7 +94,7 @@ def test_processes_of_other_versions_are_refused(make_run: MakeRun, monkeypatch)
             second.yes = True
         ranks.agree(config, runtime, "d")
 
-    assert all(isinstance(e, SotaError) and "differ in options" in str(e) for e in together(work))
+    assert all(isinstance(e, SotaError) and "differ in version" in str(e) for e in together(work))
 
 
 def test_the_first_process_sends_the_state_it_has_read(tmp_path: Path) -> None:
@@ -122,10 +125,41 @@ def test_a_run_does_not_begin_again_beside_its_checkpoints(
     for rank, step in enumerate(steps):
         if step:
             checkpoint.path_of(tmp_path / str(rank), step).mkdir(parents=True)
-    found = together(lambda r: ranks.first_has_the_newest(r, tmp_path / str(r.rank)))
+    found = together(lambda r: ranks._first_has_the_newest(r, tmp_path / str(r.rank)))
     said = [str(error) for error in found if error is not None]
     assert len(said) == refused
     assert not refused or (steps[0] == 0) == ("no checkpoint" in said[0])
+
+
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_process_says_that_it_waits_and_ctrl_c_ends_it(monkeypatch, capsys, before: Any) -> None:
+    """Variables of a launcher left in a shell: it was silent for ten minutes, deaf to Ctrl-C."""
+    monkeypatch.setattr(launcher, "_PATIENCE", 0.01)
+    monkeypatch.setenv("MASTER_ADDR", "host")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    usual = signal.signal(signal.SIGINT, before)
+    try:
+        with launcher.awaited(2):
+            inside = signal.getsignal(signal.SIGINT)
+            deadline = time.monotonic() + 20
+            said = ""
+            while not said and time.monotonic() < deadline:
+                time.sleep(0.01)
+                said = capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert inside == (signal.SIG_IGN if before == signal.SIG_IGN else signal.SIG_DFL)
+    assert said.startswith("sota: waiting for all 2 processes at host:29500")
+
+
+def test_only_training_waits_for_other_processes(monkeypatch) -> None:
+    """`sota generate` waited, too, in a shell with a launcher's old variables."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(name, value)
+    machine = Runtime.detect(Run(device="cpu"), 1)
+    with pytest.raises(SotaError, match="unset WORLD_SIZE"):
+        machine.join()
 
 
 @pytest.mark.slow
@@ -136,9 +170,9 @@ def test_machines_without_a_shared_disk_resume_to_the_same_bytes(
     one, two = (make_run(name, micro_rows=2, save_every_steps=5) for name in ("one", "two"))
     train(one)
     train_until(two, 6)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     own = f'[ "$RANK" = 0 ] || set -- "$@" --out {tmp_path / "other"}; exec "$@"'
-    words = [*launcher, "--no-python", "sh", "-c", own, "sh", *command(two)]
+    words = [*torchrun, "--no-python", "sh", "-c", own, "sh", *command(two)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 5" in done.stdout

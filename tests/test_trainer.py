@@ -211,7 +211,7 @@ def test_processes_of_one_machine_do_not_need_its_network(here: str, taken: str 
         mock.patch.object(sys, "platform", "linux"),
     ):
         os.environ.pop("GLOO_SOCKET_IFNAME", None)
-        Runtime.detect(Run(device="cpu"), 1)
+        Runtime.detect(Run(device="cpu"), 1).join()
         assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
 
 
@@ -219,7 +219,7 @@ def test_a_missing_network_interface_is_named() -> None:
     """gloo only reported that another process had died, and that a retry may help."""
     launched = {"RANK": "0", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "eth99"}
     with mock.patch.dict(os.environ, launched), pytest.raises(SotaError, match="eth99") as refused:
-        Runtime.detect(Run(device="cpu"), 1)
+        Runtime.detect(Run(device="cpu"), 1).join()
     assert refused.value.code == 2
 
 

@@ -1,8 +1,8 @@
 """What the run computes on: device, precision, compilation, threads and ranks, chosen once.
 
-Every choice has a reason, which is printed and recorded. Only this module chooses a backend or
-reads the launcher's environment. Collective functions also work without a process group, so a
-single process is no special case.
+Every choice has a reason, which is printed and recorded. Only this module chooses a backend and
+only `launcher` reads the launcher's environment. Collective functions also work without a process
+group, so a single process is no special case.
 """
 
 import ctypes
@@ -12,11 +12,9 @@ import platform
 import re
 import resource
 import shutil
-import socket
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
+from sota_transformer.launcher import awaited, check_networks, launched
 
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling costs more time than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -57,7 +56,7 @@ class Runtime:
     @classmethod
     def detect(cls, run: Run, parameters: int) -> "Runtime":
         """Resolve `auto` for a model of this size. SotaError for what is not available."""
-        rank, world = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
+        rank, world = launched("RANK", 0), launched("WORLD_SIZE", 1)
         try:
             getpass.getuser()
         except (KeyError, OSError):  # docker --user 1234: torch before 2.13 needs a user name
@@ -78,20 +77,6 @@ class Runtime:
             most = min(1.0, (free + torch.cuda.memory_reserved(device)) / total)
             torch.cuda.set_per_process_memory_fraction(most, device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # slow for varying shapes: see `optimize`
-        if world > 1 and not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            if _launched("LOCAL_WORLD_SIZE", 1) == world:  # all ranks on this machine
-                # gloo would resolve the host name, whose address disappears with the network.
-                loopback = "lo0" if sys.platform == "darwin" else "lo"
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-            if backend == "gloo":
-                _check_networks()
-            try:
-                with _collective():
-                    dist.init_process_group(backend, timeout=_SILENCE)
-            except ValueError as error:
-                line = f"WORLD_SIZE is {world}, but torchrun's other variables are missing"
-                raise SotaError(f"{line} ({error}); use torchrun, or unset WORLD_SIZE") from error
         dtype, why_dtype = activations(run.dtype, device)
         compiled, why_compile = _compile(run.compile, device, parameters)
         return cls(
@@ -103,6 +88,24 @@ class Runtime:
             world=world,
             reasons=(why_device, why_dtype, why_compile),
         )
+
+    def join(self) -> None:
+        """Meet the other processes of a training run; other commands compute alone."""
+        if self.world == 1 or dist.is_initialized():
+            return
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if launched("LOCAL_WORLD_SIZE", 1) == self.world:  # all ranks on this machine
+            # gloo would resolve the host name, whose address disappears with the network.
+            loopback = "lo0" if sys.platform == "darwin" else "lo"
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        if backend == "gloo":
+            check_networks()
+        try:
+            with _collective(), awaited(self.world):
+                dist.init_process_group(backend, timeout=_SILENCE)
+        except ValueError as error:
+            line = f"WORLD_SIZE is {self.world}, but torchrun's other variables are missing"
+            raise SotaError(f"{line} ({error}); use torchrun, or unset WORLD_SIZE") from error
 
     def optimize(self, model: Any, masked: bool = False) -> None:
         """Compile both halves of each block, or undo it; all blocks share the two compilations.
@@ -258,13 +261,6 @@ def _collective() -> Iterator[None]:
         ) from error
 
 
-def _check_networks() -> None:
-    """SotaError if GLOO_SOCKET_IFNAME does not exist; gloo's own message does not name it."""
-    given, here = os.environ.get("GLOO_SOCKET_IFNAME"), [name for _, name in socket.if_nameindex()]
-    if given and not {*given.split(",")} <= {*here}:
-        raise SotaError(f"GLOO_SOCKET_IFNAME is {given}, not one of {', '.join(here)}; unset it")
-
-
 def _cgroup_memory_left() -> int:
     """Bytes left under the memory limit of a container or service; sys.maxsize without one."""
     try:
@@ -277,20 +273,6 @@ def _cgroup_memory_left() -> int:
         return sys.maxsize
 
 
-def _launched(name: str, least: int) -> int:
-    """A variable that torchrun sets, or `least` without torchrun. SotaError if invalid."""
-    value = os.environ.get(name, str(least))
-    good = re.fullmatch("[0-9]{1,9}", value) and int(value) >= least
-    if not good or (name == "RANK" and int(value) >= _launched("WORLD_SIZE", 1)):
-        raise SotaError(f"environment variable {name}={value} is not from torchrun; unset it")
-    return int(value)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes."""
-    return _launched("RANK", 0) == 0
-
-
 def _device(wanted: str) -> tuple[torch.device, str]:
     """The device and why."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -301,7 +283,7 @@ def _device(wanted: str) -> tuple[torch.device, str]:
         raise SotaError(f"no {wanted} device found; leave out --device to use what is available")
     why = ""
     if wanted == "cuda":
-        index, there = _launched("LOCAL_RANK", 0), torch.cuda.device_count()
+        index, there = launched("LOCAL_RANK", 0), torch.cuda.device_count()
         if index >= there:
             raise SotaError(
                 f"process {index} has no GPU of its own; use torchrun --nproc-per-node {there}"
@@ -311,7 +293,7 @@ def _device(wanted: str) -> tuple[torch.device, str]:
         if _has_kernels(torch.device("cuda", index)):
             return torch.device("cuda", index), f"device {name}"
         why = f"torch {torch.__version__} has no kernels for the {name}"
-        if asked or _launched("WORLD_SIZE", 1) > 1:  # other processes may have other GPUs
+        if asked or launched("WORLD_SIZE", 1) > 1:  # other processes may have other GPUs
             raise SotaError(f"{why}; use --device cpu, or install a torch build that has them")
         wanted, why = "cpu", f": {why}; another torch build may have them"
     return torch.device(wanted), f"device {_device_name(torch.device(wanted))}{why}"
@@ -381,15 +363,6 @@ def in_short(error: object) -> str:
     """A compiler's message, without its command line and torch's advice."""
     words = re.sub(r" Command: .* Output: | Set TORCHDYNAMO_.*", " ", " ".join(str(error).split()))
     return words.strip()[:200] or type(error).__name__
-
-
-def stay_awake() -> None:
-    """Keep an idle Mac from sleeping while this process runs."""
-    if sys.platform == "darwin" and (caffeinate := shutil.which("caffeinate")):
-        nothing = subprocess.DEVNULL
-        command = [caffeinate, "-i", "-s", "-w", str(os.getpid())]
-        with suppress(OSError):
-            subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
 def _keep_freed_memory() -> None:

@@ -25,14 +25,16 @@ _OWN = {  # may differ between processes: the sums do not depend on them beyond 
 
 def agree(config: RunConfig, runtime: Runtime, data: str) -> None:
     """SotaError, in every process, unless all have the same versions, options and data (by its
-    fingerprint).
+    fingerprint), and the first one the newest checkpoint.
     """
+    if runtime.world == 1:
+        return
+    _first_has_the_newest(runtime, config.run.out)
     here = runtime.describe()
-    versions = {"sota-transformer": __version__, "torch": here["torch"]}
     given = {name: value for name, value in config.fields().items() if name not in _OWN}
     given |= {"dtype": here["dtype"], "data fingerprint": data[:16]}
-    # Versions first: another one may have other options.
-    for mine in (versions | {"options": ", ".join(given)}, given):
+    version = {"version": f"{__version__} with {len(given)} options", "torch": here["torch"]}
+    for mine in (version, given):  # in turn: the number of numbers sent has to be the same
         firsts = runtime.of_first(*(_number(value) for value in mine.values()))
         other = [
             _number(value) != theirs for value, theirs in zip(mine.values(), firsts, strict=True)
@@ -44,23 +46,6 @@ def agree(config: RunConfig, runtime: Runtime, data: str) -> None:
                 f"process {runtime.rank}: the processes of this run differ in {', '.join(found)}; "
                 "start all with the same command, version and data"
             )
-
-
-def first_has_the_newest(runtime: Runtime, folder: Path) -> None:
-    """SotaError, in every process, if another's folder has a later checkpoint than the first's.
-
-    Without a shared disk only one machine has the checkpoints, and with a rendezvous torchrun
-    numbers the machines as they arrive: the run would begin again on another one.
-    """
-    mine = (checkpoint.steps(folder)[-1:] or [-1])[0]
-    later = runtime.sum_array(np.array([mine > runtime.of_first(mine)[0]], np.int64))
-    if later.any():
-        found = "no checkpoint" if mine < 0 else f"checkpoints up to step {mine}"
-        raise SotaError(
-            f"process {runtime.rank} has {found} in {folder.absolute()}, but the first process has "
-            "not the newest of all: share the folder, or give the machine that has it "
-            "--node-rank 0 and all --master-addr instead of a rendezvous"
-        )
 
 
 def load(runtime: Runtime, folder: Path, step: int, *, verified: bool) -> checkpoint.State:
@@ -86,6 +71,23 @@ def load(runtime: Runtime, folder: Path, step: int, *, verified: bool) -> checkp
             bits = tensors[name].view(-1).view(torch.uint8)
             bits.copy_(runtime.sum_(bits.to(runtime.device)))
     return state
+
+
+def _first_has_the_newest(runtime: Runtime, folder: Path) -> None:
+    """SotaError, in every process, if another's folder has a later checkpoint than the first's.
+
+    Without a shared disk only one machine has the checkpoints, and with a rendezvous torchrun
+    numbers the machines as they arrive: the run would begin again on another one.
+    """
+    mine = (checkpoint.steps(folder)[-1:] or [-1])[0]
+    later = runtime.sum_array(np.array([mine > runtime.of_first(mine)[0]], np.int64))
+    if later.any():
+        found = "no checkpoint" if mine < 0 else f"checkpoints up to step {mine}"
+        raise SotaError(
+            f"process {runtime.rank} has {found} in {folder.absolute()}, but the first process has "
+            "not the newest of all: share the folder, or give the machine that has it "
+            "--node-rank 0 and all --master-addr instead of a rendezvous"
+        )
 
 
 def _number(value: object) -> int:

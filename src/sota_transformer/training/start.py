@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ from sota_transformer.data.guards import one_line_errors
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
 from sota_transformer.inference.perplexity import Perplexity
-from sota_transformer.runtime import Runtime, is_first_rank, stay_awake
+from sota_transformer.launcher import is_first_rank
+from sota_transformer.runtime import Runtime
 from sota_transformer.training import changes, checkpoint, ranks
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.trainer import Trainer
@@ -43,6 +45,7 @@ def train(
             changed = changes.of_configuration(folder, config)
         runtime = Runtime.detect(config.run, config.model.parameter_count)
         stack.callback(runtime.close)
+        runtime.join()
         log = RunLog(folder, config.train.steps, silent=runtime.rank != 0)
         start = -1
         if runtime.rank == 0:
@@ -51,7 +54,6 @@ def train(
             start = _resume_step(config, log.say)
         runtime, start = _as_the_first(runtime, start)
         durable.make_folder(folder)  # exists, unless this is another machine
-        ranks.first_has_the_newest(runtime, folder)
         trainer = Trainer(config, runtime, log)
         ranks.agree(config, runtime, trainer.windows.fingerprint)
         verified = not config.run.resume.startswith("step:")  # the first rank found the newest
@@ -60,10 +62,9 @@ def train(
         if state is not None:
             changed += changes.of_rate(folder, config, start) if changed else []
             changed += changes.of_data(config, state, trainer)
-        newest = checkpoint.steps(folder)[-1:] == [start]
         # A signal may have come before the last validation or sample.
-        done = start >= config.train.steps and newest and all(judged(folder, start))
-        if any(runtime.of_first(done)):
+        done = checkpoint.steps(folder)[-1:] == [start] and all(judged(folder, start))
+        if start >= config.train.steps and any(runtime.of_first(done)):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
@@ -83,7 +84,7 @@ def train(
         begun = f"resuming from step {start}" if start >= 0 else "starting from scratch"
         log.event({"step": max(0, start), "event": "start"}, begun)
         log.begin_live(max(0, start))
-        stay_awake()
+        _stay_awake()
         return trainer.fit()
 
 
@@ -249,6 +250,15 @@ def _record(trainer: Trainer, start: int, changed: list[str]) -> None:
     kept = dataclasses.replace(config, run=ordinary)
     durable.write_file(path, durable.canonical_json(record))
     durable.write_file(folder / "config.json", kept.to_json().encode())
+
+
+def _stay_awake() -> None:
+    """Keep an idle Mac from sleeping while this process runs."""
+    if sys.platform == "darwin" and (caffeinate := shutil.which("caffeinate")):
+        nothing = subprocess.DEVNULL
+        command = [caffeinate, "-i", "-s", "-w", str(os.getpid())]
+        with suppress(OSError):
+            subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
 def _git() -> str | None:
