@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sota_transformer import launcher
-from sota_transformer.config import Run
+from sota_transformer.config import Run, RunConfig
 from sota_transformer.errors import SotaError
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, ranks
@@ -170,11 +170,28 @@ def test_machines_without_a_shared_disk_resume_to_the_same_bytes(
     one, two = (make_run(name, micro_rows=2, save_every_steps=5) for name in ("one", "two"))
     train(one)
     train_until(two, 6)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     own = f'[ "$RANK" = 0 ] || set -- "$@" --out {tmp_path / "other"}; exec "$@"'
-    words = [*torchrun, "--no-python", "sh", "-c", own, "sh", *command(two)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    done = _torchrun(own, two)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 5" in done.stdout
     assert final_hash(one) == final_hash(two) and losses(one) == losses(two)
     assert not [*(tmp_path / "other").rglob("*.safetensors")]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_the_processes(make_run: MakeRun) -> None:
+    """Those of its second attempt looked for the dead of the first, ten minutes each time."""
+    one, two = (make_run(name, micro_rows=2) for name in ("one", "two"))
+    train(one)
+    once = '[ "$RANK $TORCHELASTIC_RESTART_COUNT" != "1 0" ] || set -- "$@" --run.seed 7; exec "$@"'
+    done = _torchrun(once, two, "--max-restarts=1")
+    assert done.returncode == 0, done.stderr
+    assert "the processes of this run differ in run.seed (here 7)" in done.stderr
+    assert final_hash(one) == final_hash(two)
+
+
+def _torchrun(script: str, config: RunConfig, *more: str) -> "subprocess.CompletedProcess[str]":
+    """Two processes, each a shell that runs `script` with the run's command as its arguments."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [*torchrun, *more, "--no-python", "sh", "-c", script, "sh", *command(config)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
@@ -93,8 +94,9 @@ class Runtime:
         """Meet the other processes of a training run; other commands compute alone."""
         if self.world == 1 or dist.is_initialized():
             return
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        backend, again = "nccl" if self.device.type == "cuda" else "gloo", 0
         if launched("LOCAL_WORLD_SIZE", 1) == self.world:  # all ranks on this machine
+            again = launched("TORCHELASTIC_RESTART_COUNT", 0)  # machines may count differently
             # gloo would resolve the host name, whose address disappears with the network.
             loopback = "lo0" if sys.platform == "darwin" else "lo"
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -102,10 +104,20 @@ class Runtime:
             check_networks()
         try:
             with _collective(), awaited(self.world):
-                dist.init_process_group(backend, timeout=_SILENCE)
+                dist.init_process_group(backend, timeout=_SILENCE, **self._store(again))
         except ValueError as error:
             line = f"WORLD_SIZE is {self.world}, but torchrun's other variables are missing"
             raise SotaError(f"{line} ({error}); use torchrun, or unset WORLD_SIZE") from error
+
+    def _store(self, again: int) -> dict[str, Any]:
+        """Where the processes meet after `again` restarts by torchrun. It keeps its store, in which
+        torch would find the addresses of the dead and wait for them.
+        """
+        if not again:
+            return {}
+        store, _, _ = next(rendezvous("env://", timeout=_SILENCE))
+        mine = dist.PrefixStore(f"restart {again}", store)
+        return {"store": mine, "rank": self.rank, "world_size": self.world}
 
     def optimize(self, model: Any, masked: bool = False) -> None:
         """Compile both halves of each block, or undo it; all blocks share the two compilations.
