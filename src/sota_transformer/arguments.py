@@ -169,9 +169,9 @@ def _value_types() -> Any:
             is_instance=lambda value: (
                 value is None or isinstance(value, tuple if several else kind)
             ),
-            str_from_instance=lambda value: (
-                list(map(str, value)) if several else [str(None if value == Path() else value)]
-            ),
+            str_from_instance=lambda value: [
+                str(None if one == Path() else one) for one in (value if several else [value])
+            ],
         )
 
     return registry

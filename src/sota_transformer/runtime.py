@@ -1,8 +1,7 @@
 """What the run computes on: device, precision, compilation, threads and ranks, chosen once.
 
 Every choice has a reason, which is printed and recorded. Only this module chooses a backend or
-reads the launcher's environment. Collective functions also work without a process group, so a
-single process is no special case.
+reads the launcher's environment. Collective functions work without a process group, too.
 """
 
 import ctypes
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
+from sota_transformer.model.cpu import link_from_any_folder
 
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling costs more time than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -365,8 +365,8 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
         if device.type == "cpu" and not compilers:
             return False, "not compiled: no C++ compiler found (g++ doubles the speed)"
     try:
-        probe = torch.compile(lambda x: x.sin() + 1)
-        probe(torch.ones(64, device=device))
+        link_from_any_folder()
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
     except Exception as error:  # whatever fails, do without
         return False, _not_compiled(error)
     return True, "compiled"
