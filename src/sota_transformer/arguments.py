@@ -170,7 +170,8 @@ def _value_types() -> Any:
                 value is None or isinstance(value, tuple if several else kind)
             ),
             str_from_instance=lambda value: [
-                str(None if one == Path() else one) for one in (value if several else [value])
+                str(None if one == Path() else one)
+                for one in (value if isinstance(value, tuple) else [value])
             ],
         )
 
