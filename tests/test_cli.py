@@ -290,6 +290,8 @@ def test_the_help_shows_list_values_without_nested_brackets(capsys) -> None:
 
 
 def test_the_help_of_plan_names_its_own_option(capsys) -> None:
+    for words in (["prepare"], ["export"], ["import"], ["doctor"], ["train", "tiny"]):
+        assert "(default: .)" not in run(capsys, *words, "--help")[1]  # what it refuses, or not so
     assert "--hours" in run(capsys, "plan", "--help")[1]
     assert "--hours" in run(capsys, "plan", "tiny", "--help")[1]
     assert "--hours" not in run(capsys, "train", "tiny", "--help")[1]

@@ -5,6 +5,7 @@ import dataclasses
 import getpass
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from sota_transformer import doctor, plan, probes, runtime
 from sota_transformer.config import Model, Run, RunConfig
 from sota_transformer.doctor import admit
+from sota_transformer.model.cpu import link_from_any_folder
 from sota_transformer.options import Doctor
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime, in_short, out_of_memory
@@ -200,3 +202,14 @@ def test_no_process_compiles_if_the_first_does_not(make_run: MakeRun, monkeypatc
     with pytest.raises(TroubleError):
         train(config)
     assert used == [False]
+
+
+def test_the_linker_finds_libraries_in_a_folder_with_a_space() -> None:
+    """In a clone in "my project", -L of .venv was two words to the linker, and nothing compiled."""
+    from torch._inductor.cpp_builder import BuildOptionsBase, CppBuilder
+
+    link_from_any_folder()
+    link_from_any_folder()  # each runtime asks for it
+    options = BuildOptionsBase(compiler="g++", libraries_dirs=["/my project/lib", "/ü/lib"])
+    command = CppBuilder("name", ["source.cpp"], options).get_command_line()
+    assert {"-L/my project/lib", "-L/ü/lib"} <= set(shlex.split(command))

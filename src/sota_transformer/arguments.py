@@ -146,7 +146,7 @@ def parse(
 
 def _value_types() -> Any:
     """How tyro parses and shows options with several values, or with none by default; on its own
-    it puts brackets around each value, and offers {None} as one.
+    it puts brackets around each value, offers {None} as one, and shows the absent Path() as `.`.
     """
     import tyro
 
@@ -156,6 +156,8 @@ def _value_types() -> Any:
     def plain(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
         several = get_origin(info.type) is tuple
         kinds = [kind for kind in get_args(info.type) if kind not in (type(None), ...)]
+        if info.type is Path:
+            kinds = [Path]
         if kinds not in ([int], [float], [str], [Path]):
             return None
         kind = kinds[0]
@@ -167,7 +169,10 @@ def _value_types() -> Any:
             is_instance=lambda value: (
                 value is None or isinstance(value, tuple if several else kind)
             ),
-            str_from_instance=lambda value: list(map(str, value)) if several else [str(value)],
+            str_from_instance=lambda value: [
+                str(None if one == Path() else one)
+                for one in (value if isinstance(value, tuple) else [value])
+            ],
         )
 
     return registry

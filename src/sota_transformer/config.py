@@ -184,7 +184,7 @@ class Run:
     """Where the run is stored and what it runs on."""
 
     out: Path = Path()
-    """Run folder."""
+    """Run folder; by default runs/ and the names of the preset and the data."""
     seed: int = 1337
     """Seed of the initial weights, the data order and dropout."""
     resume: str = "auto"

@@ -78,7 +78,7 @@ def arithmetic(runtime: Runtime) -> list[Check]:
 def _probed(name: str, probe: Any, runtime: Runtime) -> Check:
     """Run one probe; its error must be within what the precision explains."""
     limit = {torch.float32: 1e-4, torch.float16: 1e-2}.get(runtime.dtype, 4e-2)
-    advice = f"do not train on {runtime.device}; use --device cpu, or another version of torch"
+    advice = f"do not train on {runtime.device}; {_instead(runtime)}"
     try:
         torch.manual_seed(0)
         error = probe(runtime.device, runtime.dtype)
@@ -90,10 +90,16 @@ def _probed(name: str, probe: Any, runtime: Runtime) -> Check:
     return Check(name, passed, f"error {error:.1e}, limit {limit:.0e}", advice)
 
 
+def _instead(runtime: Runtime) -> str:
+    """What to use if this device computes wrongly."""
+    cpu = "" if runtime.device.type == "cpu" else "--device cpu, or "
+    return f"use {cpu}another version of torch"
+
+
 def _model_check(runtime: Runtime, expected_loss: float, expected: list[Tensor]) -> Check:
     """Compare the loss and all gradients of a small model with the CPU's in float32."""
     name = _COMPILED if runtime.compile else _MODEL
-    advice = "use --device cpu, or another version of torch"
+    advice = _instead(runtime)
     if runtime.compile:
         advice = "nothing: training skips torch.compile, which is slower but equally correct"
     loss_limit, limit = (1e-4, 1e-3) if runtime.dtype == torch.float32 else (1e-2, 6e-2)

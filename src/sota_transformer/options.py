@@ -18,7 +18,7 @@ class Prepare:
     inputs: tuple[str, ...]
     """Files, folders, globs, - (standard input) or python: (the Python source on this machine)."""
     out: Path = Path()
-    """Folder to write to."""
+    """Folder to write to; must be given."""
     val_fraction: float = 0.05
     """Fraction of documents held out for validation, chosen by their content."""
     workers: int = 0
@@ -179,7 +179,7 @@ class Export:
     run: Path
     """Run folder, or Hugging Face folder of a Llama or Qwen3 model with the GPT-2 tokenizer."""
     out: Path = Path()
-    """Folder to write; must be new or empty."""
+    """Folder to write; must be given, and new or empty."""
     format: Literal["hf", "gguf", "mlx"] = "hf"
     """hf and mlx: safetensors for transformers, vLLM, mlx-lm; gguf: llama.cpp and Ollama."""
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"
@@ -195,7 +195,7 @@ class Import:
     model: Path
     """Folder with config.json and safetensors, or a run folder: its newest checkpoint."""
     out: Path = Path()
-    """Folder of the new run; must be new or empty."""
+    """Folder of the new run; must be given, and new or empty."""
     data: Path | None = None
     """Folder made by `sota prepare`, to train on."""
     steps: int = 1000
@@ -231,4 +231,4 @@ class Doctor:
     device: Device = "auto"
     """Device to check."""
     folder: Path = Path()
-    """Folder where runs would live; its disk is checked."""
+    """Folder where runs would live, by default this one; its disk is checked."""

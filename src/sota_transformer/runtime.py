@@ -29,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
 from sota_transformer.launcher import awaited, check_networks, launched
+from sota_transformer.model.cpu import link_from_any_folder
 
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling costs more time than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -359,8 +360,8 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
         if device.type == "cpu" and not compilers:
             return False, "not compiled: no C++ compiler found (g++ doubles the speed)"
     try:
-        probe = torch.compile(lambda x: x.sin() + 1)
-        probe(torch.ones(64, device=device))
+        link_from_any_folder()
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
     except Exception as error:  # whatever fails, do without
         return False, _not_compiled(error)
     return True, "compiled"
