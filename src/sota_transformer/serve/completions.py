@@ -47,8 +47,8 @@ class _Active:
 
 
 def _unavailable(text: str) -> HTTPException:
-    """An error that the client may retry."""
-    return HTTPException(503, text, {"retry-after": "1"})
+    """An error that the client may retry; the openai client does twice, and places free slowly."""
+    return HTTPException(503, text, {"retry-after": "5"})
 
 
 class Completions:
