@@ -112,10 +112,12 @@ BAD: list[dict[str, Any]] = [
     {"temperature": -1}, {"temperature": 1e308}, {"temperature": "hot"}, {"top_p": 0},
     {"top_p": 1.1}, {"top_k": -1}, {"top_k": 10**9}, {"min_p": -0.1}, {"min_p": 2},
     {"repetition_penalty": 0}, {"repetition_penalty": 1e9}, {"logprobs": 21}, {"logprobs": -1},
-    {"seed": -1}, {"seed": 1 << 64}, {"stop": ["x"] * 100_000}, {"stop": ["x"] * 5},
-    {"stop": [""]}, {"stop": "x" * 201}, {"prompt": ["a"] * 5}, {"prompt": []},
+    {"seed": -1}, {"seed": 1 << 64}, {"stop": ["x"] * 100_000}, {"stop": ["x"] * 17},
+    {"stop": [""]}, {"stop": "x" * 201}, {"prompt": ["a"] * 33}, {"prompt": []},
     {"prompt": [50_257]}, {"prompt": [-1]}, {"prompt": {}}, {"prompt": "word " * 160},
-    {"unknown": 1}, {"stream": "yes"}, {"echo": 1},
+    {"unknown": 1}, {"stream": "yes"}, {"echo": 1}, {"unknown": None}, {"best_of": 2},
+    {"frequency_penalty": 0.5}, {"presence_penalty": -1}, {"logit_bias": {"5": 1}},
+    {"suffix": "x"}, {"prompt": ["a"] * 9, "n": 4},
 ]  # fmt: skip
 
 
@@ -123,7 +125,7 @@ BAD: list[dict[str, Any]] = [
 def test_every_number_has_a_limit(server: Server, field: dict[str, Any]) -> None:
     began = time.monotonic()
     answer = server.ask(**{"prompt": "a", "max_tokens": 4} | field)
-    assert answer.status_code == 422, answer.text
+    assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
     assert "/" not in answer.json()["error"]["message"].replace("and/or", "")
     assert time.monotonic() - began < 0.5  # stated as 100 ms; shared machines need more
@@ -138,12 +140,12 @@ def test_extreme_temperatures_work(server: Server, temperature: float) -> None:
 @pytest.mark.parametrize(
     ("content", "status"),
     [
-        (b"{", 422),
-        (b"\xff\xfe", 422),
-        (b'{"temperature": NaN}', 422),
+        (b"{", 400),
+        (b"\xff\xfe", 400),
+        (b'{"temperature": NaN}', 400),
         (b"[" * 100_000, 400),
         (b'"' + b"x" * (1 << 20), 413),
-        (b'{"prompt": "\\ud800", "max_tokens": 1}', 422),
+        (b'{"prompt": "\\ud800", "max_tokens": 1}', 400),
     ],
 )
 def test_bad_bodies(server: Server, content: bytes, status: int) -> None:
@@ -182,6 +184,7 @@ def test_large_bodies_without_a_length_are_refused(server: Server) -> None:
         ({"origin": "null"}, 403),
         ({"content-type": "text/plain"}, 415),
         ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-encoding": "gzip"}, 415),
     ],
 )
 def test_other_sites_are_refused(server: Server, headers: dict[str, str], status: int) -> None:
@@ -203,6 +206,7 @@ def test_the_page_loads_nothing_from_elsewhere(server: Server) -> None:
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'self'") and "unsafe" not in policy
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", answer.text)
+    assert not re.findall(r"fetch\(.?/|\[\"/", answer.text)  # works under a proxy's prefix, too
     assert "innerHTML" not in answer.text and " on" + "click=" not in answer.text
 
 
@@ -280,7 +284,7 @@ def test_fifty_clients_at_once_get_200_or_503(server: Server) -> None:
         answers = list(pool.map(one, range(50)))
     codes = {code for code, _ in answers}
     assert codes <= {200, 503} and 200 in codes
-    assert all(retry == "1" for code, retry in answers if code == 503)
+    assert all(retry == "5" for code, retry in answers if code == 503)
     assert server.busy() == 0
 
 

@@ -152,10 +152,10 @@ def test_a_stream_says_the_same(server: Server, body: dict[str, Any], logprobs: 
 def test_a_prompt_may_fill_the_context_if_nothing_is_added(server: Server) -> None:
     full = (LONG * 2)[:CONTEXT]
     compare(ask(server, prompt=full, max_tokens=0)["choices"][0], full)
-    assert server.ask(prompt=full, max_tokens=1, echo=True, logprobs=1).status_code == 422
-    assert server.ask(prompt=[*full, 1], max_tokens=0, echo=True).status_code == 422
+    assert server.ask(prompt=full, max_tokens=1, echo=True, logprobs=1).status_code == 400
+    assert server.ask(prompt=[*full, 1], max_tokens=0, echo=True).status_code == 400
     refused = server.ask(prompt="a", max_tokens=0, logprobs=1)
-    assert refused.status_code == 422 and "echo" in refused.json()["error"]["message"]
+    assert refused.status_code == 400 and "echo" in refused.json()["error"]["message"]
 
 
 def test_a_prompt_is_scored_in_slices_and_blocks_no_other_request(

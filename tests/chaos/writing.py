@@ -250,7 +250,7 @@ class Writing:
         answer, case = client.post("/v1/completions", json=body), f"{name} {body} request"
         good = fit and (body["max_tokens"] or body["echo"])
         self.result.asked["answers"] += answer.status_code == 200
-        self.result.same(case, "status", answer.status_code, 200 if good else 422)
+        self.result.same(case, "status", answer.status_code, 200 if good else 400)
         if not good or answer.status_code != 200:
             return
         self._answered(case, one, ids, body, o, answer.json())

@@ -17,7 +17,14 @@ from sota_transformer.inference.generate import make_sampler
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.serve.engine import Engine
 from sota_transformer.serve.guard import error_body
-from sota_transformer.serve.schema import Answer, Choice, Completion, Usage, logprobs_of
+from sota_transformer.serve.schema import (
+    MOST_PROMPTS,
+    Answer,
+    Choice,
+    Completion,
+    Usage,
+    logprobs_of,
+)
 
 SECONDS = 60.0  # time limit of one request
 _LOOK_SECONDS = 0.5  # between checks that the client is still connected
@@ -40,8 +47,8 @@ class _Active:
 
 
 def _unavailable(text: str) -> HTTPException:
-    """An error that the client may retry."""
-    return HTTPException(503, text, {"retry-after": "1"})
+    """An error that the client may retry; the openai client does twice, and places free slowly."""
+    return HTTPException(503, text, {"retry-after": "5"})
 
 
 class Completions:
@@ -63,8 +70,12 @@ class Completions:
     async def _start(self, wanted: Completion) -> _Active:
         """Submit the jobs to the engine."""
         if not (wanted.max_tokens or wanted.echo):
-            raise HTTPException(422, "max_tokens: 0 is only allowed with echo")
+            raise HTTPException(400, "max_tokens: 0 is only allowed with echo")
         prompts = await asyncio.to_thread(self._prompts, wanted)
+        if len(prompts) * wanted.n > MOST_PROMPTS:
+            raise HTTPException(
+                400, f"n: {len(prompts)} prompts times {wanted.n} are more than {MOST_PROMPTS}"
+            )
         seed = wanted.seed if wanted.seed is not None else secrets.randbits(62)
         stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
@@ -106,10 +117,11 @@ class Completions:
         ]
         for tokens in prompts:
             if len(tokens) + min(wanted.max_tokens, 1) > self._context:
+                # These words of OpenAI's are how clients recognize it (LangChain, LiteLLM).
                 raise HTTPException(
-                    422,
-                    f"a prompt of {len(tokens):,} tokens leaves no room in the context of "
-                    f"{self._context:,} tokens",
+                    400,
+                    f"this model's maximum context length is {self._context:,} tokens; a prompt "
+                    f"of {len(tokens):,} tokens leaves no room in it",
                 )
         return prompts
 
@@ -128,7 +140,9 @@ class Completions:
                     active.drawn += not drawn.echoed
                     yield active.keys.index(key), drawn
         except TimeoutError:
-            raise HTTPException(504, f"not finished after {SECONDS:.0f} seconds") from None
+            # The openai client would try twice more, in vain.
+            headers = {"x-should-retry": "false"}
+            raise HTTPException(504, f"not finished after {SECONDS:.0f} seconds", headers) from None
         finally:
             self._engine.cancel(active.keys)
 
@@ -184,17 +198,21 @@ class Completions:
         return Choice(text=text, index=number, logprobs=logprobs, finish_reason=drawn[-1].reason)
 
     def _answer(self, active: _Active, choices: list[Choice], counted: bool) -> str:
-        """A response or an event as JSON, with the number of tokens or without."""
+        """A response or an event as ASCII JSON, with the number of tokens or without.
+
+        Python's `iter_lines` (httpx, requests) would split an event at a raw U+2028 or U+0085.
+        """
         read, drawn = active.prompt_tokens, active.drawn
         usage = Usage(prompt_tokens=read, completion_tokens=drawn, total_tokens=read + drawn)
-        return Answer(
+        answer = Answer(
             id=active.id,
             object="text_completion",
             created=active.created,
             model=self._name,
             choices=choices,
             usage=usage if counted else None,
-        ).model_dump_json()
+        )
+        return json.dumps(answer.model_dump())
 
 
 def _event(data: str) -> str:

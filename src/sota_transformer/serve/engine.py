@@ -18,7 +18,7 @@ Deliver = Callable[[int, Drawn | None], Any]
 
 
 class Engine:
-    """Runs at most `rows` jobs together, queues `waiting` more and rejects the rest."""
+    """Runs at most `rows` jobs together; once `waiting` more are queued, it takes no others."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, waiting: int) -> None:
         self._make = lambda: Batch(model, tokenizer, rows)
@@ -38,9 +38,9 @@ class Engine:
         return len(self._deliver)
 
     def submit(self, jobs: list[Job], deliver: Deliver) -> list[int] | None:
-        """Keys of the jobs, or None if there is no room for all of them."""
+        """Keys of the jobs, or None if too many wait; jobs submitted together are never split."""
         with self._wake:
-            if len(self._deliver) + len(jobs) > self._limit or self.stopping:
+            if len(self._deliver) >= self._limit or self.stopping:
                 return None
             keys = [next(self._keys) for _ in jobs]
             self._new.extend(zip(keys, jobs, strict=True))

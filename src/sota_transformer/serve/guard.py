@@ -131,6 +131,8 @@ class Guard:
             kind = headers.get("content-type", "").split(";")[0].strip().lower()
             if scope["path"] == "/v1/completions" and kind != "application/json":
                 return 415, "Content-Type must be application/json"
+            if "content-encoding" in headers:
+                return 415, "the body must not be compressed"
         if body is None:
             return 413, f"the request body may have at most {BODY_BYTES:,} bytes"
         return None

@@ -1,18 +1,27 @@
 """The requests and responses of `/v1/completions`, each number with its limit.
 
-Unknown options are rejected rather than silently ignored.
+Unknown options are rejected rather than silently ignored. OpenAI's that no model here has are
+accepted at the value that means nothing, since some clients (LangChain) always send them.
 """
 
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from sota_transformer.config import GPT2_VOCAB
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Drawn
 
-MOST_PROMPTS = 4
+MOST_PROMPTS = 32
+MOST_STOPS = 16
 
 
 def _whole(value: object) -> object:
@@ -25,6 +34,7 @@ _TOKEN = Annotated[int, Field(ge=0, lt=GPT2_VOCAB), _WHOLE]
 _TOKENS = Annotated[list[_TOKEN], Field(min_length=1, max_length=1 << 17)]
 _STOP = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 _TEXT = Annotated[str, StringConstraints(max_length=1 << 20)]
+_ZERO = Annotated[float, Field(ge=0, le=0)]
 
 
 class _Strict(BaseModel):
@@ -37,17 +47,20 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class Completion(_Strict):
-    """A request to continue one to four prompts."""
+def _extend(schema: dict[str, Any]) -> None:
+    """Add to the JSON schema what the types do not say: null, and that 0 tokens need `echo`."""
+    for name, field in schema["properties"].items():
+        schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+    schema["not"] = {
+        "properties": {"max_tokens": {"const": 0}, "echo": {"enum": [False, None]}},
+        "required": ["max_tokens"],
+    }
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "not": {
-                "properties": {"max_tokens": {"const": 0}, "echo": {"const": False}},
-                "required": ["max_tokens"],
-            }
-        }
-    )
+
+class Completion(_Strict):
+    """A request to continue one or several prompts."""
+
+    model_config = ConfigDict(json_schema_extra=_extend)
 
     prompt: (
         _TEXT
@@ -71,8 +84,8 @@ class Completion(_Strict):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
     """Values above 1 make tokens that already occurred less likely."""
     n: Annotated[int, Field(ge=1, le=4), _WHOLE] = 1
-    """Continuations per prompt."""
-    stop: _STOP | Annotated[list[_STOP], Field(max_length=4)] | None = None
+    """Continuations per prompt; at most 32 in all."""
+    stop: _STOP | Annotated[list[_STOP], Field(max_length=MOST_STOPS)] | None = None
     """Strings that end the text."""
     seed: Annotated[int, Field(ge=0, lt=1 << 53), _WHOLE] | None = None
     """The same seed gives the same text; limited to what JSON represents exactly."""
@@ -86,6 +99,28 @@ class Completion(_Strict):
     """Begin the text with the prompt, and `logprobs` with its tokens."""
     user: Annotated[str, StringConstraints(max_length=200)] | None = None
     """Ignored."""
+    frequency_penalty: _ZERO = 0
+    """Only 0: see `repetition_penalty`."""
+    presence_penalty: _ZERO = 0
+    """Only 0: see `repetition_penalty`."""
+    best_of: Annotated[int, Field(ge=1, le=1), _WHOLE] = 1
+    """Only 1: every continuation is returned."""
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    """Only an empty one."""
+    suffix: Literal[""] | None = None
+    """Only an empty one: the model does not fill in."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Take null for the default, as OpenAI does; its client sends a None that it was given."""
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value
+            for name, value in given.items()
+            if value is not None or name not in cls.model_fields
+        }
 
 
 class Logprobs(BaseModel):

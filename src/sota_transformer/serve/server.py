@@ -1,7 +1,7 @@
 """An OpenAI-compatible server for one model, with a page to try it. Loopback only by default.
 
     GET  /                 the page              GET  /healthz    health and load
-    GET  /curve            the run's loss        GET  /v1/models  the one model
+    GET  /curve            the run's loss        GET  /v1/models  the one model (also by its name)
     POST /v1/completions   text, whole or streamed
 
 Every number in a request has a limit, no route takes a path, and a client that disconnects frees
@@ -42,14 +42,14 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": Error, "description": "the key is missing or wrong"},
     403: {"model": Error, "description": "a request from another site"},
     421: {"model": Error, "description": "a wrong host name"},
+    "4XX": {"model": Error, "description": "another fault of the request"},  # no 422 by FastAPI
 }
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _ANSWERS = _REFUSALS | {
     200: {"model": Answer, "content": {"text/event-stream": {"schema": _EVENT}}},
-    400: {"model": Error, "description": "malformed request"},
+    400: {"model": Error, "description": "malformed, or a field is invalid or exceeds its limit"},
     413: {"model": Error, "description": "the body is too large"},
     415: {"model": Error, "description": "not JSON"},
-    422: {"model": Error, "description": "a field is invalid or exceeds its limit"},
     503: {"model": Error, "description": "the server is busy; try again"},
     504: {"model": Error, "description": "generation took too long"},
 }
@@ -81,11 +81,19 @@ def build_app(
         """The loss of the run that made the model."""
         return curve
 
+    entry = Entry(id=name, object="model", created=0, owned_by="local")
+
     @app.get("/v1/models", responses=_REFUSALS)
     async def models() -> ModelList:
         """The one model."""
-        entry = Entry(id=name, object="model", created=0, owned_by="local")
         return ModelList(object="list", data=[entry])
+
+    @app.get("/v1/models/{wanted}", responses=_REFUSALS)
+    async def model_named(wanted: str) -> Entry:
+        """The one model, if it has this name."""
+        if wanted != name:
+            raise HTTPException(404, f"no such model; this server has {name}")
+        return entry
 
     @app.post("/v1/completions", response_model=None, responses=_ANSWERS)
     async def create_completion(wanted: Completion, request: Request) -> Response:
@@ -102,7 +110,7 @@ def _explain(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _refused(_: Request, error: HTTPException) -> JSONResponse:
         said = str(error.detail)
-        if error.status_code == 404:  # most often a chat client
+        if said == "Not Found":  # by no route, most often a chat client
             said = "no such path; the model continues text at /v1/completions, it has no chat"
         body = error_body(error.status_code, said)
         return JSONResponse(body, error.status_code, headers=error.headers)
@@ -110,7 +118,8 @@ def _explain(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         lines = list(dict.fromkeys(map(_describe, error.errors())))[:5]
-        return JSONResponse(error_body(422, "; ".join(lines)[:1000]), 422)
+        # Not 422 like FastAPI: old openai clients take that for a fault of the server.
+        return JSONResponse(error_body(400, "; ".join(lines)[:1000]), 400)
 
 
 def _describe(found: Any) -> str:
