@@ -15,7 +15,7 @@ from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.data.guards import one_line_errors
 from sota_transformer.data.shards import TokenWindows
-from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
+from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.runtime import Runtime, is_first_rank, stay_awake
 from sota_transformer.training import changes, checkpoint
@@ -90,7 +90,12 @@ def locked(folder: Path) -> Iterator[None]:
     with one_line_errors(folder):
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         durable.make_folder(folder)
-    with durable.DirectoryLock(folder) as lock:
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(durable.DirectoryLock(folder))
+        except FileNotFoundError as error:  # by a start that was refused while this one waited
+            text = f"{folder} was removed by another process; run the same command again"
+            raise SotaError(text, TEMPORARY) from error
         try:
             yield
         except BaseException:
