@@ -141,7 +141,7 @@ def test_gguf_holds_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
 def test_gguf_holds_the_model(
-    model: Transformer, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    model: Transformer, run: Path, tmp_path: Path, monkeypatch, capsys, dtype: str
 ) -> None:
     gguf = pytest.importorskip("gguf")
     from sota_transformer.inference import gguf_file
@@ -173,7 +173,9 @@ def test_gguf_holds_the_model(
         {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(dtype, dtype),
         "f32",
     }
-    recipe = (path.parent / "Modelfile").read_text()
+    said, recipe = capsys.readouterr().out, (path.parent / "Modelfile").read_text()
+    assert f"llama-completion -m {path} " in said
+    assert f"ollama create mine -f {path.parent / 'Modelfile'} &&" in said
     assert "FROM ./model.gguf" in recipe
     assert ("\nREQUIRES 0.30.0\n" in recipe) == model.config.qk_norm  # older ones split like Qwen's
 

@@ -200,7 +200,11 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     refused(65, "too few", "skipped: 5 x not a JSON line", out=out, inputs=(one, bad))
     refused(65, "no usable text", "5 x not a JSON line", out=out, inputs=(bad,))
     refused(
-        65, "val split would be empty", "--val-fraction", out=out, inputs=(good,), val_fraction=1e-9
+        65,
+        *("val split would be empty", "run `sota prepare` with --val-fraction"),  # also to `merge`
+        out=out,
+        inputs=(good,),
+        val_fraction=1e-9,
     )
     refused(73, "is not a folder", out=tmp_path / "file", inputs=(good,))
     refused(73, "no prepared data", out=tmp_path / "full", inputs=(good,))

@@ -83,7 +83,8 @@ def prepare(options: Prepare) -> dict[str, Any]:
             f"rm -r {in_shell(options.out)}",
             LOCKED,
         )
-    with one_line_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
+    more = ("make its folder writable",) if old else ()  # the place of an append is given
+    with one_line_errors(options.out, *more), stoppable(work), contextlib.ExitStack() as stack:
         run = _Run(options, sources, skipped, request, old, work)
         make_folder(run.own)
         try:
@@ -127,8 +128,7 @@ def merge(options: Merge) -> dict[str, Any]:
             raise SotaError(text, NO_INPUT)
         whole = Prepare(out=out, workers=options.workers, memory_mb=options.memory_mb, **how)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        make = f"sota prepare INPUT --out {in_shell(out)} --part 1/2"
-        text = f"no parts of {out} found in {work}; create one with `{make}`"
+        text = f"no parts of {out} found in {work}; name the --out of `sota prepare --part`"
         raise SotaError(text, NO_INPUT) from error
     with contextlib.chdir(asked["folder"]):
         if _request(whole, find(whole.inputs)[0]) != asked.get("request"):
