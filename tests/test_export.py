@@ -251,6 +251,14 @@ def test_an_imported_run_trains_on(
     assert 0 < max(moved) < 0.01  # two steps away from the imported weights, not from new ones
 
 
+def test_import_refuses_data_that_training_would_refuse(exported: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(b"\1\1" * 20)
+    with pytest.raises(SotaError, match="has 20 tokens, but a window needs 65"):
+        run_import(Import(model=exported, out=tmp_path / "run", data=tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_saved_by_transformers_in_parts_is_read(
     model: Transformer, exported: Path, tmp_path: Path
 ) -> None:

@@ -211,7 +211,8 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     refused(
         73, "cannot create", "choose another --out", out=tmp_path / "file" / "below", inputs=(good,)
     )
-    refused(66, "--append", out=out, inputs=(good,), append=True)
+    for without in (out, tmp_path / "full", tmp_path / "file"):  # another --out would not help
+        refused(66, "--append: there is no", out=without, inputs=(good,), append=True)
     for wrong in ({"val_fraction": 1.5}, {"workers": -1}, {"near_dedup": 0.1}, {"part": "3/2"}):
         refused(2, *wrong, out=out, inputs=(good,), **wrong)
     refused(2, "INPUT", out=out, inputs=())

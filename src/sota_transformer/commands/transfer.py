@@ -11,7 +11,7 @@ from sota_transformer import durable
 from sota_transformer.commands.common import Opened, check, open_model
 from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.guards import one_line_errors
-from sota_transformer.data.shards import load_manifest
+from sota_transformer.data.shards import check_windows
 from sota_transformer.errors import SotaError
 from sota_transformer.inference.export import (
     probe_logits,
@@ -158,7 +158,7 @@ def run_import(options: Import) -> int:
         )
     data = options.data.absolute() if options.data else Path()
     if options.data:
-        load_manifest(data)  # raises if it is not usable
+        check_windows(data, model.config.seq_len)
     config = RunConfig(
         model=model.config,
         data=Data(path=data),

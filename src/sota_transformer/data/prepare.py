@@ -159,11 +159,11 @@ def _request(options: Prepare, sources: list[Source]) -> str:
 def _existing(options: Prepare) -> dict[str, Any] | None:
     """The target's manifest, None if there is nothing. SotaError 73, 66 or 65 if unusable."""
     out = options.out
+    if options.append and not (out / MANIFEST).exists():
+        raise SotaError(f"--append: there is no prepared data in {out}", NO_INPUT)
     if os.path.lexists(out) and not out.is_dir():
         raise SotaError(f"{out} exists and is not a folder; choose another --out", LOCKED)
     if not out.is_dir() or not any(out.iterdir()):
-        if options.append:
-            raise SotaError(f"--append: there is no prepared data in {out}", NO_INPUT)
         return None
     if not (out / MANIFEST).exists():
         raise SotaError(

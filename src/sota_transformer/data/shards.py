@@ -289,3 +289,9 @@ class TokenWindows:
             text = f"{self._shards[0].path.parent}: id {ids.max()} is outside the vocabulary"
             raise SotaError(f"{text} of {VOCAB:,}", BAD_DATA)
         return ids
+
+
+def check_windows(folder: Path, seq_len: int) -> None:
+    """SotaError, as of TokenWindows, for data that training would refuse."""
+    for split in SPLITS:
+        TokenWindows(folder, split, seq_len)

@@ -14,7 +14,7 @@ from pathlib import Path
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.data.guards import one_line_errors
-from sota_transformer.data.shards import TokenWindows
+from sota_transformer.data.shards import check_windows
 from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.runtime import Runtime, is_first_rank, stay_awake
@@ -139,8 +139,7 @@ def check_folders(config: RunConfig) -> Path:
         name = folder.absolute()
         raise SotaError(f"{name} is not UTF-8, which safetensors requires; give another --out")
     if not checkpoint.steps(folder):  # else the data was checked at its start; hashing takes time
-        for split in ("train", "val"):
-            TokenWindows(config.data.path, split, config.model.seq_len)
+        check_windows(config.data.path, config.model.seq_len)
     return folder
 
 
