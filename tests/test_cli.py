@@ -153,6 +153,7 @@ def test_a_recipe_sets_only_what_is_not_given(capsys) -> None:
         (["train", "tiny", "--data", "DATA", "--model.vocab-size", "999"], 2, ["vocab"]),
         (["train", "tiny", "--data", "DATA", "--resume", "step:5"], 66, ["no checkpoint to resum"]),
         (["train", "tiny", "--data", "DATA", "--model.seq-len", "999999"], 65, ["window needs"]),
+        (["plan", "tiny", "--data", "DATA", "--model.seq-len", "999999"], 65, ["window needs"]),
         (["prepare", "NOWHERE", "--out", "OUT"], 66, ["NOWHERE"]),
         (["prepare", "EMPTY", "--out", "OUT"], 66, ["EMPTY"]),
         (["prepare", "CORPUS"], 2, ["--out"]),

@@ -141,7 +141,7 @@ def test_gguf_holds_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
 def test_gguf_holds_the_model(
-    model: Transformer, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    model: Transformer, run: Path, tmp_path: Path, monkeypatch, capsys, dtype: str
 ) -> None:
     gguf = pytest.importorskip("gguf")
     from sota_transformer.inference import gguf_file
@@ -173,7 +173,9 @@ def test_gguf_holds_the_model(
         {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(dtype, dtype),
         "f32",
     }
-    recipe = (path.parent / "Modelfile").read_text()
+    said, recipe = capsys.readouterr().out, (path.parent / "Modelfile").read_text()
+    assert f"llama-completion -m {path} " in said
+    assert f"ollama create mine -f {path.parent / 'Modelfile'} &&" in said
     assert "FROM ./model.gguf" in recipe
     assert ("\nREQUIRES 0.30.0\n" in recipe) == model.config.qk_norm  # older ones split like Qwen's
 
@@ -247,6 +249,14 @@ def test_an_imported_run_trains_on(
     before, after = model.state_dict(), open_model(out, "cpu", 2).model.state_dict()
     moved = [float((after[name] - tensor).abs().max()) for name, tensor in before.items()]
     assert 0 < max(moved) < 0.01  # two steps away from the imported weights, not from new ones
+
+
+def test_import_refuses_data_that_training_would_refuse(exported: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(b"\1\1" * 20)
+    with pytest.raises(SotaError, match="has 20 tokens, but a window needs 65"):
+        run_import(Import(model=exported, out=tmp_path / "run", data=tmp_path))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_saved_by_transformers_in_parts_is_read(

@@ -64,3 +64,18 @@ def test_greedy_text_as_long_as_asked(options: Any, length: int, harness: Any) -
 def test_sampling_is_refused(options: Any, harness: Any) -> None:
     with pytest.raises(ValueError, match="sample"):
         harness.generate_until([ask("Once upon", {"until": [], **options})])
+
+
+def test_a_long_prompt_is_cut_from_the_left_before_it_is_read(harness: Any) -> None:
+    """As HFLM does, so that the context never has to slide."""
+    context = MODEL.config.seq_len
+    tokens = TOKENIZER.encode(" ".join(map(str, range(4 * context))))
+    kept = TOKENIZER.decode(tokens[-(context - 8) :])
+    assert TOKENIZER.encode(kept) == tokens[-(context - 8) :]
+    options = {"until": ["\0"], "max_gen_toks": 8}
+    long, short = harness.generate_until(
+        [ask(TOKENIZER.decode(tokens), options), ask(kept, options)]
+    )
+    assert long == short
+    with pytest.raises(ValueError, match="no room for a prompt"):
+        harness.generate_until([ask("One", {"until": [], "max_gen_toks": context})])

@@ -10,8 +10,11 @@ from tests.inference_models import small_model, write_run
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a run and links that lead nowhere."""
+    """A run, a model, prepared data without its manifest, and links that lead nowhere."""
     monkeypatch.chdir(tmp_path)
+    for name in ("lost/train-00000.npy", "model/tokenizer_config.json", "model/config.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
     write_run(tmp_path / "run", small_model())
     Path("loop").symlink_to("loop")
     Path("gone").symlink_to("/not/there")
@@ -28,6 +31,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("generate run --file run", "run: not a regular file"),
         ("evaluate run --lambada run", "run: not a regular file"),
         ("generate run --n 3", "generate: unrecognized arguments: --n, 3; `sota gen"),
+        ("data lost", "lost has no manifest.json, so it is not prepared data; move lost away"),
+        ("report model", "model is a model, not a run; give a folder made by `sota train`"),
         ("data run", "run has no manifest.json, so it is not prepared data; give a folder created"),
     ],
 )

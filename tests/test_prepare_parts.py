@@ -1,11 +1,13 @@
 """Preparation in parts that are merged, appends, and targets in unusual places."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from sota_transformer.data import prepare as preparing
 from sota_transformer.data import units
 from sota_transformer.data.prepare import merge
 from sota_transformer.data.shards import TokenWindows
@@ -33,7 +35,7 @@ def test_merge_puts_parts_together(
     monkeypatch.setattr(units, "UNIT_BYTES", 16 << 10)
     out = tmp_path / "data"
     monkeypatch.chdir(source.parent)
-    with pytest.raises(SotaError, match="no parts of") as caught:
+    with pytest.raises(SotaError, match=r"no parts of .*; name the --out of") as caught:
         merge(Merge(out=out))
     assert caught.value.code == 66
     for part in ("3/3", "1/3"):
@@ -62,6 +64,22 @@ def test_merge_puts_parts_together(
     assert merge(Merge(out=out))["fingerprint"] == merged["fingerprint"]
     run(tmp_path / "whole", source)
     assert bytes_of(out, manifest=False) == bytes_of(tmp_path / "whole", manifest=False)
+
+
+def test_an_append_that_may_not_write_is_not_sent_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, inputs = tmp_path / "data", (tmp_path / "b.txt",)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(50)))
+    inputs[0].write_text("another text")
+    run(out, tmp_path / "a.jsonl")
+
+    def refusing(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(preparing, "make_folder", refusing)
+    refused(73, "; make its folder writable", out=out, inputs=inputs, append=True)
+    refused(73, "; choose another --out", out=tmp_path / "new", inputs=inputs)
 
 
 def test_append_keeps_what_is_there(tmp_path: Path) -> None:

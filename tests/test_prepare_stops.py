@@ -200,14 +200,19 @@ def test_bad_inputs_and_targets(tmp_path: Path) -> None:
     refused(65, "too few", "skipped: 5 x not a JSON line", out=out, inputs=(one, bad))
     refused(65, "no usable text", "5 x not a JSON line", out=out, inputs=(bad,))
     refused(
-        65, "val split would be empty", "--val-fraction", out=out, inputs=(good,), val_fraction=1e-9
+        65,
+        *("val split would be empty", "run `sota prepare` with --val-fraction"),  # also to `merge`
+        out=out,
+        inputs=(good,),
+        val_fraction=1e-9,
     )
     refused(73, "is not a folder", out=tmp_path / "file", inputs=(good,))
     refused(73, "no prepared data", out=tmp_path / "full", inputs=(good,))
     refused(
         73, "cannot create", "choose another --out", out=tmp_path / "file" / "below", inputs=(good,)
     )
-    refused(66, "--append", out=out, inputs=(good,), append=True)
+    for without in (out, tmp_path / "full", tmp_path / "file"):  # another --out would not help
+        refused(66, "--append: there is no", out=without, inputs=(good,), append=True)
     for wrong in ({"val_fraction": 1.5}, {"workers": -1}, {"near_dedup": 0.1}, {"part": "3/2"}):
         refused(2, *wrong, out=out, inputs=(good,), **wrong)
     refused(2, "INPUT", out=out, inputs=())

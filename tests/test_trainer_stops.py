@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from sota_transformer import durable
 from sota_transformer.config import Run, RunConfig
 from sota_transformer.data.shards import TokenWindows
-from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, SotaError
+from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, TEMPORARY, SotaError
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint, judge, start, trainer
 from sota_transformer.training.runlog import read_config, read_metrics
@@ -116,6 +117,22 @@ def test_a_start_refused_for_its_launcher_leaves_no_folder(
     with pytest.raises(SotaError, match="unset"):
         train(change(make_run(), out=tmp_path / "mine"))
     assert (tmp_path / "mine").is_dir(), "it was there before"
+
+
+def test_a_folder_that_a_refused_start_removes_is_worth_another_try(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other start had created it, and was refused while this one waited for its lock."""
+    config, made = make_run(), durable.make_folder
+
+    def removed(path: Path) -> None:
+        made(path)
+        path.rmdir()
+
+    monkeypatch.setattr(durable, "make_folder", removed)
+    with pytest.raises(SotaError, match="removed by another process") as caught:
+        train(config)
+    assert caught.value.code == TEMPORARY
 
 
 def test_a_start_killed_before_its_first_save_hides_nothing(make_run: MakeRun) -> None:

@@ -133,7 +133,7 @@ def train_and_show(config: RunConfig) -> int:
     words = "def main(" if config.data.path.name == "python" else "Once upon a time"
     print(f'try it:  sota generate {folder} --prompt "{words}"')
     # The whole validation split may take a quarter of an hour on a CPU.
-    print(f"evaluate it:  sota evaluate {folder} --tokens 250000   (default: all validation text)")
+    print(f"evaluate it:  sota evaluate {folder}   (all validation text; less: --tokens 250000)")
     return 0
 
 

@@ -55,6 +55,10 @@ class Speed:
 def run_plan(config: RunConfig, preset: str, hours: float) -> int:
     """Print the plan of one run and, with `hours`, the best preset and steps for that time."""
     there = training_tokens(config.data.path)
+    if there:
+        from sota_transformer.data.shards import check_windows
+
+        check_windows(config.data.path, config.model.seq_len)
     for line in describe(config, padding(config)):
         print(line)
     speed = measure(config)

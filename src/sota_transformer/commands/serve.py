@@ -14,6 +14,7 @@ def run_serve(options: Serve) -> int:
     """Serve until a signal arrives."""
     check(
         {
+            "--host must name an address": options.host != "",
             "--port must be from 0 to 65535": 0 <= options.port <= 65_535,
             "--rows must be from 1 to 64": 1 <= options.rows <= 64,
             "--api-key must be ASCII": options.api_key.isascii(),

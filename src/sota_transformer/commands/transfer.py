@@ -11,7 +11,7 @@ from sota_transformer import durable
 from sota_transformer.commands.common import Opened, check, open_model
 from sota_transformer.config import VOCAB, Data, Optim, Run, RunConfig, Train
 from sota_transformer.data.guards import one_line_errors
-from sota_transformer.data.shards import load_manifest
+from sota_transformer.data.shards import check_windows
 from sota_transformer.errors import SotaError
 from sota_transformer.inference.export import (
     probe_logits,
@@ -26,7 +26,7 @@ from sota_transformer.report import validations
 from sota_transformer.training import checkpoint
 from sota_transformer.training.guard import Guard
 from sota_transformer.training.runlog import read_metrics
-from sota_transformer.words import counted, perplexity
+from sota_transformer.words import counted, in_shell, perplexity
 
 
 def run_export(options: Export) -> int:
@@ -51,6 +51,11 @@ def run_export(options: Export) -> int:
     print("\n".join(proofs))
     step = "" if opened.step is None else f", step {opened.step}"
     print(f"{out}: {options.format}, {options.dtype}{step}")
+    if options.format == "gguf":
+        file, words = in_shell(options.out / "model.gguf"), '"Once upon a time"'
+        print(f"for llama.cpp:  llama-completion -m {file} -n 100 -p {words}")
+        recipe = in_shell(options.out / "Modelfile")
+        print(f"for Ollama:  ollama create mine -f {recipe} && ollama run mine {words}")
     return 0
 
 
@@ -153,7 +158,7 @@ def run_import(options: Import) -> int:
         )
     data = options.data.absolute() if options.data else Path()
     if options.data:
-        load_manifest(data)  # raises if it is not usable
+        check_windows(data, model.config.seq_len)
     config = RunConfig(
         model=model.config,
         data=Data(path=data),

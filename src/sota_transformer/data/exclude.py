@@ -53,7 +53,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     sources, skipped = find_excluded(inputs)
     ignored: list[Skipped] = []
     for item in skipped:
-        if item.reason.endswith("is not a text format"):
+        if "is not a text format" in item.reason:
             ignored.append(item)
         else:
             _refuse(item)

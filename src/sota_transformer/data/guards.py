@@ -52,21 +52,21 @@ def workers(options: Prepare) -> int:
 
 
 @contextmanager
-def one_line_errors(out: Path) -> Iterator[None]:
+def one_line_errors(out: Path, advice: str = "choose another --out") -> Iterator[None]:
     """Turn OSError into a one-line SotaError with an exit code."""
     try:
         yield
     except OSError as error:
         place = error.filename or out
         if error.errno in CREATE:
-            text = f"cannot create {place}: {error.strerror or error}; choose another --out"
+            text = f"cannot create {place}: {error.strerror or error}; {advice}"
             raise SotaError(text, LOCKED) from error
         free = ""
         with suppress(OSError):
             free = f"; {shutil.disk_usage(out.parent).free / 1e6:,.0f} MB free"
         raise SotaError(
-            f"{place}: writing failed ({error.strerror or error}){free}; choose another --out or "
-            "free some space, then run the same command again",
+            f"{place}: writing failed ({error.strerror or error}){free}; {advice} or free "
+            "some space, then run the same command again",
             IO_FAILED,
         ) from error
 
@@ -94,7 +94,8 @@ def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) ->
             what, advice = "1 document is", "add text, or split it into several files"
             if documents > 1:
                 what = f"{documents:,} documents are"
-                advice = f"add text, or use --val-fraction {_workable_fraction(shards)}"
+                advice = f"run `sota prepare` with --val-fraction {_workable_fraction(shards)}"
+                advice = f"add text, or {advice}"
             text = f"{what} too few: the {split} split would be empty; {advice}"
             raise SotaError(f"{text}; skipped: {reasons}" if reasons else text, BAD_DATA)
     if val_fraction and val["tokens"] < _FEW_TOKENS:

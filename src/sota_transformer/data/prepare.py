@@ -83,7 +83,8 @@ def prepare(options: Prepare) -> dict[str, Any]:
             f"rm -r {in_shell(options.out)}",
             LOCKED,
         )
-    with one_line_errors(options.out), stoppable(work), contextlib.ExitStack() as stack:
+    more = ("make its folder writable",) if old else ()  # the place of an append is given
+    with one_line_errors(options.out, *more), stoppable(work), contextlib.ExitStack() as stack:
         run = _Run(options, sources, skipped, request, old, work)
         make_folder(run.own)
         try:
@@ -127,8 +128,7 @@ def merge(options: Merge) -> dict[str, Any]:
             raise SotaError(text, NO_INPUT)
         whole = Prepare(out=out, workers=options.workers, memory_mb=options.memory_mb, **how)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        make = f"sota prepare INPUT --out {in_shell(out)} --part 1/2"
-        text = f"no parts of {out} found in {work}; create one with `{make}`"
+        text = f"no parts of {out} found in {work}; name the --out of `sota prepare --part`"
         raise SotaError(text, NO_INPUT) from error
     with contextlib.chdir(asked["folder"]):
         if _request(whole, find(whole.inputs)[0]) != asked.get("request"):
@@ -159,11 +159,11 @@ def _request(options: Prepare, sources: list[Source]) -> str:
 def _existing(options: Prepare) -> dict[str, Any] | None:
     """The target's manifest, None if there is nothing. SotaError 73, 66 or 65 if unusable."""
     out = options.out
+    if options.append and not (out / MANIFEST).exists():
+        raise SotaError(f"--append: there is no prepared data in {out}", NO_INPUT)
     if os.path.lexists(out) and not out.is_dir():
         raise SotaError(f"{out} exists and is not a folder; choose another --out", LOCKED)
     if not out.is_dir() or not any(out.iterdir()):
-        if options.append:
-            raise SotaError(f"--append: there is no prepared data in {out}", NO_INPUT)
         return None
     if not (out / MANIFEST).exists():
         raise SotaError(

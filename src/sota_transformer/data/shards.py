@@ -105,7 +105,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         if foreign_files(folder):
             return _foreign(folder)
-        advice = _first(folder) if any(folder.iterdir()) else ""
+        text = any(folder.iterdir()) and not (folder / "train-00000.npy").exists()
+        advice = _first(folder) if text else ""
         if (folder / "config.json").exists():  # a run or a model, which is not text
             advice = "give a folder created by `sota prepare`"
         raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
@@ -256,7 +257,7 @@ class TokenWindows:
                 advice = f"add a file of more tokens named like {split}.bin, "
             raise SotaError(
                 f"{folder}: the {split} split has {counted(self.tokens, 'token')}, but a "
-                f"window needs {seq_len + 1:,}; {advice}or reduce --model.seq-len",
+                f"window needs {seq_len + 1:,}; {advice}or shorten it (of a run: --model.seq-len)",
                 BAD_DATA,
             )
         _allow_files(_OTHER_FILES + 2 * len(self.files))  # including the other split's
@@ -288,3 +289,9 @@ class TokenWindows:
             text = f"{self._shards[0].path.parent}: id {ids.max()} is outside the vocabulary"
             raise SotaError(f"{text} of {VOCAB:,}", BAD_DATA)
         return ids
+
+
+def check_windows(folder: Path, seq_len: int) -> None:
+    """SotaError, as of TokenWindows, for data that training would refuse."""
+    for split in SPLITS:
+        TokenWindows(folder, split, seq_len)

@@ -38,6 +38,10 @@ KINDS = {
 CODECS = ("gz", "zst", "bz2", "xz")
 ARCHIVES = ("zip", "tar")
 TABLES = ("parquet", "arrow")
+_DOCUMENT = re.compile(  # the formats of word processors, readers and the like
+    rf"\.(docx?|odt|pages|rtf|epub|mobi|azw3|pdf|djvu|xlsx?|ods|pptx?|odp)(\.({'|'.join(CODECS)}))?$",
+    re.IGNORECASE,
+)
 _SHORT = {"tgz": "tar.gz", "tbz2": "tar.bz2", "txz": "tar.xz", "tzst": "tar.zst"}
 KNOWN = (
     "txt md rst html py (and other source code) jsonl ndjson csv tsv parquet arrow, "
@@ -221,7 +225,8 @@ def _stays(path: str, real_root: str) -> bool:
 def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
     """The file as a source, or the reason to skip it.
 
-    A file given by name may have any extension; its content then determines its kind.
+    A file given by name may have any extension but a document's; its content then determines its
+    kind.
     """
     try:
         status = Path(path).stat()
@@ -232,8 +237,11 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
     if not os.access(path, os.R_OK):
         return Skipped("cannot be read (no permission)", name)
     codec, kind = format_of(Path(path).name)
+    advice = "; convert it to text first" if _DOCUMENT.search(path) else ""
     if not kind and not named:
-        return Skipped(f"{_ending(path)} is not a text format", name)
+        return Skipped(f"{_ending(path)} is not a text format{advice}", name)
+    if not kind and advice:  # to --exclude an error, where one in a folder is a note
+        return Skipped(f"{_ending(path)}{advice}", name)
     if codec and kind in TABLES:
         return Skipped(f"compressed {kind}; unpack it first", name)
     if not status.st_size:

@@ -51,11 +51,16 @@ class Harness(LM):
                 raise ValueError("lm-eval tasks that sample are not supported; use greedy ones")
             stops = options.get("until") or []
             lengths = (options[name] for name in _LENGTHS if options.get(name) is not None)
+            longest = int(next(lengths, 256))
+            room = self._model.config.seq_len - longest  # for the prompt, as in lm-eval's HFLM
+            if room < 1:
+                text = f"{longest} tokens to generate leave no room for a prompt"
+                raise ValueError(f"{text} in a context of {self._model.config.seq_len}")
             jobs.append(
                 Job(
-                    tokens=self._tokenizer.encode(context) or [EOT],
+                    tokens=(self._tokenizer.encode(context) or [EOT])[-room:],
                     sampler=make_sampler(0.0),
-                    max_tokens=int(next(lengths, 256)),
+                    max_tokens=longest,
                     stops=[stops] if isinstance(stops, str) else list(stops),
                 )
             )

@@ -188,7 +188,7 @@ def serve(
         listener = socket.create_server((host, port), backlog=1024)
     except (OSError, OverflowError, UnicodeError) as error:
         raise SotaError(
-            f"cannot listen on {host}:{port} ({error}); choose another --port", TEMPORARY
+            f"cannot listen on {host}:{port} ({error}); choose another --host or --port", TEMPORARY
         ) from error
     engine = Engine(model, tokenizer, rows, WAITING)
     app = build_app(model, tokenizer, name, curve, engine)

@@ -236,5 +236,8 @@ def read_config(run_folder: Path) -> RunConfig:
             f"{run_folder} {what}; give a folder made by `sota train`", NO_INPUT
         ) from error
     except (ValueError, TypeError, RecursionError, OSError) as error:
+        if (run_folder / "tokenizer_config.json").exists():
+            text = f"{run_folder} is a model, not a run; give a folder made by `sota train`"
+            raise SotaError(text, NO_INPUT) from error
         why = getattr(error, "strerror", None) or error
         raise SotaError(f"{path}: {why}", BAD_DATA) from error

@@ -15,8 +15,8 @@ from pathlib import Path
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
 from sota_transformer.data.guards import one_line_errors
-from sota_transformer.data.shards import TokenWindows
-from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
+from sota_transformer.data.shards import check_windows
+from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.launcher import is_first_rank
 from sota_transformer.runtime import Runtime
@@ -94,7 +94,12 @@ def locked(folder: Path) -> Iterator[None]:
     with one_line_errors(folder):
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         durable.make_folder(folder)
-    with durable.DirectoryLock(folder) as lock:
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(durable.DirectoryLock(folder))
+        except FileNotFoundError as error:  # by a start that was refused while this one waited
+            text = f"{folder} was removed by another process; run the same command again"
+            raise SotaError(text, TEMPORARY) from error
         try:
             yield
         except BaseException:
@@ -139,8 +144,7 @@ def check_folders(config: RunConfig) -> Path:
         name = folder.absolute()
         raise SotaError(f"{name} is not UTF-8, which safetensors requires; give another --out")
     if not checkpoint.steps(folder):  # else the data was checked at its start; hashing takes time
-        for split in ("train", "val"):
-            TokenWindows(config.data.path, split, config.model.seq_len)
+        check_windows(config.data.path, config.model.seq_len)
     return folder
 
 

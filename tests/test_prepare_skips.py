@@ -1,0 +1,168 @@
+"""What `prepare` skips or repairs, and how it says so."""
+
+import gzip
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import zstandard
+from pyarrow import ipc, parquet
+
+from sota_transformer.data.exclude import write_excluded
+from sota_transformer.errors import SotaError
+from sota_transformer.inference.tokenizer_files import huggingface_files
+from tests.preparing import everything, jsonl, refused, run, texts
+
+
+def test_broken_encodings_are_dropped_or_repaired(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = [b'{"text": "caf\xe9 one"}', b'{"text": "lone \\ud800 two"}', b'{"text": "good"}']
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "b.md").write_bytes(b"caf\xe9 three")
+    (folder / "c.csv").write_bytes(b"id,text\n1,caf\xe9 four\n")
+    (folder / "d.html").write_bytes(b"<html><body><p>caf\xe9 five</p></body></html>")
+    (folder / "e.txt").write_bytes("caf six".encode("utf-16") + b"\0")
+    rows = pa.array([b"before", b"caf\xe9 seven", b"behind", b"as bytes"], pa.binary())
+    parquet.write_table(pa.table({"text": rows[:3].view(pa.string())}), folder / "f.parquet")
+    category = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), rows[:3].view(pa.string()))
+    for number, column in enumerate((rows[:3].view(pa.string()), rows[3:], category)):
+        batch = pa.record_batch({"text": column})
+        with ipc.new_file(str(folder / f"g{number}.arrow"), batch.schema) as file:
+            file.write_batch(batch)
+    good = ["as bytes", "before", "behind", "good"]
+    run(tmp_path / "dropped", folder, val_fraction=0)
+    assert everything(tmp_path / "dropped") == good
+    manifest = run(tmp_path / "replaced", folder, val_fraction=0, bad_text="replace")
+    numbers = ("one", "three", "four", "five", "seven")
+    taken = [*(f"caf\ufffd {number}" for number in numbers), "lone \ufffd two", "caf six\ufffd"]
+    assert everything(tmp_path / "replaced") == sorted([*taken, *good])
+    counts = {reason: entry["count"] for reason, entry in manifest["rejects"].items()}
+    told = "; kept, with U+FFFD for the invalid parts"
+    assert counts == {
+        f"not valid UTF-8{told}": 8,
+        f"lone surrogates, not valid Unicode{told}": 1,
+        "exact duplicate": 6,
+    }
+    assert all(manifest["rejects"][reason]["examples"] for reason in counts if told in reason)
+
+
+def test_long_names_and_many_do_not_flood_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path.joinpath("in", *["d" * 200] * 5)
+    folder.mkdir(parents=True)
+    (folder / "empty.txt").touch()
+    (folder / "a.txt").write_text("some text")
+    files = [tmp_path / f"{number}.txt" for number in range(24)]
+    for number, path in enumerate(files):
+        path.write_text(f"text {number}")  # 2 tokens and end-of-text
+    run(tmp_path / "out", tmp_path / "in", *files, val_fraction=0)
+    lines = capsys.readouterr().out.split("\n")
+    line = next(line for line in lines if "empty file" in line)
+    assert len(line) < 250 and line.endswith("d/empty.txt")
+    assert lines[21].split() == ["5", "more", "5", "0.00", "15"]
+
+
+def test_junk_is_reported_and_the_rest_kept(tmp_path: Path) -> None:
+    junk = tmp_path / "junk"
+    (junk / "x.jsonl").mkdir(parents=True)
+    good = texts(60)
+    lines = [
+        *(json.dumps({"text": text}).encode() for text in good),
+        b'{"text": "lone \\ud800 surrogate"}',
+        b'{"text": "nul \\u0000 byte"}',
+        b'{"text": 1e999}',
+        b'{"text": ""}',
+        b'{"text": " \\n\\t "}',
+        b'{"other": "field"}',
+        b'{"n": ' + b"9" * 5000 + b', "text": "big integers are fine"}',
+        b"[" * 100_000,
+        b"not json",
+        b'"a string"',
+        b'\xff\xfe{"text": "x"}',
+        b'{"text": "bad \xff byte"}',
+        b"",
+        b'{"text": "NaN is fine", "x": NaN}\r',
+    ]
+    (junk / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    (junk / "empty.txt").touch()
+    (junk / "bad.txt").write_bytes(b"latin \xe9\xe8")
+    (junk / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    (junk / "picture.png").write_bytes(b"\x89PNG")
+    (junk / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl(texts(500, seed=9)))[:-3000])
+    (junk / "cut.jsonl.zst").write_bytes(zstandard.compress(jsonl(texts(500, seed=8)))[:-9])
+    (junk / "bad.parquet").write_bytes(b"PAR1" + b"junk" * 50 + b"PAR1")
+    (junk / "bad.arrow").write_bytes(b"ARROW1" + b"junk" * 50)
+    with zipfile.ZipFile(junk / "nested.zip", "w") as archive:
+        archive.writestr("inner.zip", b"PK")
+        archive.writestr("ok.txt", "text in a zip")
+    (junk / "story.gz").write_bytes(gzip.compress(b"a text"))
+    (junk / "bad.zip").write_bytes(b"PK\x03\x04 nothing")
+    (junk / "loop").symlink_to(junk)
+    (junk / "out.txt").symlink_to("/etc/hostname")
+    os.mkfifo(junk / "pipe.txt")
+    (junk / "utf16.txt").write_bytes("UTF-16 is announced".encode("utf-16"))
+    manifest = run(tmp_path / "data", junk, workers=2)
+    found = everything(tmp_path / "data")
+    assert set(good) <= set(found)
+    assert {"big integers are fine", "NaN is fine", "text in a zip", "UTF-16 is announced"} <= set(
+        found
+    )
+    reasons = {reason: entry["count"] for reason, entry in manifest["rejects"].items()}
+    for reason, count in {
+        "lone surrogates, not valid Unicode": 1,
+        "NUL bytes, probably not text": 2,
+        "field 'text' is not text": 1,
+        "empty document": 2,
+        "no field 'text'": 1,
+        "nested too deep": 1,
+        "JSON, but not an object": 1,
+        "empty file": 1,
+        ".png file is not a text format": 1,
+        "file without an extension, in .gz is not a text format": 1,
+        "archive inside an archive; unpack it first": 1,
+        "damaged archive": 1,
+        "damaged stream; only its readable start was kept": 2,
+        "damaged table; only its readable start was kept": 2,
+        "link to a folder": 1,
+        "broken link, or a link out of the folder": 1,
+        "not a regular file": 1,
+    }.items():
+        assert reasons.get(reason, 0) == count, (reason, reasons)
+    assert reasons["not valid UTF-8"] == 3
+    assert all(entry["examples"] for entry in manifest["rejects"].values())
+
+
+def test_a_model_folder_among_the_texts_is_skipped(tmp_path: Path) -> None:
+    """Its merges alone would outweigh the text in many folders."""
+    model = tmp_path / "texts" / "model"
+    model.mkdir(parents=True)
+    (tmp_path / "texts" / "a.jsonl").write_bytes(jsonl(texts(60)))
+    for name, data in huggingface_files(512).items():
+        (model / name).write_bytes(data)
+    manifest = run(tmp_path / "data", tmp_path / "texts")
+    assert everything(tmp_path / "data") == sorted(texts(60))
+    assert manifest["rejects"]["a model; its merges are not text"]["count"] == 1
+
+
+@pytest.mark.parametrize("name", ["a.rtf", "a.PDF", "a.docx", "a.epub", "a.rtf.gz"])
+def test_a_document_to_convert_is_named_with_what_to_do(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is inside would be taken for text, for JSON lines or for damage."""
+    path, out = tmp_path / "in" / name, tmp_path / "data"
+    path.parent.mkdir()
+    path.write_bytes(b"{\\rtf1 some text}")
+    (ending, advice) = f"{name[1:].lower()} file", "convert it to text first"
+    refused(66, f"{name}: {ending}; {advice}", out=out, inputs=(path,))
+    refused(66, f"{name}: {ending} is not a text format; {advice}", out=out, inputs=(path.parent,))
+    (tmp_path / "b.txt").write_text("another text " * 20)
+    both = (str(tmp_path / "b.txt"), str(path))
+    with pytest.raises(SotaError, match=f"{name}: {ending}; {advice}"):
+        write_excluded(both, "text", tmp_path / "grams.npy")
+    write_excluded((both[0], str(path.parent)), "text", tmp_path / "grams.npy")
+    assert "--exclude ignores 1 file; the first is" in capsys.readouterr().out
