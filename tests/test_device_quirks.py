@@ -55,7 +55,10 @@ def test_a_gpu_also_compiles_what_surrounds_the_blocks(monkeypatch) -> None:
     machine = dataclasses.replace(machine, device=torch.device("cuda"), compile=True)
     machine.optimize(model := small())
     assert sorted(compiled) == sorted(["begin", "end", *["mix", "feed"] * SHAPE.layers])
-    machine.without_compiling("a fault").optimize(model)
+    assert not any(block.attention.compiled_on_cpu for block in model.blocks)
+    plain = machine.without_compiling("a fault")
+    assert len(plain.reasons) == 3 and "a fault" in plain.reasons[2]
+    plain.optimize(model)
     assert not {"begin", "end"} & set(vars(model))
 
 
