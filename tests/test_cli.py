@@ -292,7 +292,7 @@ def test_the_help_shows_list_values_without_nested_brackets(capsys) -> None:
 
 
 def test_the_help_of_plan_names_its_own_option(capsys) -> None:
-    assert "--hours" in run(capsys, "plan", "--help")[1]
+    assert "--hours" in run(capsys, "plan", "-h")[1]
     assert "--hours" in run(capsys, "plan", "tiny", "--help")[1]
     assert "--hours" not in run(capsys, "train", "tiny", "--help")[1]
 

@@ -20,6 +20,7 @@ from sota_transformer.errors import DIVERGED, TEMPORARY, SotaError
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
 from sota_transformer.training.start import train
+from tests.simulated import simulated
 
 
 def runtime(dtype: str = "bfloat16") -> Runtime:
@@ -189,14 +190,18 @@ def test_the_answer_of_the_doctor(monkeypatch, capsys, tmp_path: Path, wrong, co
         doctor.Check(line, name not in wrong, "found", f"do-{name}") for name, line in lines.items()
     ]
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr(doctor, "arithmetic", lambda _: checks)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        doctor, "arithmetic", lambda machine: asked.append(machine.device.type) or checks
+    )
     monkeypatch.setattr(doctor, "time", watch(3.0))
     monkeypatch.setattr("sota_transformer.runtime._compile", lambda *given: (False, str(given)))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=7e9))
     monkeypatch.setattr(Runtime, "available_memory", lambda _: 2_500_000_000)
-    assert main(["doctor", "--device", "cpu", "--folder", str(tmp_path)]) == code
+    with simulated("mps"):  # is there, and not asked for
+        assert main(["doctor", "--device", "cpu", "--folder", str(tmp_path)]) == code
     printed = capsys.readouterr().out
-    assert printed.endswith(says)
+    assert printed.endswith(says) and asked == ["cpu"]
     assert [name for name in lines if f"do-{name}" in printed] == wrong
     assert "22 MB/s" in printed and f"7 GB free in {tmp_path}" in printed
     assert "2.5 GB available" in printed and not list(tmp_path.iterdir())

@@ -71,6 +71,7 @@ def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch, has: str) -> N
         ("cuda", "linux", "2", "nccl", "lo"),
         ("cpu", "linux", "2", "gloo", "lo"),
         ("cpu", "darwin", "2", "gloo", "lo0"),
+        ("cpu", "linux", "2", "gloo", "ib0"),  # as it was set
         ("cpu", "linux", "1", "gloo", None),  # two machines: gloo has to find the other
     ],
 )
@@ -84,8 +85,10 @@ def test_how_processes_are_joined(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is restored
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    if network == "ib0":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", network)
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(runtime.socket, "if_nameindex", lambda: [(1, "lo"), (2, "lo0")])
+    monkeypatch.setattr(runtime.socket, "if_nameindex", lambda: [*enumerate(("lo", "lo0", "ib0"))])
     chosen: list[Any] = []
     monkeypatch.setattr(dist, "init_process_group", lambda name, timeout: chosen.append(name))
     with simulated("cuda"):
@@ -104,8 +107,9 @@ def test_a_network_that_was_chosen_stays_chosen(monkeypatch) -> None:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
         runtime._check_networks()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(runtime.SotaError, match="not one of lo, ib0"):
-        runtime._check_networks()
+        Runtime.detect(Run(device="cpu", compile="off"), 1)
 
 
 def test_a_full_device_is_no_lost_peer() -> None:
