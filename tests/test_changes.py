@@ -188,6 +188,10 @@ def test_the_command_line_overrides_a_field_and_its_value() -> None:
         config = cli.resolve(["tiny", *override], "train")
         assert config.data.document_mask == value
         assert config.run.override == "data.document_mask"
+    config = cli.resolve(
+        ["tiny", "--override", "data.path=a=b", "--data-change", "refuse"], "train"
+    )
+    assert config.data.path == Path("a=b")  # as Spark names its folders
     with pytest.raises(SotaError, match="FIELD=VALUE"):
         cli.resolve(["tiny", "--override", "steps"], "train")
     with pytest.raises(SotaError, match="stepz"):

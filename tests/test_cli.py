@@ -283,17 +283,19 @@ def test_the_current_folder_can_be_the_run_or_its_data(capsys, monkeypatch, tmp_
         assert f'"{tmp_path}"' in run(capsys, "config", "tiny", "--data", "d", *words)[1]
     assert f'"path": "{tmp_path}"' in run(capsys, "config", "tiny", "--data", ".")[1]
     assert '"runs/tiny-d"' in run(capsys, "config", "tiny", "--data", "d")[1]
+    assert f"runs/tiny-{tmp_path.parent.name}" in run(capsys, "config", "tiny", "--data", "..")[1]
 
 
 def test_the_help_shows_list_values_without_nested_brackets(capsys) -> None:
     for verb in ("prepare", "report", "evaluate", "generate"):
         assert "[[" not in run(capsys, verb, "--help")[1]
+    assert "--stop TEXT ..." in run(capsys, "generate", "-h")[1]
 
 
 def test_the_help_of_plan_names_its_own_option(capsys) -> None:
     for words in (["prepare"], ["export"], ["import"], ["doctor"], ["train", "tiny"]):
         assert "(default: .)" not in run(capsys, *words, "--help")[1]  # what it refuses, or not so
-    assert "--hours" in run(capsys, "plan", "--help")[1]
+    assert "--hours" in run(capsys, "plan", "-h")[1]
     assert "--hours" in run(capsys, "plan", "tiny", "--help")[1]
     assert "--hours" not in run(capsys, "train", "tiny", "--help")[1]
 

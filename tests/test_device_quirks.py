@@ -56,7 +56,10 @@ def test_a_gpu_also_compiles_what_surrounds_the_blocks(monkeypatch) -> None:
     machine = dataclasses.replace(machine, device=torch.device("cuda"), compile=True)
     machine.optimize(model := small())
     assert sorted(compiled) == sorted(["begin", "end", *["mix", "feed"] * SHAPE.layers])
-    machine.without_compiling("a fault").optimize(model)
+    assert not any(block.attention.compiled_on_cpu for block in model.blocks)
+    plain = machine.without_compiling("a fault")
+    assert len(plain.reasons) == 3 and "a fault" in plain.reasons[2]
+    plain.optimize(model)
     assert not {"begin", "end"} & set(vars(model))
 
 
@@ -90,6 +93,30 @@ def test_no_product_that_a_mac_gets_wrong_is_used(make_run: MakeRun) -> None:
             micro_rows(make_run(batch_rows=1024, micro_rows=1024), machine)
         with pytest.raises(SotaError, match="shorten"):
             micro_rows(make_run(batch_rows=1, seq_len=40_000), machine)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "cuda"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_micro_batch_is_the_largest_share_that_the_device_is_given(
+    make_run: MakeRun, kind: str, world: int
+) -> None:
+    """2,048 tokens on a CPU, 8,192 on a Mac and 32,768 on a GPU; every share is the same."""
+    machine = Runtime.detect(Run(device="cpu", compile="off"), 1)
+    machine = dataclasses.replace(machine, device=torch.device(kind), world=world)
+    most = {"cpu": 64, "mps": 256, "cuda": 1024}[kind]  # windows of 32 tokens
+    for mine in (1, 7, 64, 120, 400, 997, 1030):
+        config = make_run(batch_rows=mine * world)
+        shares = [rows for rows in range(1, mine + 1) if mine % rows == 0 and rows <= most]
+        assert micro_rows(config, machine) == shares[-1]
+    assert (
+        micro_rows(make_run(batch_rows=world, seq_len=40_000 if kind == "cuda" else 9000), machine)
+        == 1
+    )
+    with pytest.raises(SotaError, match="must divide the 4 rows of a process"):
+        micro_rows(make_run(batch_rows=4 * world, micro_rows=3), machine)
+    if world > 1:
+        with pytest.raises(SotaError, match="must be divisible by 3 processes"):
+            micro_rows(make_run(batch_rows=4), machine)
 
 
 @pytest.mark.parametrize(("kind", "said"), [("mps", "one process"), ("cuda", "--nproc-per-node 1")])

@@ -20,6 +20,7 @@ from sota_transformer.errors import DIVERGED, TEMPORARY, SotaError
 from sota_transformer.presets import PRESETS
 from sota_transformer.runtime import Runtime
 from sota_transformer.training.start import train
+from tests.simulated import simulated
 
 
 def runtime(dtype: str = "bfloat16") -> Runtime:
@@ -169,6 +170,73 @@ def test_the_required_disk_space_is_that_of_a_125m_run(tmp_path: Path, monkeypat
         room = types.SimpleNamespace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, room=room: room)
         assert doctor._disk(tmp_path)[0].passed == fits
+
+
+def watch(seconds: float) -> types.SimpleNamespace:
+    """A clock that is read when something begins and when it ends."""
+    return types.SimpleNamespace(perf_counter=iter([10.0, 10.0 + seconds]).__next__)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "says"),
+    [
+        ([], 0, "this machine is fit for training\n"),
+        (["compiled"], 0, "this machine is fit for training, without torch.compile\n"),
+        (["softmax", "compiled"], DIVERGED, "not fit for training; failed: softmax\n"),
+    ],
+)
+def test_the_answer_of_the_doctor(monkeypatch, capsys, tmp_path: Path, wrong, code, says) -> None:
+    """Advice is for what failed; the disk is that of --folder, and 64 MiB in 3 s are enough."""
+    lines = {"softmax": "softmax", "compiled": doctor._COMPILED}
+    checks = [
+        doctor.Check(line, name not in wrong, "found", f"do-{name}") for name, line in lines.items()
+    ]
+    monkeypatch.setenv("COLUMNS", "300")
+    asked: list[str] = []
+    monkeypatch.setattr(
+        doctor, "arithmetic", lambda machine: asked.append(machine.device.type) or checks
+    )
+    monkeypatch.setattr(doctor, "time", watch(3.0))
+    monkeypatch.setattr("sota_transformer.runtime._compile", lambda *given: (False, str(given)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=7e9))
+    monkeypatch.setattr(Runtime, "available_memory", lambda _: 2_500_000_000)
+    with simulated("mps"):  # is there, and not asked for
+        assert main(["doctor", "--device", "cpu", "--folder", str(tmp_path)]) == code
+    printed = capsys.readouterr().out
+    assert printed.endswith(says) and asked == ["cpu"]
+    assert [name for name in lines if f"do-{name}" in printed] == wrong
+    assert "22 MB/s" in printed and f"7 GB free in {tmp_path}" in printed
+    assert "2.5 GB available" in printed and not list(tmp_path.iterdir())
+
+
+def test_a_slow_disk_and_little_memory_are_not_enough(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "time", watch(4.0))
+    assert failed(doctor._disk(tmp_path)[1:]) == ["disk speed"]
+    monkeypatch.setattr(Runtime, "available_memory", lambda _: 900_000_000)
+    assert not doctor._memory(runtime()).passed
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", "[" * 9999, '{"machine": 1, "checks": 2}'])
+def test_a_damaged_verdict_is_asked_for_again(tmp_path: Path, monkeypatch, damage: str) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(doctor, "arithmetic", lambda machine: asked.append(machine) or [])
+    doctor.admit(tmp_path, runtime())
+    doctor.admit(tmp_path, dataclasses.replace(runtime(), threads=99))  # which changes no kernel
+    assert len(asked) == 1
+    (tmp_path / "doctor.json").write_text(damage)
+    doctor.admit(tmp_path, runtime())
+    assert len(asked) == 2
+
+
+def test_wrong_compiled_code_is_not_used_at_the_next_start_either(
+    tmp_path: Path, monkeypatch
+) -> None:
+    wrong = doctor.Check(doctor._COMPILED, False, "loss off by 9e-01")
+    monkeypatch.setattr(doctor, "arithmetic", lambda _: [wrong])
+    machine = dataclasses.replace(runtime(), compile=True)
+    for _ in range(2):
+        admitted = doctor.admit(tmp_path, machine)
+        assert not admitted.compile and wrong.detail in admitted.reasons[2]
 
 
 @pytest.mark.slow

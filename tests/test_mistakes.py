@@ -1,10 +1,12 @@
 """Mistakes on the command line: one line that says what is wrong, with advice that works."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sota_transformer import cli
+from sota_transformer.options import Prepare
 from tests.inference_models import small_model, write_run
 
 
@@ -33,6 +35,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("generate run --n 3", "generate: unrecognized arguments: --n, 3; `sota gen"),
         ("data lost", "lost has no manifest.json, so it is not prepared data; move lost away"),
         ("report model", "model is a model, not a run; give a folder made by `sota train`"),
+        ("generate run --runs 3", "generate: unrecognized arguments: --runs, 3; `sota gen"),
+        ("generate run seed=2", "generate: unrecognized arguments: seed=2; `sota gen"),
+        ("train tiny --hours 3", "train tiny: unrecognized arguments: --hours, 3; `sota train"),
+        ("train --steps 5", "name a preset first: "),
+        ("train large", "unknown preset 'large'; presets: tiny"),
+        ("zebra", "unknown command 'zebra'; `sota"),
+        ("config tiny --recipe= fast", "--recipe needs a value: seed or fast"),
+        ("config tiny --override steps=", "--override needs FIELD=VALUE"),
+        ("config tiny --override =5", "--override needs FIELD=VALUE"),
         ("data run", "run has no manifest.json, so it is not prepared data; give a folder created"),
     ],
 )
@@ -42,3 +53,34 @@ def test_a_mistake_is_answered_with_what_helps(
     assert cli.main(command.split()) in (2, 65, 66)
     err = capsys.readouterr().err
     assert err.startswith(f"sota: {said}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        ({"near_dedup": 0.5}, ""),
+        ({"near_dedup": 1.0}, ""),
+        ({"near_dedup": 0.49}, "prepare.near_dedup 0.49 "),
+        ({"near_dedup": 1.01}, "prepare.near_dedup 1.01 "),
+        ({"val_fraction": 0.0}, ""),
+        ({"val_fraction": 1.0}, "prepare.val_fraction 1.0 "),
+        ({"val_fraction": -0.1}, "prepare.val_fraction -0.1 "),
+        ({"memory_mb": -1}, "prepare.memory_mb -1 "),
+        ({"part": "1/1"}, ""),
+        ({"part": "3/3"}, ""),
+        ({"part": "0/3"}, "prepare.part '0/3' "),
+        ({"part": "4/3"}, "prepare.part '4/3' "),
+        ({"part": "1"}, "prepare.part '1' "),
+        ({"part": "x/3"}, "prepare.part 'x/3' "),
+        ({"part": "1/3x"}, "prepare.part '1/3x' "),
+        ({"inputs": ("-",)}, ""),
+        ({"inputs": ("a.txt", "-"), "part": "1/3"}, "--part needs files"),
+        ({"out": Path()}, "prepare needs --out"),
+    ],
+)
+def test_what_prepare_accepts_ends_where_its_options_say(
+    options: dict[str, Any], said: str
+) -> None:
+    found = Prepare(**{"inputs": ("a.txt",), "out": Path("out")} | options).problems()
+    assert len(found) == bool(said) and all(line.startswith(said) for line in found)
