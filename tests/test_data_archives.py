@@ -1,7 +1,11 @@
 """Archives made to break a reader: truncated, damaged, empty, bombs, names leading elsewhere."""
 
+import bz2
 import gzip
 import io
+import lzma
+import random
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -10,6 +14,7 @@ import pytest
 import zstandard
 
 from sota_transformer.data import streams
+from sota_transformer.data.sources import Skipped, find
 from tests.preparing import read
 
 
@@ -67,22 +72,58 @@ def test_what_precedes_damage_in_an_archive_is_kept(tmp_path: Path) -> None:
         assert len(found) >= least and "damaged" in refused[0].reason, (name, len(found))
 
 
-@pytest.mark.parametrize("ending", ["gz", "zst", "zip"])
+@pytest.mark.parametrize("ending", ["gz", "zst", "zip", "tar.gz", "gz in a tar"])
 def test_bombs_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     monkeypatch.setattr(streams, "_BOMB_BYTES", 4 << 20)
-    bomb = b"\n" * (64 << 20)
+    bomb = b"\n" * (32 << 20)
     path = tmp_path / f"bomb.txt.{ending}"
     if ending == "zip":
         path = tmp_path / "bomb.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("bomb.txt", bomb)
+    elif "tar" in ending:
+        packed, name = gzip.compress(bomb), "bomb.txt.gz"
+        members = {name: packed, "a.bin": bytes(1 << 20)} if "in" in ending else {"bomb.txt": bomb}
+        path = tmp_path / ("a.tar" if "in" in ending else "a.tar.gz")
+        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
     else:
         path.write_bytes((gzip.compress if ending == "gz" else zstandard.compress)(bomb))
     (tmp_path / "spool").mkdir()
     _, refused = read(path, tmp_path / "spool")
     assert any("expands over" in item.reason for item in refused)
     taken = sum(file.stat().st_size for file in (tmp_path / "spool").iterdir())
-    assert taken < 500 * path.stat().st_size + (8 << 20) < len(bomb)
+    least = path.stat().st_size if ending != "gz in a tar" else len(packed)
+    assert taken < 500 * least + (8 << 20) < len(bomb)
+
+
+def test_a_pipe_may_carry_any_amount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much was sent is known only at its end, so nothing there looks like a bomb."""
+    monkeypatch.setattr(streams, "_BOMB_BYTES", 1 << 20)
+    data, refused = b"line\n" * 500_000, list[Skipped]()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    ((_, kind, chunks),) = streams.streams(find(("-",))[0][0], refused.append)
+    assert (b"".join(chunks), kind, refused) == (data, "text", [])
+
+
+@pytest.mark.parametrize("codec", ["", "gz", "bz2", "xz", "zst"])
+def test_what_is_unpacked_is_all_there_in_bounded_pieces(
+    codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However well it was packed, and also if a stream ends where the bytes read at once end."""
+    packers = {"": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    parts = [b"\n" * (5 << 20), random.Random(1).randbytes(99_999)]
+    first, second = map(packers.get(codec, zstandard.compress), parts)
+    for at_once in (streams._PACKED, len(first) << (3 if codec == "zst" else 0)):
+        monkeypatch.setattr(streams, "_PACKED", at_once)
+        chunks = list(streams.unpacked(io.BytesIO(first + second), codec))
+        assert b"".join(chunks) == b"".join(parts)
+        if codec:
+            sizes = list(map(len, chunks))
+            assert max(sizes) <= 2 * streams.CHUNK and min(sizes[:-1]) >= streams.CHUNK
 
 
 def test_member_names_cannot_escape(tmp_path: Path) -> None:

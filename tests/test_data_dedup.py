@@ -319,7 +319,7 @@ def test_no_excluded_text_is_silently_skipped(
     (tmp_path / "bench.csv").unlink()
     (tmp_path / "zero.txt").write_bytes(b"\0" * 100)
     capsys.readouterr()
-    write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
+    write_excluded((given[0], str(tmp_path)), "text", tmp_path / "grams.npy")
     said = capsys.readouterr().out
     assert "--exclude ignores 4 files; the first is" in said
     assert "/bench.json: .json file is not a text format\n" in said

@@ -29,6 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("evaluate run --lambada run", "run: not a regular file"),
         ("generate run --n 3", "generate: unrecognized arguments: --n, 3; `sota gen"),
         ("data run", "run has no manifest.json, so it is not prepared data; give a folder created"),
+        ("data a\x1b[2J\x9bb", "a?[2J?b: no such folder"),  # as a name may steer the terminal
     ],
 )
 def test_a_mistake_is_answered_with_what_helps(
