@@ -1,5 +1,7 @@
 """The figures, samples and page of `sota data` for documents that are known."""
 
+import os
+import re
 from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sota_transformer.data.page import page
+from sota_transformer.data.page import page, save
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.data.view import describe
 from sota_transformer.errors import SotaError
@@ -120,4 +122,17 @@ def test_a_page_shows_everything_as_text(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert text in found, text
     bare = {"fingerprint": "", "inputs": [], "rejects": {}}
-    assert not {"Inputs", "Skipped"} & set(page(tmp_path, bare, figures, []).split("h2>"))
+    assert not re.search("Inputs|Skipped", page(tmp_path, bare, figures, []))
+
+
+def test_a_page_is_written_where_a_link_or_a_pipe_leads(tmp_path: Path) -> None:
+    """For example to /dev/stdout, which must not become a file."""
+    (link := tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_text("of before")
+    save(link, "the page", "--html")
+    assert link.is_symlink() and (tmp_path / "file").read_text() == "the page"
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    save(pipe, "the page", "--html")
+    assert os.read(reader, 100) == b"the page"
+    os.close(reader)
