@@ -7,6 +7,7 @@ import lzma
 import random
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -124,6 +125,29 @@ def test_what_is_unpacked_is_all_there_in_bounded_pieces(
         if codec:
             sizes = list(map(len, chunks))
             assert max(sizes) <= 2 * streams.CHUNK and min(sizes[:-1]) >= streams.CHUNK
+
+
+def test_zstandard_is_unpacked_little_by_little() -> None:
+    """Four bytes of it can stand for 128 KiB."""
+    packed = zstandard.compress(bytes(64 << 20))
+    tracemalloc.start()
+    assert sum(map(len, streams.unpacked(io.BytesIO(packed), "zst"))) == 64 << 20
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 48 << 20
+
+
+def test_a_member_with_a_password_costs_no_other(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "secret")
+        archive.writestr("b.txt", "text")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[6] |= 1  # in its own header, and in the directory
+    data[data.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    found, refused = read(tmp_path / "a.zip", tmp_path)
+    assert (found, [item.reason for item in refused]) == (["text"], ["damaged or encrypted member"])
+    assert refused[0].where.startswith("a.zip!a.txt: ")
 
 
 def test_member_names_cannot_escape(tmp_path: Path) -> None:
