@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import sys
 import sysconfig
 import tarfile
 import time
@@ -92,6 +93,20 @@ def test_pythons_own_sources_are_taken_once(here: Path, monkeypatch: pytest.Monk
     assert found("python:") == ([taken[0], "plat/g.py", *taken[1:]], set())
 
 
+def test_what_another_pipe_brought_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it will bring is not known before it is read."""
+    for seed in (1, 2):
+        lines = io.TextIOWrapper(io.BytesIO(jsonl([f"{seed} {n}" for n in range(40)])))
+        monkeypatch.setattr(sys, "stdin", lines)
+        if seed == 1:
+            run(tmp_path / "data", "-")
+        else:
+            fails(73, "from different or changed inputs", out=tmp_path / "data", inputs=("-",))
+    assert everything(tmp_path / "data") == sorted(f"1 {n}" for n in range(40))
+
+
 def test_links_stay_inside_and_a_folder_that_cannot_be_listed_is_reported(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,12 +151,13 @@ def test_the_format_that_a_name_stands_for(name: str, expected: tuple[str, str])
 def test_endings_of_other_files_are_told_briefly(here: Path) -> None:
     """As part of a reason that many files share; a codec's name alone would be no reason."""
     names = ["a." + "x" * 20, "b.PNG", "c." + "z" * 20 + ".gz", "d.png.gz", "Makefile", "e.gz"]
+    names.append("config.json")  # alone it makes no run
     for name in names:
         (here / "x" / name).write_text("text")
     texts = [item.reason.removesuffix(" is not a text format") for item in find(("x",))[1]]
     texts.remove("hidden")
     assert sorted(texts) == [
-        ".png file", ".png.gz file", f".{'x' * 11} file", f".{'z' * 11}.gz file",
+        ".json file", ".png file", ".png.gz file", f".{'x' * 11} file", f".{'z' * 11}.gz file",
         "file without an extension", "file without an extension, in .gz",
     ]  # fmt: skip
 
