@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from sota_transformer.data import streams
+from sota_transformer.data import encode, pool, streams, units
 from sota_transformer.data.sources import Skipped, find
-from tests.preparing import read
+from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.options import Prepare
+from tests.preparing import jsonl, read, texts
 
 
 def test_an_archive_ends_where_it_says(tmp_path: Path) -> None:
@@ -184,6 +186,30 @@ def test_a_member_with_a_password_costs_no_other(tmp_path: Path) -> None:
     found, refused = read(tmp_path / "a.zip", tmp_path)
     assert (found, [item.reason for item in refused]) == (["text"], ["damaged or encrypted member"])
     assert refused[0].where.startswith("a.zip!a.txt: ")
+
+
+def test_what_was_unpacked_goes_once_its_result_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs stay, and a second attempt needs neither."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(5)))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts(5, seed=1))))
+    inputs = sorted(tmp_path.iterdir())
+    (spool := tmp_path / "spool").mkdir()
+    cuts = list(units.cut(find(tuple(map(str, inputs)))[0], spool, print, list))
+    assert list(spool.iterdir())
+    job = units.Job(tmp_path, Prepare(inputs=("x",), out=tmp_path))
+    monkeypatch.setattr(pool._Worker, "tools", encode.Tools(job), raising=False)
+    made = tuple(units.Unit(i, segments, str(i)) for i, segments in enumerate(cuts))
+    counts = pool._encode(made)
+    assert not list(spool.iterdir()) and all(path.exists() for path in inputs)
+    items = texts(5) + texts(5, seed=1)
+    tokens = sum(len(Tokenizer().encode(text)) + 1 for text in items)
+    expected = (len(items), sum(len(text.encode()) for text in items), tokens)
+    assert tuple(map(sum, zip(*counts, strict=True))) == expected
+    for path in inputs:
+        path.unlink()
+    assert pool._encode(made) == counts
 
 
 def test_member_names_cannot_escape(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sota_transformer.data.page import page, save
+from sota_transformer.data.shards import load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.data.view import describe
 from sota_transformer.errors import SotaError
@@ -52,6 +53,16 @@ def test_documents_without_a_token(tmp_path: Path) -> None:
     figures = describe(DataView(folder=tmp_path))["train"]
     assert (figures["documents"], figures["length_quantiles"]) == (2, [0] * 5)
     assert figures["scripts"] == {}
+
+
+def test_the_side_of_a_file_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """Even of a file of a single id, which is no 32-bit one."""
+    np.array([64], "<u2").tofile(tmp_path / "train.bin")
+    before = load_manifest(tmp_path)
+    (tmp_path / "train.bin").rename(tmp_path / "val.bin")
+    after = load_manifest(tmp_path)
+    assert before["splits"]["train"]["tokens"] == after["splits"]["val"]["tokens"] == 1
+    assert before["fingerprint"] != after["fingerprint"]
 
 
 def test_scripts_of_all_documents(tmp_path: Path) -> None:
