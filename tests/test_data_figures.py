@@ -1,5 +1,6 @@
 """The figures, samples and page of `sota data` for documents that are known."""
 
+import json
 import os
 import re
 from html.parser import HTMLParser
@@ -32,14 +33,15 @@ def write(folder: Path, *texts: list[int] | str) -> None:
 
 
 def test_lengths_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lengths = [17] * 40 + [9] * 49 + [700] + [40] * 10 + [1]
+    lengths = [17] * 40 + [9] * 49 + [700] + [40] * 5 + [50] * 5 + [3]
     write(tmp_path, *([64] * length for length in lengths))
-    figures = describe(DataView(folder=tmp_path, show=2))
-    bars = [(1, 1, 1), (2, 0, 0), (4, 0, 0), (8, 49, 40), (16, 40, 33), (32, 10, 9), (64, 0, 0)]
+    figures = describe(DataView(folder=tmp_path, show=2, leakage=True))
+    bars = [(2, 1, 1), (4, 0, 0), (8, 49, 40), (16, 40, 33), (32, 10, 9), (64, 0, 0)]
     bars += [(128, 0, 0), (256, 0, 0), (512, 1, 1)]
-    assert figures["train"]["length_quantiles"] == [1, 9, 17, 40, 700]
+    assert figures["train"]["length_quantiles"] == [3, 9, 17, 40, 700]
     assert figures["train"]["length_histogram"] == [[edge, count] for edge, count, _ in bars]
     said = capsys.readouterr().out
+    assert figures["leakage"] == 0 and "\nleakage: 0.000% of" in said, "nothing to leak from"
     for edge, count, width in bars:
         assert f"\n  {edge:>10}+ {count:>10} {'#' * width}\n" in said
     assert "\nval: empty\n" in said
@@ -74,6 +76,21 @@ def test_scripts_of_all_documents(tmp_path: Path) -> None:
     write(tmp_path, *(["a"] * 600), *(["ж"] * 600))
     found = describe(DataView(folder=tmp_path, show=0))["train"]["scripts"]
     assert found == {"Latin": 0.5, "Cyrillic": 0.5}
+
+
+def test_the_list_of_documents_is_json_that_is_safe_to_look_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\x1b[31m \x9b2J \x7f 日本" + " word" * 30
+    write(tmp_path, text, "b")
+    describe(DataView(folder=tmp_path, list_split="train"))
+    out = capsys.readouterr().out
+    ids = Tokenizer().encode(text)
+    first = {"document": 0, "tokens": len(ids), "text": Tokenizer().decode(ids[:16])}
+    assert [json.loads(line) for line in out.splitlines()] == [
+        first, {"document": 1, "tokens": 1, "text": "b"}
+    ]  # fmt: skip
+    assert "日本 word" in out and not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f]", out)
 
 
 def test_windows_are_counted_from_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sota_transformer.data import view as view_module
 from sota_transformer.data.packing import BestFit, _best_fit, document_ids
 from sota_transformer.data.shards import TokenWindows, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
@@ -138,8 +139,11 @@ def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for block in (1 << 20, 1000):
         monkeypatch.setattr("sota_transformer.data.view._BLOCK", block)
         assert describe(view)["leakage"] == pytest.approx(share, abs=1e-9)
-    monkeypatch.setattr("sota_transformer.data.view._MOST_GRAMS", 1000)
+    sizes, plain = list[int](), view_module.GramSet
+    monkeypatch.setattr(view_module, "GramSet", lambda x: sizes.append(len(x)) or plain(x))
+    monkeypatch.setattr(view_module, "_MOST_GRAMS", 1000)
     assert describe(view)["leakage"] == pytest.approx(share, abs=0.1), "of a sample"
+    assert 500 < sizes[0] < 1100, "as many as are wanted"
 
 
 def megatron_index(ids: np.ndarray) -> bytes:
