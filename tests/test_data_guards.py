@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sota_transformer.data import guards, progress
+from sota_transformer.data.encode import Rejects
 from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, SotaError
 from sota_transformer.options import Prepare
 
@@ -111,6 +112,20 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
         ):
             raise OSError(number, os.strerror(number), name)
         assert caught.value.code == code
+
+
+def test_a_manifest_lists_few_examples_of_any_number_of_rejects() -> None:
+    """The first five, over all units."""
+    first, second = Rejects(), Rejects()
+    for number in range(4):
+        first.add("empty file", f"a{number}")
+    for number in range(9):
+        second.add("empty file", f"b{number}", 2)
+    second.add("hidden", "")
+    first.merge(second)
+    assert first.counts == {"empty file": 22, "hidden": 1}
+    assert first.examples == {"empty file": ["a0", "a1", "a2", "a3", "b0"], "hidden": []}
+    assert len(second.examples["empty file"]) == 5
 
 
 @pytest.fixture
