@@ -261,12 +261,20 @@ def test_excluded_text_is_dropped_with_documents_quoting_it(tmp_path: Path, code
     items = [" ".join(random_text(random, 200)) for _ in range(100)]
     tainted = [f"{a} {question} {b}" for a, b in zip(items[:5], items[5:10], strict=True)]
     partly = f"{items[20]} {' '.join(question.split()[:3])} {items[21]}"
-    (tmp_path / "a.jsonl").write_bytes(jsonl([*items, *tainted, partly]))
+    tainted += [question, f"{question} {items[10]}"]  # after a document that stays
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*items, partly]))
+    (tmp_path / "b.jsonl").write_bytes(
+        jsonl([*tainted[:5], items[30] + ".", *tainted[5:6], items[31] + ".", *tainted[6:]])
+    )
     records = [{"question": question, "n": 1}, {"question": "hm"}]
     (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, records)), codec)
-    manifest = run(tmp_path / "data", tmp_path / "a.jsonl", exclude=(str(tmp_path / "eval.jsonl"),))
-    assert everything(tmp_path / "data") == sorted([*items, partly])
-    assert manifest["rejects"]["shares text with an excluded file"]["count"] == 5
+    inputs = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    manifest = run(tmp_path / "data", *inputs, exclude=(str(tmp_path / "eval.jsonl"),))
+    assert everything(tmp_path / "data") == sorted(
+        [*items, partly, *(f"{items[i]}." for i in (30, 31))]
+    )
+    told = {"count": 7, "examples": ["b.jsonl"] * 5}
+    assert manifest["rejects"]["shares text with an excluded file"] == told
 
 
 def test_appended_documents_are_checked_like_existing_ones(tmp_path: Path) -> None:
@@ -319,7 +327,7 @@ def test_no_excluded_text_is_silently_skipped(
     (tmp_path / "bench.csv").unlink()
     (tmp_path / "zero.txt").write_bytes(b"\0" * 100)
     capsys.readouterr()
-    write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
+    write_excluded((given[0], str(tmp_path)), "text", tmp_path / "grams.npy")
     said = capsys.readouterr().out
     assert "--exclude ignores 4 files; the first is" in said
     assert "/bench.json: .json file is not a text format\n" in said

@@ -1,15 +1,20 @@
-"""Workers that fit into memory, splits that are not empty, and errors in one line."""
+"""Workers that fit into memory, splits that are not empty, errors in one line, and progress."""
 
 import errno
+import io
 import itertools
 import os
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sota_transformer.data import guards
+from sota_transformer.data import guards, progress
+from sota_transformer.data.encode import Rejects
 from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, SotaError
 from sota_transformer.options import Prepare
 
@@ -107,3 +112,100 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
         ):
             raise OSError(number, os.strerror(number), name)
         assert caught.value.code == code
+
+
+def test_a_manifest_lists_few_examples_of_any_number_of_rejects() -> None:
+    """The first five, over all units."""
+    first, second = Rejects(), Rejects()
+    for number in range(4):
+        first.add("empty file", f"a{number}")
+    for number in range(9):
+        second.add("empty file", f"b{number}", 2)
+    second.add("hidden", "")
+    first.merge(second)
+    assert first.counts == {"empty file": 22, "hidden": 1}
+    assert first.examples == {"empty file": ["a0", "a1", "a2", "a3", "b0"], "hidden": []}
+    assert len(second.examples["empty file"]) == 5
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time that progress is measured by, which only passes by hand."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("total", [1000, 700, None])
+def test_a_preparation_tells_what_it_did_and_what_is_left(
+    clock: SimpleNamespace, capsys: pytest.CaptureFixture[str], total: int | None
+) -> None:
+    """Every five seconds at most, on stderr. The inputs may turn out larger than they looked."""
+    with progress.Progress(total) as meter:
+        for _ in range(8):
+            clock.now += 2
+            meter.add_unit(10, 6_000_000, 700_000, 125)
+        assert meter.close() == 16
+    said = ["30 documents (5/s)  18 MB (3 MB/s)  2.1 M tokens"]
+    said += ["60 documents (5/s)  36 MB (3 MB/s)  4.2 M tokens"]
+    shares = {1000: [("37.5%", 10), ("75.0%", 4)], 700: [("53.6%", 5), ("100.0%", 0)]}
+    if total:
+        known = zip(shares[total], said, strict=True)
+        said = [f"{share}  {one}  {left} s left" for (share, left), one in known]
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()) == ("", [f"prepare: {one}" for one in said])
+
+
+def test_a_bar_is_on_the_terminal_of_the_errors_and_goes(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen, before = io.StringIO(), set(threading.enumerate())
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    with progress.Meter("evaluate", 1000) as meter:
+        clock.now += 1
+        meter.add(250)
+    assert "25.0%  250 tokens (250/s)  3 s left" in screen.getvalue()
+    assert "evaluate:" not in screen.getvalue() and capsys.readouterr().out == ""
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+
+
+def test_the_table_of_a_preparation(tmp_path: Path) -> None:
+    """At most 20 inputs by name; what was skipped, then what was repaired, the most first."""
+
+    def row(name: str, documents: int) -> dict[str, Any]:
+        return {"input": name, "documents": documents, "text_bytes": 10**7, "tokens": 1234}
+
+    kept = f"not valid UTF-8{progress.REPAIRED}"
+    counts = {"hidden": 3, kept: 2000, "empty file": 40, "line\x1b[31m": 7}
+    manifest = {
+        "inputs": [row("d/" + "x" * 38, 5), *(row(f"{n}.txt", n) for n in range(1, 20))],
+        "splits": {"train": row("", 10**6), "val": row("", 1)},
+        "rejects": {
+            reason: {"count": count, "examples": ["1st\x9b\udce9\r", "2nd"][: count % 2 * 2]}
+            for reason, count in counts.items()
+        },
+        "fingerprint": "0123456789abcdef" * 4,
+    }
+    lines = progress.summary(manifest, tmp_path).splitlines()
+    assert lines[1].split() == ["d/" + "x" * 38, "5", "10.00", "1,234"]
+    assert [line.split()[:2] for line in lines[19:23]] == [
+        ["18.txt", "18"], ["19.txt", "19"], ["->", "train"], ["->", "val"]
+    ]  # fmt: skip
+    assert lines[21].split()[2:] == ["1,000,000", "10.00", "1,234"]
+    assert lines[23:-1] == [
+        "skipped:", "         40  empty file", "          7  line?[31m  e.g. 1st???",
+        "          3  hidden  e.g. 1st???", "repaired:", f"      2,000  {kept}",
+    ]  # fmt: skip
+    assert lines[-1] == f"fingerprint 0123456789abcdef  in {tmp_path}"
+    manifest["inputs"] += [row("d/" + "x" * 36 + "end", 6)]
+    lines = progress.summary(manifest, tmp_path).splitlines()
+    assert lines[20].split()[:2] == ["19.txt", "19"]
+    assert lines[21].split() == ["1", "more", "6", "10.00", "1,234"]
+    manifest["inputs"][0] = manifest["inputs"][-1]
+    shown = progress.summary(manifest, tmp_path).splitlines()[1].split()[0]
+    assert shown == "..." + "x" * 34 + "end"

@@ -9,21 +9,27 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from itertools import chain
 from multiprocessing import forkserver, spawn
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sota_transformer.data import forks, tables, units
+from sota_transformer.data import encode, forks, tables, units
 from sota_transformer.data.pool import Job, Pool, runs
 from sota_transformer.data.sources import Skipped, find
-from sota_transformer.data.units import Unit
+from sota_transformer.data.tokenizer import EOT, Tokenizer
+from sota_transformer.data.units import Segment, Unit
+from sota_transformer.errors import SotaError
 from sota_transformer.options import Prepare
-from tests.preparing import PrivateMap, bytes_of, everything, jsonl, run, texts
+from tests.preparing import PrivateMap, bytes_of, everything, jsonl, read, run, texts
 
 ROWS = (100, 100, 100, 100, 100, 30)  # of the row groups
 
@@ -186,6 +192,104 @@ def test_a_worker_that_cannot_be_stopped_blocks_nothing(table: Path, tmp_path: P
     assert [unit for unit, _ in found] == made
 
 
+def in_turn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dies: Callable[[Unit], bool]
+) -> tuple[list[Unit], Pool]:
+    """100 units, and a pool of two whose work is done when wanted; on some units a worker dies."""
+
+    def counts(run: tuple[Unit, ...]) -> list[tuple[int, int, int]]:
+        if any(map(dies, run)):
+            raise BrokenProcessPool
+        return [(unit.index, 0, 0) for unit in run]
+
+    def submit(_: object, run: tuple[Unit, ...]) -> SimpleNamespace:
+        return SimpleNamespace(done=lambda: False, result=lambda: counts(run))
+
+    executor = SimpleNamespace(submit=submit, shutdown=lambda **_: None)
+    monkeypatch.setattr(Pool, "_start", lambda _: executor)
+    (folder / "a.jsonl").write_bytes(jsonl(texts(3)))
+    (unit,) = units_of(folder / "a.jsonl")
+    pool = Pool(Job(folder, Prepare(inputs=("x",), out=folder)), 2)
+    return [replace(unit, index=index) for index in range(100)], pool
+
+
+def test_a_bounded_number_of_units_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the first of them is; what waits takes space on the disk."""
+    made, pool = in_turn(tmp_path, monkeypatch, lambda _: False)
+    taken, waiting = list[Unit](), list[int]()
+    for number, found in enumerate(pool.run(taken.append(unit) or unit for unit in made)):
+        assert found == (made[number], (number, 0, 0))
+        waiting.append(len(taken) - number)
+    assert len(taken) == 100 and min(waiting[:80]) > 2 and max(waiting) < 12
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 9])
+def test_the_unit_on_which_workers_die_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    """After a death with others, and two alone."""
+    met = list[Unit]()
+
+    def dies(unit: Unit) -> bool:
+        met.extend([unit] * (unit.index == 30))
+        return unit.index == 30 and len(met) <= deaths
+
+    made, pool = in_turn(tmp_path, monkeypatch, dies)
+    found = list[Unit]()
+    if deaths < 3:
+        found += (unit for unit, _ in pool.run(made))
+        assert found == made
+        return
+    with pytest.raises(SotaError, match=r"died twice on a\.jsonl \(from byte 0\)") as caught:
+        found.extend(unit for unit, _ in pool.run(made))
+    assert caught.value.code == 65 and found == made[:30] and len(met) == 3
+
+
+def test_a_file_that_cannot_be_read_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It vanished, or is too large for this machine."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (unit,) = units_of(*sorted(tmp_path.iterdir()))
+    (tmp_path / "a.txt").unlink()
+    plain = encode.documents
+
+    def documents(segment: Segment, *how: Any) -> Any:
+        if segment.name == "b.txt":
+            raise MemoryError
+        return plain(segment, *how)
+
+    monkeypatch.setattr(encode, "documents", documents)
+    tools = encode.Tools(Job(tmp_path, Prepare(inputs=("x",), out=tmp_path)))
+    encoded = encode.encode_unit(unit, tools)
+    assert encoded.tokens.tolist() == [*Tokenizer().encode("c"), EOT]
+    assert encoded.rejects.examples == {
+        "cannot be read (No such file or directory)": ["a.txt"],
+        "not enough memory": ["b.txt"],
+    }
+
+
+@pytest.mark.parametrize("head", [b"", b"[]", b"{}", b"7", b"[" * 9999, b'{"key": "1"}'])
+def test_a_result_of_another_form_is_made_again(tmp_path: Path, head: bytes) -> None:
+    (tmp_path / "unit").write_bytes(b"tokens" + head + len(head).to_bytes(8, "little"))
+    assert encode.load(tmp_path / "unit", "1", check=True) is None
+    assert encode.load(tmp_path / "gone", "1", check=False) is None
+
+
+def test_a_unit_may_have_any_number_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there is room for at first, or exactly as many."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(3)))
+    (unit,) = units_of(tmp_path / "a.jsonl")
+    tools = encode.Tools(Job(tmp_path, Prepare(inputs=("x",), out=tmp_path)))
+    expected = list(chain(*([*Tokenizer().encode(text), EOT] for text in texts(3))))
+    for room in (1, 9, *range(len(expected) - 2, len(expected) + 3)):
+        monkeypatch.setattr(encode, "UNIT_BYTES", 2 * room)
+        assert encode.encode_unit(unit, tools).tokens.tolist() == expected
+
+
 def rows_of(items: list[str]) -> list[tuple[int, bytes]]:
     """As yielded by a table reader."""
     return [(row, text.encode()) for row, text in enumerate(items)]
@@ -202,15 +306,64 @@ def test_small_row_groups_share_a_unit_and_a_footer_is_read_once(
     else:
         with pa.ipc.new_file(path, column.schema) as file:
             file.write_table(column, max_chunksize=1)
-    made, opened, plain = units_of(path), [], parquet.ParquetFile
+    made, opened = units_of(path), []
     assert 2 < len(made) < 100, "as by their text, not as by their row groups"
-    monkeypatch.setattr(parquet, "ParquetFile", lambda *a, **k: opened.append(a) or plain(*a, **k))
+    for module, name in ((parquet, "ParquetFile"), (pa, "OSFile")):
+        plain = getattr(module, name)
+        note = lambda *a, plain=plain, **k: opened.append(a) or plain(*a, **k)  # noqa: E731
+        monkeypatch.setattr(module, name, note)
     reader = tables.Tables()
     found = [tuple(reader.rows(part, "text")) for unit in made for part in unit.segments]
     assert list(chain(*found)) == rows_of(items)
-    assert len(opened) == (kind == "parquet")
+    assert len(opened) == 1
     again = [tuple(reader.rows(part, "text")) for unit in made[::-1] for part in unit.segments]
     assert again == found[::-1], "in any order, as workers meet them"
+
+
+def test_a_row_larger_than_a_unit_is_whole(table: Path) -> None:
+    items = ["a", "b " * 9000, "c " * 9000, "d"]
+    column = pa.table({"text": items})
+    parquet.write_table(column, table, row_group_size=1)
+    assert read(table, table.parent) == (items, [])
+    path = table.with_suffix(".arrow")
+    with pa.ipc.new_file(path, column.schema) as file:
+        file.write_table(column, max_chunksize=1)
+    assert read(path, table.parent) == (items, [])
+
+
+@pytest.mark.parametrize("kind", ["", "large_", "view"])
+def test_a_broken_string_costs_no_other(tmp_path: Path, kind: str) -> None:
+    """Whatever kind of string a table has."""
+    if kind == "view" and not hasattr(pa, "string_view"):
+        pytest.skip("pyarrow 16 or later")
+    binary = pa.binary_view() if kind == "view" else getattr(pa, f"{kind}binary")()
+    string = pa.string_view() if kind == "view" else getattr(pa, f"{kind}string")()
+    column = pa.array([b"before", b"caf\xe9", b"behind"], binary).view(string)
+    batch = pa.record_batch({"text": column})
+    with pa.ipc.new_file(tmp_path / "a.arrow", batch.schema) as file:
+        file.write_batch(batch)
+    found, refused = read(tmp_path / "a.arrow", tmp_path)
+    assert found == ["before", "behind"]
+    assert [(item.reason, item.repaired) for item in refused] == [
+        ("not valid UTF-8", "caf\ufffd".encode())
+    ]
+
+
+def test_a_table_that_cannot_be_read_has_one_reason(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lacks the column, or pyarrow is not installed."""
+    column = pa.table({"other": texts(100)})
+    other = table.with_name("other.parquet")
+    parquet.write_table(column, other, row_group_size=9)
+    with pa.ipc.new_file(arrow := other.with_suffix(".arrow"), column.schema) as file:
+        file.write_table(column, max_chunksize=9)
+    missing = "parquet and Arrow need `pip install 'sota-transformer[parquet]'`"
+    for expected in ("no column 'text'", missing):
+        for path in (other, arrow):
+            found, refused = read(path, table.parent)
+            assert (found, [item.reason for item in refused]) == ([], [expected])
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
 
 
 def test_row_groups_of_any_sizes_give_every_row_once(table: Path) -> None:

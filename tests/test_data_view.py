@@ -1,5 +1,6 @@
 """Viewing prepared data, other projects' token files, and the other ways to cut windows."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sota_transformer.data import view as view_module
 from sota_transformer.data.packing import BestFit, _best_fit, document_ids
 from sota_transformer.data.shards import TokenWindows, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
@@ -111,10 +113,12 @@ def test_a_page_with_names_that_are_not_text(tmp_path: Path) -> None:
 def test_control_characters_do_not_reach_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.jsonl").write_bytes(jsonl([f"{t}\x1b[31m\x07 red" for t in texts(50)]))
+    (tmp_path / "a.jsonl").write_bytes(jsonl([f"{t}\x1b[31m\x07\x9b red" for t in texts(50)]))
     run(tmp_path / "data", tmp_path / "a.jsonl")
-    describe(DataView(folder=tmp_path / "data", show=3))
-    assert "\x1b" not in capsys.readouterr().out
+    for how in ({"show": 3}, {"window": "train:0:200"}):
+        describe(DataView(folder=tmp_path / "data", **how))
+        out = capsys.readouterr().out
+        assert not re.search("[\x1b\x07\x9b]", out) and ".\n?[31m?? red\n" in out
 
 
 def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +136,14 @@ def test_leakage_as_by_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     share = len(sets["val"] & sets["train"]) / len(sets["val"])
     assert 0.3 < share < 1
     view = DataView(folder=tmp_path / "data", leakage=True)
-    assert describe(view)["leakage"] == pytest.approx(share, abs=1e-9)
-    monkeypatch.setattr("sota_transformer.data.view._MOST_GRAMS", 1000)
+    for block in (1 << 20, 1000):
+        monkeypatch.setattr("sota_transformer.data.view._BLOCK", block)
+        assert describe(view)["leakage"] == pytest.approx(share, abs=1e-9)
+    sizes, plain = list[int](), view_module.GramSet
+    monkeypatch.setattr(view_module, "GramSet", lambda x: sizes.append(len(x)) or plain(x))
+    monkeypatch.setattr(view_module, "_MOST_GRAMS", 1000)
     assert describe(view)["leakage"] == pytest.approx(share, abs=0.1), "of a sample"
+    assert 500 < sizes[0] < 1100, "as many as are wanted"
 
 
 def megatron_index(ids: np.ndarray) -> bytes:
@@ -168,6 +177,9 @@ def test_other_projects_files_open_as_they_are(folder: Path, tmp_path: Path, kin
     write_foreign(tmp_path / kind, kind, parts)
     for split, ids in parts.items():
         ours, theirs = (TokenWindows(f, split, 64) for f in (folder, tmp_path / kind))
+        for name, entry in load_manifest(tmp_path / kind)["files"].items():
+            data = (tmp_path / kind / name).read_bytes()
+            assert entry["sha256"] == hashlib.sha256(data).hexdigest()
         assert (theirs.tokens, theirs.documents) == (ours.tokens, ours.documents)
         assert theirs.text_bytes == ours.text_bytes
         assert np.array_equal(theirs[3], ids[192 : 192 + 65])
@@ -175,7 +187,9 @@ def test_other_projects_files_open_as_they_are(folder: Path, tmp_path: Path, kin
     assert describe(DataView(folder=tmp_path / kind, show=0))["val"]["documents"] > 0
 
 
-def test_the_split_of_a_foreign_file_is_a_word_of_its_name(tmp_path: Path) -> None:
+def test_the_split_of_a_foreign_file_is_a_word_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sides = {
         "train": ["medieval.bin", "train_retrieval_000001.bin", "values.bin"],
         "val": ["fineweb_val_000000.bin", "my-Validation.bin", "val2.bin", "valid.bin"],
@@ -187,13 +201,17 @@ def test_the_split_of_a_foreign_file_is_a_word_of_its_name(tmp_path: Path) -> No
     assert {side: sorted(found[side]["shards"]) for side in sides} == {
         side: sorted(names) for side, names in sides.items()
     }
+    listing = Path.iterdir  # its order is that of the disk
+    for order in (1, -1):
+        monkeypatch.setattr(Path, "iterdir", lambda path, step=order: list(listing(path))[::step])
+        assert load_manifest(tmp_path)["splits"] == found
 
 
 def test_bad_foreign_files_are_refused(folder: Path, tmp_path: Path) -> None:
     ids = stream(folder, "train")
     for name, data in {
         "odd": ids.tobytes()[:-1],
-        "vocabulary": np.append(ids, 60000).astype(np.uint16).tobytes(),
+        "vocabulary": np.append(ids, 50258).astype(np.uint16).tobytes(),
         "wide": ids.astype(np.uint32).tobytes(),
     }.items():
         (tmp_path / name).mkdir()
@@ -202,13 +220,21 @@ def test_bad_foreign_files_are_refused(folder: Path, tmp_path: Path) -> None:
             TokenWindows(tmp_path / name, "train", 8)
         assert caught.value.code == 65
     write_foreign(tmp_path / "index", "megatron", {"train": ids})
-    (tmp_path / "index" / "train.bin").write_bytes(ids[:-2].tobytes())
-    with pytest.raises(SotaError, match="disagree"):
-        TokenWindows(tmp_path / "index", "train", 8)
+    for other in (ids[:-2], np.append(ids, ids[:2])):
+        (tmp_path / "index" / "train.bin").write_bytes(other.tobytes())
+        with pytest.raises(SotaError, match="disagree"):
+            TokenWindows(tmp_path / "index", "train", 8)
+    write_foreign(tmp_path / "llmc", "llmc", {"train": ids})
+    path = tmp_path / "llmc" / "x_train_000001.bin"
+    for head in ((20240801, 7, len(ids)), (20240520, 1, len(ids) - 1), (20240520, 2, len(ids))):
+        path.write_bytes(np.array(head, "<i4").tobytes() + path.read_bytes()[12:])
+        with pytest.raises(SotaError, match=f"version {head[1]} whose header says {head[2]:,} ids"):
+            TokenWindows(tmp_path / "llmc", "train", 8)
     for kind, name in (("megatron", "train.idx"), ("datatrove", "000_train.ds.index")):
         write_foreign(tmp_path / kind, kind, {"train": ids})
         whole = (tmp_path / kind / name).read_bytes()
-        for data in (whole[:40], whole[:18] + b"\xff" * 8, whole[:3], b""):
+        cuts = (whole[:cut] for cut in (40, 20, 10, 3, 0))
+        for data in (*cuts, whole[:18] + b"\xff" * 8):
             (tmp_path / kind / name).write_bytes(data)
             with pytest.raises(SotaError) as caught:
                 TokenWindows(tmp_path / kind, "train", 8)
@@ -254,7 +280,8 @@ def test_more_files_than_a_process_may_open_at_first(
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_export_and_back(folder: Path, tmp_path: Path) -> None:
+def test_export_and_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sota_transformer.data.view._BLOCK", 1000)  # at a time
     describe(DataView(folder=folder, export_bin=tmp_path / "out"))
     for split in ("train", "val"):
         ids = np.fromfile(tmp_path / "out" / f"{split}.bin", np.uint16)

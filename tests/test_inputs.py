@@ -5,16 +5,19 @@ import io
 import json
 import os
 import re
+import sys
+import sysconfig
 import tarfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sota_transformer.data import units
 from sota_transformer.data.prepare import merge
-from sota_transformer.data.sources import Skipped, find
+from sota_transformer.data.sources import Skipped, find, format_of
 from sota_transformer.data.streams import streams
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Merge
@@ -57,6 +60,112 @@ def test_a_glob_finds_what_a_folder_walk_finds(here: Path) -> None:
     assert found("**/*.txt") == found("*") == expected
     assert sorted(os.path.relpath(path) for path in found(str(here))[0]) == expected[0]
     assert found(".git/*.txt")[0] == [".git/c.txt"]
+    assert sorted(map(os.path.relpath, found("**")[0])) == expected[0], "`x/e.txt` once, with `x`"
+
+
+def test_what_is_found_does_not_depend_on_how_a_folder_is_listed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files in the order of the bytes of their names, the others by name; a dot has a name."""
+    for name in ("b.TXT", "B.txt", "\uffff.txt", "\U0001f600.txt", "d.y", "c.x", "e.x"):
+        (here / name).write_text("text")
+    forward, skipped = find((".",))
+    listing = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: list(listing(path))[::-1])
+    assert find((".",)) == (forward, skipped)
+    names = ["B.txt", "a.txt", "b.TXT", "x/e.txt", "\uffff.txt", "\U0001f600.txt"]
+    assert [source.name for source in forward] == [f"{here.name}/{name}" for name in names]
+    places = [item.where for item in skipped]
+    assert places == sorted(places) and f"{here.name}/d.y" in places
+
+
+def test_pythons_own_sources_are_taken_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of packages may be in one folder, which may be inside the standard library's."""
+    names = ["lib/a.py", "lib/b/c.py", "lib/d.txt", "lib/.e.py", "lib/site-packages/f.py"]
+    for name in (*names, "plat/g.py"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("pass")
+    paths = {"stdlib": "lib", "purelib": "lib/site-packages", "platlib": "lib/b/../site-packages"}
+    taken = ["lib/site-packages/f.py", "lib/a.py", "lib/b/c.py"]
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
+    assert found("python:") == (taken, set())
+    paths["platlib"] = "plat"
+    assert found("python:") == ([taken[0], "plat/g.py", *taken[1:]], set())
+
+
+def test_what_another_pipe_brought_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it will bring is not known before it is read."""
+    for seed in (1, 2):
+        lines = io.TextIOWrapper(io.BytesIO(jsonl([f"{seed} {n}" for n in range(40)])))
+        monkeypatch.setattr(sys, "stdin", lines)
+        if seed == 1:
+            run(tmp_path / "data", "-")
+        else:
+            fails(73, "from different or changed inputs", out=tmp_path / "data", inputs=("-",))
+    assert everything(tmp_path / "data") == sorted(f"1 {n}" for n in range(40))
+
+
+def test_links_stay_inside_and_a_folder_that_cannot_be_listed_is_reported(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "x2").mkdir()
+    (here / "x2" / "out.txt").write_text("outside")
+    (here / "x" / "in.txt").symlink_to(here / "x" / "e.txt")
+    (here / "x" / "out.txt").symlink_to(here / "x2" / "out.txt")
+    (here / "x" / "loop").symlink_to(here / "x")
+    (here / "x" / "y").mkdir()
+    listing = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path.endswith("y"):
+            raise PermissionError(13, "Permission denied")
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    sources, skipped = find(("x",))
+    assert [source.name for source in sources] == ["x/e.txt", "x/in.txt"]
+    assert [(item.where, item.reason.split("(")[0].split(",")[0]) for item in skipped] == [
+        ("x/__pycache__", "hidden"), ("x/loop", "link to a folder"), ("x/out.txt", "broken link"),
+        ("x/y", "cannot be read "),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.tgz", ("gz", "tar")),
+        ("a.TBZ2", ("bz2", "tar")),
+        ("a.txz", ("xz", "tar")),
+        ("a.tzst", ("zst", "tar")),
+        ("A.JSONL.GZ", ("gz", "jsonl")),
+        ("gz", ("gz", "")),
+        ("a.tar.b", ("", "")),
+    ],
+)
+def test_the_format_that_a_name_stands_for(name: str, expected: tuple[str, str]) -> None:
+    assert format_of(name) == expected
+
+
+def test_endings_of_other_files_are_told_briefly(here: Path) -> None:
+    """As part of a reason that many files share; a codec's name alone would be no reason."""
+    names = ["a." + "x" * 20, "b.PNG", "c." + "z" * 20 + ".gz", "d.png.gz", "Makefile", "e.gz"]
+    names.append("config.json")  # alone it makes no run
+    for name in names:
+        (here / "x" / name).write_text("text")
+    texts = [item.reason.removesuffix(" is not a text format") for item in find(("x",))[1]]
+    texts.remove("hidden")
+    assert sorted(texts) == [
+        ".json file", ".png file", ".png.gz file", f".{'x' * 11} file", f".{'z' * 11}.gz file",
+        "file without an extension", "file without an extension, in .gz",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["a**b", "[", "x/["])
+def test_a_pattern_that_is_none_matches_nothing(here: Path, pattern: str) -> None:
+    with pytest.raises(SotaError, match="matches nothing"):
+        find((pattern,))
 
 
 def test_hidden_members_are_counted_like_hidden_files(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("config tiny --override steps=", "--override needs FIELD=VALUE"),
         ("config tiny --override =5", "--override needs FIELD=VALUE"),
         ("data run", "run has no manifest.json, so it is not prepared data; give a folder created"),
+        ("data a\x1b[2J\x9bb", "a?[2J?b: no such folder"),  # as a name may steer the terminal
     ],
 )
 def test_a_mistake_is_answered_with_what_helps(

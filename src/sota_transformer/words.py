@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+CONTROL = (*range(32), *range(127, 160))  # characters that may steer a terminal
+
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: `1 step`, `2,000 steps`."""
@@ -18,8 +20,9 @@ def in_shell(path: Path | str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text on one line: even a folder name may contain line breaks."""
-    return " ".join(line for line in map(str.strip, text.splitlines()) if line)
+    """The text on one line, safe for a terminal: even a file's name may contain anything."""
+    line = " ".join(line for line in map(str.strip, text.splitlines()) if line)
+    return line.translate(dict.fromkeys(set(CONTROL) - {9}, "?"))
 
 
 def perplexity(value: float | None) -> str:

@@ -75,7 +75,7 @@ def _text_figures(options: Evaluate, opened: Opened, tokenizer: Tokenizer) -> di
         encoded = map(tokenizer.encode, _texts(files, skipped))
         texts = _first((np.array([EOT, *ids], np.uint16) for ids in encoded), most)
         if skipped:
-            first = f"the first is {printable(skipped[0].where)}: {skipped[0].reason}"
+            first = printable(f"the first is {skipped[0].where}: {skipped[0].reason}")
             warn(f"skipped {counted(len(skipped), 'item')}; {first}")
     else:
         windows = _validation_split(opened, context)

@@ -77,7 +77,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             else:
                 _refuse(document)
     if ignored:
-        first = f"the first is {printable(ignored[0].where)}: {ignored[0].reason}"
+        first = printable(f"the first is {ignored[0].where}: {ignored[0].reason}")
         print(f"note: --exclude ignores {counted(len(ignored), 'file')}; {first}")
 
 

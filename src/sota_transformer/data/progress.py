@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any, Self
 
 from sota_transformer.data.sources import REPAIRED
-from sota_transformer.words import counted
+from sota_transformer.words import CONTROL, counted
 
 _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.1
@@ -111,7 +111,7 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
         lines.append(heading)
         for reason, entry in entries:
             example = f"  e.g. {_short(entry['examples'][0], 200)}" if entry["examples"] else ""
-            lines.append(f"  {entry['count']:>9,}  {reason}{example}")
+            lines.append(f"  {entry['count']:>9,}  {printable(reason)}{example}")
     lines.append(f"fingerprint {manifest['fingerprint'][:16]}  in {folder}")
     return "\n".join(lines)
 
@@ -128,5 +128,5 @@ def _short(text: str, width: int) -> str:
 
 def printable(text: str, *, lines: bool = False) -> str:
     """Untrusted text made safe for a terminal: control characters become question marks."""
-    table = {i: "?" for i in (*range(32), 127, *range(128, 160)) if not (lines and i in (9, 10))}
+    table = dict.fromkeys(set(CONTROL) - ({9, 10} if lines else set()), "?")
     return text.encode("utf-8", "replace").decode().translate(table)

@@ -20,7 +20,7 @@ from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
-from sota_transformer.words import counted
+from sota_transformer.words import CONTROL, counted
 
 _BLOCK = 1 << 20
 _SAMPLED = 200  # documents read to determine the scripts
@@ -193,7 +193,8 @@ def _print_split(options: DataView) -> None:
         row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
         if hashes is not None:
             row["hash"] = hashes[number].tobytes().hex()
-        print(json.dumps(row, ensure_ascii=False))
+        line = json.dumps(row, ensure_ascii=False)  # which escapes only some of them
+        print(line.translate({i: f"\\u{i:04x}" for i in CONTROL}))
 
 
 def _hashes(folder: Path, split: Split, manifest: dict[str, Any]) -> NDArray[np.uint64] | None:
