@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sota_transformer import runtime
+from sota_transformer import launcher, runtime
 from sota_transformer.config import Run
+from sota_transformer.launcher import is_first_rank
 from sota_transformer.presets import PRESETS
-from sota_transformer.runtime import Runtime, is_first_rank, out_of_memory
+from sota_transformer.runtime import Runtime, out_of_memory
 from tests.simulated import simulated
 
 CPU = Runtime.detect(Run(device="cpu", compile="off"), 1)
@@ -88,7 +89,7 @@ def test_how_processes_are_joined(
     if network == "ib0":
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", network)
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(runtime.socket, "if_nameindex", lambda: [*enumerate(("lo", "lo0", "ib0"))])
+    monkeypatch.setattr(launcher.socket, "if_nameindex", lambda: [*enumerate(("lo", "lo0", "ib0"))])
     chosen: list[Any] = []
     monkeypatch.setattr(dist, "init_process_group", lambda name, timeout: chosen.append(name))
     with simulated("cuda"):
@@ -96,20 +97,21 @@ def test_how_processes_are_joined(
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
         monkeypatch.setattr(runtime, "_has_kernels", lambda _: True)
         found = Runtime.detect(Run(device=kind, compile="off"), 1)  # type: ignore[arg-type]
+        found.join()
     assert chosen == ([1, backend] if kind == "cuda" else [backend])
     assert os.environ.get("GLOO_SOCKET_IFNAME") == network
     assert (found.rank, found.world) == (1, 2) and not is_first_rank()
 
 
 def test_a_network_that_was_chosen_stays_chosen(monkeypatch) -> None:
-    monkeypatch.setattr(runtime.socket, "if_nameindex", lambda: [(1, "lo"), (2, "ib0")])
+    monkeypatch.setattr(launcher.socket, "if_nameindex", lambda: [(1, "lo"), (2, "ib0")])
     for given in ("ib0", "lo,ib0"):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
-        runtime._check_networks()
+        launcher.check_networks()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(runtime.SotaError, match="not one of lo, ib0"):
-        Runtime.detect(Run(device="cpu", compile="off"), 1)
+        Runtime.detect(Run(device="cpu", compile="off"), 1).join()
 
 
 def test_a_full_device_is_no_lost_peer() -> None:
