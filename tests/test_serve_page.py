@@ -133,6 +133,19 @@ def test_a_server_that_is_gone_is_said_in_words(browser: Any, server: Server) ->
     assert browser.find_element("id", "note").text.startswith("the text was cut off")
 
 
+def test_a_curve_of_any_run_is_readable(browser: Any, server: Server) -> None:
+    browser.get(server.url)
+    for high, shown in ((10.9, "10.9"), (91234.5, "91230")):
+        browser.execute_script(
+            "document.getElementById('curve').replaceChildren();"
+            f"draw({{train: [[1, 3]], validation: [[1, {high}]]}})"
+        )
+        assert len(browser.find_elements("css selector", "#curve circle")) == 2, "one is unseen"
+        assert browser.find_element("css selector", "#curve text").text == shown
+        wide = "return document.querySelector('#curve text').getBBox().width"
+        assert browser.execute_script(wide) <= 36, "over the axis"
+
+
 def test_the_page_fits_a_phone(browser: Any, server: Server, tmp_path: Path) -> None:
     browser.set_window_size(400, 800)
     browser.get(server.url)
