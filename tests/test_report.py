@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from sota_transformer.cli import main
+from sota_transformer.data.page import table
 from sota_transformer.errors import BAD_DATA, LOCKED, NO_INPUT, SotaError
 from sota_transformer.presets import PRESETS
 from sota_transformer.report import Curve, _ticks, chart, write_report
@@ -173,6 +174,13 @@ def test_the_page_fits_a_phone(run: Path) -> None:
     page = write_report(run, run / "report.html").read_text()
     assert '<meta name="viewport" content="width=device-width' in page
     assert page.count('<div class="wide"><svg role="img"') == 4  # scrolled, not shrunk
+
+
+def test_a_column_of_text_is_not_set_as_numbers() -> None:
+    """On paper, the commands in Starts were cut off at the right edge."""
+    page = table(("step", "command"), [("1", "sota"), ("2", "sota train tiny --data /" + "a" * 60)])
+    assert '<th>step</th><th class="text">command</th>' in page
+    assert '<td>1</td><td class="text">sota</td>' in page
 
 
 def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:
