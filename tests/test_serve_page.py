@@ -1,4 +1,8 @@
-"""The page in a real browser: it streams text, and cannot be made to run markup."""
+"""The page in a real browser: it streams text, and cannot be made to run markup.
+
+Skipped without `chromium` and `chromedriver` in PATH. Package registries have both: npm's
+@sparticuz/chromium unpacks a browser, PyPI's chromedriver-py of its version holds the driver.
+"""
 
 import shutil
 from collections.abc import Iterator
