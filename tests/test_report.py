@@ -15,9 +15,10 @@ import pytest
 from rich.console import Console
 
 from sota_transformer.cli import main
+from sota_transformer.data.page import table
 from sota_transformer.errors import BAD_DATA, LOCKED, NO_INPUT, SotaError
 from sota_transformer.presets import PRESETS
-from sota_transformer.report import _ticks, write_report
+from sota_transformer.report import Curve, _ticks, chart, write_report
 from sota_transformer.training.runlog import RunLog, judged, read_config, read_metrics, samples_of
 
 LAST = {"val_loss": 3.25, "val_error": 0.01, "val_perplexity": 25.79, "val_bits_per_byte": 1.5}
@@ -149,6 +150,37 @@ def test_ticks_are_few_and_within(low: float, high: float) -> None:
     ticks = _ticks(low, high)
     assert 3 <= len(ticks) <= 8
     assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+@pytest.mark.parametrize("last", [1000, 300_000, 100_000_000, 2_000_000_000])
+def test_labels_of_a_chart_are_whole_numbers_inside_it(last: int) -> None:
+    """The step at the right edge, where every complete run ends, was cut: 2,00 for 2,000."""
+    page = chart("Speed", [Curve([(last / 100, last / 100), (last, last / 10)])], unit="tokens")
+    width = int(re.findall(r'viewBox="0 0 (\d+)', page)[0])
+    labels = re.findall(r'<text x="([\d.]+)" [^>]*text-anchor="(\w+)">([^<]+)<', page)
+    assert f"{last:,}" in [text for _, _, text in labels] and ">tokens</text>" in page
+    for x, anchor, text in labels:
+        half = 7 * len(text.replace(",", "")) / 2  # 11 px digits are about 7 wide
+        assert float(x) - half * (2 if anchor == "end" else 1) >= 0
+        assert anchor == "end" or float(x) + half <= width
+
+
+def test_a_line_of_one_point_shows() -> None:
+    page = chart("Loss", [Curve([(1, 2.0)], name="new"), Curve([(1, 3.0), (2, 2.5)], name="old")])
+    assert page.count("<circle") == 1 and "new step 1: 2.0000" in page
+
+
+def test_the_page_fits_a_phone(run: Path) -> None:
+    page = write_report(run, run / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width' in page
+    assert page.count('<div class="wide"><svg role="img"') == 4  # scrolled, not shrunk
+
+
+def test_a_column_of_text_is_not_set_as_numbers() -> None:
+    """On paper, the commands in Starts were cut off at the right edge."""
+    page = table(("step", "command"), [("1", "sota"), ("2", "sota train tiny --data /" + "a" * 60)])
+    assert '<th>step</th><th class="text">command</th>' in page
+    assert '<td>1</td><td class="text">sota</td>' in page
 
 
 def test_a_branch_that_was_never_saved_leaves_no_gap(run: Path) -> None:

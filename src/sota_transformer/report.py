@@ -20,7 +20,8 @@ from sota_transformer.training.runlog import (
     samples_of,
 )
 
-_WIDTH, _HEIGHT, _LEFT, _BELOW = 860, 240, 64, 24  # of a chart and its margins, in pixels
+_WIDTH, _HEIGHT = 860, 240  # of a chart, in pixels
+_LEFT, _RIGHT, _BELOW = 80, 44, 24  # its margins, wide enough for labels like 100,000,000
 _MOST_POINTS = 600
 START = 0.03  # share of the steps to leave out of loss charts; they would flatten the rest
 
@@ -162,31 +163,32 @@ def chart(
     span, length = high - low or abs(high) or 1.0, last - first or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (x - first) / length * (_WIDTH - _LEFT - 10)
+        across = _LEFT + (x - first) / length * (_WIDTH - _LEFT - _RIGHT)
         return round(across, 1), round(8 + (high - y) / span * (_HEIGHT - _BELOW - 16), 1)
 
     def path(points: Points) -> str:
         return " ".join(f"{x},{y}" for x, y in (at(*point) for point in points))
 
-    parts = []
+    parts = [f'<text x="0" y="{_HEIGHT - 6}">{unit}</text>']
     for tick in _ticks(low, high):
         y = at(first, tick)[1]
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:,.6g}</text>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:,.10g}</text>')
     for tick in _ticks(first, last):
         x = at(tick, low)[0]
-        parts.append(f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="middle">{tick:,.6g}</text>')
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="middle">{tick:,.10g}</text>')
     parts += [f'<polygon points="{path(band)}"/>' for band in bands]
     for curve in curves:
         inner = f'<polyline points="{path(curve.points)}"/>' if curve.line else ""
-        for x, y in curve.points if curve.dots else ():
+        alone = len(curve.points) == 1  # a line of one point would not show
+        for x, y in curve.points if curve.dots or alone else ():
             hint = escape(f"{curve.name} {unit} {x:,.0f}: {y:.4f}".strip())
             across, down = at(x, y)
             inner += f'<circle cx="{across}" cy="{down}" r="3"><title>{hint}</title></circle>'
         parts.append(f"<g {curve.look}>{inner}</g>")
     size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" aria-label="{escape(title)}"'
     svg = f'<svg role="img" {size}>{"".join(parts)}</svg>'
-    return f"<h2>{escape(title)}</h2>{_legend(curves)}{svg}"
+    return f'<h2>{escape(title)}</h2>{_legend(curves)}<div class="wide">{svg}</div>'
 
 
 def _legend(curves: Sequence[Curve]) -> str:

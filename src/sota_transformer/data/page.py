@@ -12,19 +12,23 @@ from sota_transformer.data.guards import CREATE
 from sota_transformer.durable import write_file
 from sota_transformer.errors import LOCKED, SotaError
 
+_LONG = 70  # characters; the line of a validation is shorter
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+h1, h2, p { overflow-wrap: anywhere; } h2, .legend { break-after: avoid; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #8888; }
+.text { text-align: left; overflow-wrap: anywhere; min-width: 12rem; }
 pre { white-space: pre-wrap; border-left: 3px solid #8888; padding-left: 1rem; }
-.bar { height: 1rem; background: #4a7fb5; }
+.bar { height: 1rem; background: #4a7fb5; print-color-adjust: exact; }
 polyline { fill: none; stroke: currentColor; stroke-width: 1.5; }
 circle { fill: currentColor; } polygon { fill: #8883; } .grid { stroke: #8884; }
 .legend span { display: inline-block; margin-right: 1.5rem; }
 text { font-size: 11px; fill: currentColor; }
 .wide { overflow-x: auto; }
+@media screen { .wide svg { min-width: 44rem; } }
 """
 
 
@@ -78,16 +82,21 @@ def page(
 def document(title: str, body: list[str]) -> str:
     """A complete page; `body` holds parts that are already HTML."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title>"
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """An HTML table of plain-text cells."""
+    """An HTML table of plain-text cells; a column with a long one reads as text, not as numbers."""
+    texts = [max(map(len, cells)) > _LONG for cells in zip(head, *rows, strict=True)]
+    kinds = [' class="text"' if text else "" for text in texts]
 
     def line(tag: str, cells: tuple[str, ...]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        inner = (f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(inner)}</tr>"
 
     inner = line("th", head) + "".join(line("td", row) for row in rows)
     return f'<div class="wide"><table>{inner}</table></div>'
