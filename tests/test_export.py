@@ -98,9 +98,18 @@ def test_transformers_reads_the_tokenizer(exported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
     for text in HOSTILE_TEXT:
         ids = TOKENIZER.encode(text)
-        assert tokenizer(text)["input_ids"] == ids, text
+        assert tokenizer(text, split_special_tokens=True)["input_ids"] == ids, text
+        assert "<|" in text or tokenizer(text)["input_ids"] == ids, text
         assert tokenizer.decode(ids) == TOKENIZER.decode(ids)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (50256, 50257, 50258)
+
+
+def test_fine_tuning_can_end_and_mark_a_text(exported: Path) -> None:
+    """TRL appends the end to a text as a string, and chat templates spell their markers."""
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer("Yes." + tokenizer.eos_token)["input_ids"] == [5297, 13, 50256]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    assert tokenizer("<|user|>Yes.")["input_ids"] == [50258, 5297, 13]
 
 
 def test_transformers_never_writes_padding(exported: Path, tmp_path: Path) -> None:
@@ -155,6 +164,7 @@ def test_gguf_holds_the_model(
     kind = "qwen3" if model.config.qk_norm else "llama"
     config = model.config
     assert field["general.architecture"] == kind
+    assert field["general.quantization_version"] == 2  # the format demands it where q8_0 is
     assert {name: field[f"{kind}.{name}"] for name in GGUF_SIZES} == {
         name: getattr(config, ours) for name, ours in GGUF_SIZES.items()
     }
