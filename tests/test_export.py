@@ -1,6 +1,7 @@
 """Exports checked by the programs that read them, hostile folders, and kill -9 in between."""
 
 import contextlib
+import json
 import mmap
 import random
 import shlex
@@ -102,6 +103,8 @@ def test_transformers_reads_the_tokenizer(exported: Path) -> None:
         assert "<|" in text or tokenizer(text)["input_ids"] == ids, text
         assert tokenizer.decode(ids) == TOKENIZER.decode(ids)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (50256, 50257, 50258)
+    settings = json.loads((exported / "tokenizer_config.json").read_bytes())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # for transformers 4
 
 
 def test_fine_tuning_can_end_and_mark_a_text(exported: Path) -> None:

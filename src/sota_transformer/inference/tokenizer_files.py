@@ -79,6 +79,8 @@ def huggingface_files(context: int) -> dict[str, bytes]:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
+        # transformers 4 would add token_type_ids, which `generate` refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": EOT_TEXT,
         "eos_token": EOT_TEXT,
         "unk_token": EOT_TEXT,
