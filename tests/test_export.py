@@ -128,6 +128,20 @@ def test_transformers_never_writes_padding(exported: Path, tmp_path: Path) -> No
     assert 50_257 not in other.generate(ids, max_new_tokens=12)[0]
 
 
+def test_transformers_4_reads_an_export_back(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It called `dtype` `torch_dtype`, and passed on what it did not know, which then failed."""
+    load = AutoModelForCausalLM.from_pretrained
+
+    def older(folder: Path, *, local_files_only: bool, use_safetensors: bool) -> object:
+        return load(folder, local_files_only=local_files_only, use_safetensors=use_safetensors)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", older)
+    assert run_export(Export(run=run, out=tmp_path / "out", dtype="bfloat16")) == 0
+    assert "read back by transformers" in capsys.readouterr().out
+
+
 def test_the_same_run_exports_to_the_same_bytes(run: Path, exported: Path, tmp_path: Path) -> None:
     assert run_export(Export(run=run, out=tmp_path / "again")) == 0
     names = sorted(path.name for path in exported.iterdir())
