@@ -1,6 +1,7 @@
 """Exports checked by the programs that read them, hostile folders, and kill -9 in between."""
 
 import contextlib
+import json
 import mmap
 import random
 import shlex
@@ -98,9 +99,20 @@ def test_transformers_reads_the_tokenizer(exported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
     for text in HOSTILE_TEXT:
         ids = TOKENIZER.encode(text)
-        assert tokenizer(text)["input_ids"] == ids, text
+        assert tokenizer(text, split_special_tokens=True)["input_ids"] == ids, text
+        assert "<|" in text or tokenizer(text)["input_ids"] == ids, text
         assert tokenizer.decode(ids) == TOKENIZER.decode(ids)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (50256, 50257, 50258)
+    settings = json.loads((exported / "tokenizer_config.json").read_bytes())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # for transformers 4
+
+
+def test_fine_tuning_can_end_and_mark_a_text(exported: Path) -> None:
+    """TRL appends the end to a text as a string, and chat templates spell their markers."""
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer("Yes." + tokenizer.eos_token)["input_ids"] == [5297, 13, 50256]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    assert tokenizer("<|user|>Yes.")["input_ids"] == [50258, 5297, 13]
 
 
 def test_transformers_never_writes_padding(exported: Path, tmp_path: Path) -> None:
@@ -114,6 +126,20 @@ def test_transformers_never_writes_padding(exported: Path, tmp_path: Path) -> No
     ids = torch.tensor([TOKENIZER.encode("The")])
     assert other(ids).logits[0, -1].argmax() == 50_257
     assert 50_257 not in other.generate(ids, max_new_tokens=12)[0]
+
+
+def test_transformers_4_reads_an_export_back(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It called `dtype` `torch_dtype`, and passed on what it did not know, which then failed."""
+    load = AutoModelForCausalLM.from_pretrained
+
+    def older(folder: Path, *, local_files_only: bool, use_safetensors: bool) -> object:
+        return load(folder, local_files_only=local_files_only, use_safetensors=use_safetensors)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", older)
+    assert run_export(Export(run=run, out=tmp_path / "out", dtype="bfloat16")) == 0
+    assert "read back by transformers" in capsys.readouterr().out
 
 
 def test_the_same_run_exports_to_the_same_bytes(run: Path, exported: Path, tmp_path: Path) -> None:
@@ -155,6 +181,7 @@ def test_gguf_holds_the_model(
     kind = "qwen3" if model.config.qk_norm else "llama"
     config = model.config
     assert field["general.architecture"] == kind
+    assert field["general.quantization_version"] == 2  # the format demands it where q8_0 is
     assert {name: field[f"{kind}.{name}"] for name in GGUF_SIZES} == {
         name: getattr(config, ours) for name, ours in GGUF_SIZES.items()
     }

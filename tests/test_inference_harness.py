@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sota_transformer.data.tokenizer import Tokenizer
+from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.inference.benchmarks import encode_pair, score
 from tests.inference_models import FULL, small_model
 
@@ -42,6 +42,20 @@ def test_a_token_across_the_join_leaves_a_continuation(pair: tuple[str, str], ha
 def test_an_empty_continuation_is_one_line(harness: Any) -> None:
     with pytest.raises(ValueError, match="nothing to score after 'One'"):
         harness.loglikelihood([ask("One", "")])
+
+
+@pytest.mark.parametrize("tokens", [1, MODEL.config.seq_len, 2 * MODEL.config.seq_len + 5])
+def test_a_whole_text_is_read_in_the_windows_of_lm_eval(tokens: int, harness: Any) -> None:
+    """The last one is full: `lm_eval --model hf` gives its tokens more than what is left over."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    text = TOKENIZER.decode(TOKENIZER.encode(" ".join(map(str, range(500))))[:tokens])
+    ids = TOKENIZER.encode(text)
+    assert len(ids) == tokens
+    windows = get_rolling_token_windows(ids, EOT, MODEL.config.seq_len, 1)
+    scored = score(MODEL, [make_disjoint_window(window) for window in windows])
+    (found,) = harness.loglikelihood_rolling([ask(text)])
+    assert found == pytest.approx(-sum(part.nats for part in scored), rel=1e-5)
 
 
 @pytest.mark.parametrize(

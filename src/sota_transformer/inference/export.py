@@ -50,14 +50,16 @@ def prove_huggingface(folder: Path, model: Transformer, dtype: str) -> list[str]
     ours = probe_logits(model)
     proofs = [proof("this package", ours, probe_logits(read_model(folder)), dtype)]
     try:
-        from transformers import AutoModelForCausalLM
+        # Qwen3 is there from 4.51 on; older ones count as not installed.
+        from transformers import AutoModelForCausalLM, Qwen3Config  # noqa: F401
         from transformers.utils import logging
     except ImportError:
         return proofs
     logging.disable_progress_bar()
-    other = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-    ).eval()
+    other = AutoModelForCausalLM.from_pretrained(  # transformers 4 knows no `dtype`
+        folder, local_files_only=True, use_safetensors=True
+    )
+    other = other.float().eval()
     with torch.no_grad():
         theirs = other(probe(model)).logits[0]
     return [*proofs, proof("transformers", ours, theirs, dtype)]

@@ -63,6 +63,7 @@ def write_gguf(path: Path, model: Transformer, dtype: str, name: str) -> None:
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     writer.add_name(name)
     writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)  # required beside quantized tensors
     writer.add_context_length(config.seq_len)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.layers)

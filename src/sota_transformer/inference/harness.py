@@ -13,7 +13,7 @@ from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.inference.batch import Job, run_jobs
 from sota_transformer.inference.benchmarks import encode_pair, score
 from sota_transformer.inference.generate import make_sampler
-from sota_transformer.inference.perplexity import sliding_sums
+from sota_transformer.inference.perplexity import rolling_sums
 from sota_transformer.model.transformer import Transformer
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -32,14 +32,11 @@ class Harness(LM):
         return [(-scored.nats, scored.greedy) for scored in score(self._model, pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-likelihood of each whole text after an end-of-text, in windows of the context."""
+        """Log-likelihood of each whole text after an end-of-text, in lm-eval's windows."""
         context, size = self._model.config.seq_len, self._tokenizer.token_bytes
         texts = [np.array([EOT, *self._tokenizer.encode(r.args[0])], np.uint16) for r in requests]
         with Meter("evaluate", sum(len(tokens) - 1 for tokens in texts)) as meter:
-            sums = [
-                sliding_sums(self._model, tokens, size, context, context, meter=meter)
-                for tokens in texts
-            ]
+            sums = [rolling_sums(self._model, tokens, size, context, meter) for tokens in texts]
         return [-float(each[:, 0].sum()) for each in sums]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """Loss, perplexity and bits per byte, with an error bar over sequences. No smoothing, no dropout.
 
 Every figure is a sum over tokens divided once. Shapes: B rows, T tokens, N sequences.
-Reading order: `sequence_sums` and `sliding_sums` measure, `summarise` divides. The sums are kept
-per sequence because the error bar needs them.
+Reading order: `sequence_sums`, `sliding_sums` and `rolling_sums` measure, `summarise` divides. The
+sums are kept per sequence because the error bar needs them.
 """
 
 import math
@@ -68,6 +68,21 @@ def sliding_sums(
     the predicted tokens.
     """
     return _sums(model, _sliding(tokens, context, stride), token_bytes, document_mask, meter)
+
+
+def rolling_sums(
+    model: Transformer, tokens: Array, token_bytes: Array, context: int, meter: Meter
+) -> Array:
+    """(N, 3) as above with lm-eval's windows: side by side, and the last one always full."""
+    return _sums(model, _rolling(tokens, context), token_bytes, False, meter)
+
+
+def _rolling(tokens: Array, context: int) -> Iterator[tuple[Array, int]]:
+    """As `_sliding`; the last window begins early, where already predicted tokens fill it."""
+    for done in range(0, len(tokens) - 1, context):
+        end = min(done + context, len(tokens) - 1)
+        start = max(0, end - context)
+        yield tokens[start : end + 1], done - start
 
 
 def _sliding(tokens: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:

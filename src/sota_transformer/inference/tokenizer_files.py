@@ -44,7 +44,8 @@ def merges() -> list[tuple[str, str]]:
 def huggingface_files(context: int) -> dict[str, bytes]:
     """File name -> content of a tokenizer that AutoTokenizer loads, for `context` tokens.
 
-    Special tokens inside a text are ordinary text, as in training (`split_special_tokens`).
+    A special token spelled out in a text becomes its id, unlike in our training data, because
+    fine-tuning programs append the end-of-text token and chat markers to a text as strings.
     """
     tokens, pairs = vocabulary(), merges()
     special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -78,13 +79,14 @@ def huggingface_files(context: int) -> dict[str, bytes]:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
+        # transformers 4 would add token_type_ids, which `generate` refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": EOT_TEXT,
         "eos_token": EOT_TEXT,
         "unk_token": EOT_TEXT,
         "pad_token": PAD_TEXT,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
         "added_tokens_decoder": added,
     }
     lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs), ""]
