@@ -149,7 +149,9 @@ def test_a_model_folder_among_the_texts_is_skipped(tmp_path: Path) -> None:
     assert manifest["rejects"]["a model; its merges are not text"]["count"] == 1
 
 
-@pytest.mark.parametrize("name", ["a.rtf", "a.PDF", "a.docx", "a.epub", "a.rtf.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.rtf", "a.PDF", "a.docx", "a.epub", "a.rtf.gz", "a.warc.gz", "a.MBOX", "a.7z"]
+)
 def test_a_document_to_convert_is_named_with_what_to_do(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_document_to_convert_is_named_with_what_to_do(
     path.parent.mkdir()
     path.write_bytes(b"{\\rtf1 some text}")
     (ending, advice) = f"{name[1:].lower()} file", "convert it to text first"
+    advice = "unpack it first" if name == "a.7z" else advice
     refused(66, f"{name}: {ending}; {advice}", out=out, inputs=(path,))
     refused(66, f"{name}: {ending} is not a text format; {advice}", out=out, inputs=(path.parent,))
     (tmp_path / "b.txt").write_text("another text " * 20)
@@ -166,3 +169,39 @@ def test_a_document_to_convert_is_named_with_what_to_do(
         write_excluded(both, "text", tmp_path / "grams.npy")
     write_excluded((both[0], str(path.parent)), "text", tmp_path / "grams.npy")
     assert "--exclude ignores 1 file; the first is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet", "arrow"])
+def test_a_field_of_another_name_is_told(tmp_path: Path, ending: str) -> None:
+    """Published texts are in `content`, `raw_content`, `body` and others."""
+    path = tmp_path / f"a.{ending}"
+    table = pa.table({"id": ["1", "2"], "raw_content": texts(2)})
+    if ending == "parquet":
+        parquet.write_table(table, path)
+    elif ending == "arrow":
+        with ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    else:
+        rows = [table.column_names, *zip(*table.to_pydict().values(), strict=True)]
+        mark = "," if ending == "csv" else "\t"
+        lines = map(json.dumps, table.to_pylist()) if ending == "jsonl" else map(mark.join, rows)
+        path.write_text("\n".join(lines))
+    told = "(has 'id', 'raw_content'); name the one that holds the text with --text-field"
+    refused(65, told, out=tmp_path / "data", inputs=(path,))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_of_records_is_not_one_document(
+    tmp_path: Path, name: str, indent: int | None
+) -> None:
+    """As pandas, polars, DuckDB and Slack write it."""
+    data = json.dumps([{"text": text} for text in texts(50)], indent=indent).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    refused(
+        65,
+        "each document has to be one line; for an array: jq -c '.[]'",
+        out=tmp_path / "d",
+        inputs=(path,),
+    )

@@ -192,7 +192,8 @@ def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] |
     """(full name, codec, kind) of an archive member; None if it is refused, after reporting why."""
     full = f"{archive}!{name}"
     codec, kind = format_of(name)
-    if any(map(is_hidden, name.split("/"))):  # as in a folder; covers macOS' `__MACOSX/.../._NAME`
+    parts = name.replace("\\", "/").split("/")  # the former from older programs for Windows
+    if any(map(is_hidden, parts)):  # as in a folder; covers macOS' `__MACOSX/.../._NAME`
         refused(Skipped("hidden", full))
     elif kind in ARCHIVES:
         refused(Skipped("archive inside an archive; unpack it first", full))
