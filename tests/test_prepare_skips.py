@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -199,9 +200,18 @@ def test_an_array_of_records_is_not_one_document(
     data = json.dumps([{"text": text} for text in texts(50)], indent=indent).encode()
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
-    refused(
-        65,
-        "each document has to be one line; for an array: jq -c '.[]'",
-        out=tmp_path / "d",
-        inputs=(path,),
-    )
+    told = "each document has to be one line; for an array: jq -c '.[]'"
+    refused(65, told, out=tmp_path / "data", inputs=(path,))
+    if indent and not name.endswith("gz"):  # to --exclude, a compact one is its strings
+        with pytest.raises(SotaError, match=re.escape(told)):
+            write_excluded((str(path),), "text", tmp_path / "grams.npy")
+
+
+def test_what_is_not_damaged_but_not_read_says_so(tmp_path: Path) -> None:
+    """Reddit's archives are packed with `zstd --long=31`."""
+    how = zstandard.ZstdCompressionParameters(window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(jsonl(texts(9))) + packer.flush())
+    (tmp_path / "b.feather").write_bytes(b"FEA1" + bytes(40) + b"FEA1")
+    for name, told in (("a.jsonl.zst", "unpack it with zstd -d --long=31"), ("b.feather", "write")):
+        refused(65, told, out=tmp_path / "data", inputs=(tmp_path / name,))

@@ -22,12 +22,12 @@ from sota_transformer.options import Prepare
 
 _FEW_TOKENS = 4096
 _FIELD = "name the one that holds the text with --text-field"
-_LINES = "each document has to be one line; for an array: jq -c '.[]' OLD.json > NEW.jsonl"
+LINES = "each document has to be one line; for an array: jq -c '.[]' OLD.json > NEW.jsonl"
 _ADVICE = {  # by the start of a reason
     "no field": _FIELD,
     "no column": _FIELD,
-    "not a JSON line": _LINES,
-    "JSON, but not": _LINES,
+    "not a JSON line": LINES,
+    "JSON, but not": LINES,
     "not valid UTF-8": "convert it: iconv -f cp1252 -t utf-8 OLD > NEW.txt",
 }
 _MOST_WORKERS = 1024

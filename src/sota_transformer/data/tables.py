@@ -179,7 +179,10 @@ def _columns(path: str, field: str) -> Iterator[Any]:
     from pyarrow import ipc
 
     with pyarrow.OSFile(path) as raw:
-        if raw.read(6) == b"ARROW1":
+        magic = raw.read(6)
+        if magic.startswith(b"FEA1"):
+            raise ValueError("Feather version 1; write version 2, which is Arrow")
+        if magic == b"ARROW1":
             file = ipc.open_file(raw)
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
         else:
