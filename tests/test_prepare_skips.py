@@ -207,6 +207,30 @@ def test_an_array_of_records_is_not_one_document(
             write_excluded((str(path),), "text", tmp_path / "grams.npy")
 
 
+def test_what_datasets_cached_beside_a_data_set_is_no_more_text(tmp_path: Path) -> None:
+    """`map` after `load_from_disk` writes changed copies of every document there."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    names = ("cache-4d1cf2f57fd48898", "cache-5cfb26ceba8d7137_00000_of_00002", "data-00000-of-1")
+    for change, name in zip((str.lower, str.upper, str), names, strict=True):
+        table = pa.table({"text": [change(text) for text in texts(50)]})
+        with ipc.new_stream(folder / f"{name}.arrow", table.schema) as file:
+            file.write_table(table)
+    manifest = run(tmp_path / "data", folder)
+    assert everything(tmp_path / "data") == sorted(texts(50))
+    assert [entry["count"] for entry in manifest["rejects"].values()] == [2]
+    run(tmp_path / "named", folder / f"{names[1]}.arrow")
+    assert everything(tmp_path / "named") == sorted(map(str.upper, texts(50)))
+
+
+def test_a_pointer_to_a_file_is_not_its_text(tmp_path: Path) -> None:
+    """What `git clone` leaves of a data set without Git LFS."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    for name in ("a.txt", "b.jsonl", "c.jsonl.zst", "d.parquet"):
+        (tmp_path / name).write_text(pointer)
+    refused(66, "a.txt: Git LFS pointer; get", out=tmp_path / "data", inputs=(tmp_path,))
+
+
 def test_what_is_not_damaged_but_not_read_says_so(tmp_path: Path) -> None:
     """Reddit's archives are packed with `zstd --long=31`."""
     how = zstandard.ZstdCompressionParameters(window_log=28)

@@ -47,6 +47,8 @@ _ADVICE = {  # what is inside would be taken for text, for JSON lines or for dam
     **dict.fromkeys(_DOCUMENT.split(), "; convert it to text first"),
     **dict.fromkeys(_PACKED, "; unpack it first"),
 }
+_CACHED = re.compile(r"cache-[0-9a-f]{16}[_.]")  # `map` writes its results beside the data set
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 _IF_NAMED = "; if you name it, it is read as JSON lines"
 _SHORT = {"tgz": "tar.gz", "tbz2": "tar.bz2", "txz": "tar.xz", "tzst": "tar.zst"}
 KNOWN = (
@@ -252,15 +254,24 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
         return Skipped(f"{_ending(path)} is not a text format{advice}", name)
     if not kind and advice:  # to --exclude an error, where one in a folder is a note
         return Skipped(f"{_ending(path)}{advice}", name)
+    if kind == "arrow" and not named and _CACHED.match(Path(path).name):
+        return Skipped("cached by `datasets`; read only if you name it", name)
     if codec and kind in TABLES:
         return Skipped(f"compressed {kind}; unpack it first", name)
     if not status.st_size:
         return Skipped("empty file", name)
+    if status.st_size < _POINTER_BYTES and _head(path).startswith(_POINTER):
+        return Skipped("Git LFS pointer; get the file itself with git lfs pull", name)
     if not kind and not codec:
-        kind = "text"
-        with suppress(OSError), Path(path).open("rb") as file:  # an error is reported on reading
-            kind = looks_like(file.read(4096))
+        kind = looks_like(_head(path))
     return Source(index, name, path, kind, codec, status.st_size, status.st_mtime_ns)
+
+
+def _head(path: str) -> bytes:
+    """The start of a file; b"" if it cannot be read, which is reported on reading."""
+    with suppress(OSError), Path(path).open("rb") as file:
+        return file.read(4096)
+    return b""
 
 
 def looks_like(head: bytes) -> str:
