@@ -62,7 +62,11 @@ def test_a_closed_standard_stream_counts_as_empty(tmp_path: Path, closed: str) -
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 65
-    expected = "" if closed == "2>&-" else "sota: no usable text in the inputs: 1 x empty file\n"
+    expected = (
+        ""
+        if closed == "2>&-"
+        else "sota: no usable text in the inputs: 1 x empty file, e.g. stdin\n"
+    )
     assert done.stderr == expected
 
 

@@ -322,7 +322,7 @@ def test_no_excluded_text_is_silently_skipped(
         with pytest.raises(SotaError, match=name) as caught:
             write_excluded((given[0], str(tmp_path / name)), "text", tmp_path / "grams.npy")
         assert caught.value.code == 65
-    with pytest.raises(SotaError, match=r"bench\.csv: no column"):
+    with pytest.raises(SotaError, match=r"bench\.csv \(has .*\): no column"):
         write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")
     (tmp_path / "bench.csv").unlink()
     (tmp_path / "zero.txt").write_bytes(b"\0" * 100)
@@ -330,7 +330,7 @@ def test_no_excluded_text_is_silently_skipped(
     write_excluded((given[0], str(tmp_path)), "text", tmp_path / "grams.npy")
     said = capsys.readouterr().out
     assert "--exclude ignores 4 files; the first is" in said
-    assert "/bench.json: .json file is not a text format\n" in said
+    assert "/bench.json: .json file is not a text format; if you name it" in said
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(SotaError, match=r"gone\.txt: broken link"):
         write_excluded((str(tmp_path),), "text", tmp_path / "grams.npy")

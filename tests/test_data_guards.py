@@ -36,7 +36,7 @@ def test_as_many_workers_as_wanted_and_as_fit(monkeypatch) -> None:
 
 def splits(train: int, val: int, tokens: int = 10_000) -> dict[str, Any]:
     kinds = {"train": (train, 10**6), "val": (val, tokens)}
-    rejects = {"not a JSON line": {"count": 5}}
+    rejects = {"not a JSON line": {"count": 5, "examples": ["a: byte 0", "a: byte 9"]}}
     found = {name: {"documents": n, "tokens": t} for name, (n, t) in kinds.items()}
     return {"splits": found, "rejects": rejects}
 
@@ -44,7 +44,7 @@ def splits(train: int, val: int, tokens: int = 10_000) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("train", "val", "fraction", "said"),
     [
-        (0, 0, 0.1, "no usable text in the inputs: 5 x not a JSON line"),
+        (0, 0, 0.1, "inputs: 5 x not a JSON line, e.g. a: byte 0; .* jq -c"),
         (0, 1, 0.1, "1 document is too few: the train split"),
         (1, 0, 0.1, "1 document is too few: the val split"),
         (2, 0, 0.1, "2 documents are too few: the val split"),

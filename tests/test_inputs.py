@@ -142,6 +142,7 @@ def test_links_stay_inside_and_a_folder_that_cannot_be_listed_is_reported(
         ("A.JSONL.GZ", ("gz", "jsonl")),
         ("gz", ("gz", "")),
         ("a.tar.b", ("", "")),
+        ("a.adoc", ("", "text")),
     ],
 )
 def test_the_format_that_a_name_stands_for(name: str, expected: tuple[str, str]) -> None:
@@ -157,7 +158,8 @@ def test_endings_of_other_files_are_told_briefly(here: Path) -> None:
     texts = [item.reason.removesuffix(" is not a text format") for item in find(("x",))[1]]
     texts.remove("hidden")
     assert sorted(texts) == [
-        ".json file", ".png file", ".png.gz file", f".{'x' * 11} file", f".{'z' * 11}.gz file",
+        ".json file is not a text format; if you name it, it is read as JSON lines",
+        ".png file", ".png.gz file", f".{'x' * 11} file", f".{'z' * 11}.gz file",
         "file without an extension", "file without an extension, in .gz",
     ]  # fmt: skip
 
@@ -170,7 +172,7 @@ def test_a_pattern_that_is_none_matches_nothing(here: Path, pattern: str) -> Non
 
 def test_hidden_members_are_counted_like_hidden_files(tmp_path: Path) -> None:
     names = ["./a.txt", "b/../c.txt", "x/e.py", ".f.txt", "x/.git/g.txt", "__MACOSX/x/._e.py"]
-    names += ["x/__pycache__/h.py", ".DS_Store"]
+    names += ["x/__pycache__/h.py", ".DS_Store", "v\\.obsidian\\i.js"]
     with (
         zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped,
         tarfile.open(tmp_path / "a.tar", "w") as rolled,

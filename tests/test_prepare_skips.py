@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -149,7 +150,9 @@ def test_a_model_folder_among_the_texts_is_skipped(tmp_path: Path) -> None:
     assert manifest["rejects"]["a model; its merges are not text"]["count"] == 1
 
 
-@pytest.mark.parametrize("name", ["a.rtf", "a.PDF", "a.docx", "a.epub", "a.rtf.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.rtf", "a.PDF", "a.docx", "a.epub", "a.rtf.gz", "a.warc.gz", "a.MBOX", "a.7z"]
+)
 def test_a_document_to_convert_is_named_with_what_to_do(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +161,7 @@ def test_a_document_to_convert_is_named_with_what_to_do(
     path.parent.mkdir()
     path.write_bytes(b"{\\rtf1 some text}")
     (ending, advice) = f"{name[1:].lower()} file", "convert it to text first"
+    advice = "unpack it first" if name == "a.7z" else advice
     refused(66, f"{name}: {ending}; {advice}", out=out, inputs=(path,))
     refused(66, f"{name}: {ending} is not a text format; {advice}", out=out, inputs=(path.parent,))
     (tmp_path / "b.txt").write_text("another text " * 20)
@@ -166,3 +170,72 @@ def test_a_document_to_convert_is_named_with_what_to_do(
         write_excluded(both, "text", tmp_path / "grams.npy")
     write_excluded((both[0], str(path.parent)), "text", tmp_path / "grams.npy")
     assert "--exclude ignores 1 file; the first is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet", "arrow"])
+def test_a_field_of_another_name_is_told(tmp_path: Path, ending: str) -> None:
+    """Published texts are in `content`, `raw_content`, `body` and others."""
+    path = tmp_path / f"a.{ending}"
+    table = pa.table({"id": ["1", "2"], "raw_content": texts(2)})
+    if ending == "parquet":
+        parquet.write_table(table, path)
+    elif ending == "arrow":
+        with ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    else:
+        rows = [table.column_names, *zip(*table.to_pydict().values(), strict=True)]
+        mark = "," if ending == "csv" else "\t"
+        lines = map(json.dumps, table.to_pylist()) if ending == "jsonl" else map(mark.join, rows)
+        path.write_text("\n".join(lines))
+    told = "(has 'id', 'raw_content'); name the one that holds the text with --text-field"
+    refused(65, told, out=tmp_path / "data", inputs=(path,))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_of_records_is_not_one_document(
+    tmp_path: Path, name: str, indent: int | None
+) -> None:
+    """As pandas, polars, DuckDB and Slack write it."""
+    data = json.dumps([{"text": text} for text in texts(50)], indent=indent).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    told = "each document has to be one line; for an array: jq -c '.[]'"
+    refused(65, told, out=tmp_path / "data", inputs=(path,))
+    if indent and not name.endswith("gz"):  # to --exclude, a compact one is its strings
+        with pytest.raises(SotaError, match=re.escape(told)):
+            write_excluded((str(path),), "text", tmp_path / "grams.npy")
+
+
+def test_what_datasets_cached_beside_a_data_set_is_no_more_text(tmp_path: Path) -> None:
+    """`map` after `load_from_disk` writes changed copies of every document there."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    names = ("cache-4d1cf2f57fd48898", "cache-5cfb26ceba8d7137_00000_of_00002", "data-00000-of-1")
+    for change, name in zip((str.lower, str.upper, str), names, strict=True):
+        table = pa.table({"text": [change(text) for text in texts(50)]})
+        with ipc.new_stream(folder / f"{name}.arrow", table.schema) as file:
+            file.write_table(table)
+    manifest = run(tmp_path / "data", folder)
+    assert everything(tmp_path / "data") == sorted(texts(50))
+    assert [entry["count"] for entry in manifest["rejects"].values()] == [2]
+    run(tmp_path / "named", folder / f"{names[1]}.arrow")
+    assert everything(tmp_path / "named") == sorted(map(str.upper, texts(50)))
+
+
+def test_a_pointer_to_a_file_is_not_its_text(tmp_path: Path) -> None:
+    """What `git clone` leaves of a data set without Git LFS."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    for name in ("a.txt", "b.jsonl", "c.jsonl.zst", "d.parquet"):
+        (tmp_path / name).write_text(pointer)
+    refused(66, "a.txt: Git LFS pointer; get", out=tmp_path / "data", inputs=(tmp_path,))
+
+
+def test_what_is_not_damaged_but_not_read_says_so(tmp_path: Path) -> None:
+    """Reddit's archives are packed with `zstd --long=31`."""
+    how = zstandard.ZstdCompressionParameters(window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(jsonl(texts(9))) + packer.flush())
+    (tmp_path / "b.feather").write_bytes(b"FEA1" + bytes(40) + b"FEA1")
+    for name, told in (("a.jsonl.zst", "unpack it with zstd -d --long=31"), ("b.feather", "write")):
+        refused(65, told, out=tmp_path / "data", inputs=(tmp_path / name,))

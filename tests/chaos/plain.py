@@ -7,6 +7,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import stat
 import tarfile
 import zipfile
@@ -177,7 +178,7 @@ def packed(data: bytes, codec: str, kind: str) -> Plain:
             plain.perhaps += more.documents + more.perhaps
             plain.texts += [("", most) for _, most in more.texts]
         return plain
-    kind = kind or ("jsonl" if decoded(found).lstrip(b"\0 \t\r\n").startswith(b"{") else "text")
+    kind = kind or ("jsonl" if re.match(rb"[\s\0]*(\[[\s\0]*)?\{", decoded(found)) else "text")
     if not damaged:
         return Plain().lose(EMPTY) if found in BLANK and codec else content(found, kind)
     return started(certain, found, kind).lose(DAMAGED, loose=True)
@@ -299,7 +300,7 @@ def member(name: str, body: bytes | None) -> Plain:
     codec, kind = split_name(name)
     if body is None:
         return Plain().lose(LINK)
-    if any(part.startswith(".") and part not in (".", "..") for part in name.split("/")):
+    if any(part.startswith(".") and part not in (".", "..") for part in re.split(r"[\\/]", name)):
         return Plain().lose("hidden")
     if kind in ("zip", "tar"):
         return Plain().lose("archive inside an archive")

@@ -234,7 +234,7 @@ def _reasons(rejects: dict[str, Any], folder: Folder) -> list[str]:
             wrong.append(f"{reason}: {len(told)} examples of {each['count']}")
         if reason == NEAR:
             wrong += [f"example {one}" for one in told if not _pair(one, folder)]
-        elif odd := set(told) - places.get(reason, set()):
+        elif odd := {one.partition(" (has ")[0] for one in told} - places.get(reason, set()):
             wrong.append(f"{reason}: examples {odd} of {sorted(places.get(reason, set()))[:9]}")
     return wrong
 

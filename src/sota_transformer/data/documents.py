@@ -23,7 +23,7 @@ import orjson
 
 from sota_transformer.data.sources import TABLES, Skipped
 from sota_transformer.data.streams import NOTHING, UTF16, recoded
-from sota_transformer.data.tables import Tables
+from sota_transformer.data.tables import Tables, having
 from sota_transformer.data.tokenizer import utf8
 from sota_transformer.data.units import Segment
 
@@ -267,7 +267,7 @@ def _slow_record(line: bytes, field: str, where: str) -> Document:
     if not isinstance(value, dict):
         return Skipped("JSON, but not an object", where)
     if field not in value:
-        return Skipped(f"no field {field!r}", where)
+        return Skipped(f"no field {field!r}", having(where, value))
     if not isinstance(value[field], str):
         return Skipped(f"field {field!r} is not text", where)
     return as_document(value[field], where)
@@ -319,7 +319,7 @@ def _csv(segment: Segment, field: str) -> Iterator[Document]:
         if row == 1:
             if field not in cells:
                 if not segment.start:  # otherwise the first piece reports it
-                    yield Skipped(f"no column {field!r}", segment.name)
+                    yield Skipped(f"no column {field!r}", having(segment.name, cells))
                 return
             column = cells.index(field)
         elif column < len(cells):

@@ -10,6 +10,7 @@ import numpy as np
 from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import distinct, gram_hashes
+from sota_transformer.data.guards import LINES
 from sota_transformer.data.progress import printable
 from sota_transformer.data.sources import ARCHIVES, Skipped, find_excluded
 from sota_transformer.data.streams import NOTHING
@@ -91,7 +92,7 @@ def _parsed(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SotaError(f"--exclude {where}: not a line of JSON", BAD_DATA) from error
+        raise SotaError(f"--exclude {where}: not a line of JSON; {LINES}", BAD_DATA) from error
 
 
 def _strings(value: Any, text_field: str) -> Iterator[str]:

@@ -21,6 +21,15 @@ from sota_transformer.errors import (
 from sota_transformer.options import Prepare
 
 _FEW_TOKENS = 4096
+_FIELD = "name the one that holds the text with --text-field"
+LINES = "each document has to be one line; for an array: jq -c '.[]' OLD.json > NEW.jsonl"
+_ADVICE = {  # by the start of a reason
+    "no field": _FIELD,
+    "no column": _FIELD,
+    "not a JSON line": LINES,
+    "JSON, but not": LINES,
+    "not valid UTF-8": "convert it: iconv -f cp1252 -t utf-8 OLD > NEW.txt",
+}
 _MOST_WORKERS = 1024
 _PARENT_MB, _WORKER_MB = 110, 130  # measured by benchmarks/prepare.py, rounded up
 CREATE = {  # errors that mean a bad path, not a bad disk
@@ -86,7 +95,7 @@ def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) ->
     """SotaError 65 if a split would be empty; prints a note if validation is very short."""
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     documents = train["documents"] + val["documents"]
-    reasons = "; ".join(f"{v['count']} x {k}" for k, v in manifest["rejects"].items())
+    reasons = _reasons(manifest["rejects"])
     if not documents:
         raise SotaError(f"no usable text in the inputs: {reasons}", BAD_DATA)
     for split, part in (("train", train), ("val", val)):
@@ -103,6 +112,16 @@ def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) ->
         if more > val_fraction and documents >= 16:
             advice += f", or start over with --val-fraction {more:.2g}"
         print(f"note: validation has only {val['tokens']:,} tokens; {advice}")
+
+
+def _reasons(rejects: dict[str, Any]) -> str:
+    """What was skipped with an example each, and what may be done about it."""
+    texts = [
+        f"{entry['count']} x {reason}" + "".join(f", e.g. {at}" for at in entry["examples"][:1])
+        for reason, entry in rejects.items()
+    ]
+    advice = [text for start, text in _ADVICE.items() if any(r.startswith(start) for r in rejects)]
+    return "; ".join(texts + list(dict.fromkeys(advice)))
 
 
 def _workable_fraction(shards: Path) -> str:

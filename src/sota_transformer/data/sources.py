@@ -19,7 +19,7 @@ from pathlib import Path
 from sota_transformer.errors import NO_INPUT, SotaError
 
 PYTHON, STDIN = "python:", "-"
-_TEXT = ("txt", "text", "md", "markdown", "rst", "tex", "org")
+_TEXT = ("txt", "text", "md", "markdown", "mdx", "rst", "adoc", "asciidoc", "tex", "org")
 _CODE = """
 py pyi pyx c h cc cpp cxx hpp hh cu cuh m mm rs go java kt kts scala swift js mjs cjs jsx ts tsx rb
 php pl pm lua r jl hs ml mli clj ex exs erl sh bash zsh fish ps1 sql cs fs vb f f90 zig nim dart css
@@ -38,10 +38,18 @@ KINDS = {
 CODECS = ("gz", "zst", "bz2", "xz")
 ARCHIVES = ("zip", "tar")
 TABLES = ("parquet", "arrow")
-_DOCUMENT = re.compile(  # the formats of word processors, readers and the like
-    rf"\.(docx?|odt|pages|rtf|epub|mobi|azw3|pdf|djvu|xlsx?|ods|pptx?|odp)(\.({'|'.join(CODECS)}))?$",
-    re.IGNORECASE,
-)
+_DOCUMENT = """
+doc docx odt pages rtf epub mobi azw3 pdf djvu xls xlsx ods ppt pptx odp ipynb eml mbox msg
+warc wet wat
+"""
+_PACKED = ("7z", "rar", "lz4", "br", "sz", "snappy", "zstd", "z", "lz", "lzma")
+_ADVICE = {  # what is inside would be taken for text, for JSON lines or for damage
+    **dict.fromkeys(_DOCUMENT.split(), "; convert it to text first"),
+    **dict.fromkeys(_PACKED, "; unpack it first"),
+}
+_CACHED = re.compile(r"cache-[0-9a-f]{16}[_.]")  # `map` writes its results beside the data set
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+_IF_NAMED = "; if you name it, it is read as JSON lines"
 _SHORT = {"tgz": "tar.gz", "tbz2": "tar.bz2", "txz": "tar.xz", "tzst": "tar.zst"}
 KNOWN = (
     "txt md rst html py (and other source code) jsonl ndjson csv tsv parquet arrow, "
@@ -70,7 +78,9 @@ class Source:
     """Modification time in nanoseconds, to detect that a file changed between two attempts."""
 
 
-_RECORD = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\s\0]*\{")  # NUL: UTF-16
+_RECORD = re.compile(  # or an array of them, which no one takes for prose; NUL: UTF-16
+    rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\s\0]*(?:\[[\s\0]*)?\{"
+)
 _MADE = (  # folders written by `sota train`, `sota export` and similar tools
     (("config.json", "run.json", "metrics.jsonl"), "a run; its samples were written by a model"),
     (("tokenizer_config.json", "merges.txt"), "a model; its merges are not text"),
@@ -225,8 +235,8 @@ def _stays(path: str, real_root: str) -> bool:
 def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
     """The file as a source, or the reason to skip it.
 
-    A file given by name may have any extension but a document's; its content then determines its
-    kind.
+    A file given by name may have any extension but one of _ADVICE; its content then determines
+    its kind.
     """
     try:
         status = Path(path).stat()
@@ -237,20 +247,31 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
     if not os.access(path, os.R_OK):
         return Skipped("cannot be read (no permission)", name)
     codec, kind = format_of(Path(path).name)
-    advice = "; convert it to text first" if _DOCUMENT.search(path) else ""
+    suffix = _endings(Path(path).name)[1]
+    advice = _ADVICE.get(suffix, "") if f".{suffix}" in Path(path).name.lower() else ""
     if not kind and not named:
+        advice = _IF_NAMED if suffix == "json" else advice
         return Skipped(f"{_ending(path)} is not a text format{advice}", name)
     if not kind and advice:  # to --exclude an error, where one in a folder is a note
         return Skipped(f"{_ending(path)}{advice}", name)
+    if kind == "arrow" and not named and _CACHED.match(Path(path).name):
+        return Skipped("cached by `datasets`; read only if you name it", name)
     if codec and kind in TABLES:
         return Skipped(f"compressed {kind}; unpack it first", name)
     if not status.st_size:
         return Skipped("empty file", name)
+    if status.st_size < _POINTER_BYTES and _head(path).startswith(_POINTER):
+        return Skipped("Git LFS pointer; get the file itself with git lfs pull", name)
     if not kind and not codec:
-        kind = "text"
-        with suppress(OSError), Path(path).open("rb") as file:  # an error is reported on reading
-            kind = looks_like(file.read(4096))
+        kind = looks_like(_head(path))
     return Source(index, name, path, kind, codec, status.st_size, status.st_mtime_ns)
+
+
+def _head(path: str) -> bytes:
+    """The start of a file; b"" if it cannot be read, which is reported on reading."""
+    with suppress(OSError), Path(path).open("rb") as file:
+        return file.read(4096)
+    return b""
 
 
 def looks_like(head: bytes) -> str:
@@ -260,13 +281,19 @@ def looks_like(head: bytes) -> str:
 
 def format_of(name: str) -> tuple[str, str]:
     """(codec, kind) according to a file name; the kind is "" if unknown."""
+    codec, suffix = _endings(name)
+    return codec, KINDS.get(suffix, suffix if suffix in ARCHIVES else "")
+
+
+def _endings(name: str) -> tuple[str, str]:
+    """(codec, extension below it) of a file name, in lower case; the name itself if it has none."""
     stem, _, suffix = name.lower().rpartition(".")
     if suffix in _SHORT:
         stem, _, suffix = f"{stem}.{_SHORT[suffix]}".rpartition(".")
     codec = suffix if suffix in CODECS else ""
     if codec:
         suffix = stem.rpartition(".")[2]
-    return codec, KINDS.get(suffix, suffix if suffix in ARCHIVES else "")
+    return codec, suffix
 
 
 def _ending(path: str) -> str:

@@ -37,6 +37,7 @@ _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 500
 NOTHING = "no document inside"
 _DECOMPRESSORS = {"bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
 _PACKED = 8 << 10  # fed to a decompressor at a time: damage also loses what precedes it in a block
+_WINDOW = 1 << 27  # as much as `zstd -d` allows by itself
 _LINK = "link or device inside an archive"
 _STARTED = "only its readable start was kept"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -171,11 +172,17 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
     """Pieces of a zstandard stream of any number of frames. EOFError if it is truncated."""
     import zstandard
 
-    context, frame = zstandard.ZstdDecompressor(max_window_size=1 << 27), None
+    context, frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW), None
     while data := raw.read(_PACKED >> 3):  # four bytes can expand to 128 KiB
         while data:
             frame = frame or context.decompressobj()
-            piece = frame.decompress(data)
+            try:
+                piece = frame.decompress(data)
+            except zstandard.ZstdError as error:
+                if "too much memory" not in str(error):
+                    raise
+                text = f"its window is over {_WINDOW >> 20} MiB; unpack it with zstd -d --long=31"
+                raise OSError(text) from error
             yield from (piece[at : at + CHUNK] for at in range(0, len(piece), CHUNK))
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame:
@@ -192,7 +199,8 @@ def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] |
     """(full name, codec, kind) of an archive member; None if it is refused, after reporting why."""
     full = f"{archive}!{name}"
     codec, kind = format_of(name)
-    if any(map(is_hidden, name.split("/"))):  # as in a folder; covers macOS' `__MACOSX/.../._NAME`
+    parts = name.replace("\\", "/").split("/")  # the former from older programs for Windows
+    if any(map(is_hidden, parts)):  # as in a folder; covers macOS' `__MACOSX/.../._NAME`
         refused(Skipped("hidden", full))
     elif kind in ARCHIVES:
         refused(Skipped("archive inside an archive; unpack it first", full))

@@ -9,7 +9,7 @@ slow to parse.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 from sota_transformer.data.sources import Skipped, Source
@@ -18,6 +18,7 @@ from sota_transformer.data.units import UNIT_BYTES, Segment
 _BATCH_ROWS = 32
 _BUFFER_BYTES = 1 << 20
 _BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
+_NAMES = 120  # characters to quote of the names of columns
 _LEFT_OUT = "damaged table; only its readable start was kept"
 
 Row = tuple[int, Any]  # row number, value
@@ -71,6 +72,12 @@ def _pieces(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
     return pieces
 
 
+def having(where: str, names: Iterable[str]) -> str:
+    """The place of a record or table without the text field, with the names that it has instead."""
+    found = ", ".join(map(repr, islice(names, _NAMES)))
+    return f"{where} (has {found[:_NAMES]})"
+
+
 def damage() -> tuple[type[BaseException], ...]:
     """The exceptions that reading a damaged table may raise."""
     try:
@@ -99,9 +106,9 @@ class Tables:
         except ImportError:
             hint = "parquet and Arrow need `pip install 'sota-transformer[parquet]'`"
             yield Skipped(hint, segment.name)
-        except KeyError:
+        except KeyError as error:
             if not segment.start:  # otherwise the first piece reports it
-                yield Skipped(f"no column {field!r}", segment.name)
+                yield Skipped(f"no column {field!r}", having(segment.name, error.args[1:]))
         except damage() as error:
             self._place = None
             text = (str(error).splitlines() or [""])[0][:80]
@@ -150,7 +157,7 @@ class Tables:
             self._ends = list(accumulate(group.num_rows for group in groups))
             self._path = segment.path
         if field not in self._file.schema_arrow.names:
-            raise KeyError(field)
+            raise KeyError(field, *self._file.schema_arrow.names)
         ends, first = self._ends, segment.offset
         last = len(ends) if segment.whole else min(len(ends), bisect_left(ends, segment.stop) + 1)
         how = {"row_groups": list(range(first, last)), "columns": [field], "use_threads": False}
@@ -172,7 +179,10 @@ def _columns(path: str, field: str) -> Iterator[Any]:
     from pyarrow import ipc
 
     with pyarrow.OSFile(path) as raw:
-        if raw.read(6) == b"ARROW1":
+        magic = raw.read(6)
+        if magic.startswith(b"FEA1"):
+            raise ValueError("Feather version 1; write version 2, which is Arrow")
+        if magic == b"ARROW1":
             file = ipc.open_file(raw)
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
         else:
@@ -180,7 +190,7 @@ def _columns(path: str, field: str) -> Iterator[Any]:
             batches = iter(ipc.open_stream(raw))
         for batch in batches:
             if field not in batch.schema.names:
-                raise KeyError(field)
+                raise KeyError(field, *batch.schema.names)
             column = _column(batch, field)
             column.validate(full=True)
             yield column
