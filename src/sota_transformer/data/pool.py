@@ -182,8 +182,8 @@ class Pool:
             self._result(self._submit(len, ()))
         except _DEAD:  # without any work
             raise SotaError(
-                "worker processes cannot start: what they printed is above; if it names a limit on "
-                "memory or processes, raise that or use fewer --workers",
+                "worker processes cannot start, for the reason printed above or out of memory; "
+                "raise the limit on processes or memory, or use fewer --workers",
                 TEMPORARY,
             ) from error
         raise SotaError(
