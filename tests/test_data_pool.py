@@ -207,6 +207,7 @@ def in_turn(
 
     executor = SimpleNamespace(submit=submit, shutdown=lambda **_: None)
     monkeypatch.setattr(Pool, "_start", lambda _: executor)
+    monkeypatch.setattr("concurrent.futures.wait", lambda *_: SimpleNamespace(done=True))
     (folder / "a.jsonl").write_bytes(jsonl(texts(3)))
     (unit,) = units_of(folder / "a.jsonl")
     pool = Pool(Job(folder, Prepare(inputs=("x",), out=folder)), 2)

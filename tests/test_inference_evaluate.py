@@ -227,7 +227,7 @@ def put(hub: Path, repository: str, split: str, rows: list[dict[str, Any]]) -> N
 
 
 def test_benchmarks_come_from_the_hub_once(
-    run: Path, lambada_file: Path, hellaswag_file: Path, hub: Path
+    run: Path, lambada_file: Path, hellaswag_file: Path, hub: Path, monkeypatch
 ) -> None:
     pytest.importorskip("pyarrow.parquet")
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
@@ -240,6 +240,10 @@ def test_benchmarks_come_from_the_hub_once(
     values = {row["name"]: row["value"] for row in from_hub}
     assert values | {row["name"]: row["value"] for row in local} == values
     assert values["lambada_standard accuracy"] == values["lambada_openai accuracy"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(lambada_file))  # as a home that cannot be written to
+    with pytest.raises(SotaError, match="set XDG_CACHE_HOME"):
+        judged(run, lambada=Path("hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(hub.parent / "cache"))
     shutil.rmtree(hub)
     assert judged(run, lambada=Path("hub"), hellaswag=Path("hub"))["benchmarks"] == from_hub
 

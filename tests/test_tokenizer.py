@@ -163,8 +163,9 @@ def test_falls_back_if_gigatoken_is_missing_or_wrong(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, lambda: lambda text: np.array([1], np.uint32))
     assert Encoder().kind == "tiktoken"
 
-    # Not installed; no disk space for its rank file; arguments of another version.
-    for error in (ImportError(), OSError(28, "No space left on device"), TypeError("3 given")):
+    # Not installed; no disk space for its rank file; no /proc; arguments of another version.
+    full, unread = OSError(28, "No space left on device"), RuntimeError("Failed to read /dev/fd/3")
+    for error in (ImportError(), full, unread, TypeError("3 given")):
 
         def fails(error: Exception = error) -> None:
             raise error

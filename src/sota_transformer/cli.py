@@ -3,6 +3,7 @@
 A verb's module is imported only when the verb is called, so that help prints at once.
 """
 
+import errno
 import io
 import math
 import os
@@ -39,6 +40,11 @@ from sota_transformer.options import (
 )
 from sota_transformer.words import in_shell, one_line
 
+_CROWDED = (
+    "no more processes or threads can be started; end other programs, raise the limit (ulimit -u, "
+    "or the container's), or use fewer workers or threads"
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line and return an exit code of `errors.py`."""
@@ -63,11 +69,15 @@ def guarded(work: Callable[[], int]) -> int:
         sys.stdout = None
         return 0
     except OSError as error:
+        if error.errno == errno.EAGAIN and error.strerror == os.strerror(errno.EAGAIN):
+            return _complain(_CROWDED, TEMPORARY)  # from fork; a full pipe has another text
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", IO_FAILED)
     except KeyboardInterrupt as error:
         return _complain("interrupted", getattr(error, "code", INTERRUPTED))
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+            return _complain(_CROWDED, TEMPORARY)
         if isinstance(error, RuntimeError | MemoryError):
             from sota_transformer.runtime import out_of_memory
 

@@ -132,9 +132,11 @@ class HashingFile:
         data, self._filled = self._buffer[: self._filled], 0
         _past_cache(self._descriptor, len(data) == len(self._buffer))  # not for a partial buffer
         with ThreadPoolExecutor(1) as aside:
-            hashed = aside.submit(self._hash.update, data)
+            try:
+                aside.submit(self._hash.update, data)
+            except RuntimeError:  # at the limit on threads a checkpoint must be saved all the same
+                self._hash.update(data)
             self._put(data)
-        hashed.result()
 
     def _put(self, data: memoryview) -> None:
         while data:
@@ -386,8 +388,7 @@ class DirectoryLock:
                 if not os.path.samestat(os.fstat(descriptor), self.path.stat()):
                     raise BlockingIOError(errno.EAGAIN, "the previous holder removed the folder")
                 owner = dict(pid=os.getpid(), host=socket.gethostname(), started=int(time.time()))
-                size = os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-                os.ftruncate(descriptor, size)
+                os.ftruncate(descriptor, os.pwrite(descriptor, json.dumps(owner).encode(), 0))
             return descriptor
         except BaseException as error:
             os.close(descriptor)

@@ -17,7 +17,7 @@ from typing import Any
 
 from sota_transformer import durable
 from sota_transformer.commands.common import check_file, decoded
-from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
+from sota_transformer.errors import BAD_DATA, IO_FAILED, NO_INPUT, SotaError
 from sota_transformer.inference.benchmarks import Choice, hellaswag_choice
 from sota_transformer.shapes import misfit
 
@@ -109,8 +109,12 @@ def _fetch(name: str) -> Path:
         return path
     tables = [_rows(name, place, columns) for place, columns in _TABLES[name].items()]
     lines = [dict(ChainMap(*rows)) for rows in zip_longest(*tables, fillvalue={})]
-    durable.make_folder(cache)
-    durable.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    try:
+        durable.make_folder(cache)
+        durable.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    except OSError as error:  # a home folder that does not exist or is not the user's own
+        advice = "set XDG_CACHE_HOME to a folder that you can write to"
+        raise SotaError(f"cannot write {path}: {error.strerror}; {advice}", IO_FAILED) from error
     return path
 
 

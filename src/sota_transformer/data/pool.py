@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import groupby, islice
@@ -27,13 +28,14 @@ from typing import TYPE_CHECKING, Any
 from sota_transformer.data.forks import starting, worker_context
 from sota_transformer.data.sources import Source
 from sota_transformer.data.units import Job, Unit
-from sota_transformer.errors import BAD_DATA, SotaError
+from sota_transformer.errors import BAD_DATA, TEMPORARY, SotaError
 
 if TYPE_CHECKING:  # numpy loads in the workers, and here while they start
     from sota_transformer.data.encode import Tools
 
 _DEAD = (BrokenProcessPool, EOFError, ConnectionError)  # a worker, or the server that forks them
 _RECURSION = 3000  # for deep but valid JSON; beyond it the C scanner raises, it does not crash
+_LOOK_SECONDS = 1.0
 _RUN_UNITS = 64  # longer row groups are shared after all: a very long run leaves others idle
 
 Run = tuple[Unit, ...]
@@ -83,6 +85,11 @@ class Pool:
         self._job, self._workers = job, workers
         self._waiting: deque[tuple[Run, Future[list[Counts]] | None]] = deque()
         self._pool = self._start()
+        self._fault: BaseException | None = None
+        self._hook, threading.excepthook = threading.excepthook, self._died
+
+    def _died(self, what: threading.ExceptHookArgs) -> None:
+        self._fault = what.exc_value
 
     def _start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(self._workers, worker_context(), _begin, (self._job,))
@@ -91,6 +98,15 @@ class Pool:
         """A future of `work(item)`; may start a worker."""
         with starting():
             return self._pool.submit(work, item)
+
+    def _result(self, future: Future[Any]) -> Any:
+        """The future's result. It never comes if a thread of the executor dies, as it does when it
+        cannot start another: at a limit on processes.
+        """
+        while not futures.wait((future,), _LOOK_SECONDS).done:
+            if self._fault:
+                raise self._fault
+        return future.result()
 
     def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Counts]]:
         """Every unit with its counts, in order; a bounded number is pending at any time."""
@@ -112,7 +128,7 @@ class Pool:
     def probe(self, source: Source) -> list[tuple[int, int, int]]:
         """The pieces of a table; a worker finds them, since the file may crash its reader."""
         with contextlib.suppress(*_DEAD):
-            return self._submit(_probe, source).result()
+            return self._result(self._submit(_probe, source))
         self._restart()
         return self._alone(_probe, source, source.name)
 
@@ -123,7 +139,7 @@ class Pool:
     def _next(self) -> Iterator[tuple[Unit, Counts]]:
         run, future = self._waiting[0]
         try:
-            done = (future or self._submit(_encode, run)).result()
+            done = self._result(future or self._submit(_encode, run))
         except _DEAD:
             yield from self._one_by_one()
             return
@@ -157,11 +173,19 @@ class Pool:
         error: BaseException | None = None
         for _ in range(2):
             try:
-                return self._submit(work, item).result()
+                return self._result(self._submit(work, item))
             except _DEAD as caught:
                 error = caught
                 time.sleep(0.2)
                 self._restart()
+        try:
+            self._result(self._submit(len, ()))
+        except _DEAD:  # without any work
+            raise SotaError(
+                "worker processes cannot start, for the reason printed above or out of memory; "
+                "raise the limit on processes or memory, or use fewer --workers",
+                TEMPORARY,
+            ) from error
         raise SotaError(
             f"a worker died twice on {place}: out of memory, or a file that crashes its reader; "
             "remove that file from the inputs, or use fewer --workers",
@@ -170,10 +194,11 @@ class Pool:
 
     def close(self, *, stop: bool = False) -> None:
         """Shut the workers down; `stop` terminates them at once."""
+        threading.excepthook = self._hook
         if stop:
             for process in multiprocessing.active_children():
                 process.terminate()
-        with contextlib.suppress(*_DEAD):
+        with contextlib.suppress(*_DEAD, RuntimeError):  # a thread that never started
             self._pool.shutdown(cancel_futures=True)
 
 

@@ -155,8 +155,8 @@ def _choose() -> tuple[str, Encode]:
         try:
             encode = make()
             works = all(encode(text.encode()).tolist() == ids for text, ids in _KNOWN)
-        except (ImportError, OSError, TypeError, ValueError, AttributeError):
-            continue  # not installed, no space for its file, or a changed API (gigatoken#42)
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError, AttributeError):
+            continue  # not installed, no space for its file, no /proc, a changed API (gigatoken#42)
         if works:
             return name, encode
     raise SotaError(
