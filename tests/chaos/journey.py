@@ -229,7 +229,7 @@ class Workspace:
             self.say(f"prints too much or too little: {done.output[-900:]}")
         paths = [word.partition("=")[2] or word for word in words[1:]]
         names = {" ".join((Path(word).name or word).split()) for word in paths}
-        names |= {repr(word)[1:-1] for word in paths}
+        names |= {repr(word)[1:-1] for word in paths} | {Path(word).name for word in paths}
         told = any(name in last for name in names if name) or "--" in last
         if not told and "MB free" not in last:  # which names the existing part of its path
             self.say(f"names no path and no option: {last}")
