@@ -48,7 +48,7 @@ _ADVICE = {  # what is inside would be taken for text, for JSON lines or for dam
     **dict.fromkeys(_PACKED, "; unpack it first"),
 }
 _CACHED = re.compile(r"cache-[0-9a-f]{16}[_.]")  # `map` writes its results beside the data set
-_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", range(120, 1024)
 _IF_NAMED = "; if you name it, it is read as JSON lines"
 _SHORT = {"tgz": "tar.gz", "tbz2": "tar.bz2", "txz": "tar.xz", "tzst": "tar.zst"}
 KNOWN = (
@@ -246,21 +246,23 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
         return Skipped("not a regular file", name)
     if not os.access(path, os.R_OK):
         return Skipped("cannot be read (no permission)", name)
-    codec, kind = format_of(Path(path).name)
-    suffix = _endings(Path(path).name)[1]
-    advice = _ADVICE.get(suffix, "") if f".{suffix}" in Path(path).name.lower() else ""
-    if not kind and not named:
-        advice = _IF_NAMED if suffix == "json" else advice
-        return Skipped(f"{_ending(path)} is not a text format{advice}", name)
-    if not kind and advice:  # to --exclude an error, where one in a folder is a note
-        return Skipped(f"{_ending(path)}{advice}", name)
-    if kind == "arrow" and not named and _CACHED.match(Path(path).name):
+    base = os.path.basename(path)  # noqa: PTH119  faster, and there may be a million
+    codec, kind = format_of(base)
+    if not kind:
+        suffix = _endings(base)[1]
+        advice = _ADVICE.get(suffix, "") if f".{suffix}" in base.lower() else ""
+        if not named:
+            advice = _IF_NAMED if suffix == "json" else advice
+            return Skipped(f"{_ending(path)} is not a text format{advice}", name)
+        if advice:  # to --exclude an error, where one in a folder is a note
+            return Skipped(f"{_ending(path)}{advice}", name)
+    if kind == "arrow" and not named and _CACHED.match(base):
         return Skipped("cached by `datasets`; read only if you name it", name)
     if codec and kind in TABLES:
         return Skipped(f"compressed {kind}; unpack it first", name)
     if not status.st_size:
         return Skipped("empty file", name)
-    if status.st_size < _POINTER_BYTES and _head(path).startswith(_POINTER):
+    if status.st_size in _POINTER_BYTES and _head(path).startswith(_POINTER):
         return Skipped("Git LFS pointer; get the file itself with git lfs pull", name)
     if not kind and not codec:
         kind = looks_like(_head(path))
@@ -269,7 +271,7 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
 
 def _head(path: str) -> bytes:
     """The start of a file; b"" if it cannot be read, which is reported on reading."""
-    with suppress(OSError), Path(path).open("rb") as file:
+    with suppress(OSError), open(path, "rb", buffering=0) as file:
         return file.read(4096)
     return b""
 
