@@ -25,7 +25,6 @@ from sota_transformer.errors import (
     SotaError,
     interruptible,
 )
-from sota_transformer.launcher import is_first_rank
 from sota_transformer.options import (
     DataView,
     Doctor,
@@ -133,6 +132,7 @@ def _complain(text: str, code: int) -> int:
 def train_and_show(config: RunConfig) -> int:
     """Train or resume, then print where the run is and what to do with it."""
     from sota_transformer.doctor import admit
+    from sota_transformer.launcher import is_first_rank
     from sota_transformer.training.start import train
 
     train(config, admit)

@@ -131,12 +131,12 @@ class HashingFile:
         """Write the buffer while another thread hashes it."""
         data, self._filled = self._buffer[: self._filled], 0
         _past_cache(self._descriptor, len(data) == len(self._buffer))  # not for a partial buffer
+        hashed = None
         with ThreadPoolExecutor(1) as aside:
-            try:
-                aside.submit(self._hash.update, data)
-            except RuntimeError:  # at the limit on threads a checkpoint must be saved all the same
-                self._hash.update(data)
+            with suppress(RuntimeError):  # at the limit on threads a checkpoint is saved, too
+                hashed = aside.submit(self._hash.update, data)
             self._put(data)
+        hashed.result() if hashed else self._hash.update(data)
 
     def _put(self, data: memoryview) -> None:
         while data:

@@ -62,9 +62,9 @@ def train(
         if state is not None:
             changed += changes.of_rate(folder, config, start) if changed else []
             changed += changes.of_data(config, state, trainer)
+        done = start >= config.train.steps and checkpoint.steps(folder)[-1:] == [start]
         # A signal may have come before the last validation or sample.
-        done = checkpoint.steps(folder)[-1:] == [start] and all(judged(folder, start))
-        if start >= config.train.steps and any(runtime.of_first(done)):
+        if any(runtime.of_first(done and all(judged(folder, start)))):
             steps = counted(config.train.steps, "step")
             log.say(f"{folder} is complete: {start:,} of {steps}; nothing to do")
             return None
