@@ -247,15 +247,17 @@ def compare(preset: str, options: argparse.Namespace) -> None:
     matrices = model.parameter_count - (2 * model.layers + 1) * model.d_model
     own = statistics.median(row["seconds"] for row in found.get("ours", next(iter(found.values()))))
     print(f"{preset}: {rows} x {model.seq_len} tokens per step, {options.rounds} rounds")
-    print(f"{'':<16} {'tokens/s':>9} {'min-max':>15} {'TFLOP/s':>8} {'peak GB':>8} {'ours x':>7}")
+    print(f"{'':<16} {'tokens/s':>9} {'min-max':>15} {'TFLOP/s':>8} {'peak GB':>17} {'ours x':>7}")
     for name, results in found.items():
         seconds = [row["seconds"] for row in results]
         middle = statistics.median(seconds)
         span = f"{tokens / max(seconds):,.0f}-{tokens / min(seconds):,.0f}"
         rate = 6e-12 * matrices * tokens / middle
+        memory = sorted(row["memory"] for row in results)
+        peak = f"{statistics.median(memory):.2f} ({memory[0]:.2f}-{memory[-1]:.2f})"
         print(
             f"{name:<16} {tokens / middle:>9,.0f} {span:>15} {rate:>8.3f} "
-            f"{max(row['memory'] for row in results):>8.2f} {middle / own:>7.2f}",
+            f"{peak:>17} {middle / own:>7.2f}",
             flush=True,
         )
 

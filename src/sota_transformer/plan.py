@@ -293,6 +293,7 @@ def _step_seconds(
             hidden, model.embedding.weight, tokens[:, 1:], 0.1, compiled=runtime.compile
         )
         (sums.smoothed / sums.count).backward()
+        del hidden, sums  # as in training: one left over would lie between the next step's tensors
         runtime.synchronize()
         between = time.perf_counter()
         clip(model, float(gradient_norm(model)), 1.0)
