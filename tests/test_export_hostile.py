@@ -155,3 +155,13 @@ def test_hostile_folders_are_refused(
     assert time.process_time() - began < 5
     assert [path for path in opened if not path.startswith(str(folder))] == []
     assert [path.name for path in tmp_path.iterdir()] == ["hostile"]  # no PWNED
+
+
+def test_pickled_weights_are_refused_with_what_to_do(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    with pytest.raises(SotaError, match=r"has no model\.safetensors") as caught:
+        read_model(tmp_path)
+    torch.save({"x": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(SotaError, match=r"which writes model\.safetensors"):
+        read_model(tmp_path)
+    assert caught.value.code == 66

@@ -26,6 +26,7 @@ from sota_transformer.model.transformer import Transformer, rotary
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PICKLED = "pytorch_model.bin"
 _PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _TOKENIZER = "tokenizer.json"
 _JSON_BYTES = 4 << 20
@@ -111,8 +112,13 @@ def _all_tensors(folder: Path, config: Model) -> dict[str, Tensor]:
 
 def _files(folder: Path) -> list[str]:
     """Names of the files that hold tensors."""
-    if os.path.lexists(folder / WEIGHTS) or not os.path.lexists(folder / _INDEX):
+    if os.path.lexists(folder / WEIGHTS):
         return [WEIGHTS]
+    if not os.path.lexists(folder / _INDEX):
+        if os.path.lexists(folder / _PICKLED):
+            text = f"{_PICKLED} can run code and is not read; save the model again by transformers"
+            raise SotaError(f"{text}' save_pretrained, which writes {WEIGHTS}", NO_INPUT)
+        raise SotaError(f"has no {WEIGHTS}", NO_INPUT)
     index = _json(folder, _INDEX)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:

@@ -155,7 +155,7 @@ def latest(run_folder: Path, warn: Callable[[str], None], until: int | None = No
             return step
         warn(one_line(f"step {step} rejected: {problems[0]}"))
     if found:
-        raise SotaError(f"{run_folder}: none of {len(found)} checkpoints verifies", BAD_DATA)
+        raise SotaError(f"{run_folder}: no checkpoint verifies; {len(found)} tried", BAD_DATA)
     return None
 
 
