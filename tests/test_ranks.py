@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from sota_transformer import launcher
 from sota_transformer.config import Run, RunConfig
@@ -167,10 +167,12 @@ def test_only_training_waits_for_other_processes(monkeypatch) -> None:
 def test_processes_meet_those_of_their_own_time(monkeypatch) -> None:
     """torchrun's store outlives them: one of several machines never resumed after a restart."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    store, calls = HashStore(), dict[str, str]()
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    calls = dict[str, str]()
 
     def meets(name: str, rank: int) -> threading.Thread:
         def work() -> None:
+            store = TCPStore("127.0.0.1", kept.port, wait_for_workers=False)
             calls[name] = launcher.called(store, rank, 3, 20)
 
         thread = threading.Thread(target=work)
@@ -187,7 +189,7 @@ def test_processes_meet_those_of_their_own_time(monkeypatch) -> None:
     first, second = ({calls[f"{n}{more}"] for n in range(3)} for more in ("", " again"))
     assert len(first) == len(second) == 1 and first != second
     with pytest.raises(RuntimeError, match="met nobody in 0 s"):  # nobody calls any more
-        launcher.called(store, 1, 3, 0.3)
+        launcher.called(kept, 1, 3, 0.3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for addresses")
