@@ -1,5 +1,6 @@
 """What the processes of a run have in common: threads stand for them here, but for one test."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore, TCPStore
 
 from sota_transformer import launcher
 from sota_transformer.config import Run, RunConfig
@@ -160,6 +162,55 @@ def test_only_training_waits_for_other_processes(monkeypatch) -> None:
     machine = Runtime.detect(Run(device="cpu"), 1)
     with pytest.raises(SotaError, match="unset WORLD_SIZE"):
         machine.join()
+
+
+def test_processes_meet_those_of_their_own_time(monkeypatch) -> None:
+    """torchrun's store outlives them: one of several machines never resumed after a restart."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    calls = dict[str, str]()
+
+    def meets(name: str, rank: int) -> threading.Thread:
+        def work() -> None:
+            store = TCPStore("127.0.0.1", kept.port, wait_for_workers=False)
+            calls[name] = launcher.called(store, rank, 3, 20)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    for thread in (meets("0", 0), meets("1", 1), meets("2", 2)):
+        thread.join(20)
+    early = meets("1 again", 1)  # its machine has noticed first
+    time.sleep(0.3)
+    assert "1 again" not in calls
+    for thread in (meets("2 again", 2), meets("0 again", 0), early):
+        thread.join(20)
+    first, second = ({calls[f"{n}{more}"] for n in range(3)} for more in ("", " again"))
+    assert len(first) == len(second) == 1 and first != second
+    with pytest.raises(RuntimeError, match="met nobody in 0 s"):  # nobody calls any more
+        launcher.called(kept, 1, 3, 0.3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for addresses")
+def test_gloo_takes_the_network_that_leads_to_the_others(monkeypatch) -> None:
+    """Debian calls itself 127.0.1.1, which gloo told the other machine to connect to."""
+    addresses = {"m1": "127.0.0.1", "10.0.0.2": "10.0.0.1", "127.0.0.5": "127.0.0.1"}
+    interfaces = {"127.0.0.1": "lo", "10.0.0.1": "eth7"}
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.setenv("MASTER_ADDR", "m1")
+    assert launcher._interface(launcher.own_address("127.0.0.1")) == "lo"
+    assert launcher._interface("203.0.113.7") is None
+    assert launcher.own_address("nowhere.invalid") == ""
+    monkeypatch.setattr(launcher, "own_address", lambda host: addresses.get(host, ""))
+    monkeypatch.setattr(launcher, "_interface", interfaces.get)
+    store = HashStore()
+    for rank, address in {1: "127.0.0.5", 2: "10.0.0.2"}.items():  # the first is on this machine
+        store.set(f"address {rank}", address)
+    for before, after in (("", "eth7"), ("ib0", "ib0")):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", before)
+        launcher.choose_network(store, 0, 3)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == after
 
 
 @pytest.mark.slow

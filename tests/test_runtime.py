@@ -73,7 +73,7 @@ def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch, has: str) -> N
         ("cpu", "linux", "2", "gloo", "lo"),
         ("cpu", "darwin", "2", "gloo", "lo0"),
         ("cpu", "linux", "2", "gloo", "ib0"),  # as it was set
-        ("cpu", "linux", "1", "gloo", None),  # two machines: gloo has to find the other
+        ("cpu", "linux", "1", "gloo", "eth7"),  # two machines: on the way to the other
     ],
 )
 def test_how_processes_are_joined(
@@ -90,8 +90,13 @@ def test_how_processes_are_joined(
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", network)
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(launcher.socket, "if_nameindex", lambda: [*enumerate(("lo", "lo0", "ib0"))])
+    monkeypatch.setattr(runtime, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(runtime, "called", lambda *_: "call")
+    monkeypatch.setattr(runtime, "choose_network", lambda *_: os.environ.setdefault(where, "eth7"))
+    where = "GLOO_SOCKET_IFNAME"
+    monkeypatch.setattr(dist, "PrefixStore", lambda *_: None)
     chosen: list[Any] = []
-    monkeypatch.setattr(dist, "init_process_group", lambda name, timeout: chosen.append(name))
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **_: chosen.append(name))
     with simulated("cuda"):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
-from sota_transformer.launcher import awaited, check_networks, launched
+from sota_transformer.launcher import awaited, called, check_networks, choose_network, launched
 from sota_transformer.model.cpu import link_from_any_folder
 
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling costs more time than it saves
@@ -95,9 +95,8 @@ class Runtime:
         """Meet the other processes of a training run; other commands compute alone."""
         if self.world == 1 or dist.is_initialized():
             return
-        backend, again = "nccl" if self.device.type == "cuda" else "gloo", 0
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
         if launched("LOCAL_WORLD_SIZE", 1) == self.world:  # all ranks on this machine
-            again = launched("TORCHELASTIC_RESTART_COUNT", 0)  # machines may count differently
             # gloo would resolve the host name, whose address disappears with the network.
             loopback = "lo0" if sys.platform == "darwin" else "lo"
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -105,20 +104,16 @@ class Runtime:
             check_networks()
         try:
             with _collective(), awaited(self.world):
-                dist.init_process_group(backend, timeout=_SILENCE, **self._store(again))
+                store, rank, world = next(rendezvous("env://", timeout=_SILENCE))
+                call = called(store, rank, world, _SILENCE.total_seconds())
+                choose_network(store, rank, world)
+                mine = dist.PrefixStore(call, store)
+                dist.init_process_group(
+                    backend, timeout=_SILENCE, store=mine, rank=rank, world_size=world
+                )
         except ValueError as error:
             line = f"WORLD_SIZE is {self.world}, but torchrun's other variables are missing"
             raise SotaError(f"{line} ({error}); use torchrun, or unset WORLD_SIZE") from error
-
-    def _store(self, again: int) -> dict[str, Any]:
-        """Where the processes meet after `again` restarts by torchrun. It keeps its store, in which
-        torch would find the addresses of the dead and wait for them.
-        """
-        if not again:
-            return {}
-        store, _, _ = next(rendezvous("env://", timeout=_SILENCE))
-        mine = dist.PrefixStore(f"restart {again}", store)
-        return {"store": mine, "rank": self.rank, "world_size": self.world}
 
     def optimize(self, model: Any, masked: bool = False) -> None:
         """Compile both halves of each block, or undo it; all blocks share the two compilations.
