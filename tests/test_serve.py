@@ -24,6 +24,7 @@ from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Drawn
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.serve.completions import Completions, _Active
+from sota_transformer.serve.guard import UNFINISHED
 from sota_transformer.serve.schema import Completion
 from tests.inference_models import FULL, small_model, write_run
 from tests.serving import Server
@@ -265,6 +266,16 @@ def test_slow_sockets_do_not_stop_a_good_request(server: Server, slow: int) -> N
     assert not open_, f"{len(open_)} sockets are still open"
     assert time.monotonic() - began < 9
     assert sorted(times)[len(times) // 2] <= 3 * idle + 0.1
+    for each in sockets:
+        each.close()
+
+
+def test_clients_that_come_together_are_all_answered(server: Server) -> None:
+    """More than may be incomplete at a time, and none has sent its request yet."""
+    sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(UNFINISHED + 9)]
+    for each in sockets:
+        each.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    assert [each.recv(12) for each in sockets] == [b"HTTP/1.1 200"] * len(sockets)
     for each in sockets:
         each.close()
 

@@ -20,6 +20,7 @@ HEADER_BYTES = 16 << 10
 UNWANTED_BYTES = 16 << 20  # how much of a rejected body is read
 BODY_BYTES = 1 << 20
 UNFINISHED = 64  # connections whose request has not fully arrived
+FIRST_SECONDS = 1.0  # for a new connection's request, before it may displace or be displaced
 
 
 class Protocol(H11Protocol):
@@ -28,11 +29,11 @@ class Protocol(H11Protocol):
     unfinished: ClassVar[dict["Protocol", asyncio.TimerHandle]] = {}  # oldest first
 
     def connection_made(self, transport: Any) -> None:
-        """Start the deadline; with too many incomplete requests, drop the oldest connection."""
+        """Start the deadline."""
         super().connection_made(transport)
         self._await_request()
-        if len(self.unfinished) > UNFINISHED:
-            next(iter(self.unfinished))._abort()
+        # Not at once: of many clients that come together, none has sent its request yet.
+        self.loop.call_later(FIRST_SECONDS, self._displace)
 
     def data_received(self, data: bytes) -> None:
         """Pass the bytes on; a complete request cancels the deadline."""
@@ -54,6 +55,11 @@ class Protocol(H11Protocol):
     def _arrived(self) -> None:
         if deadline := self.unfinished.pop(self, None):
             deadline.cancel()
+
+    def _displace(self) -> None:
+        """With too many incomplete requests, this one's among them, drop the oldest connection."""
+        if self in self.unfinished and len(self.unfinished) > UNFINISHED:
+            next(iter(self.unfinished))._abort()
 
     def _abort(self) -> None:
         self._arrived()
