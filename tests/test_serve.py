@@ -190,6 +190,18 @@ def test_other_sites_are_refused(server: Server, headers: dict[str, str], status
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
+def test_the_page_streams_behind_a_proxy_that_changes_the_host(server: Server) -> None:
+    """As nginx does by default, which also holds a stream back unless told not to."""
+    for said, status in (("same-origin", 200), ("same-site", 403), ("cross-site", 403)):
+        answer = httpx.post(
+            f"{server.url}/v1/completions",
+            json={"prompt": "a", "max_tokens": 1, "stream": True},
+            headers={"origin": "https://public.example", "sec-fetch-site": said},
+        )
+        assert answer.status_code == status
+        assert answer.headers.get("x-accel-buffering") == ("no" if status == 200 else None)
+
+
 def test_a_chat_client_is_told_that_there_is_no_chat(server: Server) -> None:
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": []})
     assert answer.status_code == 404

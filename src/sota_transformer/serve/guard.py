@@ -125,10 +125,15 @@ class Guard:
             return 431, f"headers may have at most {HEADER_BYTES:,} bytes"
         host = headers.get("host", "")
         if not self._any_host and host.partition(":")[0] not in self._hosts:
-            return 421, "this server does not serve that host"
+            return 421, (
+                "this server does not serve that host; ask for localhost or 127.0.0.1, or start "
+                "the server with --host 0.0.0.0 and an API key"
+            )
         origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
-            return 403, "requests from other sites are not allowed"
+        # A proxy may change the host; no site can change what its browser says of it.
+        own = headers.get("sec-fetch-site") == "same-origin"
+        if origin is not None and not own and origin.partition("://")[2] != host:
+            return 403, "requests from other sites are not allowed (a proxy must pass on Host)"
         if self._key and scope["path"] not in self.OPEN:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
