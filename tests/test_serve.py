@@ -24,6 +24,7 @@ from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.inference.batch import Drawn
 from sota_transformer.inference.generate import generate, make_sampler
 from sota_transformer.serve.completions import Completions, _Active
+from sota_transformer.serve.guard import UNFINISHED
 from sota_transformer.serve.schema import Completion
 from tests.inference_models import FULL, small_model, write_run
 from tests.serving import Server
@@ -189,6 +190,18 @@ def test_other_sites_are_refused(server: Server, headers: dict[str, str], status
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
+def test_the_page_streams_behind_a_proxy_that_changes_the_host(server: Server) -> None:
+    """As nginx does by default, which also holds a stream back unless told not to."""
+    for said, status in (("same-origin", 200), ("same-site", 403), ("cross-site", 403)):
+        answer = httpx.post(
+            f"{server.url}/v1/completions",
+            json={"prompt": "a", "max_tokens": 1, "stream": True},
+            headers={"origin": "https://public.example", "sec-fetch-site": said},
+        )
+        assert answer.status_code == status
+        assert answer.headers.get("x-accel-buffering") == ("no" if status == 200 else None)
+
+
 def test_a_chat_client_is_told_that_there_is_no_chat(server: Server) -> None:
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": []})
     assert answer.status_code == 404
@@ -265,6 +278,16 @@ def test_slow_sockets_do_not_stop_a_good_request(server: Server, slow: int) -> N
     assert not open_, f"{len(open_)} sockets are still open"
     assert time.monotonic() - began < 9
     assert sorted(times)[len(times) // 2] <= 3 * idle + 0.1
+    for each in sockets:
+        each.close()
+
+
+def test_clients_that_come_together_are_all_answered(server: Server) -> None:
+    """More than may be incomplete at a time, and none has sent its request yet."""
+    sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(UNFINISHED + 9)]
+    for each in sockets:
+        each.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    assert [each.recv(12) for each in sockets] == [b"HTTP/1.1 200"] * len(sockets)
     for each in sockets:
         each.close()
 

@@ -62,7 +62,10 @@ class Completions:
         """A whole response, or a stream. HTTPException."""
         active = await self._start(wanted)
         if wanted.stream:
-            return StreamingResponse(self._stream(active), media_type="text/event-stream")
+            unheld = {"x-accel-buffering": "no"}  # nginx would collect pieces to fill its buffer
+            return StreamingResponse(
+                self._stream(active), headers=unheld, media_type="text/event-stream"
+            )
         drawn = await self._collect(active, request)
         # In a thread: echoed prompts with many alternatives take seconds.
         return await asyncio.to_thread(self._whole, active, drawn)

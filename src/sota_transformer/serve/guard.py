@@ -20,6 +20,7 @@ HEADER_BYTES = 16 << 10
 UNWANTED_BYTES = 16 << 20  # how much of a rejected body is read
 BODY_BYTES = 1 << 20
 UNFINISHED = 64  # connections whose request has not fully arrived
+FIRST_SECONDS = 1.0  # for a new connection's request, before it may displace or be displaced
 
 
 class Protocol(H11Protocol):
@@ -28,11 +29,11 @@ class Protocol(H11Protocol):
     unfinished: ClassVar[dict["Protocol", asyncio.TimerHandle]] = {}  # oldest first
 
     def connection_made(self, transport: Any) -> None:
-        """Start the deadline; with too many incomplete requests, drop the oldest connection."""
+        """Start the deadline."""
         super().connection_made(transport)
         self._await_request()
-        if len(self.unfinished) > UNFINISHED:
-            next(iter(self.unfinished))._abort()
+        # Not at once: of many clients that come together, none has sent its request yet.
+        self.loop.call_later(FIRST_SECONDS, self._displace)
 
     def data_received(self, data: bytes) -> None:
         """Pass the bytes on; a complete request cancels the deadline."""
@@ -54,6 +55,11 @@ class Protocol(H11Protocol):
     def _arrived(self) -> None:
         if deadline := self.unfinished.pop(self, None):
             deadline.cancel()
+
+    def _displace(self) -> None:
+        """With too many incomplete requests, this one's among them, drop the oldest connection."""
+        if self in self.unfinished and len(self.unfinished) > UNFINISHED:
+            next(iter(self.unfinished))._abort()
 
     def _abort(self) -> None:
         self._arrived()
@@ -119,10 +125,15 @@ class Guard:
             return 431, f"headers may have at most {HEADER_BYTES:,} bytes"
         host = headers.get("host", "")
         if not self._any_host and host.partition(":")[0] not in self._hosts:
-            return 421, "this server does not serve that host"
+            return 421, (
+                "this server does not serve that host; ask for localhost or 127.0.0.1, or start "
+                "the server with --host 0.0.0.0 and an API key"
+            )
         origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
-            return 403, "requests from other sites are not allowed"
+        # A proxy may change the host; no site can change what its browser says of it.
+        own = headers.get("sec-fetch-site") == "same-origin"
+        if origin is not None and not own and origin.partition("://")[2] != host:
+            return 403, "requests from other sites are not allowed (a proxy must pass on Host)"
         if self._key and scope["path"] not in self.OPEN:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
