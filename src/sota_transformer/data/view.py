@@ -15,17 +15,18 @@ from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.packing import document_ends
 from sota_transformer.data.page import page, save
-from sota_transformer.data.progress import printable, summary
+from sota_transformer.data.progress import summary
 from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array, load_manifest
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
-from sota_transformer.words import CONTROL, counted
+from sota_transformer.words import CONTROL, counted, printable
 
 _BLOCK = 1 << 20
 _SAMPLED = 200  # documents read to determine the scripts
 _MOST_GRAMS = 1 << 20  # validation n-grams counted for the leakage; beyond that, a sample
 _MOST_SCRIPTS = 8  # listed by name
+_LAYOUT = "\n\t"  # control characters that a text may have
 
 
 def describe(options: DataView) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def describe(options: DataView) -> dict[str, Any]:
         share = figures["leakage"]
         print(f"leakage: {share:.3%} of validation's {EXCLUDE_GRAM}-grams also occur in training")
     for split, number, text in samples:
-        print(f"--- {split} document {number:,}\n{printable(text[:600], lines=True)}")
+        print(f"--- {split} document {number:,}\n{printable(text[:600], keep=_LAYOUT)}")
     return figures
 
 
@@ -225,7 +226,8 @@ def _print_window(options: DataView) -> None:
         )
     pieces = np.split(windows[index], np.flatnonzero(windows[index] == EOT) + 1)
     decode = Tokenizer().decode
-    print("\n--- end of text ---\n".join(printable(decode(piece), lines=True) for piece in pieces))
+    texts = (printable(decode(piece), keep=_LAYOUT) for piece in pieces)
+    print("\n--- end of text ---\n".join(texts))
 
 
 def _export(folder: Path, out: Path) -> None:
