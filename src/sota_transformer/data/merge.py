@@ -187,7 +187,7 @@ class Merger:
 
     def add(self, encoded: Encoded) -> None:
         """Merge the next unit."""
-        self.rejects.merge(encoded.rejects)
+        self.rejects.merge(encoded.rejects.entries)
         fresh = self._seen.new(encoded.hashes)
         if not fresh.all():
             self._note_duplicates(encoded, np.flatnonzero(~fresh))
@@ -196,7 +196,7 @@ class Merger:
             batch = Batch(encoded.lengths, encoded.keys, encoded.marks, encoded.place)
             before, fresh = fresh, self._similar.new(batch, fresh)
             if dropped := int((before & ~fresh).sum()):
-                self.rejects.add(NEAR_DUPLICATE, "", dropped)
+                self.rejects.add(NEAR_DUPLICATE, count=dropped)
         val = encoded.hashes[:, 0] < self._val_below
         self.splits["train"].add(encoded, fresh & ~val)
         self.splits["val"].add(encoded, fresh & val)
@@ -208,7 +208,7 @@ class Merger:
 
     def _note_duplicates(self, encoded: Encoded, again: NDArray[np.int64]) -> None:
         """Record exact duplicates of documents in other units; their files are unknown here."""
-        self.rejects.add(DUPLICATE, "", len(again))
+        self.rejects.add(DUPLICATE, count=len(again))
         starts = np.cumsum(encoded.lengths, dtype=np.int64) - encoded.lengths
         for document in again[: EXAMPLES - len(self._again)].tolist():
             start = starts[document]
@@ -220,23 +220,17 @@ class Merger:
         files: dict[str, dict[str, Any]] = {}
         for writer in self.splits.values():
             files |= writer.close()
-        decode, examples = Tokenizer().decode, self.rejects.examples
-        if self._similar is not None and self._similar.examples:
-            examples[NEAR_DUPLICATE] = [
-                f"{jaccard:.2f}: {decode(a[:_BEGINNING])!r} is like {decode(b[:_BEGINNING])!r}"
-                for jaccard, a, b in self._similar.examples
-            ]
-        if self._again:
-            room = EXAMPLES - len(examples[DUPLICATE])
-            examples[DUPLICATE] += [f"begins {decode(ids)!r}" for ids in self._again[:room]]
+        decode = Tokenizer().decode
+        for jaccard, a, b in self._similar.examples if self._similar else ():
+            pair = f"{decode(a[:_BEGINNING])!r} is like {decode(b[:_BEGINNING])!r}"
+            self.rejects.add(NEAR_DUPLICATE, f"{jaccard:.2f}: {pair}", count=0)
+        for ids in self._again:
+            self.rejects.add(DUPLICATE, f"begins {decode(ids)!r}", count=0)
         splits = {
             split: {"shards": writer.shards, **writer.counts}
             for split, writer in self.splits.items()
         }
-        rejects = {
-            reason: {"count": self.rejects.counts[reason], "examples": places}
-            for reason, places in sorted(examples.items())
-        }
+        rejects = dict(sorted(self.rejects.entries.items()))
         return {"files": files, "splits": splits, "rejects": rejects}
 
     def abandon(self) -> None:
