@@ -149,13 +149,11 @@ class Tables:
 
         if self._path != segment.path:
             # Read in small pieces: a column may be larger than memory.
-            self._path, self._file = (
-                "",
-                parquet.ParquetFile(segment.path, buffer_size=_BUFFER_BYTES, pre_buffer=False),
-            )
-            groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
-            self._ends = list(accumulate(group.num_rows for group in groups))
-            self._path = segment.path
+            how = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
+            file = parquet.ParquetFile(segment.path, **how)
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            ends = list(accumulate(group.num_rows for group in groups))
+            self._path, self._file, self._ends = segment.path, file, ends
         if field not in self._file.schema_arrow.names:
             raise KeyError(field, *self._file.schema_arrow.names)
         ends, first = self._ends, segment.offset
