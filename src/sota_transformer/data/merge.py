@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
 from sota_transformer.data.grams import add_run
 from sota_transformer.data.near import Batch, Place, Similar
-from sota_transformer.data.shards import HEADER_BYTES, SPLITS, Shard, load_array, npy_header
+from sota_transformer.data.shards import (
+    HEADER_BYTES,
+    SPLITS,
+    Shard,
+    load_array,
+    npy_header,
+    sidecar,
+)
 from sota_transformer.data.sketch import sketch
 from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.data.tokenizer import Tokenizer
@@ -107,13 +114,11 @@ class SplitWriter:
         """Close the open shard; a thread writes the header, syncs and hashes it, which is slow."""
         if self._file is None:
             return
-        name, stem = self.shards[-1], self.shards[-1].removesuffix(".npy")
-        finish = self._thread.submit
-        self.files[name] = finish(_seal, self._folder / name, self._file, self._held)
+        shard, finish = self.shards[-1], self._thread.submit
+        self.files[shard] = finish(_seal, self._folder / shard, self._file, self._held)
         for kind, parts in (("ends", self._ends), ("hashes", self._hashes)):
-            sidecar = f"{stem}.{kind}.npy"
-            array = np.concatenate(parts)
-            self.files[sidecar] = finish(_write_array, self._folder / sidecar, array)
+            name, array = sidecar(shard, kind), np.concatenate(parts)
+            self.files[name] = finish(_write_array, self._folder / name, array)
         self._file, self._ends, self._hashes, self._held = None, [], [], 0
 
     def close(self) -> dict[str, dict[str, Any]]:
@@ -169,12 +174,11 @@ class Merger:
             shards = manifest["splits"][split]["shards"]
             writer.before = len(shards)
             for name in shards:
-                stem = name.removesuffix(".npy")
-                self._seen.new(load_array(folder, f"{stem}.hashes.npy", manifest))
+                self._seen.new(load_array(folder, sidecar(name, "hashes"), manifest))
                 if self._similar is None:
                     continue
                 tokens = Shard(folder, name, manifest)
-                ends = load_array(folder, f"{stem}.ends.npy", manifest).astype(np.int64)
+                ends = load_array(folder, sidecar(name, "ends"), manifest).astype(np.int64)
                 if (np.diff(ends, prepend=0) <= 0).any() or not ends[-1:] == tokens.items:
                     raise SotaError(f"{folder / name}: does not match its .ends file", BAD_DATA)
                 for at in range(0, len(ends), _KNOWN_DOCUMENTS):

@@ -41,7 +41,7 @@ from sota_transformer.words import counted, in_shell
 FORMAT = "sota-shards-1"
 SPLITS = ("train", "val")
 HEADER_BYTES = 128
-_BESIDE = ("ends", "hashes")
+_SIDECARS = ("ends", "hashes")
 _OTHER_FILES = 256  # open files allowed for besides the shards
 _FOREIGN = ".foreign.json"
 _VERIFIED = ".verified.json"  # files already verified, with size, mtime and inode at that time
@@ -124,8 +124,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     for split in SPLITS:
         shards = manifest["splits"][split]["shards"]
         names = [f"{split}-{i:05d}.npy" for i in range(len(shards))]
-        beside = {name.replace(".npy", f".{kind}.npy") for name in names for kind in _BESIDE}
-        if shards != names or not manifest["files"].keys() >= {*names, *beside}:
+        sidecars = {sidecar(name, kind) for name in names for kind in _SIDECARS}
+        if shards != names or not manifest["files"].keys() >= {*names, *sidecars}:
             wrong = f"{MANIFEST} lacks files of its {counted(len(names), f'{split} shard')}"
             raise _unfit(folder, f"{folder}: {wrong}")
     return manifest
@@ -147,6 +147,11 @@ def _foreign(folder: Path) -> dict[str, Any]:
     with suppress(OSError):  # without a cache, a read-only folder is read in full every time
         write_file(note, canonical_json(seal(manifest)))
     return manifest
+
+
+def sidecar(shard: str, kind: str) -> str:
+    """Name of the file that holds the `ends` or the `hashes` of a shard's documents."""
+    return shard.removesuffix(".npy") + f".{kind}.npy"
 
 
 class Shard:
@@ -244,7 +249,7 @@ class TokenWindows:
 
     def __init__(self, folder: Path, split: Split, seq_len: int) -> None:
         """Open and check. SotaError 66 if the folder is missing, 65 if damaged or too short."""
-        manifest = load_manifest(Path(folder))
+        manifest = load_manifest(folder)
         part = manifest["splits"][split]
         self.seq_len, self.tokens, self.text_bytes = seq_len, part["tokens"], part["text_bytes"]
         self.documents, self.fingerprint = part["documents"], manifest["fingerprint"]
@@ -261,7 +266,7 @@ class TokenWindows:
                 BAD_DATA,
             )
         _allow_files(_OTHER_FILES + 2 * len(self.files))  # including the other split's
-        self._shards = [Shard(Path(folder), name, manifest) for name in part["shards"]]
+        self._shards = [Shard(folder, name, manifest) for name in part["shards"]]
         self._starts = [0, *accumulate(shard.items for shard in self._shards)]
         if self._starts[-1] != self.tokens:
             found = f"{self._starts[-1]:,} tokens, but the manifest says {self.tokens:,}"
