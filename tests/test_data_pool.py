@@ -153,7 +153,7 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
     monkeypatch.setattr(spawn, "get_preparation_data", preparation)
     monkeypatch.setattr(forkserver, "ensure_running", note)
     monkeypatch.setattr(sys, "argv", ["sota", *map(str, range(100_000))])  # gh-144503
-    forks.warm_up()
+    forks.start_fork_server()
     (tmp_path / "units").mkdir()
     pool = Pool(Job(tmp_path / "units", Prepare(inputs=("x",), out=tmp_path)), 2)
     try:

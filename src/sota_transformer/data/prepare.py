@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sota_transformer.data.forks import warm_up
+from sota_transformer.data.forks import start_fork_server
 from sota_transformer.data.guards import check_splits, one_line_errors, stoppable, workers
 from sota_transformer.data.pool import Pool, result_path
 from sota_transformer.data.progress import Progress, summary
@@ -62,7 +62,7 @@ def prepare(options: Prepare) -> dict[str, Any]:
     """
     if problems := options.problems():
         raise SotaError("; ".join(problems), USAGE)
-    warm_up()
+    start_fork_server()
     if options.out.is_symlink() and options.out.is_dir():  # a folder cannot replace a link
         options = dataclasses.replace(options, out=options.out.resolve())
     sources, skipped = find(options.inputs)

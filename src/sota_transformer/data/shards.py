@@ -68,7 +68,7 @@ def check_folder(folder: Path) -> None:
     """SotaError 66 if `folder` is not an existing folder."""
     if folder.is_file():
         inside = folder.suffix in ENDINGS or (folder.parent / MANIFEST).exists()
-        advice = f"use its folder, {folder.parent}" if inside else _first(folder)
+        advice = f"use its folder, {folder.parent}" if inside else _prepare_first(folder)
         raise SotaError(f"{folder} is a file, not prepared data; {advice}", NO_INPUT)
     if folder.is_symlink() and not folder.is_dir():
         text = f"{folder} is a link to {folder.readlink()}, which is no folder; check the link"
@@ -82,7 +82,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _first(texts: Path) -> str:
+def _prepare_first(texts: Path) -> str:
     """Advice when raw text is given where prepared data is needed."""
     data = f"data/{texts.absolute().stem}"
     return f"first run `sota prepare {in_shell(texts)} --out {in_shell(data)}`, then use {data}"
@@ -106,7 +106,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         if foreign_files(folder):
             return _foreign(folder)
         text = any(folder.iterdir()) and not (folder / "train-00000.npy").exists()
-        advice = _first(folder) if text else ""
+        advice = _prepare_first(folder) if text else ""
         if (folder / "config.json").exists():  # a run or a model, which is not text
             advice = "give a folder created by `sota prepare`"
         raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
