@@ -47,7 +47,7 @@ def test_ctrl_c_is_one_line_from_the_first_moment(capsys, monkeypatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(forks, "warm_up", interrupted)
+    monkeypatch.setattr(forks, "start_fork_server", interrupted)
     monkeypatch.setattr(sys, "argv", ["sota", "prepare", "x", "--out", "y"])
     assert started() == 130
     assert capsys.readouterr().err == "sota: interrupted\n"

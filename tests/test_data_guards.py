@@ -120,12 +120,14 @@ def test_a_manifest_lists_few_examples_of_any_number_of_rejects() -> None:
     for number in range(4):
         first.add("empty file", f"a{number}")
     for number in range(9):
-        second.add("empty file", f"b{number}", 2)
-    second.add("hidden", "")
-    first.merge(second)
-    assert first.counts == {"empty file": 22, "hidden": 1}
-    assert first.examples == {"empty file": ["a0", "a1", "a2", "a3", "b0"], "hidden": []}
-    assert len(second.examples["empty file"]) == 5
+        second.add("empty file", f"b{number}", count=2)
+    second.add("hidden")
+    first.merge(second.entries)
+    assert first.entries == {
+        "empty file": {"count": 22, "examples": ["a0", "a1", "a2", "a3", "b0"]},
+        "hidden": {"count": 1, "examples": []},
+    }
+    assert len(second.entries["empty file"]["examples"]) == 5
 
 
 @pytest.fixture

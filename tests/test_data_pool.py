@@ -153,7 +153,7 @@ def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, m
     monkeypatch.setattr(spawn, "get_preparation_data", preparation)
     monkeypatch.setattr(forkserver, "ensure_running", note)
     monkeypatch.setattr(sys, "argv", ["sota", *map(str, range(100_000))])  # gh-144503
-    forks.warm_up()
+    forks.start_fork_server()
     (tmp_path / "units").mkdir()
     pool = Pool(Job(tmp_path / "units", Prepare(inputs=("x",), out=tmp_path)), 2)
     try:
@@ -265,15 +265,21 @@ def test_a_file_that_cannot_be_read_costs_no_other(
     tools = encode.Tools(Job(tmp_path, Prepare(inputs=("x",), out=tmp_path)))
     encoded = encode.encode_unit(unit, tools)
     assert encoded.tokens.tolist() == [*Tokenizer().encode("c"), EOT]
-    assert encoded.rejects.examples == {
-        "cannot be read (No such file or directory)": ["a.txt"],
-        "not enough memory": ["b.txt"],
+    assert encoded.rejects.entries == {
+        "cannot be read (No such file or directory)": {"count": 1, "examples": ["a.txt"]},
+        "not enough memory": {"count": 1, "examples": ["b.txt"]},
     }
+    encode.store(encoded, tmp_path / "unit", "1")
+    stored = (tmp_path / "unit").read_bytes()
+    assert encode.load(tmp_path / "unit", "1", check=True).rejects == encoded.rejects
+    for at in range(len(stored)):  # no byte may change, not even of what was skipped
+        (tmp_path / "unit").write_bytes(stored[:at] + bytes([stored[at] ^ 1]) + stored[at + 1 :])
+        assert encode.load(tmp_path / "unit", "1", check=True) is None
 
 
 @pytest.mark.parametrize("head", [b"", b"[]", b"{}", b"7", b"[" * 9999, b'{"key": "1"}'])
 def test_a_result_of_another_form_is_made_again(tmp_path: Path, head: bytes) -> None:
-    (tmp_path / "unit").write_bytes(b"tokens" + head + len(head).to_bytes(8, "little"))
+    (tmp_path / "unit").write_bytes(b"tokens" + head + bytes(32) + len(head).to_bytes(8, "little"))
     assert encode.load(tmp_path / "unit", "1", check=True) is None
     assert encode.load(tmp_path / "gone", "1", check=False) is None
 

@@ -11,10 +11,10 @@ def main() -> int:
     """The command line's exit code; starts the slowest part of `sota prepare` before all else."""
     try:
         if sys.argv[1:2] == ["prepare"]:
-            from sota_transformer.data.forks import warm_up
+            from sota_transformer.data.forks import start_fork_server
 
             with contextlib.suppress(OSError):  # `prepare` meets it again and reports it
-                warm_up()
+                start_fork_server()
         from sota_transformer.cli import main as command
 
         code = command()

@@ -20,7 +20,6 @@ from typing import Any
 
 from sota_transformer.config import HABITS, RunConfig
 from sota_transformer.data.page import document, save, section, table
-from sota_transformer.data.progress import printable
 from sota_transformer.errors import SotaError
 from sota_transformer.options import Report
 from sota_transformer.report import (
@@ -40,7 +39,7 @@ from sota_transformer.report import (
 )
 from sota_transformer.schedules import step_tokens
 from sota_transformer.training.runlog import read_config
-from sota_transformer.words import perplexity
+from sota_transformer.words import perplexity, printable
 
 # Okabe and Ito's color-blind-safe palette; with five dash patterns, thirty distinct styles.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

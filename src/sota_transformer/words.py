@@ -21,8 +21,18 @@ def in_shell(path: Path | str) -> str:
 
 def one_line(text: str) -> str:
     """The text on one line, safe for a terminal: even a file's name may contain anything."""
-    line = " ".join(line for line in map(str.strip, text.splitlines()) if line)
-    return line.translate(dict.fromkeys(set(CONTROL) - {9}, "?"))
+    return _masked(" ".join(line for line in map(str.strip, text.splitlines()) if line), keep="\t")
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Untrusted text made safe to print: a control character, unless it is in `keep`, or a lone
+    surrogate becomes a question mark.
+    """
+    return _masked(text.encode("utf-8", "replace").decode(), keep)
+
+
+def _masked(text: str, keep: str) -> str:
+    return text.translate(dict.fromkeys(set(CONTROL) - set(map(ord, keep)), "?"))
 
 
 def perplexity(value: float | None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from sota_transformer.commands import examples
 from sota_transformer.commands.common import Opened, check, decoded, open_model, warn
 from sota_transformer.data.documents import documents, separate
-from sota_transformer.data.progress import Meter, printable
+from sota_transformer.data.progress import Meter
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.sources import ARCHIVES, CODECS, Skipped, Source, find, looks_like
 from sota_transformer.data.tables import Tables
@@ -26,7 +26,7 @@ from sota_transformer.inference.perplexity import Array, paired, sliding_sums, s
 from sota_transformer.inference.references import REFERENCES
 from sota_transformer.options import Evaluate
 from sota_transformer.training import checkpoint
-from sota_transformer.words import counted, json_line, perplexity
+from sota_transformer.words import counted, json_line, perplexity, printable
 
 
 def run_evaluate(options: Evaluate) -> int:

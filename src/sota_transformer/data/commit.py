@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer.config import VOCAB
-from sota_transformer.data.encode import HASH_RULE
+from sota_transformer.data.encode import HASH_RULE, Rejects
 from sota_transformer.data.shards import FORMAT
-from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.data.tokenizer import RANKS_SHA256
 from sota_transformer.durable import MANIFEST, canonical_json, fsync_folder, seal, write_file
 
@@ -57,18 +56,14 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         name: {key: old["splits"][name][key] + more for key, more in part.items()}
         for name, part in new["splits"].items()
     }
-    rejects = dict(old["rejects"])
-    for reason, entry in new["rejects"].items():
-        before = rejects.get(reason, {"count": 0, "examples": []})
-        rejects[reason] = {
-            "count": before["count"] + entry["count"],
-            "examples": (before["examples"] + entry["examples"])[:EXAMPLES],
-        }
+    rejects = Rejects()
+    for part in (old, new):
+        rejects.merge(part["rejects"])
     both = {"files": old["files"] | new["files"], "splits": splits}
     return {
         **old,
         **both,
-        "rejects": rejects,
+        "rejects": rejects.entries,
         "inputs": old["inputs"] + new["inputs"],
         "requests": old["requests"] + new["requests"],
         "fingerprint": fingerprint(both),

@@ -199,11 +199,11 @@ def _read(segment: Segment) -> bytes:
         size = segment.stop - segment.start
         data = file.read(size)
         if len(data) < size:
-            raise _cut()
+            raise _truncated()
         return data
 
 
-def _cut() -> OSError:
+def _truncated() -> OSError:
     """The error for a file that has become shorter since it was cut into segments."""
     return OSError(errno.EIO, "truncated while being read")
 
@@ -221,7 +221,7 @@ def _blocks(segment: Segment) -> Iterator[tuple[int, bytes | None]]:
             end, over = position + len(line), len(line) > LINE_BYTES and not line.endswith(b"\n")
             while end < segment.stop and not line.endswith(b"\n"):  # skip the rest of a long line
                 if not (line := file.readline(min(_BLOCK, segment.stop - end))):
-                    raise _cut()
+                    raise _truncated()
                 end += len(line)
             yield position, None if over else line
             position = end

@@ -9,8 +9,9 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -35,24 +36,20 @@ EXCLUDE_GRAM = 13  # consecutive tokens; GPT-3's decontamination used 13 words
 
 @dataclass
 class Rejects:
-    """Counts of skipped items by reason, with the first few places of each."""
+    """Skipped items by reason, as a manifest has them: their number and the first few places."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, reason: str, where: str, count: int = 1) -> None:
+    def add(self, reason: str, *places: str, count: int = 1) -> None:
         """Record a skipped document or file, or several."""
-        self.counts[reason] = self.counts.get(reason, 0) + count
-        places = self.examples.setdefault(reason, [])
-        if where and len(places) < EXAMPLES:
-            places.append(where)
+        entry = self.entries.setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += count
+        entry["examples"] += places[: max(0, EXAMPLES - len(entry["examples"]))]
 
-    def merge(self, other: "Rejects") -> None:
-        """Add those of the next unit."""
-        for reason, count in other.counts.items():
-            self.add(reason, "", count)
-            room = EXAMPLES - len(self.examples[reason])
-            self.examples[reason] += other.examples.get(reason, [])[:room]
+    def merge(self, entries: dict[str, dict[str, Any]]) -> None:
+        """Add those of another unit or manifest."""
+        for reason, entry in entries.items():
+            self.add(reason, *entry["examples"], count=entry["count"])
 
 
 @dataclass
@@ -173,10 +170,10 @@ def store(encoded: Encoded, path: Path, key: str) -> None:
             file.write(data)
             check.update(data)
             shapes[name] = array.shape
-        head = {"key": key, "check": check.hexdigest(), "shapes": shapes}
-        head |= asdict(encoded.rejects)
+        head = {"key": key, "shapes": shapes, "rejects": encoded.rejects.entries}
         text = json.dumps(head).encode()
-        file.write(text + len(text).to_bytes(8, "little"))
+        check.update(text)
+        file.write(text + check.digest() + len(text).to_bytes(8, "little"))
     temporary.replace(path)
 
 
@@ -188,9 +185,9 @@ def load(path: Path, key: str, *, check: bool) -> Encoded | None:
             # since many FUSE drives support no other map (numpy#9894, safetensors#545).
             data = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         size = int.from_bytes(data[-8:], "little")
-        head = json.loads(data[-8 - size : -8])
-        whole = memoryview(data)[: -8 - size]
-        if head["key"] != key or (check and blake3(whole).hexdigest() != head["check"]):
+        head = json.loads(data[-40 - size : -40])
+        whole = memoryview(data)[:-40]
+        if head["key"] != key or (check and blake3(whole).digest() != data[-40:-8]):
             return None
         arrays, at, place = {}, 0, None
         for name, dtype in _ARRAYS:
@@ -199,6 +196,6 @@ def load(path: Path, key: str, *, check: bool) -> Encoded | None:
             arrays[name] = np.frombuffer(data, dtype, items, at).reshape(shape)
             place = Place(path, at)  # of the tokens, which come last
             at += items * dtype.itemsize
-        return Encoded(**arrays, rejects=Rejects(head["counts"], head["examples"]), place=place)
+        return Encoded(**arrays, rejects=Rejects(head["rejects"]), place=place)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -11,14 +11,13 @@ from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import distinct, gram_hashes
 from sota_transformer.data.guards import LINES
-from sota_transformer.data.progress import printable
 from sota_transformer.data.sources import ARCHIVES, Skipped, find_excluded
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer
 from sota_transformer.data.units import whole
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
-from sota_transformer.words import counted
+from sota_transformer.words import counted, printable
 
 
 def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None:

@@ -52,11 +52,10 @@ def foreign_manifest(folder: Path) -> dict[str, Any]:
         sums = {"tokens": 0, "documents": 0, "text_bytes": 0}
         for path in paths:
             start = _first_token(path)
-            found = _measure(path, start)
-            _check_index(path, found["tokens"])
-            entry = {"bytes": path.stat().st_size, "sha256": found.pop("sha256"), "start": start}
-            files[path.name] = entry
-            sums = {key: sums[key] + found[key] for key in sums}
+            counts, sha256 = _measure(path, start)
+            _check_index(path, counts["tokens"])
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256, "start": start}
+            sums = {key: sums[key] + counts[key] for key in sums}
         splits[split] = {"shards": [path.name for path in paths], **sums}
     content = repr([(name, files[name]["sha256"]) for name in sorted(files)])
     return {
@@ -85,8 +84,8 @@ def _first_token(path: Path) -> int:
     return _LLMC_HEADER
 
 
-def _measure(path: Path, start: int) -> dict[str, Any]:
-    """Counts of tokens, documents and bytes of text, and the SHA-256, of one file."""
+def _measure(path: Path, start: int) -> tuple[dict[str, int], str]:
+    """Numbers of tokens, documents and bytes of text, and the SHA-256, of one file."""
     size = path.stat().st_size
     if (size - start) % 2:
         raise SotaError(f"{path}: {size:,} bytes is not a whole number of uint16 ids", BAD_DATA)
@@ -107,8 +106,8 @@ def _measure(path: Path, start: int) -> dict[str, Any]:
     if wide:
         raise SotaError(f"{path}: every other id is 0: these are 32-bit ids, not uint16", BAD_DATA)
     tokens = (size - start) // 2
-    found = {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
-    return found | {"sha256": digest.hexdigest()}
+    counts = {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
+    return counts, digest.hexdigest()
 
 
 def _check_index(path: Path, tokens: int) -> None:

@@ -45,7 +45,7 @@ def starting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def warm_up() -> None:
+def start_fork_server() -> None:
     """Start the fork server, which loads the encoder while this process looks for files."""
     if worker_context().get_start_method() == "forkserver":
         # numpy's BLAS, unused here, would start threads: in the server they make forking unsafe,

@@ -103,8 +103,8 @@ def check_splits(manifest: dict[str, Any], val_fraction: float, shards: Path) ->
             what, advice = "1 document is", "add text, or split it into several files"
             if documents > 1:
                 what = f"{documents:,} documents are"
-                advice = f"run `sota prepare` with --val-fraction {_workable_fraction(shards)}"
-                advice = f"add text, or {advice}"
+                fraction = _workable_fraction(shards)
+                advice = f"add text, or run `sota prepare` with --val-fraction {fraction}"
             text = f"{what} too few: the {split} split would be empty; {advice}"
             raise SotaError(f"{text}; skipped: {reasons}" if reasons else text, BAD_DATA)
     if val_fraction and val["tokens"] < _FEW_TOKENS:

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from sota_transformer.data.encode import DUPLICATE, HASH_BYTES, Encoded, Rejects
 from sota_transformer.data.grams import add_run
 from sota_transformer.data.near import Batch, Place, Similar
-from sota_transformer.data.shards import HEADER_BYTES, SPLITS, Shard, load_array, npy_header
+from sota_transformer.data.shards import (
+    HEADER_BYTES,
+    SPLITS,
+    Shard,
+    load_array,
+    npy_header,
+    sidecar,
+)
 from sota_transformer.data.sketch import sketch
 from sota_transformer.data.sources import EXAMPLES
 from sota_transformer.data.tokenizer import Tokenizer
@@ -107,13 +114,11 @@ class SplitWriter:
         """Close the open shard; a thread writes the header, syncs and hashes it, which is slow."""
         if self._file is None:
             return
-        name, stem = self.shards[-1], self.shards[-1].removesuffix(".npy")
-        finish = self._thread.submit
-        self.files[name] = finish(_seal, self._folder / name, self._file, self._held)
+        shard, finish = self.shards[-1], self._thread.submit
+        self.files[shard] = finish(_seal, self._folder / shard, self._file, self._held)
         for kind, parts in (("ends", self._ends), ("hashes", self._hashes)):
-            sidecar = f"{stem}.{kind}.npy"
-            array = np.concatenate(parts)
-            self.files[sidecar] = finish(_write_array, self._folder / sidecar, array)
+            name, array = sidecar(shard, kind), np.concatenate(parts)
+            self.files[name] = finish(_write_array, self._folder / name, array)
         self._file, self._ends, self._hashes, self._held = None, [], [], 0
 
     def close(self) -> dict[str, dict[str, Any]]:
@@ -169,12 +174,11 @@ class Merger:
             shards = manifest["splits"][split]["shards"]
             writer.before = len(shards)
             for name in shards:
-                stem = name.removesuffix(".npy")
-                self._seen.new(load_array(folder, f"{stem}.hashes.npy", manifest))
+                self._seen.new(load_array(folder, sidecar(name, "hashes"), manifest))
                 if self._similar is None:
                     continue
                 tokens = Shard(folder, name, manifest)
-                ends = load_array(folder, f"{stem}.ends.npy", manifest).astype(np.int64)
+                ends = load_array(folder, sidecar(name, "ends"), manifest).astype(np.int64)
                 if (np.diff(ends, prepend=0) <= 0).any() or not ends[-1:] == tokens.items:
                     raise SotaError(f"{folder / name}: does not match its .ends file", BAD_DATA)
                 for at in range(0, len(ends), _KNOWN_DOCUMENTS):
@@ -187,7 +191,7 @@ class Merger:
 
     def add(self, encoded: Encoded) -> None:
         """Merge the next unit."""
-        self.rejects.merge(encoded.rejects)
+        self.rejects.merge(encoded.rejects.entries)
         fresh = self._seen.new(encoded.hashes)
         if not fresh.all():
             self._note_duplicates(encoded, np.flatnonzero(~fresh))
@@ -196,7 +200,7 @@ class Merger:
             batch = Batch(encoded.lengths, encoded.keys, encoded.marks, encoded.place)
             before, fresh = fresh, self._similar.new(batch, fresh)
             if dropped := int((before & ~fresh).sum()):
-                self.rejects.add(NEAR_DUPLICATE, "", dropped)
+                self.rejects.add(NEAR_DUPLICATE, count=dropped)
         val = encoded.hashes[:, 0] < self._val_below
         self.splits["train"].add(encoded, fresh & ~val)
         self.splits["val"].add(encoded, fresh & val)
@@ -208,7 +212,7 @@ class Merger:
 
     def _note_duplicates(self, encoded: Encoded, again: NDArray[np.int64]) -> None:
         """Record exact duplicates of documents in other units; their files are unknown here."""
-        self.rejects.add(DUPLICATE, "", len(again))
+        self.rejects.add(DUPLICATE, count=len(again))
         starts = np.cumsum(encoded.lengths, dtype=np.int64) - encoded.lengths
         for document in again[: EXAMPLES - len(self._again)].tolist():
             start = starts[document]
@@ -220,23 +224,17 @@ class Merger:
         files: dict[str, dict[str, Any]] = {}
         for writer in self.splits.values():
             files |= writer.close()
-        decode, examples = Tokenizer().decode, self.rejects.examples
-        if self._similar is not None and self._similar.examples:
-            examples[NEAR_DUPLICATE] = [
-                f"{jaccard:.2f}: {decode(a[:_BEGINNING])!r} is like {decode(b[:_BEGINNING])!r}"
-                for jaccard, a, b in self._similar.examples
-            ]
-        if self._again:
-            room = EXAMPLES - len(examples[DUPLICATE])
-            examples[DUPLICATE] += [f"begins {decode(ids)!r}" for ids in self._again[:room]]
+        decode = Tokenizer().decode
+        for jaccard, a, b in self._similar.examples if self._similar else ():
+            pair = f"{decode(a[:_BEGINNING])!r} is like {decode(b[:_BEGINNING])!r}"
+            self.rejects.add(NEAR_DUPLICATE, f"{jaccard:.2f}: {pair}", count=0)
+        for ids in self._again:
+            self.rejects.add(DUPLICATE, f"begins {decode(ids)!r}", count=0)
         splits = {
             split: {"shards": writer.shards, **writer.counts}
             for split, writer in self.splits.items()
         }
-        rejects = {
-            reason: {"count": self.rejects.counts[reason], "examples": places}
-            for reason, places in sorted(examples.items())
-        }
+        rejects = dict(sorted(self.rejects.entries.items()))
         return {"files": files, "splits": splits, "rejects": rejects}
 
     def abandon(self) -> None:

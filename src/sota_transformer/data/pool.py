@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from sota_transformer.data.forks import starting, worker_context
 from sota_transformer.data.sources import Source
-from sota_transformer.data.units import Job, Unit
+from sota_transformer.data.units import Job, Unit, remove_spooled
 from sota_transformer.errors import BAD_DATA, TEMPORARY, SotaError
 
 if TYPE_CHECKING:  # numpy loads in the workers, and here while they start
@@ -247,7 +247,6 @@ def _encode_one(unit: Unit) -> Counts:
     if encoded is None:
         encoded = encode_unit(unit, _Worker.tools)
         store(encoded, path, unit.key)
-    for path in {segment.path for segment in unit.segments if segment.spooled}:
-        Path(path).unlink(missing_ok=True)
+    remove_spooled(unit.segments)
     tokens, text_bytes = len(encoded.tokens), int(encoded.text_bytes.sum(dtype="int64"))
     return len(encoded.lengths), text_bytes, tokens

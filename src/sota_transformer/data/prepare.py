@@ -21,12 +21,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sota_transformer.data.forks import warm_up
+from sota_transformer.data.forks import start_fork_server
 from sota_transformer.data.guards import check_splits, one_line_errors, stoppable, workers
 from sota_transformer.data.pool import Pool, result_path
 from sota_transformer.data.progress import Progress, summary
 from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find, find_excluded
-from sota_transformer.data.units import Job, Unit, cut
+from sota_transformer.data.units import Job, Unit, cut, remove_spooled
 from sota_transformer.durable import (
     MANIFEST,
     DirectoryLock,
@@ -62,7 +62,7 @@ def prepare(options: Prepare) -> dict[str, Any]:
     """
     if problems := options.problems():
         raise SotaError("; ".join(problems), USAGE)
-    warm_up()
+    start_fork_server()
     if options.out.is_symlink() and options.out.is_dir():  # a folder cannot replace a link
         options = dataclasses.replace(options, out=options.out.resolve())
     sources, skipped = find(options.inputs)
@@ -260,10 +260,10 @@ class _Run:
         own, path = ("out", "part", "workers", "memory_mb"), self.work / _ASKED
         options = {n: v for n, v in dataclasses.asdict(self.options).items() if n not in own}
         asked = {"options": options, "parts": self.parts, "folder": str(Path.cwd())}
-        asked["request"] = self.request
+        data = canonical_json(asked | {"request": self.request})
         if not path.exists():
-            write_file(path, canonical_json(asked))
-        elif path.read_bytes() != canonical_json(asked):
+            write_file(path, data)
+        elif path.read_bytes() != data:
             raise SotaError(
                 f"{self.work} holds parts with different or changed inputs, different options, "
                 "another number of parts or another working directory; use the same ones, or "
@@ -290,8 +290,7 @@ class _Run:
         cuts = cut(self.sources, self.own / "spool", self.skipped.append, pool.probe)
         for index, segments in enumerate(cuts):
             if index % self.parts != self.part - 1:
-                for path in {segment.path for segment in segments if segment.spooled}:
-                    Path(path).unlink(missing_ok=True)
+                remove_spooled(segments)
                 continue
             text = f"{settings}{[dataclasses.replace(s, path='') for s in segments]}"
             yield Unit(index, segments, hashlib.sha256(text.encode()).hexdigest())

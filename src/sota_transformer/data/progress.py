@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any, Self
 
 from sota_transformer.data.sources import REPAIRED
-from sota_transformer.words import CONTROL, counted
+from sota_transformer.words import counted, printable
 
 _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.1
@@ -124,9 +124,3 @@ def _short(text: str, width: int) -> str:
     """The text, cut to the last `width` characters."""
     text = printable(text)
     return text if len(text) <= width else f"...{text[3 - width :]}"
-
-
-def printable(text: str, *, lines: bool = False) -> str:
-    """Untrusted text made safe for a terminal: control characters become question marks."""
-    table = dict.fromkeys(set(CONTROL) - ({9, 10} if lines else set()), "?")
-    return text.encode("utf-8", "replace").decode().translate(table)

@@ -41,7 +41,7 @@ from sota_transformer.words import counted, in_shell
 FORMAT = "sota-shards-1"
 SPLITS = ("train", "val")
 HEADER_BYTES = 128
-_BESIDE = ("ends", "hashes")
+_SIDECARS = ("ends", "hashes")
 _OTHER_FILES = 256  # open files allowed for besides the shards
 _FOREIGN = ".foreign.json"
 _VERIFIED = ".verified.json"  # files already verified, with size, mtime and inode at that time
@@ -68,7 +68,7 @@ def check_folder(folder: Path) -> None:
     """SotaError 66 if `folder` is not an existing folder."""
     if folder.is_file():
         inside = folder.suffix in ENDINGS or (folder.parent / MANIFEST).exists()
-        advice = f"use its folder, {folder.parent}" if inside else _first(folder)
+        advice = f"use its folder, {folder.parent}" if inside else _prepare_first(folder)
         raise SotaError(f"{folder} is a file, not prepared data; {advice}", NO_INPUT)
     if folder.is_symlink() and not folder.is_dir():
         text = f"{folder} is a link to {folder.readlink()}, which is no folder; check the link"
@@ -82,7 +82,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _first(texts: Path) -> str:
+def _prepare_first(texts: Path) -> str:
     """Advice when raw text is given where prepared data is needed."""
     data = f"data/{texts.absolute().stem}"
     return f"first run `sota prepare {in_shell(texts)} --out {in_shell(data)}`, then use {data}"
@@ -106,7 +106,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         if foreign_files(folder):
             return _foreign(folder)
         text = any(folder.iterdir()) and not (folder / "train-00000.npy").exists()
-        advice = _first(folder) if text else ""
+        advice = _prepare_first(folder) if text else ""
         if (folder / "config.json").exists():  # a run or a model, which is not text
             advice = "give a folder created by `sota prepare`"
         raise _unfit(folder, f"{folder} has no {MANIFEST}, so it is not prepared data", advice)
@@ -124,8 +124,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     for split in SPLITS:
         shards = manifest["splits"][split]["shards"]
         names = [f"{split}-{i:05d}.npy" for i in range(len(shards))]
-        beside = {name.replace(".npy", f".{kind}.npy") for name in names for kind in _BESIDE}
-        if shards != names or not manifest["files"].keys() >= {*names, *beside}:
+        sidecars = {sidecar(name, kind) for name in names for kind in _SIDECARS}
+        if shards != names or not manifest["files"].keys() >= {*names, *sidecars}:
             wrong = f"{MANIFEST} lacks files of its {counted(len(names), f'{split} shard')}"
             raise _unfit(folder, f"{folder}: {wrong}")
     return manifest
@@ -147,6 +147,11 @@ def _foreign(folder: Path) -> dict[str, Any]:
     with suppress(OSError):  # without a cache, a read-only folder is read in full every time
         write_file(note, canonical_json(seal(manifest)))
     return manifest
+
+
+def sidecar(shard: str, kind: str) -> str:
+    """Name of the file that holds the `ends` or the `hashes` of a shard's documents."""
+    return shard.removesuffix(".npy") + f".{kind}.npy"
 
 
 class Shard:
@@ -244,7 +249,7 @@ class TokenWindows:
 
     def __init__(self, folder: Path, split: Split, seq_len: int) -> None:
         """Open and check. SotaError 66 if the folder is missing, 65 if damaged or too short."""
-        manifest = load_manifest(Path(folder))
+        manifest = load_manifest(folder)
         part = manifest["splits"][split]
         self.seq_len, self.tokens, self.text_bytes = seq_len, part["tokens"], part["text_bytes"]
         self.documents, self.fingerprint = part["documents"], manifest["fingerprint"]
@@ -261,7 +266,7 @@ class TokenWindows:
                 BAD_DATA,
             )
         _allow_files(_OTHER_FILES + 2 * len(self.files))  # including the other split's
-        self._shards = [Shard(Path(folder), name, manifest) for name in part["shards"]]
+        self._shards = [Shard(folder, name, manifest) for name in part["shards"]]
         self._starts = [0, *accumulate(shard.items for shard in self._shards)]
         if self._starts[-1] != self.tokens:
             found = f"{self._starts[-1]:,} tokens, but the manifest says {self.tokens:,}"

@@ -253,9 +253,9 @@ def _file(index: int, path: str, name: str, *, named: bool) -> Source | Skipped:
         advice = _ADVICE.get(suffix, "") if f".{suffix}" in base.lower() else ""
         if not named:
             advice = _IF_NAMED if suffix == "json" else advice
-            return Skipped(f"{_ending(path)} is not a text format{advice}", name)
+            return Skipped(f"{_described(path)} is not a text format{advice}", name)
         if advice:  # to --exclude an error, where one in a folder is a note
-            return Skipped(f"{_ending(path)}{advice}", name)
+            return Skipped(f"{_described(path)}{advice}", name)
     if kind == "arrow" and not named and _CACHED.match(base):
         return Skipped("cached by `datasets`; read only if you name it", name)
     if codec and kind in TABLES:
@@ -298,7 +298,7 @@ def _endings(name: str) -> tuple[str, str]:
     return codec, suffix
 
 
-def _ending(path: str) -> str:
+def _described(path: str) -> str:
     """The extension of a file, as part of a reason that many files share."""
     name = Path(path)
     suffix = name.suffix.lower()

@@ -48,20 +48,23 @@ Stream = tuple[str, str, Iterator[bytes]]  # name, kind, chunks
 
 def streams(source: Source, refused: Refused) -> Iterator[Stream]:
     """Every text stream of a packed source, in order; each must be consumed before the next."""
-    if source.codec == "stdin":
-        chunks = _guarded(unpacked(sys.stdin.buffer, ""), source.name, 1 << 50, refused)
-        yield from _unnamed(source.name, chunks)
-    elif source.kind == "zip":
+    if source.kind == "zip":
         yield from _zip(source, refused)
     elif source.kind == "tar":
         yield from _tar(source, refused)
-    elif source.kind:
-        yield source.name, source.kind, _file(source, refused)
     else:
-        yield from _unnamed(source.name, _file(source, refused))
+        chunks = _chunks(source, refused)
+        if source.kind:
+            yield source.name, source.kind, chunks
+        elif first := next(chunks, b""):  # the kind shows in them
+            yield source.name, looks_like(first), chain([first], chunks)
 
 
-def _file(source: Source, refused: Refused) -> Iterator[bytes]:
+def _chunks(source: Source, refused: Refused) -> Iterator[bytes]:
+    """The chunks of standard input or of a file that is a single stream."""
+    if source.codec == "stdin":
+        yield from _guarded(unpacked(sys.stdin.buffer, ""), source.name, 1 << 50, refused)
+        return
     with Path(source.path).open("rb") as raw:
         yield from _guarded(unpacked(raw, source.codec), source.name, source.size, refused)
 
@@ -187,12 +190,6 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame:
         raise EOFError("the stream ends before its end marker")
-
-
-def _unnamed(name: str, chunks: Iterator[bytes]) -> Iterator[Stream]:
-    """The stream, with its kind determined from its first bytes."""
-    if first := next(chunks, b""):
-        yield name, looks_like(first), chain([first], chunks)
 
 
 def _member(archive: str, name: str, refused: Refused) -> tuple[str, str, str] | None:

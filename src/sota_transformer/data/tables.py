@@ -38,7 +38,7 @@ def probe(source: Source, field: str) -> list[tuple[int, int, int]]:
 
         meta = parquet.read_metadata(source.path)
         return _pieces(_row_groups(meta, field))
-    except (*damage(), ImportError):
+    except (*_damage(), ImportError):
         return [(0, 0, source.size)]  # reading it will report the problem
 
 
@@ -78,7 +78,7 @@ def having(where: str, names: Iterable[str]) -> str:
     return f"{where} (has {found[:_NAMES]})"
 
 
-def damage() -> tuple[type[BaseException], ...]:
+def _damage() -> tuple[type[BaseException], ...]:
     """The exceptions that reading a damaged table may raise."""
     try:
         import pyarrow
@@ -109,7 +109,7 @@ class Tables:
         except KeyError as error:
             if not segment.start:  # otherwise the first piece reports it
                 yield Skipped(f"no column {field!r}", having(segment.name, error.args[1:]))
-        except damage() as error:
+        except _damage() as error:
             self._place = None
             text = (str(error).splitlines() or [""])[0][:80]
             yield Skipped(_LEFT_OUT, f"{segment.name}: {text}")
@@ -149,13 +149,11 @@ class Tables:
 
         if self._path != segment.path:
             # Read in small pieces: a column may be larger than memory.
-            self._path, self._file = (
-                "",
-                parquet.ParquetFile(segment.path, buffer_size=_BUFFER_BYTES, pre_buffer=False),
-            )
-            groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
-            self._ends = list(accumulate(group.num_rows for group in groups))
-            self._path = segment.path
+            how = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
+            file = parquet.ParquetFile(segment.path, **how)
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            ends = list(accumulate(group.num_rows for group in groups))
+            self._path, self._file, self._ends = segment.path, file, ends
         if field not in self._file.schema_arrow.names:
             raise KeyError(field, *self._file.schema_arrow.names)
         ends, first = self._ends, segment.offset

@@ -115,13 +115,20 @@ def whole(source: Source) -> Segment:
     return Segment(**vars(source), start=0, stop=size, taken=size, whole=True)
 
 
+def remove_spooled(segments: tuple[Segment, ...]) -> None:
+    """Delete the spool files of a unit that nothing will read any more."""
+    for path in {segment.path for segment in segments if segment.spooled}:
+        Path(path).unlink(missing_ok=True)
+
+
 def _tables(source: Source, probe: Probe) -> Iterator[Segment]:
     """Row ranges of a large table."""
     pieces = probe(source)
     rows = sum(stop - start for _, start, stop in pieces)
     for group, start, stop in pieces:
-        piece = replace(whole(source), start=start, stop=stop, whole=False, offset=group)
-        yield replace(piece, taken=source.size * (stop - start) // max(1, rows))
+        taken = source.size * (stop - start) // max(1, rows)
+        where = {"start": start, "stop": stop, "offset": group}
+        yield Segment(**vars(source), **where, taken=taken, whole=False)
 
 
 def _lines(source: Source, refused: Refused) -> Iterator[Segment]:

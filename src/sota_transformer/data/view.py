@@ -15,17 +15,25 @@ from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import GramSet, gram_hashes
 from sota_transformer.data.packing import document_ends
 from sota_transformer.data.page import page, save
-from sota_transformer.data.progress import printable, summary
-from sota_transformer.data.shards import SPLITS, Split, TokenWindows, load_array, load_manifest
+from sota_transformer.data.progress import summary
+from sota_transformer.data.shards import (
+    SPLITS,
+    Split,
+    TokenWindows,
+    load_array,
+    load_manifest,
+    sidecar,
+)
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import BAD_DATA, IO_FAILED, LOCKED, USAGE, SotaError
 from sota_transformer.options import DataView
-from sota_transformer.words import CONTROL, counted
+from sota_transformer.words import CONTROL, counted, printable
 
 _BLOCK = 1 << 20
 _SAMPLED = 200  # documents read to determine the scripts
 _MOST_GRAMS = 1 << 20  # validation n-grams counted for the leakage; beyond that, a sample
 _MOST_SCRIPTS = 8  # listed by name
+_LAYOUT = "\n\t"  # control characters that a text may have
 
 
 def describe(options: DataView) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def describe(options: DataView) -> dict[str, Any]:
         share = figures["leakage"]
         print(f"leakage: {share:.3%} of validation's {EXCLUDE_GRAM}-grams also occur in training")
     for split, number, text in samples:
-        print(f"--- {split} document {number:,}\n{printable(text[:600], lines=True)}")
+        print(f"--- {split} document {number:,}\n{printable(text[:600], keep=_LAYOUT)}")
     return figures
 
 
@@ -127,8 +135,9 @@ def _samples(streams: dict[str, TokenWindows | None], count: int) -> Iterator[tu
         if stream is None:
             continue
         ends = document_ends(stream)
-        for i in range(min(count, len(ends))):
-            number = (2 * i + 1) * len(ends) // (2 * min(count, len(ends)))
+        shown = min(count, len(ends))
+        for i in range(shown):
+            number = (2 * i + 1) * len(ends) // (2 * shown)
             yield split, number, _text(stream, ends, number, 2000)
 
 
@@ -183,26 +192,20 @@ def _print_split(options: DataView) -> None:
     split: Split = "train" if options.list_split == "train" else "val"
     if (stream := _open(options.folder, split)) is None:
         return
-    ends = document_ends(stream)
+    ends, hashes = document_ends(stream), None
     manifest = load_manifest(options.folder)
-    hashes = _hashes(options.folder, split, manifest)
-    if hashes is not None and len(hashes) != len(ends):
-        text = f"the {split} shards hold {len(ends):,} documents but {len(hashes):,} hashes"
-        raise SotaError(f"{options.folder}: {text}", BAD_DATA)
+    if "mark" not in manifest:  # files of other projects have no hashes
+        names = (sidecar(shard, "hashes") for shard in manifest["splits"][split]["shards"])
+        hashes = np.concatenate([load_array(options.folder, name, manifest) for name in names])
+        if len(hashes) != len(ends):
+            text = f"the {split} shards hold {len(ends):,} documents but {len(hashes):,} hashes"
+            raise SotaError(f"{options.folder}: {text}", BAD_DATA)
     for number, length in enumerate(_lengths(stream, ends).tolist()):
         row = {"document": number, "tokens": length, "text": _text(stream, ends, number, 16)}
         if hashes is not None:
             row["hash"] = hashes[number].tobytes().hex()
         line = json.dumps(row, ensure_ascii=False)  # which escapes only some of them
         print(line.translate({i: f"\\u{i:04x}" for i in CONTROL}))
-
-
-def _hashes(folder: Path, split: Split, manifest: dict[str, Any]) -> NDArray[np.uint64] | None:
-    """The document hashes of one split: (documents, 2); None for foreign files."""
-    names = [s.replace(".npy", ".hashes.npy") for s in manifest["splits"][split]["shards"]]
-    if not all(name in manifest["files"] and name.endswith(".npy") for name in names):
-        return None
-    return np.concatenate([load_array(folder, name, manifest) for name in names])
 
 
 def _print_window(options: DataView) -> None:
@@ -225,7 +228,8 @@ def _print_window(options: DataView) -> None:
         )
     pieces = np.split(windows[index], np.flatnonzero(windows[index] == EOT) + 1)
     decode = Tokenizer().decode
-    print("\n--- end of text ---\n".join(printable(decode(piece), lines=True) for piece in pieces))
+    texts = (printable(decode(piece), keep=_LAYOUT) for piece in pieces)
+    print("\n--- end of text ---\n".join(texts))
 
 
 def _export(folder: Path, out: Path) -> None:
