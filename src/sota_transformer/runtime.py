@@ -195,11 +195,9 @@ class Runtime:
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum every gradient over ranks; losses are already divided by the global token count."""
-        if self.world > 1:
-            with _collective():
-                for parameter in parameters:
-                    if parameter.grad is not None:
-                        dist.all_reduce(parameter.grad)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.sum_(parameter.grad)
 
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work."""
