@@ -135,11 +135,10 @@ def _continue(
     prefixes = [prefix for prefix, _ in groups]
     cache = None
     if length := len(prefixes[0]):
-        like = torch.empty(0, dtype=model.dtype, device=device)
-        cache = Cache(model.config, len(groups), length, like)
+        cache = Cache(model, len(groups), length)
         model(torch.tensor(prefixes, device=device), cache=cache)
         repeats = torch.tensor([len(members) for _, members in groups], device=device)
-        spread = Cache(model.config, len(lines), length + longest - 1, like)
+        spread = Cache(model, len(lines), length + longest - 1)
         spread.store[..., :length, :] = cache.store.repeat_interleave(repeats, dim=2)
         spread.length, cache = length, spread
     return model(tokens[:, :-1], cache=cache), tokens[:, 1:]
