@@ -230,16 +230,8 @@ class Choice(NamedTuple):
     label: int
 
 
-def hellaswag_choice(
-    activity: str, first: str, second: str, endings: list[str], label: int
-) -> Choice:
-    """An example of the published data set, formatted as in lm-eval."""
-    context = f"{activity}: {first} {second.capitalize()}"
-    return Choice(_clean(context), [_clean(ending) for ending in endings], label)
-
-
-def _clean(text: str) -> str:
-    """Remove WikiHow's markup."""
+def without_markup(text: str) -> str:
+    """Remove WikiHow's markup, as lm-eval does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
