@@ -222,6 +222,11 @@ HABITS = {
     "train.sample_every", "train.save_every_minutes", "train.save_every_steps",
     "train.keep_checkpoints",
 }  # fmt: skip
+# What a process computes on, and how: training is unaffected beyond rounding.
+MEANS = {
+    "train.micro_rows", "train.gradient_checkpointing", "run.device", "run.dtype", "run.compile",
+    "run.threads",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
