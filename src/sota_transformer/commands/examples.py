@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer import durable
-from sota_transformer.commands.common import check_file, decoded
+from sota_transformer.commands.common import text_of
 from sota_transformer.errors import BAD_DATA, IO_FAILED, NO_INPUT, SotaError
 from sota_transformer.inference.benchmarks import Choice, without_markup
 from sota_transformer.shapes import misfit
@@ -79,9 +79,8 @@ def _choice(path: Path, example: dict[str, Any]) -> Choice:
 def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, Any]]]:
     """The file that `place` refers to, and the objects in its JSON lines."""
     path = _fetch(name) if str(place) == "hub" else place
-    check_file(path)
     examples = []
-    for number, line in enumerate(decoded(path.read_bytes(), path).split("\n"), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
