@@ -166,7 +166,6 @@ def _read(
 
 
 def _accuracy(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
-    """Accuracy."""
     return Benchmark(name, *_mean(right), len(right), protocol)
 
 

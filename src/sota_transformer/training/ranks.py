@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from sota_transformer import __version__
-from sota_transformer.config import MEANS, RunConfig
+from sota_transformer.config import EXECUTION, RunConfig
 from sota_transformer.errors import SotaError
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
 
-_OWN = MEANS | {"data.path", "run.out"}  # may differ between processes
+_OWN = EXECUTION | {"data.path", "run.out"}  # may differ between processes
 
 
 def agree(config: RunConfig, runtime: Runtime, data: str) -> None:
