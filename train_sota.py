@@ -177,7 +177,8 @@ def configure(options: Options, data: Path) -> config.RunConfig:
         print(f"{out} exists: resuming it (remove the folder to start over)")
         return kept
     from sota_transformer import plan
-    from sota_transformer.training.start import check_folders, check_room, locked
+    from sota_transformer.training.checkpoint import locked
+    from sota_transformer.training.start import check_folders, check_room
 
     if options.quick:
         model = dataclasses.replace(resolved.model, seq_len=QUICK_SEQ_LEN)

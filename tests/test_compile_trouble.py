@@ -16,10 +16,9 @@ from torch import Tensor
 from sota_transformer import doctor, plan, probes, runtime
 from sota_transformer.config import Model, Run, RunConfig
 from sota_transformer.doctor import admit
-from sota_transformer.model.cpu import link_from_any_folder
 from sota_transformer.options import Doctor
 from sota_transformer.presets import PRESETS
-from sota_transformer.runtime import Runtime, in_short, out_of_memory
+from sota_transformer.runtime import Runtime, in_short, link_from_any_folder, out_of_memory
 from sota_transformer.training import judge, trainer
 from sota_transformer.training.start import train
 from tests.simulated import simulated

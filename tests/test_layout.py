@@ -12,7 +12,7 @@ from sota_transformer.inference.layout import (
     huggingface_config,
     huggingface_tensors,
     own_config,
-    own_tensors,
+    own_model,
 )
 from tests.inference_models import KINDS, WIDE, as_transformers, small_model
 
@@ -104,7 +104,7 @@ def test_every_tensor_is_where_transformers_has_it(kind: str) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert expected_shapes(model.config) == {n: tuple(t.shape) for n, t in theirs.items()}
-    state = own_tensors(model.config, {name: t.double() for name, t in theirs.items()})
+    state = own_model(model.config, {name: t.double() for name, t in theirs.items()}).state_dict()
     assert state.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(state[name], tensor) and state[name].dtype == torch.float32

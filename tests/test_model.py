@@ -87,7 +87,7 @@ def test_a_token_sees_no_later_token() -> None:
 def test_the_cache_gives_the_same_hidden_states(pieces: list[int]) -> None:
     model = build(SMALL).eval()
     tokens = torch.randint(0, 211, (2, 24))
-    cache = Cache(SMALL, 2, 24, torch.empty(0))
+    cache = Cache(model, 2, 24)
     with torch.no_grad():
         parts = [model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-5, atol=1e-5)

@@ -257,7 +257,7 @@ def test_all_ranks_begin_where_and_as_the_first_has_chosen(monkeypatch) -> None:
         assert found.compile != compiles or found == mine
 
 
-@pytest.mark.parametrize("amid", ["_windows", "sample"])
+@pytest.mark.parametrize("amid", ["_chosen", "sample"])
 def test_a_run_stopped_during_its_last_validation_still_gets_it(
     make_run: MakeRun, monkeypatch, amid: str
 ) -> None:
@@ -271,7 +271,7 @@ def test_a_run_stopped_during_its_last_validation_still_gets_it(
     assert train(config) is None
 
 
-@pytest.mark.parametrize("amid", ["_windows", "sample"])
+@pytest.mark.parametrize("amid", ["_chosen", "sample"])
 def test_a_run_stopped_during_an_earlier_validation_repeats_it_first(
     make_run: MakeRun, monkeypatch, amid: str
 ) -> None:

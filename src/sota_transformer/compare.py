@@ -32,9 +32,9 @@ from sota_transformer.report import (
     logged,
     padding_of,
     read_record,
+    shown,
     starts_of,
     validations,
-    words,
     write_report,
 )
 from sota_transformer.schedules import step_tokens
@@ -81,7 +81,7 @@ class _Run:
         """Every validation since the data last changed."""
         since = [-math.inf]
         for start in starts_of(self.record):
-            at, changed = start.get("from_step"), words(start.get("changed"))
+            at, changed = start.get("from_step"), shown(start.get("changed"))
             if isinstance(at, int):
                 since = [step for step in since if step < at]  # later ones are on a dropped branch
                 since += [at] * ("data fingerprint" in changed)
@@ -102,7 +102,7 @@ class _Run:
             # Older records append the kind of windows to the 64 digits.
             "data (text, split or tokenizer)": data[:64] if isinstance(data, str) else "",
             "tokens per window (--model.seq-len)": str(self.config.model.seq_len),
-            "validation tokens": words(last.get("val_tokens", "")),
+            "validation tokens": shown(last.get("val_tokens", "")),
             "attention within documents only": "yes" if self.config.data.document_mask else "no",
         }
 
@@ -227,7 +227,7 @@ def _details(run: _Run) -> dict[str, str]:
     starts = starts_of(run.record)
     machine = starts[-1].get("machine") if starts else None
     parts = machine.items() if isinstance(machine, dict) else ()
-    return found | {f"machine: {name}": words(value) for name, value in parts}
+    return found | {f"machine: {name}": shown(value) for name, value in parts}
 
 
 def _mismatches(runs: Sequence[_Run]) -> Iterator[str]:
@@ -247,7 +247,7 @@ def _changes(run: _Run) -> list[str]:
     starts = ((start.get("from_step"), start.get("changed")) for start in starts_of(run.record))
     # A change before the first step does not affect training.
     return [
-        f"at step {words(step)}: {words(changed)}" for step, changed in starts if changed and step
+        f"at step {shown(step)}: {shown(changed)}" for step, changed in starts if changed and step
     ]
 
 

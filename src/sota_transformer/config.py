@@ -222,6 +222,11 @@ HABITS = {
     "train.sample_every", "train.save_every_minutes", "train.save_every_steps",
     "train.keep_checkpoints",
 }  # fmt: skip
+# On what and how a step is computed: the result changes by rounding only.
+EXECUTION = {
+    "train.micro_rows", "train.gradient_checkpointing", "run.device", "run.dtype", "run.compile",
+    "run.threads",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ The numbers follow `sysexits.h`; `docs/guide.md` repeats this table for schedule
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,11 +42,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def raised_again(kind: type[BaseException], again: Callable[[Any], None]) -> Iterator[None]:
-    """Pass to `again` an exception of this `kind` that a signal handler raised but Python dropped.
+def handling(
+    numbers: Iterable[int],
+    handler: Callable[[int, Any], None],
+    kind: type[BaseException],
+    again: Callable[[Any], None],
+) -> Iterator[None]:
+    """Let `handler` receive these signals, except those that the parent process set to be ignored,
+    as `nohup` does with SIGHUP.
 
-    No exception leaves a weak reference callback, and imports and compilers use many of them:
-    Python prints a traceback and continues.
+    It raises exceptions of this `kind`. One that Python drops is passed to `again`: no exception
+    leaves a weak reference callback, and imports and compilers use many of them.
     """
 
     def swallowed(what: Any) -> None:
@@ -56,14 +62,19 @@ def raised_again(kind: type[BaseException], again: Callable[[Any], None]) -> Ite
         else:
             hook(what)
 
-    before = signal.getsignal(signal.SIGALRM)
-    hook, sys.unraisablehook = sys.unraisablehook, swallowed
+    heard = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {n: signal.getsignal(n) for n in (*heard, signal.SIGALRM)}
+    hook = sys.unraisablehook
     try:
+        sys.unraisablehook = swallowed
+        for number in heard:
+            signal.signal(number, handler)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
-        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+        for number, former in before.items():
+            signal.signal(number, former or signal.SIG_DFL)
 
 
 @contextmanager
@@ -83,10 +94,8 @@ def interruptible(*numbers: int) -> Iterator[None]:
     def again(error: Interrupted) -> None:
         raise error
 
-    heard = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-    before = {n: signal.signal(n, stop) for n in heard}
     try:
-        with raised_again(Interrupted, again):
+        with handling(numbers, stop, Interrupted, again):
             yield
     except SotaError:
         raise
@@ -94,6 +103,3 @@ def interruptible(*numbers: int) -> Iterator[None]:
         if came:
             raise Interrupted(came[0]) from error
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

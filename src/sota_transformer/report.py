@@ -232,16 +232,16 @@ def _starts(run: dict[str, Any]) -> Iterator[str]:
     names = ("from_step", "started", "machine", "changed", "command")
     head = ("from step", "started", "machine", "changed since the previous start", "command")
     if starts := starts_of(run):
-        rows = [tuple(words(start.get(name)) for name in names) for start in starts]
+        rows = [tuple(shown(start.get(name)) for name in names) for start in starts]
         yield section("Starts", head, rows)
-        yield f"<p>Data: fingerprint <code>{escape(words(run.get('data')))}</code></p>"
+        yield f"<p>Data: fingerprint <code>{escape(shown(run.get('data')))}</code></p>"
 
 
-def words(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value of run.json as readable text."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {words(part)}" for name, part in value.items())
-    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
+    return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
 
 
 def _events(metrics: list[dict[str, Any]]) -> str:

@@ -11,12 +11,14 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ from torch.distributed.rendezvous import rendezvous
 from sota_transformer.config import Run
 from sota_transformer.errors import TEMPORARY, SotaError
 from sota_transformer.launcher import awaited, called, check_networks, choose_network, launched
-from sota_transformer.model.cpu import link_from_any_folder
 
 _COMPILE_FROM_PARAMETERS = 10_000_000  # below, compiling costs more time than it saves
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -190,11 +191,9 @@ class Runtime:
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum every gradient over ranks; losses are already divided by the global token count."""
-        if self.world > 1:
-            with _collective():
-                for parameter in parameters:
-                    if parameter.grad is not None:
-                        dist.all_reduce(parameter.grad)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.sum_(parameter.grad)
 
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work."""
@@ -360,6 +359,18 @@ def _compile(wanted: str, device: torch.device, parameters: int) -> tuple[bool, 
     except Exception as error:  # whatever fails, do without
         return False, _not_compiled(error)
     return True, "compiled"
+
+
+@cache
+def link_from_any_folder() -> None:
+    """Let torch.compile work where the path of torch or Python has a space, as a clone in "my
+    project" has: torch up to 2.13 quotes the folders of headers, not of libraries (pytorch#191010).
+    """
+    from torch._inductor.cpp_builder import BuildOptionsBase
+
+    folders = BuildOptionsBase.get_libraries_dirs
+    quoted = lambda self: [shlex.quote(folder) for folder in folders(self)]  # noqa: E731
+    setattr(BuildOptionsBase, folders.__name__, quoted)
 
 
 def _not_compiled(why: object) -> str:

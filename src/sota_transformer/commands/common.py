@@ -74,11 +74,12 @@ def open_model(folder: Path, device: str, step: int | None) -> Opened:
     return Opened(folder=folder, model=model, config=config, step=step)
 
 
-def check_file(path: Path) -> None:
-    """SotaError 66 if `path` is not a file that can be read to its end."""
+def text_of(path: Path) -> str:
+    """The text of a file. SotaError 66 if it is not one that can be read to its end, else 65."""
     if not path.is_file():
         what = "not a regular file" if path.exists() else "no such file"
         raise SotaError(f"{path}: {what}", NO_INPUT)
+    return decoded(path.read_bytes(), path)
 
 
 def decoded(data: bytes, path: Path) -> str:

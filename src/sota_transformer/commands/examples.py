@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sota_transformer import durable
-from sota_transformer.commands.common import check_file, decoded
+from sota_transformer.commands.common import text_of
 from sota_transformer.errors import BAD_DATA, IO_FAILED, NO_INPUT, SotaError
-from sota_transformer.inference.benchmarks import Choice, hellaswag_choice
+from sota_transformer.inference.benchmarks import Choice, without_markup
 from sota_transformer.shapes import misfit
 
 _SECONDS = 20
@@ -65,23 +65,22 @@ def _choice(path: Path, example: dict[str, Any]) -> Choice:
     if wrong := misfit(example, shape):
         raise SotaError(f"{path}: not a HellaSwag example ({wrong})", BAD_DATA)
     endings, label = example["endings"], str(example["label"])
-    if "ctx_a" in example:
-        activity, first, second = (example[name] for name in ("activity_label", "ctx_a", "ctx_b"))
-        choice = hellaswag_choice(activity, first, second, endings, 0)
+    if "ctx_a" in example:  # as published, formatted as in lm-eval
+        text = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
+        context, endings = without_markup(text), [without_markup(ending) for ending in endings]
     else:
-        choice = Choice(example["ctx"], endings, 0)
+        context = example["ctx"]
     # Checked as scored: an ending of nothing but WikiHow marks is empty by now.
-    if label not in map(str, range(len(endings))) or not all(e.strip() for e in choice.endings):
+    if label not in map(str, range(len(endings))) or not all(e.strip() for e in endings):
         raise SotaError(f"{path}: endings must not be empty and label must be an index", BAD_DATA)
-    return choice._replace(label=int(label))
+    return Choice(context, endings, int(label))
 
 
 def _objects(name: str, place: Path, limit: int) -> tuple[Path, list[dict[str, Any]]]:
     """The file that `place` refers to, and the objects in its JSON lines."""
     path = _fetch(name) if str(place) == "hub" else place
-    check_file(path)
     examples = []
-    for number, line in enumerate(decoded(path.read_bytes(), path).split("\n"), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sota_transformer.commands.common import check, check_file, decoded, open_to_generate, warn
+from sota_transformer.commands.common import check, decoded, open_to_generate, text_of, warn
 from sota_transformer.data.tokenizer import EOT, Tokenizer
 from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.inference.batch import Drawn, Job, run_jobs
@@ -116,10 +116,8 @@ def _show(
 def _prompts(path: Path) -> list[str]:
     """Prompts of a file: one per line, or the field `prompt` of each .jsonl line; - is stdin."""
     stdin = str(path) == "-"
-    if not stdin:
-        check_file(path)
-    data = sys.stdin.buffer.read() if stdin else path.read_bytes()
-    text = io.StringIO(decoded(data, path), None).read()  # normalizes line ends to "\n"
+    text = decoded(sys.stdin.buffer.read(), path) if stdin else text_of(path)
+    text = io.StringIO(text, None).read()  # normalizes line ends to "\n"
     if stdin:
         return [text.removesuffix("\n")]  # `echo` adds one
     lines = {n: line for n, line in enumerate(text.split("\n"), 1) if line.strip()}

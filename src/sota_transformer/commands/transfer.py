@@ -167,11 +167,7 @@ def run_import(options: Import) -> int:
         run=Run(out=out),
     )
     checkpoint.check_room(out, 4 * model.config.parameter_count)
-    with one_line_errors(out):
-        durable.make_folder(out)
-    with durable.DirectoryLock(out):
-        durable.sweep(out)
-        durable.sweep(out / "checkpoints")
+    with checkpoint.locked(out):
         _write_run(config, model)
     print(f"{out}: {model.config.parameter_count:,} parameters from {options.model}")
     if options.data:

@@ -135,11 +135,10 @@ def _continue(
     prefixes = [prefix for prefix, _ in groups]
     cache = None
     if length := len(prefixes[0]):
-        like = torch.empty(0, dtype=model.dtype, device=device)
-        cache = Cache(model.config, len(groups), length, like)
+        cache = Cache(model, len(groups), length)
         model(torch.tensor(prefixes, device=device), cache=cache)
         repeats = torch.tensor([len(members) for _, members in groups], device=device)
-        spread = Cache(model.config, len(lines), length + longest - 1, like)
+        spread = Cache(model, len(lines), length + longest - 1)
         spread.store[..., :length, :] = cache.store.repeat_interleave(repeats, dim=2)
         spread.length, cache = length, spread
     return model(tokens[:, :-1], cache=cache), tokens[:, 1:]
@@ -167,7 +166,6 @@ def _read(
 
 
 def _accuracy(name: str, right: Sequence[bool], protocol: str) -> Benchmark:
-    """Accuracy."""
     return Benchmark(name, *_mean(right), len(right), protocol)
 
 
@@ -231,16 +229,8 @@ class Choice(NamedTuple):
     label: int
 
 
-def hellaswag_choice(
-    activity: str, first: str, second: str, endings: list[str], label: int
-) -> Choice:
-    """An example of the published data set, formatted as in lm-eval."""
-    context = f"{activity}: {first} {second.capitalize()}"
-    return Choice(_clean(context), [_clean(ending) for ending in endings], label)
-
-
-def _clean(text: str) -> str:
-    """Remove WikiHow's markup."""
+def without_markup(text: str) -> str:
+    """Remove WikiHow's markup, as lm-eval does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 

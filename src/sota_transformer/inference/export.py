@@ -73,8 +73,8 @@ def probe(model: Transformer) -> Tensor:
 
 @torch.no_grad()
 def probe_logits(model: Transformer) -> Tensor:
-    """(T, V) logits of `probe`, float32 on the CPU."""
-    return model.logits(model(probe(model).to(model.rope.device)))[0].cpu()
+    """(T, V) logits of `probe`, float32; the model is on the CPU."""
+    return model.logits(model(probe(model)))[0]
 
 
 def proof(reader: str, ours: Tensor, theirs: Tensor, dtype: str) -> str:

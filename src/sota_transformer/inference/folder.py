@@ -20,9 +20,9 @@ from sota_transformer.config import Model
 from sota_transformer.data.tokenizer import EOT
 from sota_transformer.durable import open_regular
 from sota_transformer.errors import BAD_DATA, NO_INPUT, SotaError
-from sota_transformer.inference.layout import expected_shapes, own_config, own_tensors
+from sota_transformer.inference.layout import expected_shapes, own_config, own_model
 from sota_transformer.inference.tokenizer_files import vocabulary
-from sota_transformer.model.transformer import Transformer, rotary
+from sota_transformer.model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -50,14 +50,9 @@ def read_model(folder: Path) -> Transformer:
     try:
         config = own_config(_json(folder, "config.json"))
         _check_tokenizer(folder)
-        tensors = _all_tensors(folder, config)
+        return own_model(config, _all_tensors(folder, config))
     except SotaError as error:
         raise SotaError(f"{folder}: {error}", error.code) from error
-    with torch.device("meta"):  # allocates no memory for weights that are replaced below
-        model = Transformer(config)
-    model.load_state_dict(own_tensors(config, tensors), assign=True)
-    model.rope = rotary(config.seq_len, config.head_dim, config.rope_base)
-    return model.eval()
 
 
 def _open(folder: Path, name: str) -> BinaryIO:

@@ -132,8 +132,7 @@ class Rows:
         self.size = min(size or model.config.seq_len, model.config.seq_len)
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.lengths = [0] * rows  # cached tokens of each row
-        like = torch.empty(0, dtype=model.dtype, device=model.rope.device)
-        self._cache = Cache(model.config, rows, self.size, like)
+        self._cache = Cache(model, rows, self.size)
         self._alone: dict[int, OneRow] = {}
         self._read: tuple[int, list[int], Tensor] | None = None  # the last: row, tokens, states
 
@@ -159,7 +158,7 @@ class Rows:
             store = self._cache.store[:, :, :, :, : len(seen)]
             store[:, :, row] = store[:, :, known]
             return hidden
-        single = Cache(self.model.config, 1, len(seen), self._cache.store)
+        single = Cache(self.model, 1, len(seen))
         hidden = self.model(self._ids([seen]), cache=single)[0]
         self._cache.store[:, :, row, :, : len(seen)] = single.store[:, :, 0]
         self._read = row, seen, hidden

@@ -14,11 +14,7 @@ import torch
 
 from sota_transformer.config import Model
 from sota_transformer.data.tokenizer import EOT
-from sota_transformer.inference.layout import (
-    expected_shapes,
-    huggingface_tensors,
-    own_tensors,
-)
+from sota_transformer.inference.layout import expected_shapes, huggingface_tensors, own_model
 from sota_transformer.inference.tokenizer_files import merges, vocabulary
 from sota_transformer.model.loss import PAD
 from sota_transformer.model.transformer import Transformer
@@ -119,9 +115,7 @@ def read_gguf(path: Path, config: Model) -> Transformer:
     for theirs, shape in shapes.items():
         array = _interleaved(config, theirs, stored[names[theirs]].reshape(shape), back=True)
         tensors[theirs] = torch.from_numpy(np.array(array, np.float32))
-    model = Transformer(config)
-    model.load_state_dict(own_tensors(config, tensors))
-    return model.eval()
+    return own_model(config, tensors)
 
 
 def modelfile(config: Model) -> str:

@@ -15,7 +15,7 @@ from sota_transformer.config import GPT2_VOCAB, MOST_VOCAB, Model
 from sota_transformer.data.tokenizer import EOT
 from sota_transformer.errors import BAD_DATA, SotaError
 from sota_transformer.model.loss import PAD
-from sota_transformer.model.transformer import Transformer
+from sota_transformer.model.transformer import Transformer, rotary
 
 _LARGEST_ROTARY = 1 << 26  # positions x head dimension
 _SIZES = {  # our name: theirs, and the largest accepted value
@@ -184,9 +184,13 @@ def expected_shapes(config: Model) -> dict[str, tuple[int, ...]]:
     return {theirs: tuple(state[ours][rows].shape) for theirs, ours, rows in _parts(config)}
 
 
-def own_tensors(config: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict in float32; `tensors` has exactly the names of `expected_shapes`."""
+def own_model(config: Model, tensors: dict[str, Tensor]) -> Transformer:
+    """The model in float32, in evaluation mode; `tensors` has the names of `expected_shapes`."""
     pieces: dict[str, list[Tensor]] = {}
     for theirs, ours, _ in _parts(config):
         pieces.setdefault(ours, []).append(tensors[theirs].float())
-    return {name: torch.cat(parts) for name, parts in pieces.items()}
+    with torch.device("meta"):  # allocates no memory for weights that are replaced below
+        model = Transformer(config)
+    model.load_state_dict({name: torch.cat(parts) for name, parts in pieces.items()}, assign=True)
+    model.rope = rotary(config.seq_len, config.head_dim, config.rope_base)
+    return model.eval()

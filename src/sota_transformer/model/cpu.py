@@ -1,12 +1,8 @@
 """CPU versions for faster training: the loss of the head, and attention when compiled.
 
-Also a mend of the compiler's command line.
-
 `benchmarks/training.py` and `benchmarks/attention.py` measure them.
 """
 
-import shlex
-from functools import cache
 from typing import Any
 
 import torch
@@ -167,15 +163,3 @@ def _future(start: int, end: int, device: torch.device) -> Tensor:
     key = torch.arange(end, dtype=torch.int32, device=device)  # int64 would halve the speed
     query = torch.arange(start, end, dtype=torch.int32, device=device)
     return torch.where(key > query[:, None], -torch.inf, 0.0)
-
-
-@cache
-def link_from_any_folder() -> None:
-    """Let torch.compile work where the path of torch or Python has a space, as a clone in "my
-    project" has: torch up to 2.13 quotes the folders of headers, not of libraries (pytorch#191010).
-    """
-    from torch._inductor.cpp_builder import BuildOptionsBase
-
-    folders = BuildOptionsBase.get_libraries_dirs
-    quoted = lambda self: [shlex.quote(folder) for folder in folders(self)]  # noqa: E731
-    setattr(BuildOptionsBase, folders.__name__, quoted)

@@ -27,11 +27,12 @@ class Dropout(NamedTuple):
 
 
 class Cache:
-    """KV cache, preallocated for `size` tokens."""
+    """KV cache of a model, preallocated for `size` tokens."""
 
-    def __init__(self, config: Model, batch: int, size: int, like: Tensor) -> None:
+    def __init__(self, model: "Transformer", batch: int, size: int) -> None:
+        config = model.config
         shape = (config.layers, 2, batch, config.kv_heads, size, config.head_dim)
-        self.store = like.new_zeros(shape)  # (L, 2, B, K, size, h)
+        self.store = torch.zeros(shape, dtype=model.dtype, device=model.rope.device)
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,17 +13,14 @@ to match.
 from pathlib import Path
 
 from sota_transformer import durable, schedules
-from sota_transformer.config import HABITS, RunConfig
+from sota_transformer.config import EXECUTION, HABITS, RunConfig
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import read_config
 from sota_transformer.training.trainer import Trainer
 
 # None of these decides which samples are seen or how they are weighted.
-_FREE = HABITS | {
-    "train.micro_rows", "train.gradient_checkpointing", "run.resume", "run.exact", "run.override",
-    "run.data_change", "run.device", "run.dtype", "run.compile", "run.threads",
-}  # fmt: skip
+_FREE = HABITS | EXECUTION | {"run.resume", "run.exact", "run.override", "run.data_change"}
 _WEIGHTLESS = "model.seq_len"  # the only model field that no weight depends on
 
 

@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from sota_transformer import durable
 from sota_transformer.config import STEP_DIGITS, RunConfig
-from sota_transformer.errors import BAD_DATA, DIVERGED, IO_FAILED, NO_INPUT, SotaError
+from sota_transformer.data.guards import one_line_errors
+from sota_transformer.errors import BAD_DATA, DIVERGED, IO_FAILED, NO_INPUT, TEMPORARY, SotaError
 from sota_transformer.model.transformer import Transformer
 from sota_transformer.shapes import misfit
 from sota_transformer.training.runlog import read_config
@@ -128,6 +130,34 @@ def write_safetensors(write: Callable[[Any], None], tensors: dict[str, Tensor]) 
 def is_utf8(path: Path) -> bool:
     """Whether the absolute path is valid UTF-8; safetensors opens no other."""
     return os.fsencode(path.absolute()).decode(errors="ignore") == str(path.absolute())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a run's folder, lock it, and remove what a killed process left there.
+
+    What is new and still empty goes again if the block fails.
+    """
+    with one_line_errors(folder):
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        durable.make_folder(folder)
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(durable.DirectoryLock(folder))
+        except FileNotFoundError as error:  # by a start that was refused while this one waited
+            text = f"{folder} was removed by another process; run the same command again"
+            raise SotaError(text, TEMPORARY) from error
+        try:
+            durable.sweep(folder)
+            durable.sweep(folder / "checkpoints")
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if new and [*folder.iterdir()] == [lock.path]:
+                    lock.path.unlink()
+                    for path in new:
+                        path.rmdir()
+            raise
 
 
 def steps(run_folder: Path) -> list[int]:

@@ -77,7 +77,7 @@ class Judge:
             if line["step"] == state.step and isinstance(nats, float) and isinstance(tokens, int):
                 self._compare(state.step, nats, tokens)
         same = state.trainer.get("view", self.view) == self.view
-        if self.best and not (same and self._judges(self.best["tokens"])):
+        if self.best and not (same and self._scores(self.best["tokens"])):
             self.log.say(
                 f"note: validation windows differ from before, so step {self.best['step']} no "
                 "longer counts as the lowest loss; copy its checkpoint to keep it"
@@ -102,7 +102,7 @@ class Judge:
         """`sequence_sums` of the validation windows. Each rank fills in its own batches and leaves
         zeros elsewhere, so the sum over ranks is bit-identical to that of a single rank.
         """
-        found, masked = self._windows(), self.config.data.document_mask
+        found, masked = self._chosen(), self.config.data.document_mask
         sums, ranks = np.zeros((len(found), 3)), self.runtime.world
         for start in range(self.runtime.rank * BATCH_ROWS, len(found), ranks * BATCH_ROWS):
             batch = slice(start, start + BATCH_ROWS)
@@ -112,15 +112,15 @@ class Judge:
             )
         return self.runtime.sum_array(sums)
 
-    def _windows(self) -> list[int]:
-        """The windows to validate on, spread evenly over the split."""
+    def _chosen(self) -> list[int]:
+        """The numbers of the windows to validate on, spread evenly over the split."""
         windows = self.windows
         wanted = max(1, min(len(windows), self.config.train.eval_tokens // windows.seq_len))
         return np.linspace(0, len(windows) - 1, wanted).astype(int).tolist()
 
-    def _judges(self, tokens: int) -> bool:
+    def _scores(self, tokens: int) -> bool:
         """Whether validation scores this many tokens: padding, in foreign data, is not scored."""
-        found = self._windows()
+        found = self._chosen()
         if tokens == len(found) * self.windows.seq_len:  # nearly always, and reads no file
             return True
         return tokens == sum(int((self.windows[index][1:] != PAD).sum()) for index in found)

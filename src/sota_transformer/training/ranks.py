@@ -12,15 +12,12 @@ import numpy as np
 import torch
 
 from sota_transformer import __version__
-from sota_transformer.config import RunConfig
+from sota_transformer.config import EXECUTION, RunConfig
 from sota_transformer.errors import SotaError
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import checkpoint
 
-_OWN = {  # may differ between processes: the sums do not depend on them beyond rounding
-    "data.path", "run.out", "run.device", "run.dtype", "run.compile", "run.threads",
-    "train.micro_rows", "train.gradient_checkpointing",
-}  # fmt: skip
+_OWN = EXECUTION | {"data.path", "run.out"}  # may differ between processes
 
 
 def agree(config: RunConfig, runtime: Runtime, data: str) -> None:

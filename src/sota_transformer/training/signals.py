@@ -5,7 +5,7 @@ import time
 from types import FrameType
 from typing import Self
 
-from sota_transformer.errors import raised_again
+from sota_transformer.errors import handling
 
 
 class Stopped(BaseException):
@@ -19,7 +19,6 @@ class Stopped(BaseException):
 class Signals:
     """Turns SIGTERM, SIGINT and SIGHUP into Stopped; a second one ends the process at once.
 
-    A signal that the parent process set to be ignored stays ignored: `nohup` does this to SIGHUP.
     `launched`: torchrun forwards what the terminal has sent to every process, so a Ctrl-C arrives
     twice.
     """
@@ -34,16 +33,12 @@ class Signals:
         self._critical = False
 
     def __enter__(self) -> Self:
-        heard = [n for n in self._NUMBERS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-        self._before = {n: signal.signal(n, self._handle) for n in heard}
-        self._again = raised_again(Stopped, self._raise)
-        self._again.__enter__()
+        self._handling = handling(self._NUMBERS, self._handle, Stopped, self._raise)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._again.__exit__(None, None, None)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._received is not None:

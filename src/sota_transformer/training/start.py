@@ -8,15 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from sota_transformer import __version__, durable, schedules
 from sota_transformer.config import VOCAB, RunConfig
-from sota_transformer.data.guards import one_line_errors
 from sota_transformer.data.shards import check_windows
-from sota_transformer.errors import LOCKED, NO_INPUT, TEMPORARY, SotaError
+from sota_transformer.errors import LOCKED, NO_INPUT, SotaError
 from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.launcher import is_first_rank
 from sota_transformer.runtime import Runtime
@@ -38,9 +37,7 @@ def train(
     changed: list[str] = []
     with ExitStack() as stack:
         if first:  # before anything slow, so that a second start fails at once
-            stack.enter_context(locked(folder))
-            durable.sweep(folder)
-            durable.sweep(folder / "checkpoints")
+            stack.enter_context(checkpoint.locked(folder))
             check_room(config)
             changed = changes.of_configuration(folder, config)
         runtime = Runtime.detect(config.run, config.model.parameter_count)
@@ -86,29 +83,6 @@ def train(
         log.begin_live(max(0, start))
         _stay_awake()
         return trainer.fit()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create the run's folder and lock it; what is new and still empty goes if the start fails."""
-    with one_line_errors(folder):
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-        durable.make_folder(folder)
-    with ExitStack() as stack:
-        try:
-            lock = stack.enter_context(durable.DirectoryLock(folder))
-        except FileNotFoundError as error:  # by a start that was refused while this one waited
-            text = f"{folder} was removed by another process; run the same command again"
-            raise SotaError(text, TEMPORARY) from error
-        try:
-            yield
-        except BaseException:
-            with suppress(OSError):
-                if new and [*folder.iterdir()] == [lock.path]:
-                    lock.path.unlink()
-                    for path in new:
-                        path.rmdir()
-            raise
 
 
 def _as_the_first(runtime: Runtime, start: int) -> tuple[Runtime, int]:

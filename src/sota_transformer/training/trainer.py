@@ -108,14 +108,14 @@ class Trainer:
         return result
 
     def _evaluate_if_due(self, validated: int = 0, sampled: int = 0) -> None:
-        """Validate and sample if due and not done yet; `_loop` does it for the last step."""
+        """Validate and sample if due and not done yet."""
         train = self.config.train
-        if self._due(train.eval_every) and self.step < train.steps and not validated:
+        if self._due(train.eval_every) and not validated:
             before = self.judge.best
             self._evaluate(self.judge.validate)
             if self.guard.bad_in_a_row:  # nothing is saved here: keep the previous best
                 self.judge.best = before
-        if self._due(train.sample_every) and self.step < train.steps and not sampled:
+        if self._due(train.sample_every) and not sampled:
             self._evaluate(self.judge.sample)
 
     def _train_step(self) -> None:
@@ -284,7 +284,8 @@ class Trainer:
         return range(begin, begin + size)
 
     def _due(self, every: int) -> bool:
-        return bool(every) and self.step % every == 0
+        """Whether the step is one of every so many; for the last one `_loop` does everything."""
+        return bool(every) and self.step % every == 0 and self.step < self.config.train.steps
 
     def _save_due(self) -> bool:
         train = self.config.train
