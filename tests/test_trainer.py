@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sota_transformer import runtime, schedules
+from sota_transformer import schedules
 from sota_transformer.config import Run
 from sota_transformer.data.shards import TokenWindows
 from sota_transformer.data.tokenizer import EOT
@@ -198,20 +198,6 @@ def test_ids_that_end_no_document_are_pointed_out(
         train(change(make_run(str(last), steps=1, **packed), path=folder))
         said = "no end-of-text token in the training ids" in capsys.readouterr().out
         assert said == (last != EOT and bool(packed))
-
-
-@pytest.mark.parametrize(("here", "taken"), [("2", "lo"), ("1", None)])
-def test_processes_of_one_machine_do_not_need_its_network(here: str, taken: str | None) -> None:
-    """Their connections survive when a laptop changes its address (seen: they hung)."""
-    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": here}
-    with (
-        mock.patch.dict(os.environ, launched),
-        mock.patch.object(runtime.dist, "init_process_group"),
-        mock.patch.object(sys, "platform", "linux"),
-    ):
-        os.environ.pop("GLOO_SOCKET_IFNAME", None)
-        Runtime.detect(Run(device="cpu"), 1).join()
-        assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
 
 
 def test_a_missing_network_interface_is_named() -> None:
