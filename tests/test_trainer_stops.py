@@ -215,7 +215,8 @@ def test_signals_save_and_leave_and_the_same_command_ends_in_the_same_bytes(
         assert process.returncode == code
         assert time.monotonic() - sent < 10
         if number != signal.SIGKILL:
-            assert f"stopped by {signal.Signals(number).name}" in output
+            stopped = f"stopped by {signal.Signals(number).name}; the same command resumes"
+            assert stopped in output
     capsys.readouterr()
     train(config)
     assert "resuming from step" in capsys.readouterr().out

@@ -73,7 +73,8 @@ class Trainer:
             try:
                 return self._loop()
             except Stopped as stop:
-                self._leave(f"stopped by {stop}")
+                resumes = self.config.run.resume in ("auto", "latest")
+                self._leave(f"stopped by {stop}{'; the same command resumes' * resumes}")
                 raise
             except PeerLostError:
                 self._leave("another process was lost")
