@@ -349,8 +349,7 @@ class Trainer:
         self.signals.critical(True)  # torchrun sends a signal when it notices a lost peer
         self.log.end_live()
         if self.step in self.good:  # an event would drop later checkpoints from the log
-            self.log.say(f"saved step {self.step}; {why}")
-            return
+            return self.log.say(f"saved step {self.step}; {why}")
         if self.runtime.rank == 0:
             checkpoint.save(self.config.run.out, self.state(), self.good)
         self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}; {why}")
