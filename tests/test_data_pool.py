@@ -137,6 +137,19 @@ def test_a_table_in_runs_gives_the_bytes_of_lines(table: Path, tmp_path: Path) -
         assert bytes_of(tmp_path / f"by{workers}", manifest=False) == lines
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the signal mask from /proc")
+def test_ctrl_c_is_held_back_from_a_starting_fork_server() -> None:
+    """It came through in a process of its own, where Python starts its resource tracker first."""
+    code = (
+        "from multiprocessing import forkserver; from sota_transformer.data import forks;"
+        "forks.start_fork_server();"
+        "print(open(f'/proc/{forkserver._forkserver._forkserver_pid}/status').read())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    blocked = int(run.stdout.split("SigBlk:")[1].split()[0], 16)
+    assert blocked >> (signal.SIGINT - 1) & 1
+
+
 def test_a_worker_killed_within_a_run_is_replaced(table: Path, tmp_path: Path, monkeypatch) -> None:
     made, handed = units_of(table), list[list[str]]()  # what a process is started with
     held = list[bool]()  # Ctrl-C in a starting server, and in a starting worker, printed tracebacks

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from types import ModuleType
 
@@ -35,6 +35,7 @@ def starting() -> Iterator[None]:
     Ctrl-C reaches a new process too, which ignores it only once it runs: a process inherits that
     it is blocked until then.
     """
+    resource_tracker.ensure_running()  # first: starting it unblocks Ctrl-C
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     main, arguments = sys.modules["__main__"], sys.argv
     sys.modules["__main__"], sys.argv = ModuleType("__main__"), arguments[:1]
