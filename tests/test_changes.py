@@ -261,7 +261,7 @@ def test_only_the_model_of_an_imported_run_has_to_match(
     for source, data in ((tmp_path / "model", None), (begun.run.out, other_data)):
         out = tmp_path / f"of-{source.name}"
         with monkeypatch.context() as patch, pytest.raises(SotaError, match="the same command"):
-            patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+            patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1e9, free=1000))
             run_import(Import(model=source, out=out, data=data))
         assert not out.exists()
         run_import(Import(model=source, out=out, data=data))

@@ -94,7 +94,9 @@ def test_impossible_requests_are_refused_before_the_machine_is_measured(
         assert launcher.main([size, "--data", "small.jsonl"]) == BAD_DATA
         assert launcher.main([size, "--data", "a", "--out", "b/train.jsonl"]) == LOCKED
         with monkeypatch.context() as patch:
-            patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100_000_000))
+            patch.setattr(
+                shutil, "disk_usage", lambda _: types.SimpleNamespace(total=1e9, free=1e8)
+            )
             assert launcher.main([size, "--data", "a"]) == IO_FAILED
         said = capsys.readouterr()
         assert "measuring" not in said.out

@@ -50,7 +50,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_reported_before_the_first_step(
     """Training until the first save would be lost. A complete run saves no more."""
     config = make_run(steps=3)
     size = 12 * config.model.parameter_count
-    full = types.SimpleNamespace(free=size)
+    full = types.SimpleNamespace(total=2 * size, free=size)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: full)
         with pytest.raises(SotaError, match="a checkpoint needs") as caught:
@@ -59,12 +59,14 @@ def test_a_disk_too_small_for_a_checkpoint_is_reported_before_the_first_step(
         assert not config.run.out.exists()
     train(config)
     assert "GB more, and" not in capsys.readouterr().out
-    patched = types.SimpleNamespace(free=int(1.2 * size))
+    patched = types.SimpleNamespace(total=2 * size, free=int(1.2 * size))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: patched)
     train(make_run("other", steps=3))
     assert "may need 0.04 GB more, and" in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     assert train(config) is None and "complete" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(total=0, free=0))
+    checkpoint.check_room(config.run.out, size)  # a FUSE drive that cannot tell
 
 
 def test_resume_has_four_meanings(make_run: MakeRun) -> None:

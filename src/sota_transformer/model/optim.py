@@ -90,8 +90,10 @@ def load_state_tensors(
     for optimizer in optimizers if updates else ():
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             name, row = names[parameter], (len(parameter), 1)
+            # Copies: maps of a checkpoint's file would keep its space after it is deleted, and some
+            # network drives rename no folder with a mapped file.
             state = {
-                moment: tensors[f"{moment}.{name}"].to(parameter.device)
+                moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True)
                 for moment in _KEPT[type(optimizer)]
             }
             for moment, tensor in state.items():

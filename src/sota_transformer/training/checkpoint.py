@@ -96,11 +96,11 @@ def save(run_folder: Path, state: State, own: Collection[int] = ()) -> Path:
 def check_room(folder: Path, needed: int) -> None:
     """SotaError 74 if a checkpoint of `needed` bytes does not fit; `folder` need not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < 1.1 * needed:
+    usage = shutil.disk_usage(there)
+    if usage.total and usage.free < 1.1 * needed:  # FUSE drives that cannot tell report 0 of 0
         raise SotaError(
-            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB "
-            "are free; free up space and run the same command again",
+            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB, but "
+            f"{usage.free / 1e6:,.0f} MB are free; free up space and run the same command again",
             IO_FAILED,
         )
 

@@ -59,7 +59,8 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.end_live()
         if not self.silent:
-            self._metrics.close()
+            with durable.naming(self.folder / "metrics.jsonl"), self._metrics:
+                durable.fsync(self._metrics.fileno())
 
     def begin_live(self, step: int) -> None:
         """Show the panel of a run at `step`, if there is a terminal."""
@@ -122,6 +123,8 @@ class RunLog:
             with durable.naming(self.folder / "metrics.jsonl"):
                 self._metrics.write(json_line({**values, "time": round(time.time(), 3)}) + "\n")
                 self._metrics.flush()
+                if values.get("event") == "saved":  # a power cut must not take what led there
+                    durable.fsync(self._metrics.fileno())
 
     def _panel(self) -> Panel:
         last = self._last
