@@ -10,7 +10,7 @@ import numpy as np
 from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import distinct, gram_hashes
-from sota_transformer.data.guards import LINES
+from sota_transformer.data.guards import ICONV, LINES
 from sota_transformer.data.sources import ARCHIVES, Skipped, find_excluded
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
@@ -51,7 +51,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     of a folder that are not text are skipped with a note.
     """
     sources, skipped = find_excluded(inputs)
-    ignored: list[Skipped] = []
+    ignored, invalid = list[Skipped](), list[str]()
     for item in skipped:
         if "is not a text format" in item.reason:
             ignored.append(item)
@@ -63,7 +63,9 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             raise SotaError(text, USAGE)
         if source.kind == "jsonl":
             data = without_mark(Path(source.path).read_bytes())
-            for number, line in enumerate(data.decode(errors="replace").split("\n"), 1):
+            text = data.decode(errors="replace")
+            invalid += [source.name] * (text.encode() != data)
+            for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     yield from _strings(_parsed(line, f"{source.name}:{number}"), text_field)
             continue
@@ -71,6 +73,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             if isinstance(document, bytes):
                 yield document.decode()
             elif document.repaired:
+                invalid.append(document.where)
                 yield document.repaired.decode()
             elif document.reason == BINARY and Path(inputs[source.input]).is_dir():
                 ignored.append(document)
@@ -79,6 +82,12 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     if ignored:
         first = printable(f"the first is {ignored[0].where}: {ignored[0].reason}")
         print(f"note: --exclude ignores {counted(len(ignored), 'file')}; {first}")
+    if invalid:  # a Japanese benchmark in Shift-JIS would exclude nothing at all
+        first = printable(f"the first is {invalid[0]}")
+        print(
+            f"note: --exclude has {counted(len(invalid), 'text')} of invalid Unicode, and what is "
+            f"invalid cannot be matched; {first}; convert it: {ICONV}"
+        )
 
 
 def _refuse(item: Skipped) -> None:
