@@ -324,6 +324,11 @@ def test_no_excluded_text_is_silently_skipped(
     write_excluded((str(tmp_path / "sjis.jsonl"),), "text", tmp_path / "grams.npy")
     assert "the first is sjis.jsonl; convert it" in capsys.readouterr().out
     (tmp_path / "sjis.jsonl").unlink()
+    for text, warned in ((fine, False), ("पर्यावरण संरक्षण के उपाय " * 3, True)):
+        (tmp_path / "eval.txt").write_text(text)
+        write_excluded((str(tmp_path / "eval.txt"),), "text", tmp_path / "grams.npy")
+        assert ("one common phrase drops" in capsys.readouterr().out) == warned
+    (tmp_path / "eval.txt").unlink()
     (tmp_path / "bench.json").write_text(json.dumps({"text": long}))
     (tmp_path / "bench.csv").write_text(f"question,answer\n{long},yes\n")
     (tmp_path / "data.bin").write_bytes(b"\0" * 100)

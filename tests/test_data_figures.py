@@ -71,6 +71,15 @@ def test_a_character_that_an_excerpt_cuts_is_left_out(
     assert "竹藪" in (page := (tmp_path / "page.html").read_text()) and "\ufffd" not in page
 
 
+def test_line_ends_of_windows_are_line_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "ein\r\nzwei\rdrei")
+    for options in ({}, {"window": "train:0:6"}):
+        describe(DataView(folder=tmp_path, **options))
+        assert "ein\nzwei?" in capsys.readouterr().out
+
+
 def test_a_text_without_letters_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, "12 34, 5.6 😀")
     describe(DataView(folder=tmp_path))

@@ -37,7 +37,8 @@ def beginning(one: Array, most: int) -> str:
 def clean(text: str) -> str:
     """Control characters except tabs and line ends are shown as question marks."""
     return "".join(
-        "?" if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 else c for c in text
+        "?" if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 else c
+        for c in text.replace("\r\n", "\n")
     )
 
 

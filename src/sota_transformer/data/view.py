@@ -70,7 +70,7 @@ def describe(options: DataView) -> dict[str, Any]:
         share = figures["leakage"]
         print(f"leakage: {share:.3%} of validation's {EXCLUDE_GRAM}-grams also occur in training")
     for split, number, text in samples:
-        print(f"--- {split} document {number:,}\n{printable(text[:600], keep=_LAYOUT)}")
+        print(f"--- {split} document {number:,}\n{_shown(text[:600])}")
     return figures
 
 
@@ -141,6 +141,11 @@ def _samples(streams: dict[str, TokenWindows | None], count: int) -> Iterator[tu
         for i in range(shown):
             number = (2 * i + 1) * len(ends) // (2 * shown)
             yield split, number, _text(stream, ends, number, 2000)
+
+
+def _shown(text: str) -> str:
+    """Text for a terminal. Line ends of Windows would be a question mark on every line."""
+    return printable(text.replace("\r\n", "\n"), keep=_LAYOUT)
 
 
 def _lines(split: str, figures: dict[str, Any]) -> str:
@@ -231,7 +236,7 @@ def _print_window(options: DataView) -> None:
         )
     pieces = np.split(windows[index], np.flatnonzero(windows[index] == EOT) + 1)
     decode = Tokenizer().decode
-    texts = (printable(decode(piece), keep=_LAYOUT) for piece in pieces)
+    texts = (_shown(decode(piece)) for piece in pieces)
     print("\n--- end of text ---\n".join(texts))
 
 
