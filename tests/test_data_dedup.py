@@ -315,6 +315,20 @@ def test_no_excluded_text_is_silently_skipped(
     for text in (latin, fine):
         ids = np.array(TOKENIZER.encode(text)[2:], np.uint16)  # the first depend on the context
         assert np.isin(gram_hashes(ids, EXCLUDE_GRAM), grams).all()
+    said = capsys.readouterr().out
+    assert "1 text of invalid Unicode, and what is invalid cannot be matched; the first" in said
+    assert "latin.txt; convert it: iconv -f" in said
+    (tmp_path / "sjis.jsonl").write_bytes(
+        json.dumps({"text": fine + "竹藪"}, ensure_ascii=False).encode("cp932")
+    )
+    write_excluded((str(tmp_path / "sjis.jsonl"),), "text", tmp_path / "grams.npy")
+    assert "the first is sjis.jsonl; convert it" in capsys.readouterr().out
+    (tmp_path / "sjis.jsonl").unlink()
+    for text, warned in ((fine, False), ("पर्यावरण संरक्षण के उपाय " * 3, True)):
+        (tmp_path / "eval.txt").write_text(text)
+        write_excluded((str(tmp_path / "eval.txt"),), "text", tmp_path / "grams.npy")
+        assert ("one common phrase drops" in capsys.readouterr().out) == warned
+    (tmp_path / "eval.txt").unlink()
     (tmp_path / "bench.json").write_text(json.dumps({"text": long}))
     (tmp_path / "bench.csv").write_text(f"question,answer\n{long},yes\n")
     (tmp_path / "data.bin").write_bytes(b"\0" * 100)

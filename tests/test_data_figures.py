@@ -57,6 +57,37 @@ def test_documents_without_a_token(tmp_path: Path) -> None:
     assert figures["scripts"] == {}
 
 
+def test_a_character_that_an_excerpt_cuts_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Chinese one takes two or three tokens; U+FFFD would look like damage of the text."""
+    text, tokenizer = "鬱蒼竹藪。" * 300, Tokenizer()
+    assert "\ufffd" in tokenizer.decode(tokenizer.encode(text)[:16])
+    write(tmp_path, text)
+    describe(DataView(folder=tmp_path, list_split="train"))
+    shown = json.loads(capsys.readouterr().out)["text"]
+    assert len(shown) > 4 and text.startswith(shown)
+    describe(DataView(folder=tmp_path, html=tmp_path / "page.html"))
+    assert "竹藪" in (page := (tmp_path / "page.html").read_text()) and "\ufffd" not in page
+
+
+def test_line_ends_of_windows_are_line_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "ein\r\nzwei\rdrei")
+    for options in ({}, {"window": "train:0:6"}):
+        describe(DataView(folder=tmp_path, **options))
+        assert "ein\nzwei?" in capsys.readouterr().out
+
+
+def test_a_text_without_letters_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "12 34, 5.6 😀")
+    describe(DataView(folder=tmp_path))
+    assert "letters by script: no letters\n" in capsys.readouterr().out
+    describe(DataView(folder=tmp_path, html=tmp_path / "page.html"))
+    assert "<p>Letters by script: no letters</p>" in (tmp_path / "page.html").read_text()
+
+
 def test_the_side_of_a_file_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     """Even of a file of a single id, which is no 32-bit one."""
     np.array([64], "<u2").tofile(tmp_path / "train.bin")

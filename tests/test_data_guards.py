@@ -211,3 +211,11 @@ def test_the_table_of_a_preparation(tmp_path: Path) -> None:
     manifest["inputs"][0] = manifest["inputs"][-1]
     shown = progress.summary(manifest, tmp_path).splitlines()[1].split()[0]
     assert shown == "..." + "x" * 34 + "end"
+    for name, text in (
+        ("書庫/小説", "書庫/小説" + " " * 31),  # each takes two columns, and a mark none
+        ("e\u0301" * 4, "e\u0301" * 4 + " " * 36),
+        ("x" + "説" * 30, "..." + "説" * 18 + " "),
+    ):
+        manifest["inputs"] = [row(name, 5)]
+        shown = progress.summary(manifest, tmp_path).splitlines()[1]
+        assert shown == f"{text} {5:>11} {10:>11.2f} {1234:>13,}"

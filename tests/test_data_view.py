@@ -44,7 +44,7 @@ def test_figures_are_those_of_the_documents(
     assert sum(count for _, count in figures["train"]["length_histogram"]) == len(train)
     assert figures["train"]["length_quantiles"][0] <= min(lengths)
     assert figures["train"]["length_quantiles"][-1] >= max(lengths)
-    assert set(figures["train"]["scripts"]) == {"Latin", "Cjk"}
+    assert set(figures["train"]["scripts"]) == {"Latin", "CJK"}
     assert "not a JSON line" in out and "--- train document" in out
 
 

@@ -172,6 +172,25 @@ def test_a_document_to_convert_is_named_with_what_to_do(
     assert "--exclude ignores 1 file; the first is" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("codec", "advice"),
+    [("cp932", "such as cp1252, cp932 or gb18030: iconv -f"), ("utf-16-le", "UTF-16 without a")],
+)
+def test_text_in_another_encoding_comes_with_advice_for_any(
+    tmp_path: Path, codec: str, advice: str
+) -> None:
+    """iconv turns Japanese into garbage without complaint if told that it is cp1252."""
+    (tmp_path / "a.txt").write_bytes("吾輩は猫である。a".encode(codec))
+    refused(65, advice, out=tmp_path / "data", inputs=(tmp_path / "a.txt",))
+
+
+def test_a_folder_of_other_endings_comes_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.log").write_text("GET / 200\n")
+    said = "a.log: .log file is not a text format", "is read if you name the files"
+    refused(66, *said, out=tmp_path / "data", inputs=(tmp_path / "in",))
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet", "arrow"])
 def test_a_field_of_another_name_is_told(tmp_path: Path, ending: str) -> None:
     """Published texts are in `content`, `raw_content`, `body` and others."""

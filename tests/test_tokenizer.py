@@ -199,6 +199,10 @@ def test_decoding_edges() -> None:
     assert tokenizer.decode([50256, 15496, 50257]) == "Hello"
     assert tokenizer.decode([*tokenizer.encode("é")[:1], 8582]).endswith("\ufffd")
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    ids = tokenizer.encode("鬱蒼")
+    texts = [tokenizer.decode(ids[:count], cut=True) for count in range(len(ids) + 1)]
+    assert sorted({*texts}) == ["", "鬱", "鬱蒼"] and len(texts) > 4
+    assert tokenizer.decode([8582, 64], cut=True) == "\ufffda"  # wrong, not cut
     for wrong in (-1, 50258):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             tokenizer.decode([wrong])

@@ -3,6 +3,7 @@
 Text is decoded by OpenAI's tiktoken; lengths, shares and histograms are counted one by one.
 """
 
+import codecs
 import json
 import random
 import re
@@ -27,10 +28,17 @@ def text_of(ids: Array) -> bytes:
     return encoding().decode_bytes([each for each in ids.tolist() if each < EOT])
 
 
+def beginning(one: Array, most: int) -> str:
+    """Text of a document's first tokens, without a character that is cut there."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return decoder.decode(text_of(one[:most]), final=len(one) <= most)
+
+
 def clean(text: str) -> str:
     """Control characters except tabs and line ends are shown as question marks."""
     return "".join(
-        "?" if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 else c for c in text
+        "?" if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 else c
+        for c in text.replace("\r\n", "\n")
     )
 
 
@@ -55,8 +63,7 @@ def shown(folder: Path, sides: dict[str, Side], here: Command, source: random.Ra
         if len({*samples}) != wanted:
             wrong.append(f"--show {count}: {samples} of {split}")
         for each in samples:
-            text = text_of(side.documents[int(each.replace(",", ""))][:2000])
-            text = clean(text.decode("utf-8", "replace")[:600])
+            text = clean(beginning(side.documents[int(each.replace(",", ""))], 2000)[:600])
             if f"--- {split} document {each}\n{text}\n" not in done.output:
                 wrong.append(f"--show: wrong text of {split} document {each}")
         wrong += _listed(folder, split, side, here)
@@ -118,7 +125,7 @@ def _listed(folder: Path, split: str, side: Side, here: Command) -> Iterator[str
     rows = [json.loads(line) for line in done.output.splitlines()] if not done.code else []
     wanted = list[dict[str, Any]]()
     for number, (one, length) in enumerate(zip(side.documents, lengths(side), strict=True)):
-        text = text_of(one[:16]).decode("utf-8", "replace")
+        text = beginning(one, 16)
         wanted.append({"document": number, "tokens": length, "text": text})
         if (folder / "manifest.json").exists():
             wanted[-1]["hash"] = digest(text_of(one).decode()).hex()

@@ -10,7 +10,7 @@ import numpy as np
 from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import distinct, gram_hashes
-from sota_transformer.data.guards import LINES
+from sota_transformer.data.guards import ICONV, LINES
 from sota_transformer.data.sources import ARCHIVES, Skipped, find_excluded
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
@@ -19,17 +19,21 @@ from sota_transformer.data.units import whole
 from sota_transformer.errors import BAD_DATA, USAGE, SotaError
 from sota_transformer.words import counted, printable
 
+_SHORT_PHRASE = 20  # characters; English has 55, German 33, Russian 11, Chinese 6, Tamil 4
+
 
 def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None:
     """Write the sorted n-gram hashes of all texts as .npy, and report how many are too short.
 
     SotaError 66 for a missing file, 65 for an unreadable one or if no text is long enough.
     """
-    tokenizer, found, short = Tokenizer(), [], 0
+    tokenizer, found, short, tokens, characters = Tokenizer(), [], 0, 0, 0
     for text in _texts(inputs, text_field):
-        hashes = gram_hashes(np.array(tokenizer.encode(text), np.uint16), EXCLUDE_GRAM)
+        ids = np.array(tokenizer.encode(text), np.uint16)
+        hashes = gram_hashes(ids, EXCLUDE_GRAM)
         found.append(hashes)
         short += not len(hashes)
+        tokens, characters = tokens + len(ids), characters + len(text)
     grams = distinct(np.concatenate(found)) if found else np.empty(0, np.uint64)
     if not len(grams):
         raise SotaError(
@@ -41,6 +45,12 @@ def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None
             f"note: {counted(short, 'excluded text')} {verb} shorter than {EXCLUDE_GRAM} tokens "
             "and cannot be matched"
         )
+    if (phrase := EXCLUDE_GRAM * characters / tokens) < _SHORT_PHRASE:
+        print(
+            f"note: {EXCLUDE_GRAM} tokens of the excluded texts are only about {phrase:.0f} "
+            "characters, since GPT-2's tokens are short in this language; one common phrase drops "
+            "a document"
+        )
     np.save(path, grams)
 
 
@@ -51,7 +61,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     of a folder that are not text are skipped with a note.
     """
     sources, skipped = find_excluded(inputs)
-    ignored: list[Skipped] = []
+    ignored, invalid = list[Skipped](), list[str]()
     for item in skipped:
         if "is not a text format" in item.reason:
             ignored.append(item)
@@ -63,7 +73,9 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             raise SotaError(text, USAGE)
         if source.kind == "jsonl":
             data = without_mark(Path(source.path).read_bytes())
-            for number, line in enumerate(data.decode(errors="replace").split("\n"), 1):
+            text = data.decode(errors="replace")
+            invalid += [source.name] * (text.encode() != data)
+            for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     yield from _strings(_parsed(line, f"{source.name}:{number}"), text_field)
             continue
@@ -71,6 +83,7 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
             if isinstance(document, bytes):
                 yield document.decode()
             elif document.repaired:
+                invalid.append(document.where)
                 yield document.repaired.decode()
             elif document.reason == BINARY and Path(inputs[source.input]).is_dir():
                 ignored.append(document)
@@ -79,6 +92,12 @@ def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
     if ignored:
         first = printable(f"the first is {ignored[0].where}: {ignored[0].reason}")
         print(f"note: --exclude ignores {counted(len(ignored), 'file')}; {first}")
+    if invalid:  # a Japanese benchmark in Shift-JIS would exclude nothing at all
+        first = printable(f"the first is {invalid[0]}")
+        print(
+            f"note: --exclude has {counted(len(invalid), 'text')} of invalid Unicode, and what is "
+            f"invalid cannot be matched; {first}; convert it: {ICONV}"
+        )
 
 
 def _refuse(item: Skipped) -> None:

@@ -23,12 +23,14 @@ from sota_transformer.options import Prepare
 _FEW_TOKENS = 4096
 _FIELD = "name the one that holds the text with --text-field"
 LINES = "each document has to be one line; for an array: jq -c '.[]' OLD.json > NEW.jsonl"
+ICONV = "iconv -f ENCODING -t utf-8 OLD > NEW.txt"
 _ADVICE = {  # by the start of a reason
     "no field": _FIELD,
     "no column": _FIELD,
     "not a JSON line": LINES,
     "JSON, but not": LINES,
-    "not valid UTF-8": "convert it: iconv -f cp1252 -t utf-8 OLD > NEW.txt",
+    "not valid UTF-8": f"convert it from its encoding, such as cp1252, cp932 or gb18030: {ICONV}",
+    "NUL bytes": f"if it is UTF-16 without a byte order mark, or UTF-32, convert it: {ICONV}",
 }
 _MOST_WORKERS = 1024
 _PARENT_MB, _WORKER_MB = 110, 130  # measured by benchmarks/prepare.py, rounded up

@@ -226,10 +226,11 @@ class Merger:
             files |= writer.close()
         decode = Tokenizer().decode
         for jaccard, a, b in self._similar.examples if self._similar else ():
-            pair = f"{decode(a[:_BEGINNING])!r} is like {decode(b[:_BEGINNING])!r}"
+            first, second = (decode(ids[:_BEGINNING], cut=True) for ids in (a, b))
+            pair = f"{first!r} is like {second!r}"
             self.rejects.add(NEAR_DUPLICATE, f"{jaccard:.2f}: {pair}", count=0)
         for ids in self._again:
-            self.rejects.add(DUPLICATE, f"begins {decode(ids)!r}", count=0)
+            self.rejects.add(DUPLICATE, f"begins {decode(ids, cut=True)!r}", count=0)
         splits = {
             split: {"shards": writer.shards, **writer.counts}
             for split, writer in self.splits.items()

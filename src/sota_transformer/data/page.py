@@ -22,6 +22,7 @@ table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: 
 td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #8888; }
 .text { text-align: left; overflow-wrap: anywhere; min-width: 12rem; }
 pre { white-space: pre-wrap; border-left: 3px solid #8888; padding-left: 1rem; }
+pre { unicode-bidi: plaintext; }  /* each line in its script's own direction */
 .bar { height: 1rem; background: #4a7fb5; print-color-adjust: exact; }
 polyline { fill: none; stroke: currentColor; stroke-width: 1.5; }
 circle { fill: currentColor; } polygon { fill: #8883; } .grid { stroke: #8884; }
@@ -71,7 +72,7 @@ def page(
             body.append(f"<h2>{split}: documents by length in tokens</h2>")
             body.append(_histogram(part["length_histogram"]))
             scripts = ", ".join(f"{name} {share:.1%}" for name, share in part["scripts"].items())
-            body.append(f"<p>Letters by script: {escape(scripts)}</p>")
+            body.append(f"<p>Letters by script: {escape(scripts) or 'no letters'}</p>")
     body.append(section("Inputs", ("input", "files", "documents", "tokens"), inputs))
     body.append(section("Skipped", ("reason", "count", "examples"), rejects))
     for split, number, text in samples:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any, Self
 
 from sota_transformer.data.sources import REPAIRED
@@ -117,10 +117,18 @@ def summary(manifest: dict[str, Any], folder: Any) -> str:
 
 
 def _row(name: str, documents: int, text_bytes: int, tokens: int) -> str:
-    return f"{_short(name, 40):<40} {documents:>11,} {text_bytes / 1e6:>11,.2f} {tokens:>13,}"
+    from rich.cells import set_cell_size
+
+    name = set_cell_size(_short(name, 40), 40)
+    return f"{name} {documents:>11,} {text_bytes / 1e6:>11,.2f} {tokens:>13,}"
 
 
 def _short(text: str, width: int) -> str:
-    """The text, cut to the last `width` characters."""
+    """The text, cut to the end that fits into `width` columns; a Chinese character takes two."""
+    from rich.cells import cell_len
+
     text = printable(text)
-    return text if len(text) <= width else f"...{text[3 - width :]}"
+    if cell_len(text) <= width:
+        return text
+    end = next(at for at in count(max(0, len(text) - width)) if cell_len(text[at:]) <= width - 3)
+    return f"...{text[end:]}"

@@ -125,7 +125,8 @@ def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
     if not sources:
         hint = "".join(f"; {item.where}: {item.reason}" for item in skipped[:3])
         raise SotaError(
-            f"no text found in {', '.join(inputs)}{hint}; supported formats: {KNOWN}",
+            f"no text found in {', '.join(inputs)}{hint}; supported formats: {KNOWN}; text with "
+            "another ending is read if you name the files, such as logs/*.log",
             NO_INPUT,
         )
     return sources, skipped

@@ -8,6 +8,7 @@ Special tokens inside a text are ordinary text; callers add end-of-text by id.
 """
 
 import base64
+import codecs
 import hashlib
 import re
 import resource
@@ -189,9 +190,11 @@ class Tokenizer:
             raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {VOCAB:,}")
         return b"".join(table[i] for i in values if i < EOT)
 
-    def decode(self, ids: Sequence[int] | Ids) -> str:
-        """Text of the ids; invalid UTF-8, such as a cut character, becomes U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+    def decode(self, ids: Sequence[int] | Ids, *, cut: bool = False) -> str:
+        """Text of the ids; invalid UTF-8 becomes U+FFFD. `cut`: more ids follow, so a character
+        that lacks its end is left out; a Chinese one often takes two or three.
+        """
+        return codecs.utf_8_decode(self.decode_bytes(ids), "replace", not cut)[0]
 
 
 def utf8(text: str) -> bytes:

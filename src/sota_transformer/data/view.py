@@ -70,7 +70,7 @@ def describe(options: DataView) -> dict[str, Any]:
         share = figures["leakage"]
         print(f"leakage: {share:.3%} of validation's {EXCLUDE_GRAM}-grams also occur in training")
     for split, number, text in samples:
-        print(f"--- {split} document {number:,}\n{printable(text[:600], keep=_LAYOUT)}")
+        print(f"--- {split} document {number:,}\n{_shown(text[:600])}")
     return figures
 
 
@@ -116,7 +116,8 @@ def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
     for number in np.unique(np.linspace(0, len(ends) - 1, _SAMPLED).astype(int)).tolist():
         letters.update(filter(str.isalpha, _text(stream, ends, number, 2000)))
     for letter, count in letters.items():
-        scripts[unicodedata.name(letter, "other").partition(" ")[0].title()] += count
+        name = unicodedata.name(letter, "other").partition(" ")[0]
+        scripts[name if name == "CJK" else name.title()] += count
     shown = dict(scripts.most_common(_MOST_SCRIPTS))
     if rest := scripts.total() - sum(shown.values()):
         shown["others"] = rest
@@ -126,7 +127,8 @@ def _scripts(stream: TokenWindows, ends: NDArray[np.int64]) -> dict[str, float]:
 def _text(stream: TokenWindows, ends: NDArray[np.int64], number: int, most: int) -> str:
     """Text of a document, at most its first `most` tokens."""
     start, end = int(ends[number - 1]) if number else 0, int(ends[number])
-    return Tokenizer().decode(stream.read(start, min(end, start + most)))
+    ids = stream.read(start, min(end, start + most))
+    return Tokenizer().decode(ids, cut=end - start > most)
 
 
 def _samples(streams: dict[str, TokenWindows | None], count: int) -> Iterator[tuple[str, int, str]]:
@@ -141,12 +143,18 @@ def _samples(streams: dict[str, TokenWindows | None], count: int) -> Iterator[tu
             yield split, number, _text(stream, ends, number, 2000)
 
 
+def _shown(text: str) -> str:
+    """Text for a terminal. Line ends of Windows would be a question mark on every line."""
+    return printable(text.replace("\r\n", "\n"), keep=_LAYOUT)
+
+
 def _lines(split: str, figures: dict[str, Any]) -> str:
     """One split as text, with a histogram of document lengths."""
     if not figures["tokens"]:
         return f"{split}: empty"
     shortest, low, middle, high, longest = figures["length_quantiles"]
-    scripts = ", ".join(f"{name} {share:.1%}" for name, share in figures["scripts"].items())
+    shares = (f"{name} {share:.1%}" for name, share in figures["scripts"].items())
+    scripts = ", ".join(shares) or "no letters"
     lines = [
         f"{split}: {counted(figures['documents'], 'document')}, "
         f"{counted(figures['tokens'], 'token')}, {figures['bytes_per_token']:.2f} bytes per token; "
@@ -228,7 +236,7 @@ def _print_window(options: DataView) -> None:
         )
     pieces = np.split(windows[index], np.flatnonzero(windows[index] == EOT) + 1)
     decode = Tokenizer().decode
-    texts = (printable(decode(piece), keep=_LAYOUT) for piece in pieces)
+    texts = (_shown(decode(piece)) for piece in pieces)
     print("\n--- end of text ---\n".join(texts))
 
 

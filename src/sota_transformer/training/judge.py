@@ -132,4 +132,4 @@ class Judge:
         prompt = [int(token) for token in self.windows[0][:16]]
         sampler = make_sampler(temperature=0.8, top_p=0.95, seed=self.config.run.seed)
         tokens = list(generate(model, prompt, sampler, _SAMPLE_TOKENS))
-        self.log.sample(step, self.tokenizer.decode(prompt + tokens))
+        self.log.sample(step, self.tokenizer.decode(prompt + tokens, cut=True))
