@@ -174,7 +174,11 @@ def test_a_document_to_convert_is_named_with_what_to_do(
 
 @pytest.mark.parametrize(
     ("codec", "advice"),
-    [("cp932", "such as cp1252, cp932 or gb18030: iconv -f"), ("utf-16-le", "UTF-16 without a")],
+    [
+        ("cp932", "such as cp1252, cp932 or gb18030: iconv -f"),
+        ("iso2022_jp", "such as iso-2022-jp: iconv -f"),
+        ("utf-16-le", "UTF-16 without a"),
+    ],
 )
 def test_text_in_another_encoding_comes_with_advice_for_any(
     tmp_path: Path, codec: str, advice: str

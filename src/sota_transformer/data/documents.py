@@ -31,6 +31,7 @@ DOCUMENT_BYTES = 16 << 20
 LINE_BYTES = 64 << 20
 CUT_BYTES, PIECE_BYTES = 64 << 10, 8 << 10
 BINARY = "NUL bytes, probably not text"
+_ESCAPES = "ISO-2022 escapes, not Unicode"  # Japanese mail and old pages; ASCII by every byte
 _AT_ONCE, _BLOCK = 8 << 20, 1 << 20
 _DEEP_PAGE = 5000
 _END = "\0sota: the end of the table\0"  # if a quote is still open, it becomes part of a cell
@@ -72,6 +73,8 @@ def as_document(text: str, where: str, data: bytes | None = None) -> Document:
         return Skipped(f"document over {DOCUMENT_BYTES >> 20} MiB", where)
     if b"\0" in data:
         return Skipped(BINARY, where)
+    if b"\x1b" in data and b"\x1b$" in data:  # a search for one byte takes a tenth of the time
+        return Skipped(_ESCAPES, where)
     return data
 
 

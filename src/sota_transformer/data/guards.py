@@ -30,6 +30,7 @@ _ADVICE = {  # by the start of a reason
     "not a JSON line": LINES,
     "JSON, but not": LINES,
     "not valid UTF-8": f"convert it from its encoding, such as cp1252, cp932 or gb18030: {ICONV}",
+    "ISO-2022": f"convert it from its encoding, such as iso-2022-jp: {ICONV}",
     "NUL bytes": f"if it is UTF-16 without a byte order mark, or UTF-32, convert it: {ICONV}",
 }
 _MOST_WORKERS = 1024
