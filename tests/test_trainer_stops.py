@@ -165,6 +165,28 @@ def test_a_start_stopped_at_once_hides_nothing(make_run: MakeRun, monkeypatch) -
     assert [line["step"] for line in logged(config, "loss")] == before
 
 
+def test_a_run_stopped_often_keeps_no_more_checkpoints_than_planned(
+    make_run: MakeRun, monkeypatch
+) -> None:
+    """Sessions shorter than `save_every_minutes` left one each, until the disk was full; but those
+    from before bad steps stay, as a rollback needs them.
+    """
+    config = make_run(steps=20)
+    original = trainer.Trainer._update
+
+    def update(self, sums) -> None:
+        original(self, sums * float("nan") if self.step >= 4 else sums)
+
+    monkeypatch.setattr(trainer.Trainer, "_update", update)
+    monkeypatch.setattr(trainer.Trainer, "_log", stop)
+    kept = []
+    for _ in range(7):
+        with pytest.raises(Stopped):
+            train(config)
+        kept.append(checkpoint.steps(config.run.out))
+    assert kept[3] == [3, 4] and kept[-1] == [3, 4, 5, 6, 7]
+
+
 def test_bad_steps_do_not_lead_back_to_an_abandoned_branch(make_run: MakeRun, monkeypatch) -> None:
     """A new branch from step 4 meets ten bad steps and returns there, not to the old step 8."""
     config = make_run(steps=20, batch_rows=4, save_every_steps=4, keep_checkpoints=9)

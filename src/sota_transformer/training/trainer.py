@@ -333,16 +333,18 @@ class Trainer:
         with self._paused(), self.runtime.uncompiled():
             return by(self.model, self.step)
 
-    def _save(self) -> None:
+    def _save(self, why: str = "") -> None:
+        """Save and delete older checkpoints; with `why`, a run's last act, which stays critical."""
         self.signals.critical(True)
         if self.runtime.rank == 0:
             checkpoint.save(self.config.run.out, self.state(), self.good)
-            self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}")
+            self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}{why}")
             keep, trusted = self.config.train.keep_checkpoints, {*self.good, self.step}
-            checkpoint.prune(self.config.run.out, keep, trusted, self.judge.best_step)
+            if not (why and self.guard.bad_in_a_row):  # a rollback may need an older one
+                checkpoint.prune(self.config.run.out, keep, trusted, self.judge.best_step)
         self.good.add(self.step)
         self._saved_at = time.monotonic()
-        self.signals.critical(False)
+        self.signals.critical(bool(why))
 
     def _leave(self, why: str) -> None:
         """Save the current state and say so; no signal or lost peer interrupts an update."""
@@ -350,9 +352,7 @@ class Trainer:
         self.log.end_live()
         if self.step in self.good:  # an event would drop later checkpoints from the log
             return self.log.say(f"saved step {self.step}; {why}")
-        if self.runtime.rank == 0:
-            checkpoint.save(self.config.run.out, self.state(), self.good)
-        self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}; {why}")
+        self._save(f"; {why}")
 
     def state(self) -> checkpoint.State:
         """Everything that a checkpoint holds."""
