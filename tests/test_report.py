@@ -337,22 +337,6 @@ def test_a_line_after_half_a_line_counts(tmp_path: Path, torn: bool) -> None:
     assert not (tmp_path / "samples.txt").exists()
 
 
-def test_a_power_cut_takes_nothing_that_led_to_a_saved_step(tmp_path: Path, monkeypatch) -> None:
-    safe: list[int] = []  # lines that survive, 0 for an announcement
-    monkeypatch.setattr(
-        "sota_transformer.durable.fsync",
-        lambda _: safe.append(len((tmp_path / "metrics.jsonl").read_bytes().splitlines())),
-    )
-    with RunLog(tmp_path, 10) as log:
-        log.console.quiet = True
-        for step in range(1, 4):
-            log.event({"step": step, "event": "x"}, "")
-        monkeypatch.setattr(log, "say", lambda _: safe.append(0))  # announced
-        log.event({"step": 3, "event": "saved"}, "saved step 3")
-        log.event({"step": 3, "event": "x"}, "")
-    assert safe == [4, 0, 0, 5]
-
-
 def test_validations_and_samples_belong_to_their_step(run: Path) -> None:
     found = [judged(run, step) for step in (50, 60, 100)]
     assert found == [(True, True), (False, False), (True, True)]

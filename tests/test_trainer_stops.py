@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,29 @@ def test_a_start_stopped_at_once_hides_nothing(make_run: MakeRun, monkeypatch) -
     train(config)
     assert checkpoint.steps(config.run.out)[-1] == 8
     assert [line["step"] for line in logged(config, "loss")] == before
+
+
+def test_a_power_cut_takes_no_line_that_led_to_a_checkpoint(make_run: MakeRun, monkeypatch) -> None:
+    """Of a finished run it could have taken the whole log."""
+    config, safe, saved = make_run(steps=4, save_every_steps=2), [0], []
+    log = config.run.out / "metrics.jsonl"
+
+    def lines() -> int:
+        return log.read_bytes().count(b"\n")
+
+    fsync, save = durable.fsync, checkpoint.save
+
+    def synced(file: int) -> None:
+        fsync(file)
+        if log.exists() and os.path.samestat(os.fstat(file), log.stat()):
+            safe.append(lines())
+
+    monkeypatch.setattr(durable, "fsync", synced)
+    monkeypatch.setattr(
+        checkpoint, "save", lambda *given: (saved.append(safe[-1] == lines()), save(*given))
+    )
+    train(config)
+    assert saved == [True, True] and safe[-1] == lines()
 
 
 def test_a_run_stopped_often_keeps_no_more_checkpoints_than_planned(

@@ -9,6 +9,7 @@ kill      kill -9 of `sota train` at random moments                             
 prepare   kill -9 of `sota prepare`: the parent, a worker or all                      (kills)
 stop      SIGTERM to `sota train`                                                     (signals)
 twice     two runs started in one folder at once                                      (races)
+cuts      power cuts on a real ext4 during `sota prepare` and `sota train`; needs root (cuts)
 full      full disks of 4 to 64 MiB; needs root                                       (sizes)
 faults    KILL, ENOSPC, EIO at system calls of `sota train`; needs strace             (points)
 shards    the same for `sota prepare`; needs strace                                   (points)
@@ -50,6 +51,7 @@ from sota_transformer import durable
 
 from . import (
     broken,
+    cuts,
     documents,
     faults,
     folders,
@@ -176,6 +178,7 @@ TOOLS: dict[str, tuple[int, Callable[[Path, int, int], list[str]]]] = {
             )
         ),
     ),
+    "cuts": (200, _on_bench(cuts.power_cuts)),
     "faults": (POINTS, _on_bench(faults.sweep_train)),
     "shards": (POINTS, _on_bench(faults.sweep_prepare)),
     "elastic": (0, _on_bench(lambda bench, *_: ranks.elastic(bench))),

@@ -60,7 +60,12 @@ class RunLog:
         self.end_live()
         if not self.silent:
             with durable.naming(self.folder / "metrics.jsonl"), self._metrics:
-                durable.fsync(self._metrics.fileno())
+                self.sync()
+
+    def sync(self) -> None:
+        """Have every line on the disk: a power cut must not take what led to a checkpoint."""
+        with durable.naming(self.folder / "metrics.jsonl"):
+            durable.fsync(self._metrics.fileno())
 
     def begin_live(self, step: int) -> None:
         """Show the panel of a run at `step`, if there is a terminal."""
@@ -123,8 +128,6 @@ class RunLog:
             with durable.naming(self.folder / "metrics.jsonl"):
                 self._metrics.write(json_line({**values, "time": round(time.time(), 3)}) + "\n")
                 self._metrics.flush()
-                if values.get("event") == "saved":  # a power cut must not take what led there
-                    durable.fsync(self._metrics.fileno())
 
     def _panel(self) -> Panel:
         last = self._last

@@ -289,8 +289,7 @@ class Trainer:
         return bool(every) and self.step % every == 0 and self.step < self.config.train.steps
 
     def _save_due(self) -> bool:
-        train = self.config.train
-        elapsed = (time.monotonic() - self._saved_at) / 60
+        train, elapsed = self.config.train, (time.monotonic() - self._saved_at) / 60
         by_clock = bool(train.save_every_minutes) and elapsed >= train.save_every_minutes
         due = by_clock or self._due(train.save_every_steps) or self.judge.best_step == self.step
         # During bad steps nothing is learned, and a rollback to one of them would not help.
@@ -337,6 +336,7 @@ class Trainer:
         """Save and delete older checkpoints; with `why`, a run's last act, which stays critical."""
         self.signals.critical(True)
         if self.runtime.rank == 0:
+            self.log.sync()
             checkpoint.save(self.config.run.out, self.state(), self.good)
             self.log.event({"step": self.step, "event": "saved"}, f"saved step {self.step}{why}")
             keep, trusted = self.config.train.keep_checkpoints, {*self.good, self.step}
