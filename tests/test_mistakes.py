@@ -38,6 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("generate run --runs 3", "generate: unrecognized arguments: --runs, 3; `sota gen"),
         ("generate run seed=2", "generate: unrecognized arguments: seed=2; `sota gen"),
         ("train tiny --hours 3", "train tiny: unrecognized arguments: --hours, 3; `sota train"),
+        ("config tiny --model.width 9", "config tiny: unrecognized arguments: --model.width, 9; `"),
         ("train --steps 5", "name a preset first: "),
         ("train large", "unknown preset 'large'; presets: tiny"),
         ("zebra", "unknown command 'zebra'; `sota"),

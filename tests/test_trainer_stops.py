@@ -104,6 +104,14 @@ def test_a_refused_start_creates_no_log(make_run: MakeRun, tmp_path: Path) -> No
     assert not (config.run.out / "metrics.jsonl").exists()
 
 
+def test_a_micro_batch_is_refused_before_the_device_is_checked(make_run: MakeRun) -> None:
+    """After it, the verdict kept the folder of a run that never began."""
+    config = make_run(batch_rows=4, micro_rows=3)
+    with pytest.raises(SotaError, match="must divide the 4 rows"):
+        train(config, lambda *_: pytest.fail("checked the device"))
+    assert not config.run.out.exists()
+
+
 @pytest.mark.parametrize(
     "mistake", [{"MASTER_PORT": "x"}, {"GLOO_SOCKET_IFNAME": "x"}, {"LOCAL_WORLD_SIZE": "x"}]
 )

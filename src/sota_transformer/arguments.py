@@ -221,14 +221,21 @@ def _similar(flag: str, known: list[str]) -> str:
     """Suggest the option that `flag` abbreviates, as --optim.lr, --temp or --batch-size do, by its
     initials or its beginning; else the nearest, if any is close.
     """
-    short = flag.removeprefix("--").rpartition(".")[2].replace("_", "-")
+    short = _own(flag).replace("_", "-")
     first = short.partition("-")[0]
     for option in known if len(short) > 1 else ():
-        name = option.removeprefix("--").rpartition(".")[2]
+        name = _own(option)
         initials = "".join(word[0] for word in name.split("-"))
         if initials == short or name.startswith((short, f"{first}-")):
             return f" (did you mean {option!r}?)"
-    return nearest(flag, known, 0.7)
+    # By its own name, too: the options of a section share the section's.
+    alike = [o for o in known if difflib.SequenceMatcher(None, short, _own(o)).ratio() > 0.5]
+    return nearest(flag, alike, 0.7)
+
+
+def _own(option: str) -> str:
+    """An option's name without its section."""
+    return option.removeprefix("--").rpartition(".")[2]
 
 
 def nearest(word: str, known: Any, alike: float = 0.6) -> str:

@@ -20,6 +20,7 @@ from sota_transformer.inference.perplexity import Perplexity
 from sota_transformer.launcher import is_first_rank
 from sota_transformer.runtime import Runtime
 from sota_transformer.training import changes, checkpoint, ranks
+from sota_transformer.training.micro_batch import micro_rows
 from sota_transformer.training.runlog import RunLog, judged
 from sota_transformer.training.trainer import Trainer
 from sota_transformer.words import counted
@@ -43,6 +44,7 @@ def train(
         runtime = Runtime.detect(config.run, config.model.parameter_count)
         stack.callback(runtime.close)
         runtime.join()
+        micro_rows(config, runtime)  # refuses before `admit` computes, and leaves its verdict
         log = RunLog(folder, config.train.steps, silent=runtime.rank != 0)
         start = -1
         if runtime.rank == 0:
