@@ -87,16 +87,13 @@ class _Cutter:
     ) -> None:
         self.image = image
         self._record, self._source = record, source
-        first = bisect_left(record, begun, key=lambda write: write.time)
-        self._flushes = [at for at in range(first, len(record)) if not record[at].data]
+        self._first = bisect_left(record, begun, key=lambda write: write.time)
 
     def cut(self) -> tuple[float, int]:
         """Write the image; when the power went, and how many blocks were lost."""
-        chosen = self._source.randrange(len(self._flushes))
-        flush = self._flushes[chosen]
-        ends = [*self._flushes, len(self._record)]
-        end, part, lost = self._source.randrange(flush, ends[chosen + 1]), 0.0, 0
-        part = self._source.choice(PARTS)
+        end = self._source.randrange(self._first, len(self._record))
+        flush = next(at for at in range(end, -1, -1) if not self._record[at].data)
+        part, lost = self._source.choice(PARTS), 0
         self.image.unlink(missing_ok=True)
         image = os.open(self.image, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(image, SIZE)
