@@ -282,14 +282,15 @@ def test_more_files_than_a_process_may_open_at_first(
 
 def test_export_and_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sota_transformer.data.view._BLOCK", 1000)  # at a time
-    describe(DataView(folder=folder, export_bin=tmp_path / "out"))
+    out = tmp_path / "new" / "out"
+    describe(DataView(folder=folder, export_bin=out))
     for split in ("train", "val"):
-        ids = np.fromfile(tmp_path / "out" / f"{split}.bin", np.uint16)
+        ids = np.fromfile(out / f"{split}.bin", np.uint16)
         assert np.array_equal(ids, stream(folder, split))
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts(9)))
     run(tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.0)
-    describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "out"))
-    assert not (tmp_path / "out" / "val.bin").exists()  # from the previous export
+    describe(DataView(folder=tmp_path / "data", export_bin=out))
+    assert not (out / "val.bin").exists()  # from the previous export
     (tmp_path / "failed" / "train.bin").mkdir(parents=True)
     with pytest.raises(SotaError, match=r"train\.bin: "):
         describe(DataView(folder=tmp_path / "data", export_bin=tmp_path / "failed"))

@@ -243,7 +243,7 @@ def _print_window(options: DataView) -> None:
 def _export(folder: Path, out: Path) -> None:
     """Write nanoGPT's `train.bin` and `val.bin` into an existing or new folder."""
     try:
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         text = f"--export-bin: cannot create {out}: {error.strerror}"
         raise SotaError(text, LOCKED) from error
