@@ -2,6 +2,7 @@
 
 import io
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from sota_transformer import cli
 from sota_transformer.__main__ import main as started
+from sota_transformer.arguments import resolve
 from sota_transformer.cli import VERBS, guarded, main
 from sota_transformer.commands.generate import _typed
 from sota_transformer.config import Run
@@ -216,6 +218,16 @@ def test_a_full_disk_is_code_74_and_leaves_nothing_torn(capsys, tmp_path: Path, 
     assert code == 74, err
     assert err.startswith("sota: ") and err.count("\n") == 1, err
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_documented_commands_continue_with_the_folder_that_training_makes(name: str) -> None:
+    text = (Path(__file__).parents[1] / name).read_text().partition("sota prepare my_texts/")[2]
+    block = [shlex.split(line, comments=True) for line in text.partition("```")[0].splitlines()]
+    verbs = {words[1]: words[2:] for words in block if words[:1] == ["sota"]}
+    out = str(resolve(verbs["train"], "train").run.out)
+    assert {"evaluate", "generate", "export", "serve"} < {*verbs}
+    assert {words[0] for words in verbs.values() if words[0].startswith("runs/")} == {out}
 
 
 def test_the_whole_path_from_text_to_words(capsys, tmp_path: Path, corpus: Path) -> None:
