@@ -51,6 +51,7 @@ def power_cuts(bench: Bench, zygote: Zygote, count: int, seed: int) -> Cuts:
             begun = time.monotonic()
             fresh(bench, disk / "run")
             prepared, _ = _watched(zygote, prepare_arguments(bench.corpus, disk / "data"))
+            ready = time.monotonic()
             trained, saved = _watched(zygote, train_arguments(bench.data, disk / "run"))
             assert prepared.code == trained.code == 0, prepared.output + trained.output
         cuts = _Cutter(root / "cut", read_record(record), begun, source)
@@ -59,7 +60,9 @@ def power_cuts(bench: Bench, zygote: Zygote, count: int, seed: int) -> Cuts:
             when, lost = cuts.cut()
             promised = max((step for at, step in saved if at < when), default=0)
             with mounted(cuts.image, root / "disk", options) as disk:
-                problems = _problems(bench, zygote, disk, promised)
+                lacking = when > ready and contents(disk / "data") != contents(bench.data)
+                problems = ["a finished preparation was lost"] * lacking
+                problems += _problems(bench, zygote, disk, promised)
             result.cuts, result.blocks = result.cuts + 1, result.blocks + lost
             for problem in problems:
                 result.wrong.append(f"{options}, cut {result.cuts}, {lost} blocks: {problem}")

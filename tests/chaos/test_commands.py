@@ -4,6 +4,7 @@ They have the marker `chaos`; the data and checkpoint fuzzers also have a quick 
 """
 
 import dataclasses
+import os
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ from sota_transformer.training import checkpoint
 from sota_transformer.training.runlog import read_config
 
 from . import (
+    cuts,
     documents,
     faults,
     folders,
@@ -194,6 +196,13 @@ def test_what_a_run_reads_and_reports_against_plain_numpy(tmp_path: Path) -> Non
 @pytest.mark.chaos
 def test_two_runs_in_one_folder(bench: Bench, zygote: Zygote) -> None:
     assert stops.two_at_once(bench, zygote, 2).wrong == []
+
+
+@pytest.mark.chaos
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="mounts disks")
+def test_power_cuts(bench: Bench, zygote: Zygote) -> None:
+    result = cuts.power_cuts(bench, zygote, 10, seed=4)
+    assert result.wrong == [] and result.cuts == 10 and result.blocks > 0
 
 
 @pytest.mark.chaos

@@ -11,6 +11,7 @@ depends on the number of ranks. No pickle is written or read.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import struct
@@ -93,14 +94,19 @@ def save(run_folder: Path, state: State, own: Collection[int] = ()) -> Path:
     return final
 
 
+def free_bytes(folder: Path) -> float:
+    """Free space on the disk of `folder`: infinite on a FUSE drive that reports 0 of 0 bytes."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else math.inf
+
+
 def check_room(folder: Path, needed: int) -> None:
     """SotaError 74 if a checkpoint of `needed` bytes does not fit; `folder` need not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    usage = shutil.disk_usage(there)
-    if usage.total and usage.free < 1.1 * needed:  # FUSE drives that cannot tell report 0 of 0
+    if (free := free_bytes(there)) < 1.1 * needed:
         raise SotaError(
-            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB, but "
-            f"{usage.free / 1e6:,.0f} MB are free; free up space and run the same command again",
+            f"{folder}: a checkpoint needs {1.1 * needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB "
+            "are free; free up space and run the same command again",
             IO_FAILED,
         )
 

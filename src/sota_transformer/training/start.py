@@ -170,7 +170,8 @@ def announce(trainer: Trainer, state: checkpoint.State | None) -> None:
     )
     if repeated := schedules.repetition(config, there, total):
         log.say(f"note: {total / there:.1f} epochs over the data; {repeated}")
-    folder, free = config.run.out, shutil.disk_usage(config.run.out).free
+    folder = config.run.out
+    free = checkpoint.free_bytes(folder)
     more = config.train.most_checkpoints - len(checkpoint.steps(folder))
     if free < (needed := more * config.state_bytes):
         log.say(
