@@ -181,6 +181,33 @@ def test_html_gives_its_text(tmp_path: Path) -> None:
     assert everything(tmp_path / "data") == ["Deep text.", *sorted(good), "Odd text."]
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "text"),
+    [
+        ("Shift_JIS", "cp932", "これは①番目の、とても長い段落である。"),
+        ("ISO-2022-JP", "iso2022_jp", "日本語の文章です。とても長い段落である。"),
+        ("gb2312", "gb18030", "这是一个内容很长的中文页面。"),
+        ("windows-1251", "cp1251", "Это русский текст на странице."),
+        ("iso-8859-1", "cp1252", "Grüße — “häßlich”, sagte sie."),
+        ("iso-8859-1", "utf-8", "Grüße aus Köln, stale declaration."),
+    ],
+)
+def test_a_page_may_declare_its_encoding(tmp_path: Path, name: str, codec: str, text: str) -> None:
+    pytest.importorskip("resiliparse")
+    heads = (
+        f'<meta charset="{name}">',
+        f"<META http-equiv=Content-Type content='text/html; charset={name}'>",
+        f'<?xml version="1.0" encoding="{name}"?>',
+    )
+    for number, head in enumerate(heads):
+        page = f"{head}<title>t</title><body><p>{text} {number}</p></body>".encode(codec)
+        (tmp_path / f"{number}.html").write_bytes(page)
+    (tmp_path / "wrong.html").write_bytes(b"<meta charset=cp\xe9><p>caf\xe9</p>")
+    manifest = run(tmp_path / "data", tmp_path, val_fraction=0)
+    assert everything(tmp_path / "data") == [f"{text} {number}" for number in range(3)]
+    assert [*manifest["rejects"]] == ["not valid UTF-8"]
+
+
 def test_special_tokens_in_text_are_text(tmp_path: Path) -> None:
     items = [f"{i} <|endoftext|> <|pad|> inside" for i in range(50)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(items))

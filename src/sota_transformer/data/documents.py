@@ -38,6 +38,10 @@ _END = "\0sota: the end of the table\0"  # if a quote is still open, it becomes 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 _DIVIDER = b"<|endoftext|>"
 _DIVIDING_LINE = re.compile(rb"^%b[ \t\r]*(?:\n[\r\n]*|\Z)" % re.escape(_DIVIDER), re.MULTILINE)
+_CHARSET = re.compile(
+    rb"""<(?:meta|\?xml)\s[^>]{,200}?(?:charset|encoding)\s*=\s*["']?([\w.:-]{1,40})""", re.I
+)
+_WIDER = {"shift_jis": "cp932", "gbk": "gb18030", "euc_kr": "cp949", "big5": "big5hkscs"}
 # Python rejects integers with thousands of digits; their value does not matter here.
 _LENIENT = json.JSONDecoder(parse_int=lambda _: 0)
 
@@ -126,6 +130,8 @@ def _html(data: bytes, where: str) -> Document:
     except ImportError:
         return Skipped("HTML needs `pip install 'sota-transformer[html]'`", where)
     document = _decoded(data, where)
+    if isinstance(document, Skipped) and (text := _declared(data)):
+        document = as_document(text, where)
     whole = document.repaired if isinstance(document, Skipped) else document
     page = HTMLTree.parse(whole.decode())
     deep = whole.count(b"<") >= _DEEP_PAGE and _deep(page)
@@ -134,6 +140,20 @@ def _html(data: bytes, where: str) -> Document:
     if isinstance(document, Skipped):
         return _repaired(document.reason, where, as_document(text, where))
     return as_document(text, where)
+
+
+def _declared(data: bytes) -> str:
+    """A page that is not UTF-8, by the encoding that it declares for itself; or ""."""
+    from resiliparse.parse.encoding import map_encoding_to_html5
+
+    declared = _CHARSET.search(data, 0, 1024)  # browsers look no further
+    name = map_encoding_to_html5(declared[1].decode(), fallback_utf8=False) if declared else None
+    if not name or name.startswith("utf"):
+        return ""
+    try:  # what browsers read under these names is more than Python does
+        return data.decode(_WIDER.get(name, name))
+    except (UnicodeDecodeError, LookupError):
+        return ""
 
 
 def _deep(page: Any) -> bool:
