@@ -25,7 +25,7 @@ from sota_transformer.schedules import (
     step_tokens,
     useful_epochs,
 )
-from sota_transformer.words import counted
+from sota_transformer.words import counted, small
 
 if TYPE_CHECKING:
     from sota_transformer.runtime import Runtime
@@ -97,7 +97,8 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
         yield f"{read}; {over}" if over else read
     keep = config.train.most_checkpoints
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
-    yield f"balance: {total / parameters:.1f} tokens per parameter; about {_BALANCED} is balanced"
+    each = small(total / parameters)
+    yield f"balance: {each} tokens per parameter; about {_BALANCED} is balanced"
     yield expected(parameters, total, there)
 
 
@@ -159,7 +160,7 @@ def compare(
         yield (
             f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
             f"{other.train.batch_rows} x {other.model.seq_len}{limited}, "
-            f"{tokens / parameters:.1f} tokens per parameter, "
+            f"{small(tokens / parameters)} tokens per parameter, "
             + ("too few tokens to predict" if loss is None else f"about {loss:.2f} nats")
         )
     if not choices:

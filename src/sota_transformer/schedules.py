@@ -6,7 +6,7 @@
 import math
 
 from sota_transformer.config import RunConfig
-from sota_transformer.words import counted
+from sota_transformer.words import counted, small
 
 FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new, but
 _LITTLE = 1 / 30  # tokens per parameter below which NorMuon soon memorizes it (docs/results.md)
@@ -85,9 +85,10 @@ def describe(config: RunConfig, padding: float = 0, done: int = 0, learned: int 
     if optim.cooldown:
         decay = f"linear decay over the last {optim.cooldown:.0%}"
     muon = f", NorMuon {optim.matrix_rate:g} on the blocks' matrices" if optim.matrix_rate else ""
+    parameters = config.model.parameter_count
     return [
-        f"model: {config.model.parameter_count:,} parameters, context {config.model.seq_len}",
-        f"run: {work} {total:,} tokens, {total / config.model.parameter_count:.1f} per parameter",
+        f"model: {parameters:,} parameters, context {config.model.seq_len}",
+        f"run: {work} {total:,} tokens, {small(total / parameters)} per parameter",
         f"schedule: peak learning rate {optim.learning_rate:g}{muon}, "
         f"{counted(warmup, 'warm-up step')}{shortened}, {decay} to "
         f"{optim.final_fraction:.0%}; dropout {optim.dropout_start:g} -> {optim.dropout_end:g}; "

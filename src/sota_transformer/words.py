@@ -35,6 +35,11 @@ def _masked(text: str, keep: str) -> str:
     return text.translate(dict.fromkeys(set(CONTROL) - set(map(ord, keep)), "?"))
 
 
+def small(ratio: float) -> str:
+    """A ratio with one decimal place, or with two digits below 1."""
+    return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2g}"
+
+
 def perplexity(value: float | None) -> str:
     """A perplexity of any size; None is one that JSON cannot represent."""
     if value is None:

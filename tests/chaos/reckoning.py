@@ -63,6 +63,10 @@ def gigabytes(config: Fields) -> float:
     return (12 * count - 4 * blocks * bool(config["optim"]["matrix_rate"])) / 1e9
 
 
+def share(ratio: float) -> str:
+    return format(ratio, ".2g" if ratio < 1 else ".1f")
+
+
 def things(number: int, noun: str) -> str:
     """`1 step`, `2,000 steps`."""
     return f"{number:,} {noun}" + "s" * (number != 1)
@@ -114,7 +118,7 @@ class Reckoned:
         muon = f", NorMuon {o['matrix_rate']:g} on the blocks' matrices" * bool(o["matrix_rate"])
         return [
             f"model: {self.count:,} parameters, context {self.length}",
-            f"run: {work} {total:,} tokens, {total / self.count:.1f} per parameter",
+            f"run: {work} {total:,} tokens, {share(total / self.count)} per parameter",
             f"schedule: peak learning rate {o['learning_rate']:g}{muon}, "
             f"{things(warmup, 'warm-up step')}{short * (warmup < o['warmup_steps'])}, {fall} "
             f"to {o['final_fraction']:.0%}; dropout {o['dropout_start']:g} -> "
@@ -178,7 +182,7 @@ class Reckoned:
             f"for {things(train['steps'], 'step')}, without validation and samples",
             f"{read}; {more}" if (more := self.repeated(total, there)) else read,
             f"disk: {keep * gigabytes(self.config):.2f} GB for {keep} checkpoints",
-            f"balance: {total / self.count:.1f} tokens per parameter; about 20 is balanced",
+            f"balance: {share(total / self.count)} tokens per parameter; about 20 is balanced",
             law,
             self.memory(),
         ]
