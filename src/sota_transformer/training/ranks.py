@@ -37,11 +37,15 @@ def agree(config: RunConfig, runtime: Runtime, data: str) -> None:
             _number(value) != theirs for value, theirs in zip(mine.values(), firsts, strict=True)
         ]
         apart = runtime.sum_array(np.array(other, np.int64))
-        found = [f"{name} (here {mine[name]})" for name, n in zip(mine, apart, strict=True) if n]
+        found = [name for name, n in zip(mine, apart, strict=True) if n]
         if found:
+            told = ", ".join(f"{name} (here {mine[name]})" for name in found)
+            # A processor chooses its dtype: the same command may give another one elsewhere.
+            alike = "the same command, version and data"
+            alike = "--run.dtype float32" if found == ["dtype"] else alike
             raise SotaError(
-                f"process {runtime.rank}: the processes of this run differ in {', '.join(found)}; "
-                "start all with the same command, version and data"
+                f"process {runtime.rank}: the processes of this run differ in {told}; "
+                f"start all with {alike}"
             )
 
 

@@ -52,12 +52,12 @@ def train(
                 runtime = admit(folder, runtime)
             start = _resume_step(config, log.say)
         runtime, start = _as_the_first(runtime, start)
-        durable.make_folder(folder)  # exists, unless this is another machine
         trainer = Trainer(config, runtime, log)
         ranks.agree(config, runtime, trainer.windows.fingerprint)
         verified = not config.run.resume.startswith("step:")  # the first rank found the newest
         state = ranks.load(runtime, folder, start, verified=verified) if start >= 0 else None
-        announce(trainer, state)
+        if first:  # another machine needs no folder
+            announce(trainer, state)
         if state is not None:
             changed += changes.of_rate(folder, config, start) if changed else []
             changed += changes.of_data(config, state, trainer)
