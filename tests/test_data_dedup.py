@@ -277,6 +277,26 @@ def test_excluded_text_is_dropped_with_documents_quoting_it(tmp_path: Path, code
     assert manifest["rejects"]["shares text with an excluded file"] == told
 
 
+def test_excluding_a_folder_of_the_inputs_says_what_else_that_drops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with tar's --exclude, it would be meant to leave out only the folder."""
+    random = np.random.default_rng(9)
+    texts = [" ".join(random_text(random, 40)) for _ in range(60)]
+    (tmp_path / "in" / "vendor").mkdir(parents=True)
+    for index, text in enumerate(texts):
+        (tmp_path / "in" / f"{index}.txt").write_text(text)
+    for name in ("in/vendor/a.txt", "own.txt"):
+        (tmp_path / name).write_text(texts[0] + "!")
+    run(tmp_path / "one", tmp_path / "in", exclude=(str(tmp_path / "own.txt"),))
+    assert "an input" not in capsys.readouterr().out
+    excluded = f"{tmp_path}/in/../in/vendor"
+    manifest = run(tmp_path / "two", tmp_path / "in", exclude=(excluded,))
+    assert manifest["rejects"]["shares text with an excluded file"]["count"] == 2
+    said = capsys.readouterr().out
+    assert "note: in/vendor/a.txt is both an input and in --exclude, which also drops every" in said
+
+
 def test_appended_documents_are_checked_like_existing_ones(tmp_path: Path) -> None:
     """The folder promises to be free of the benchmark and of near-duplicates."""
     random = np.random.default_rng(5)

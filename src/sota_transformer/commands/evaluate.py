@@ -229,7 +229,7 @@ def _print_table(result: dict[str, Any]) -> None:
             if isinstance(value, float):
                 print(f"  lm-eval {task} {key}: {value:.4f}")
     if shown := [r for r in REFERENCES if r.name in names]:
-        print("published, same protocol and full test set:")
+        print("published, same protocol, on the whole published test set:")
         for r in shown:
             print(f"  {r.name:<28} {r.value:>12.4f} {r.model}{f' ({r.note})' if r.note else ''}")
 

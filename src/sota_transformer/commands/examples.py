@@ -63,7 +63,11 @@ def _choice(path: Path, example: dict[str, Any]) -> Choice:
     texts = ("activity_label", "ctx_a", "ctx_b") if "ctx_a" in example else ("ctx",)
     shape = dict.fromkeys(texts, str) | {"endings": [str], "label": (int, str)}
     if wrong := misfit(example, shape):
-        raise SotaError(f"{path}: not a HellaSwag example ({wrong})", BAD_DATA)
+        raise SotaError(
+            f"{path}: not a HellaSwag example ({wrong}); each line needs ctx, endings and label, "
+            "the index of the right ending",
+            BAD_DATA,
+        )
     endings, label = example["endings"], str(example["label"])
     if "ctx_a" in example:  # as published, formatted as in lm-eval
         text = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"

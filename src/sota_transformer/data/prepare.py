@@ -279,6 +279,14 @@ class _Run:
 
         path = self.own / "excluded.npy"
         write_excluded(self.options.exclude, self.options.text_field, path)
+        held = {os.path.realpath(source.path) for source in find_excluded(self.options.exclude)[0]}
+        inside = [s.name for s in self.sources if os.path.realpath(s.path) in held]
+        if inside:  # someone who wants to leave out a folder, as with tar's --exclude
+            print(
+                f"note: {inside[0]} is both an input and in --exclude, which also drops every "
+                "document that shares 13 tokens in a row with it, such as a license; to leave out "
+                "only files, name as inputs the ones to read"
+            )
         return path
 
     def _units(self, pool: Pool) -> Iterator[Unit]:
