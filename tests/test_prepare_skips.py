@@ -160,9 +160,11 @@ def test_a_document_to_convert_is_named_with_what_to_do(
     path, out = tmp_path / "in" / name, tmp_path / "data"
     path.parent.mkdir()
     path.write_bytes(b"{\\rtf1 some text}")
-    (ending, advice) = f"{name[1:].lower()} file", "convert it to text first"
+    ending, advice = f"{name[1:].lower()} file", "convert it to text first, as with pandoc"
     advice = "unpack it first" if name == "a.7z" else advice
-    refused(66, f"{name}: {ending}; {advice}", out=out, inputs=(path,))
+    with pytest.raises(SotaError, match=f"{name}: {ending}; {advice}") as caught:
+        run(out, path)
+    assert caught.value.code == 66 and "if you name" not in str(caught.value)  # it was named
     refused(66, f"{name}: {ending} is not a text format; {advice}", out=out, inputs=(path.parent,))
     (tmp_path / "b.txt").write_text("another text " * 20)
     both = (str(tmp_path / "b.txt"), str(path))

@@ -154,6 +154,8 @@ def test_errors_name_no_internal_types(server: Server) -> None:
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt":', headers=headers)
     assert answer.json()["error"]["message"] == "body: invalid JSON at character 10"
+    told = server.ask(prompt="a", suffix="b").json()["error"]["message"]
+    assert told.endswith("(only an empty one: the model does not fill in)")
 
 
 def test_large_bodies_without_a_length_are_refused(server: Server) -> None:

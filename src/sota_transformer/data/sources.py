@@ -44,7 +44,7 @@ warc wet wat
 """
 _PACKED = ("7z", "rar", "lz4", "br", "sz", "snappy", "zstd", "z", "lz", "lzma")
 _ADVICE = {  # what is inside would be taken for text, for JSON lines or for damage
-    **dict.fromkeys(_DOCUMENT.split(), "; convert it to text first"),
+    **dict.fromkeys(_DOCUMENT.split(), "; convert it to text first, as with pandoc or pdftotext"),
     **dict.fromkeys(_PACKED, "; unpack it first"),
 }
 _CACHED = re.compile(r"cache-[0-9a-f]{16}[_.]")  # `map` writes its results beside the data set
@@ -124,9 +124,11 @@ def find(inputs: tuple[str, ...]) -> tuple[list[Source], list[Skipped]]:
         )
     if not sources:
         hint = "".join(f"; {item.where}: {item.reason}" for item in skipped[:3])
+        others = "; text with another ending is read if you name the files, such as logs/*.log"
+        if any(advice in item.reason for item in skipped for advice in _ADVICE.values()):
+            others = ""  # of these, the reason says what to do
         raise SotaError(
-            f"no text found in {', '.join(inputs)}{hint}; supported formats: {KNOWN}; text with "
-            "another ending is read if you name the files, such as logs/*.log",
+            f"no text found in {', '.join(inputs)}{hint}; supported formats: {KNOWN}{others}",
             NO_INPUT,
         )
     return sources, skipped

@@ -128,7 +128,10 @@ def _describe(found: Any) -> str:
     if found["type"] == "json_invalid":
         return f"body: invalid JSON at character {field}"
     kept = [str(part) for part in inside if not re.search(r"[-\[]", str(part))]
-    return f"{'.'.join([str(field), *kept])}: {found['msg']}"
+    known = Completion.model_fields.get(str(field))
+    only = known.description if known else None  # why a field of OpenAI's is not supported
+    why = f" ({only[0].lower()}{only[1:-1]})" if only and only.startswith("Only") else ""
+    return f"{'.'.join([str(field), *kept])}: {found['msg']}{why}"
 
 
 class _Server(uvicorn.Server):
