@@ -99,15 +99,19 @@ def test_the_schedule_in_words() -> None:
 
 
 def test_text_that_is_read_too_often() -> None:
-    """Four times at most, or by `fast` once below a 30th of a token per parameter."""
+    """Four times at most; by `fast` once or twice below a 60th or 10th of a token per parameter."""
     assert useful_epochs(PRESETS["16m"](), 1000) == 4
     config = PRESETS["16m"]("fast")
-    little = config.model.parameter_count // 30
-    for there, most in ((1000, 1), (little, 1), (little + 1, 4), (10 * little, 4)):
+    least, little = config.model.parameter_count // 60, config.model.parameter_count // 10
+    sizes = ((1000, 1), (least, 1), (least + 1, 2), (little, 2), (little + 1, 4), (10 * little, 4))
+    for there, most in sizes:
         assert useful_epochs(config, there) == most
         assert repetition(config, there, most * there) == ""
         assert repetition(config, there, most * there + 1)
     tokens = config.train.batch_rows * config.model.seq_len
     for there, every in ((3 * tokens - 1, 2), (3 * tokens, 3), (1, 1)):
         said = repetition(config, there, 10 * tokens)
-        assert said.endswith(f"(--train.eval-every {every})")
+        assert said.endswith(f"(--train.eval-every {every})") and f"--steps {every} (1 ep" in said
+    assert "--steps 100 (2 epochs)" in repetition(config, 50 * tokens, 101 * tokens)
+    seed = PRESETS["16m"]()
+    assert repetition(seed, 3 * tokens, 13 * tokens).endswith("add text or use --steps 12")

@@ -9,7 +9,8 @@ from sota_transformer.config import RunConfig
 from sota_transformer.words import counted, small
 
 FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new, but
-_LITTLE = 1 / 30  # tokens per parameter below which NorMuon soon memorizes it (docs/results.md)
+# NorMuon memorizes a small text sooner (docs/results.md).
+_SMALL = ((1 / 60, 1), (1 / 10, 2))  # tokens per parameter, and the useful epochs below that
 _WARMUP_SHARE = 0.05  # the original's 4,000 of 100,000 steps are 4%; short runs stay close to that
 
 
@@ -44,8 +45,8 @@ def dropout(step: int, config: RunConfig) -> float:
 
 def useful_epochs(config: RunConfig, there: int) -> int:
     """How many times a text of `there` tokens can be read before repeats do harm."""
-    little = config.optim.matrix_rate > 0 and there < _LITTLE * config.model.parameter_count
-    return 1 if little else FRESH_EPOCHS
+    size = there / config.model.parameter_count if config.optim.matrix_rate else math.inf
+    return next((epochs for limit, epochs in _SMALL if size < limit), FRESH_EPOCHS)
 
 
 def repetition(config: RunConfig, there: int, total: int) -> str:
@@ -53,12 +54,14 @@ def repetition(config: RunConfig, there: int, total: int) -> str:
     epochs = useful_epochs(config, there)
     if total <= epochs * there:
         return ""
+    tokens = step_tokens(config, 0)
+    steps, every = max(1, epochs * there // tokens), max(1, there // tokens)
     if epochs == FRESH_EPOCHS:
-        return f"beyond {epochs} epochs the model overfits: add text or lower --steps"
-    every = max(1, there // step_tokens(config, 0))
+        return f"beyond {epochs} epochs the model overfits: add text or use --steps {steps}"
     return (
-        "this recipe soon memorizes so little text: add text, lower --steps, or keep the best "
-        f"checkpoint by validating in every epoch (--train.eval-every {every})"
+        f"this recipe soon memorizes so little text: add text, use --steps {steps} "
+        f"({counted(epochs, 'epoch')}), or keep the best checkpoint by validating in every epoch "
+        f"(--train.eval-every {every})"
     )
 
 

@@ -150,12 +150,15 @@ class Reckoned:
 
     def repeated(self, total: int, there: int) -> str:
         """What is said of reading the text too often."""
-        if not self.config["optim"]["matrix_rate"] or 30 * there >= self.count:
-            return "beyond 4 epochs the model overfits" * (total > 4 * there)
-        text = "this recipe soon memorizes so little text: add text, lower --steps, or keep the "
-        text += "best checkpoint by validating in every epoch (--train.eval-every "
-        text += f"{max(1, there // (self.rows * self.length))})"
-        return text * (total > there)
+        most = 1 if 60 * there < self.count else 2 if 10 * there < self.count else 4
+        most = most if self.config["optim"]["matrix_rate"] else 4
+        steps, each = max(1, most * there // (self.rows * self.length)), self.rows * self.length
+        text = f"beyond 4 epochs the model overfits: add text or use --steps {steps}"
+        if most < 4:
+            text = f"this recipe soon memorizes so little text: add text, use --steps {steps} "
+            text += f"({things(most, 'epoch')}), or keep the best checkpoint by validating in "
+            text += f"every epoch (--train.eval-every {max(1, there // each)})"
+        return text * (total > most * there)
 
     def memory(self) -> str:
         """Weights, gradients and moments."""
