@@ -55,6 +55,28 @@ def test_ctrl_c_is_one_line_from_the_first_moment(capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == "sota: interrupted\n"
 
 
+CTRL_C_IN_THE_FIRST_IMPORT = """
+import sys
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name.startswith("sota_transformer.") and not name.endswith("__main__"):
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, CtrlC())
+from sota_transformer.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_the_program_loads_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C_IN_THE_FIRST_IMPORT], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "sota: interrupted\n")
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_a_closed_standard_stream_counts_as_empty(tmp_path: Path, closed: str) -> None:
     """As in processes started by some services: there is no text, and nothing else fails."""

@@ -1,16 +1,15 @@
 """`python -m sota_transformer` is the command `sota`."""
 
-import contextlib
 import gc
 import sys
-
-from sota_transformer.errors import INTERRUPTED
 
 
 def main() -> int:
     """The command line's exit code; starts the slowest part of `sota prepare` before all else."""
     try:
         if sys.argv[1:2] == ["prepare"]:
+            import contextlib
+
             from sota_transformer.data.forks import start_fork_server
 
             with contextlib.suppress(OSError):  # `prepare` meets it again and reports it
@@ -19,6 +18,8 @@ def main() -> int:
 
         code = command()
     except KeyboardInterrupt:  # before `cli` can handle it
+        from sota_transformer.errors import INTERRUPTED  # at the top, its import could be hit
+
         print("sota: interrupted", file=sys.stderr)
         return INTERRUPTED
     gc.freeze()  # saves 30 ms of garbage collection at exit
