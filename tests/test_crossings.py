@@ -14,7 +14,8 @@ import torch
 
 from sota_transformer import plan
 from sota_transformer.cli import main
-from sota_transformer.config import GPT2_VOCAB
+from sota_transformer.commands.transfer import _write_run
+from sota_transformer.config import GPT2_VOCAB, Run
 from sota_transformer.errors import SotaError
 from sota_transformer.inference.layout import huggingface_config, own_config
 from sota_transformer.model.transformer import Transformer
@@ -59,6 +60,15 @@ def test_an_import_prints_no_command_that_is_refused(tmp_path: Path, data, capsy
     assert "50,257 token ids and prepared data has 50,258" in capsys.readouterr().err
     assert not out.exists()
     assert main(asked) == 0
+
+
+def test_an_import_keeps_the_recipe_of_a_run(tmp_path: Path, data, capsys) -> None:
+    """With the other one it learned half a nat less of a small text than `fast` did."""
+    kept = dataclasses.replace(PRESETS["tiny"]("fast"), run=Run(out=tmp_path / "run"))
+    _write_run(kept, Transformer(kept.model))
+    asked = ["import", str(kept.run.out), "--out", str(tmp_path / "on"), "--data", str(data)]
+    assert main(asked) == 0
+    assert "further:  sota train tiny --recipe fast --data.path=" in capsys.readouterr().out
 
 
 def test_an_import_that_was_killed_can_be_given_again(tmp_path: Path, capsys) -> None:

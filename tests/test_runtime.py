@@ -54,7 +54,8 @@ def test_a_compiler_is_tried_before_it_is_used(monkeypatch) -> None:
 
     monkeypatch.setattr(torch, "compile", lambda _: fails)
     found = runtime._compile("on", torch.device("cpu"), 1)
-    assert found == (False, "not compiled: torch.compile failed (no Python.h)")
+    told = "no Python.h; install Python's headers, such as python3-dev"
+    assert found == (False, f"not compiled: torch.compile failed ({told})")
 
 
 @pytest.mark.parametrize("has", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", ""])

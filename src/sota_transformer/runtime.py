@@ -375,7 +375,8 @@ def link_from_any_folder() -> None:
 
 def _not_compiled(why: object) -> str:
     """The reason, from the message of a compiler or a check."""
-    return f"not compiled: torch.compile failed ({in_short(why)})"
+    headers = "; install Python's headers, such as python3-dev" * ("Python.h" in str(why))
+    return f"not compiled: torch.compile failed ({in_short(why)}{headers})"
 
 
 def in_short(error: object) -> str:

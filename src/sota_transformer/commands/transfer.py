@@ -149,8 +149,8 @@ def run_import(options: Import) -> int:
     """Create a run at step 0 with the folder's weights, to evaluate, use or train further."""
     begun = checkpoint.steps(options.out) in ([], [0])  # an import killed before config.json
     check(_free(options.out, (".lock", ".tmp-", "checkpoints") if begun else ()))
-    model = open_model(options.model, "cpu", None).model
-    out = options.out.absolute()
+    opened = open_model(options.model, "cpu", None)
+    model, out = opened.model, options.out.absolute()
     if options.data and model.config.vocab_size < VOCAB:
         raise SotaError(
             f"{options.model} has {model.config.vocab_size:,} token ids and prepared data has "
@@ -162,7 +162,7 @@ def run_import(options: Import) -> int:
     config = RunConfig(
         model=model.config,
         data=Data(path=data),
-        optim=Optim(),
+        optim=opened.config.optim if opened.config else Optim(),  # a run's own recipe
         train=Train(steps=options.steps, batch_rows=16),
         run=Run(out=out),
     )
