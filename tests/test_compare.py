@@ -257,8 +257,11 @@ def test_bad_input_is_one_line(two: list[Path], tmp_path: Path, monkeypatch, cap
     exported = tmp_path / "exported"
     exported.mkdir()
     (exported / "model.gguf").touch()
+    (exported / "q4.gguf").touch()
     for arguments, code, said in [
         ([cold, str(exported)], NO_INPUT, "exported is a GGUF export"),
+        ([cold, f"{exported}/q4.gguf"], NO_INPUT, "q4.gguf is a GGUF export"),
+        ([cold, f"{exported}/none.gguf"], NO_INPUT, "none.gguf does not exist"),
         ([cold, str(tmp_path / "nothing")], NO_INPUT, "nothing does not exist"),
         ([cold, str(tmp_path)], NO_INPUT, "is not a run (no config.json)"),
         ([cold, f"{cold}/config.json"], NO_INPUT, "is a file, not a run"),

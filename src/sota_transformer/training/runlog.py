@@ -232,12 +232,13 @@ def read_config(run_folder: Path) -> RunConfig:
         return RunConfig.from_json(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not a run (no config.json)" if run_folder.exists() else "does not exist"
-        if run_folder.is_file():
+        model = run_folder / "model.gguf" if run_folder.is_dir() else run_folder
+        if model.suffix == ".gguf" and model.exists():
+            what = "is a GGUF export, which only llama.cpp and Ollama read"
+        elif run_folder.is_file():
             what = "is a file, not a run"
         elif (run_folder / "train-00000.npy").exists():
             what = "is prepared data, not a run trained on it"
-        elif (run_folder / "model.gguf").exists():
-            what = "is a GGUF export, which only llama.cpp and Ollama read"
         raise SotaError(
             f"{run_folder} {what}; give a folder made by `sota train`", NO_INPUT
         ) from error
