@@ -25,7 +25,7 @@ from sota_transformer.schedules import (
     step_tokens,
     useful_epochs,
 )
-from sota_transformer.words import counted, small
+from sota_transformer.words import counted, two_digits
 
 if TYPE_CHECKING:
     from sota_transformer.runtime import Runtime
@@ -97,7 +97,7 @@ def estimates(config: RunConfig, speed: Speed, there: int) -> Iterator[str]:
         yield f"{read}; {over}" if over else read
     keep = config.train.most_checkpoints
     yield f"disk: {keep * config.state_bytes / 1e9:.2f} GB for {keep} checkpoints"
-    each = small(total / parameters)
+    each = two_digits(total / parameters)
     yield f"balance: {each} tokens per parameter; about {_BALANCED} is balanced"
     yield expected(parameters, total, there)
 
@@ -160,7 +160,7 @@ def compare(
         yield (
             f"  {name:>5}: {taken.tokens_per_second:,.0f} tokens/s, {counted(steps, 'step')} of "
             f"{other.train.batch_rows} x {other.model.seq_len}{limited}, "
-            f"{small(tokens / parameters)} tokens per parameter, "
+            f"{two_digits(tokens / parameters)} tokens per parameter, "
             + ("too few tokens to predict" if loss is None else f"about {loss:.2f} nats")
         )
     if not choices:

@@ -6,7 +6,7 @@
 import math
 
 from sota_transformer.config import RunConfig
-from sota_transformer.words import counted, small
+from sota_transformer.words import counted, two_digits
 
 FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new, but
 # NorMuon memorizes a small text sooner (docs/results.md).
@@ -91,7 +91,7 @@ def describe(config: RunConfig, padding: float = 0, done: int = 0, learned: int 
     parameters = config.model.parameter_count
     return [
         f"model: {parameters:,} parameters, context {config.model.seq_len}",
-        f"run: {work} {total:,} tokens, {small(total / parameters)} per parameter",
+        f"run: {work} {total:,} tokens, {two_digits(total / parameters)} per parameter",
         f"schedule: peak learning rate {optim.learning_rate:g}{muon}, "
         f"{counted(warmup, 'warm-up step')}{shortened}, {decay} to "
         f"{optim.final_fraction:.0%}; dropout {optim.dropout_start:g} -> {optim.dropout_end:g}; "

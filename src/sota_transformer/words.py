@@ -35,7 +35,7 @@ def _masked(text: str, keep: str) -> str:
     return text.translate(dict.fromkeys(set(CONTROL) - set(map(ord, keep)), "?"))
 
 
-def small(ratio: float) -> str:
+def two_digits(ratio: float) -> str:
     """A ratio with one decimal place, or with two digits below 1."""
     return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2g}"
 

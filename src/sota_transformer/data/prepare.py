@@ -279,8 +279,11 @@ class _Run:
 
         path = self.own / "excluded.npy"
         write_excluded(self.options.exclude, self.options.text_field, path)
-        held = {os.path.realpath(source.path) for source in find_excluded(self.options.exclude)[0]}
-        inside = [s.name for s in self.sources if os.path.realpath(s.path) in held]
+        excluded, _ = find_excluded(self.options.exclude)
+        sizes = {source.size for source in excluded}
+        held = {os.path.realpath(source.path) for source in excluded}
+        alike = (s for s in self.sources if s.size in sizes)  # resolving all paths would be slow
+        inside = [source.name for source in alike if os.path.realpath(source.path) in held]
         if inside:  # someone who wants to leave out a folder, as with tar's --exclude
             print(
                 f"note: {inside[0]} is both an input and in --exclude, which also drops every "
