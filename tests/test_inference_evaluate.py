@@ -290,10 +290,15 @@ def test_bad_files_are_one_line(run: Path, tmp_path: Path, content: str, message
     with pytest.raises(SotaError, match=message) as caught:
         run_evaluate(Evaluate(run=run, lambada=path, device="cpu"))
     assert caught.value.code == 65
-    with pytest.raises(SotaError) as caught:
+    with pytest.raises(SotaError):
         run_evaluate(Evaluate(run=run, hellaswag=path, device="cpu"))
-    if "not a HellaSwag example" in str(caught.value):  # a question of one's own in another form
-        assert str(caught.value).endswith("ctx, endings and label, the index of the right ending")
+
+
+def test_a_question_in_another_form_is_told_the_form(run: Path, tmp_path: Path) -> None:
+    (path := tmp_path / "x.jsonl").write_text('{"question": "one", "choices": ["a", "b"]}')
+    told = "each line needs ctx, endings and label, the index of the right ending"
+    with pytest.raises(SotaError, match=told):
+        run_evaluate(Evaluate(run=run, hellaswag=path, device="cpu"))
 
 
 def test_missing_and_unreadable_inputs(run: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import math
 from sota_transformer.config import RunConfig
 from sota_transformer.words import counted, two_digits
 
-FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new, but
-# NorMuon memorizes a small text sooner (docs/results.md).
-_SMALL = ((1 / 60, 1), (1 / 10, 2))  # tokens per parameter, and the useful epochs below that
+FRESH_EPOCHS = 4  # Muennighoff et al. 2023: up to here repeated text is about as good as new
+# NorMuon memorizes a small text sooner: tokens per parameter, and the useful epochs below that.
+_SMALL = ((1 / 60, 1), (1 / 10, 2))  # docs/results.md
 _WARMUP_SHARE = 0.05  # the original's 4,000 of 100,000 steps are 4%; short runs stay close to that
 
 

@@ -152,7 +152,8 @@ class Reckoned:
         """What is said of reading the text too often."""
         most = 1 if 60 * there < self.count else 2 if 10 * there < self.count else 4
         most = most if self.config["optim"]["matrix_rate"] else 4
-        steps, each = max(1, most * there // (self.rows * self.length)), self.rows * self.length
+        each = self.rows * self.length
+        steps = max(1, most * there // each)
         text = f"beyond 4 epochs the model overfits: add text or use --steps {steps}"
         if most < 4:
             text = f"this recipe soon memorizes so little text: add text, use --steps {steps} "

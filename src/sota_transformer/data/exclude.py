@@ -11,7 +11,7 @@ from sota_transformer.data.documents import BINARY, documents, without_mark
 from sota_transformer.data.encode import EXCLUDE_GRAM
 from sota_transformer.data.grams import distinct, gram_hashes
 from sota_transformer.data.guards import ICONV, LINES
-from sota_transformer.data.sources import ARCHIVES, Skipped, find_excluded
+from sota_transformer.data.sources import ARCHIVES, Skipped, Source, find_excluded
 from sota_transformer.data.streams import NOTHING
 from sota_transformer.data.tables import Tables
 from sota_transformer.data.tokenizer import Tokenizer
@@ -22,13 +22,15 @@ from sota_transformer.words import counted, printable
 _SHORT_PHRASE = 20  # characters; English has 55, German 33, Russian 11, Chinese 6, Tamil 4
 
 
-def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None:
+def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> list[Source]:
     """Write the sorted n-gram hashes of all texts as .npy, and report how many are too short.
 
-    SotaError 66 for a missing file, 65 for an unreadable one or if no text is long enough.
+    Returns the files that were read. SotaError 66 for a missing file, 65 for an unreadable one or
+    if no text is long enough.
     """
+    sources, skipped = find_excluded(inputs)
     tokenizer, found, short, tokens, characters = Tokenizer(), [], 0, 0, 0
-    for text in _texts(inputs, text_field):
+    for text in _texts(inputs, sources, skipped, text_field):
         ids = np.array(tokenizer.encode(text), np.uint16)
         hashes = gram_hashes(ids, EXCLUDE_GRAM)
         found.append(hashes)
@@ -52,15 +54,17 @@ def write_excluded(inputs: tuple[str, ...], text_field: str, path: Path) -> None
             "a document"
         )
     np.save(path, grams)
+    return sources
 
 
-def _texts(inputs: tuple[str, ...], text_field: str) -> Iterator[str]:
+def _texts(
+    inputs: tuple[str, ...], sources: list[Source], skipped: list[Skipped], text_field: str
+) -> Iterator[str]:
     """Texts of the excluded files; for records without the text field, every string.
 
     Unreadable input is an error: if it were silently skipped here, it would be trained on. Files
     of a folder that are not text are skipped with a note.
     """
-    sources, skipped = find_excluded(inputs)
     ignored, invalid = list[Skipped](), list[str]()
     for item in skipped:
         if "is not a text format" in item.reason:

@@ -278,8 +278,7 @@ class _Run:
         from sota_transformer.data.exclude import write_excluded
 
         path = self.own / "excluded.npy"
-        write_excluded(self.options.exclude, self.options.text_field, path)
-        excluded, _ = find_excluded(self.options.exclude)
+        excluded = write_excluded(self.options.exclude, self.options.text_field, path)
         sizes = {source.size for source in excluded}
         held = {os.path.realpath(source.path) for source in excluded}
         alike = (s for s in self.sources if s.size in sizes)  # resolving all paths would be slow
